@@ -1,0 +1,135 @@
+"""From conversations to token ids and labels. Masks hold by construction: nothing is searched for in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+
+from nesso_tune.chat.segments import (
+    BOS,
+    Segment,
+    TrainOnEos,
+    answer_segments,
+    prompt_segments,
+    segments,
+    with_default_system,
+)
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem
+from nesso_tune.conversation import Conversation, Message, PreferencePair
+
+IGNORED = -100  # label of a token that is not learned
+
+
+@dataclass
+class Encoded:
+    """Token ids of a document, which of them are learned, and where its turns end.
+
+    Attributes:
+        ids: token ids.
+        trained: for each of them, whether it is learned.
+        turn_ends: positions after the end token of each turn.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    trained: list[bool] = field(default_factory=list)
+    turn_ends: list[int] = field(default_factory=list)
+
+    @property
+    def labels(self) -> list[int]:
+        """Ids where learned, -100 elsewhere; unshifted."""
+        return [token if yes else IGNORED for token, yes in zip(self.ids, self.trained, strict=True)]
+
+    def cut_to(self, length: int) -> Encoded | None:
+        """The document cut after the last learned turn that ends within `length`, or None if there is none."""
+        starts = [0, *self.turn_ends]
+        for start, end in reversed(list(zip(starts, self.turn_ends, strict=False))):
+            if end <= length and any(self.trained[start:end]):
+                return Encoded(self.ids[:end], self.trained[:end], [e for e in self.turn_ends if e <= end])
+        return None
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """Token ids of a preference pair; both answers end with the end token."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+class ChatEncoder:
+    """Encodes conversations and pairs with one tokenizer and one template, many at a time."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        bos_id: int | None = None,
+        default_system: DefaultSystem = None,
+    ) -> None:
+        """`tokenizer` must know all control tokens; it is switched to read special tokens in texts as plain text."""
+        self._tokenizer = tokenizer
+        self._tokenizer.encode_special_tokens = True
+        self._template = template
+        self._default_system = default_system
+        self._control: dict[str, int] = {token: tokenizer.token_to_id(token) for token in template.control_tokens}
+        if bos_id is not None:
+            self._control[BOS] = bos_id
+        self._fixed: dict[str, list[int]] = {}
+
+    def conversations(
+        self,
+        conversations: Iterable[Conversation],
+        roles_to_train: Collection[str] = ("assistant",),
+        train_on_eos: TrainOnEos = "turn",
+    ) -> list[Encoded]:
+        """Each conversation encoded; what is learned is the trained turns' content and their end tokens."""
+        whole = (with_default_system(c, self._default_system) for c in conversations)
+        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in whole])
+
+    def pairs(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
+        """Each pair as prompt (up to the assistant's header), chosen and rejected answer (with end token)."""
+        prompts = [self._prompt_segments(pair.prompt, pair.language) for pair in pairs]
+        answers = [
+            answer_segments(message.content, self._template, True, True)
+            for pair in pairs
+            for message in (pair.chosen, pair.rejected)
+        ]
+        encoded = self._encode([*prompts, *answers])
+        prompt, answer = encoded[: len(pairs)], encoded[len(pairs) :]
+        return [EncodedPair(prompt[i].ids, answer[2 * i].ids, answer[2 * i + 1].ids) for i in range(len(pairs))]
+
+    def prompt(self, messages: Sequence[Message], language: str) -> list[int]:
+        """The ids that a generation starts from: the messages and the assistant's header."""
+        return self._encode([self._prompt_segments(messages, language)])[0].ids
+
+    def _prompt_segments(self, messages: Sequence[Message], language: str) -> list[Segment]:
+        conversation = Conversation(tuple(messages), language=language)
+        return prompt_segments(with_default_system(conversation, self._default_system), self._template)
+
+    def _encode(self, documents: list[list[Segment]]) -> list[Encoded]:
+        contents = [segment.text for document in documents for segment in document if segment.kind == "content"]
+        encodings = iter(self._tokenizer.encode_batch_fast(contents, add_special_tokens=False))
+        out = []
+        for document in documents:
+            encoded = Encoded()
+            for segment in document:
+                if segment.kind == "content":
+                    ids = next(encodings).ids
+                elif segment.kind == "control":
+                    ids = [self._control[segment.text]]
+                else:
+                    ids = self._fixed_ids(segment.text)
+                encoded.ids += ids
+                encoded.trained += [segment.trained] * len(ids)
+                if segment.ends_turn:
+                    encoded.turn_ends.append(len(encoded.ids))
+            out.append(encoded)
+        return out
+
+    def _fixed_ids(self, text: str) -> list[int]:
+        if text not in self._fixed:
+            self._fixed[text] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return self._fixed[text]

@@ -1,0 +1,58 @@
+"""The files of a base model: in a folder, or fetched from the hub into its local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nesso_tune.errors import ModelError, RunEnvironmentError
+
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
+                   "generation_config.json", "chat_template*"]  # fmt: skip
+
+
+def base_folder(base: str, revision: str | None = None, weights: bool = False) -> Path:
+    """The local folder with the base's tokenizer and configuration, and its weights if asked for.
+
+    Raises:
+        ModelError: if there is no such folder or hub model.
+        RunEnvironmentError: if the hub cannot be reached and the files are not in its cache.
+    """
+    folder = Path(base).expanduser()
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise ModelError(base, "the folder is empty", "name a folder with config.json, tokenizer.json and weights")
+        return folder
+    if folder.exists():
+        raise ModelError(base, "is a file, not a model folder", "name the folder that holds config.json")
+    if base.startswith((".", "/", "~")) or base.count("/") != 1 or base.endswith("/final"):
+        hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
+        raise ModelError(f"model.base {base}", "no such folder", hint)
+    return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])])
+
+
+def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"model.base {repo}"
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise ModelError(where, "the hub asks for consent", "accept its terms and set HF_TOKEN") from None
+    except LocalEntryNotFoundError:
+        raise RunEnvironmentError(
+            where, "no such folder here, and the hub cannot be reached to look for it",
+            "check the path, or run `nesso-tune prepare` where there is a network",
+        ) from None  # fmt: skip
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ModelError(where, "no such folder here and no such model on the hub", "check the name") from None
+    except RevisionNotFoundError:
+        raise ModelError(where, f"has no revision {revision}", "check model.revision") from None
+    except OSError as error:
+        raise RunEnvironmentError(where, f"cannot be fetched ({error})", "check the network and the disk") from None

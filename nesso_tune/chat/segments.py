@@ -1,0 +1,80 @@
+"""A conversation as segments: what is a control token, what is template text, what is content, and what is learned."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem
+from nesso_tune.conversation import Conversation, Message
+
+TrainOnEos = Literal["turn", "all", "last", "none"]
+BOS = "bos_token"  # stands for whatever the tokenizer calls its BOS
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation.
+
+    Attributes:
+        text: the piece.
+        kind: `control` is one token looked up by name; `template` is fixed text; `content` comes from the data and
+            is encoded so that no text in it can become a control token.
+        trained: whether the model learns to write it.
+        ends_turn: whether a turn is complete with this segment.
+    """
+
+    text: str
+    kind: Literal["control", "template", "content"]
+    trained: bool = False
+    ends_turn: bool = False
+
+
+def with_default_system(conversation: Conversation, default_system: DefaultSystem) -> Conversation:
+    """The conversation, opened by the default system message if it has no system message of its own."""
+    if default_system is None or (conversation.messages and conversation.messages[0].role == "system"):
+        return conversation
+    if isinstance(default_system, Mapping):
+        default_system = default_system.get(conversation.language, next(iter(default_system.values())))
+    system = Message("system", default_system)
+    return replace(conversation, messages=(system, *conversation.messages))
+
+
+def segments(
+    conversation: Conversation,
+    template: ChatTemplate,
+    roles_to_train: Collection[str] = ("assistant",),
+    train_on_eos: TrainOnEos = "turn",
+) -> list[Segment]:
+    """The rendered conversation. Learned are the contents of the trained turns and, by `train_on_eos`, end tokens."""
+    trained = [
+        message.role in roles_to_train if message.train is None else message.train for message in conversation.messages
+    ]
+    last = max((i for i, yes in enumerate(trained) if yes), default=-1)
+    out = [Segment(BOS, "control")] if template.bos else []
+    for i, message in enumerate(conversation.messages):
+        learn_end = {"turn": trained[i], "all": True, "last": i == last, "none": False}[train_on_eos]
+        out += _template_segments(template, template.header_of(message.role))
+        out += answer_segments(message.content, template, trained[i], learn_end)
+        out += _template_segments(template, template.separator)
+    return out
+
+
+def answer_segments(content: str, template: ChatTemplate, trained: bool, learn_end: bool) -> list[Segment]:
+    """The content of a turn and its end."""
+    text = [Segment(content, "content", trained)] if content else []
+    end = _template_segments(template, template.end, learn_end)
+    return [*text, *end[:-1], replace(end[-1], ends_turn=True)]
+
+
+def prompt_segments(conversation: Conversation, template: ChatTemplate) -> list[Segment]:
+    """The rendered conversation up to where the assistant begins to write. Nothing of it is learned."""
+    header = _template_segments(template, template.header_of("assistant"))
+    return [*segments(conversation, template, roles_to_train=(), train_on_eos="none"), *header]
+
+
+def _template_segments(template: ChatTemplate, text: str, trained: bool = False) -> list[Segment]:
+    return [
+        Segment(piece, "control" if control else "template", trained) for piece, control in template.pieces(text)
+    ]

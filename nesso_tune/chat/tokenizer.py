@@ -1,0 +1,278 @@
+"""A tokenizer made ready for chat: control tokens in place, one BOS policy, the template and its Jinja on board.
+
+It is a set of files. Preparation reads them with `tokenizers` alone; training, `final/` and every server read the
+same files with transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from nesso_tune.chat.encoding import ChatEncoder
+from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.segments import TrainOnEos
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template, to_jinja
+from nesso_tune.chat.tokens import NewTokens, Placed, emit_nothing_around, place_control_tokens, size_of
+from nesso_tune.conversation import Conversation
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.recipes.sections import ChatSection, ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHAT_KEY = "nesso_chat"  # where tokenizer_config.json keeps the template's spec
+
+
+@dataclass(frozen=True)
+class ChatTokenizer:
+    """A chat-ready tokenizer as files.
+
+    Attributes:
+        template: the chat template.
+        default_system: system message of conversations without one.
+        files: file contents by name, as they will stand in `final/`.
+        placed: control tokens that the base did not have.
+        starts_from: for each placed id, the ids whose mean embedding its row starts from.
+        size: number of ids.
+    """
+
+    template: ChatTemplate
+    default_system: DefaultSystem
+    files: dict[str, str]
+    placed: Placed
+    starts_from: dict[int, tuple[int, ...]]
+    size: int
+    backend: Tokenizer
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides token ids and masks."""
+        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def encoder(self) -> ChatEncoder:
+        """Encodes conversations with this tokenizer."""
+        return ChatEncoder(self.backend, self.template, self.bos_id, self.default_system)
+
+    @property
+    def new_ids(self) -> list[int]:
+        """Ids of renamed and appended tokens: rows that pre-training never taught."""
+        return sorted(self.starts_from)
+
+    def save(self, folder: Path) -> None:
+        """Writes the files into an existing folder."""
+        for name, content in self.files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+
+    def load(self) -> PreTrainedTokenizerBase:
+        """The tokenizer as transformers knows it."""
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            return AutoTokenizer.from_pretrained(folder)
+
+
+def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
+    """The base's tokenizer made ready for chat, by a recipe's sections. See `build_chat_tokenizer`."""
+    folder = base_folder(model.base, model.revision)
+    return build_chat_tokenizer(folder, chat, where=f"model.base {model.base}")
+
+
+def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTokenizer:
+    """Reads a base's tokenizer and makes it ready for chat.
+
+    Raises:
+        ModelError: if there is no tokenizer, or its reserved slots do not suffice.
+        RecipeError: if the end or padding token does not fit the template.
+    """
+    tokenizer, config = _read_files(folder, where)
+    own = config.pop(CHAT_KEY, None)
+    template = _own_or_named(own, chat, where)
+    default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
+    if chat.eos_token not in (None, template.eos_token):
+        raise RecipeError(
+            "chat.eos_token",
+            f"{chat.eos_token} is not what turns of this template end with ({template.eos_token}): "
+            "the model would never learn to stop",
+            "remove it, or use a template that ends turns with it",
+        )
+    base_eos = _token_name(config.get("eos_token"))
+    placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
+    emit_nothing_around(tokenizer)
+    text = json.dumps(tokenizer, ensure_ascii=False)
+    ready = Tokenizer.from_str(text)
+    pad = chat.pad_token or template.pad_token
+    if ready.token_to_id(pad) is None:
+        raise RecipeError("chat.pad_token", f"{pad} is not in the vocabulary", "name a token that the tokenizer has")
+    bos = _token_name(config.get("bos_token"))
+    if template.bos and (bos is None or ready.token_to_id(bos) is None):
+        raise ModelError(where, "the template begins with BOS, but the tokenizer has none", "use another chat.template")
+    files = {
+        "tokenizer.json": text,
+        "tokenizer_config.json": _config_text(config, template, pad, default_system, folder),
+        "chat_template.jinja": to_jinja(template, default_system),
+    }
+    return ChatTokenizer(
+        template=template,
+        default_system=default_system,
+        files=files,
+        placed=placed,
+        starts_from=_related(ready, base_eos, template, placed),
+        size=size_of(tokenizer),
+        backend=ready,
+        bos_id=ready.token_to_id(bos) if template.bos and bos else None,
+        eos_id=ready.token_to_id(template.eos_token),
+        pad_id=ready.token_to_id(pad),
+    )
+
+
+def _read_files(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    try:
+        if file.is_file():
+            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+            return json.loads(file.read_text(encoding="utf-8")), _with_special_map(folder, settings)
+        return _converted(folder, where)
+    except (OSError, ValueError) as error:
+        raise ModelError(where, f"its tokenizer cannot be read ({error})", "fetch the model again") from None
+
+
+def _with_special_map(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Older models keep bos and eos in special_tokens_map.json."""
+    file = folder / "special_tokens_map.json"
+    older = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {key: older[key] for key in ("bos_token", "eos_token") if key in older} | settings
+
+
+def _converted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokenizers in older file formats, converted by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder)
+        with TemporaryDirectory() as converted:
+            loaded.save_pretrained(converted)
+            out = Path(converted)
+            return (
+                json.loads((out / "tokenizer.json").read_text(encoding="utf-8")),
+                json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8")),
+            )
+    except Exception:  # transformers raises whatever its parsers raise
+        raise ModelError(
+            where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
+        ) from None
+
+
+def _own_or_named(own: dict[str, Any] | None, chat: ChatSection, where: str) -> ChatTemplate:
+    """The template a base brings along, unless the recipe names another one: that would unlearn the first."""
+    if own is None:
+        return load_template(chat.template or "chatml")
+    template = ChatTemplate.model_validate(own["template"])
+    if chat.template is not None and load_template(chat.template) != template:
+        raise RecipeError(
+            "chat.template", f"{chat.template} is not the template that {where} was trained with",
+            "remove the key: template and tokens come with the base",
+        )  # fmt: skip
+    return template
+
+
+def _token_name(entry: Any) -> str | None:
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+def _config_text(
+    config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem, folder: Path
+) -> str:
+    context = config.get("model_max_length")
+    shape = folder / "config.json"
+    if not isinstance(context, int) or context > 10**9:
+        context = json.loads(shape.read_text()).get("max_position_embeddings") if shape.is_file() else None
+    kept = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
+        "bos_token": _token_name(config.get("bos_token")),
+        "eos_token": template.eos_token,
+        "pad_token": pad,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+        CHAT_KEY: {"template": template.model_dump(), "default_system": default_system},
+    }
+    return json.dumps({key: value for key, value in kept.items() if value is not None}, indent=2, ensure_ascii=False)
+
+
+def _related(
+    ready: Tokenizer, base_eos: str | None, template: ChatTemplate, placed: Placed
+) -> dict[int, tuple[int, ...]]:
+    out = {}
+    for token, position in {**placed.renamed, **placed.added}.items():
+        ids = list(ready.encode(template.control_tokens[token], add_special_tokens=False).ids)
+        if token == template.end and base_eos is not None and (eos := ready.token_to_id(base_eos)) is not None:
+            ids.append(eos)
+        out[position] = tuple(dict.fromkeys(ids))
+    return out
+
+
+def load_tokenizer(base: str, template: str = "chatml", new_tokens: NewTokens = "auto") -> PreTrainedTokenizerBase:
+    """The chat-ready tokenizer of a base model, as transformers knows it.
+
+    Args:
+        base: hub id or folder.
+        template: name or file of a chat template.
+        new_tokens: where unknown control tokens go; see the recipe key `chat.new_tokens`.
+
+    Raises:
+        ModelError, RecipeError: see `build_chat_tokenizer`.
+    """
+    return chat_tokenizer(ModelSection(base=base), ChatSection(template=template, new_tokens=new_tokens)).load()
+
+
+@lru_cache(maxsize=4)
+def encoder_of(tokenizer: PreTrainedTokenizerBase) -> ChatEncoder:
+    """The encoder that goes with a chat-ready tokenizer.
+
+    Raises:
+        ModelError: if the tokenizer carries no template spec.
+    """
+    own = tokenizer.init_kwargs.get(CHAT_KEY)
+    if own is None:
+        raise ModelError("tokenizer", "is not ready for chat", "load it with nesso_tune.load_tokenizer")
+    template = ChatTemplate.model_validate(own["template"])
+    bos = tokenizer.bos_token_id if template.bos else None
+    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the encoder changes a switch of it
+    return ChatEncoder(copy, template, bos, own["default_system"])
+
+
+def encode_conversation(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    roles_to_train: Collection[str] = ("assistant",),
+    train_on_eos: TrainOnEos = "turn",
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one conversation.
+
+    Args:
+        conversation: the messages.
+        tokenizer: from `load_tokenizer`, or of a finished model's folder.
+        roles_to_train: roles whose content is learned.
+        train_on_eos: which end tokens are learned.
+
+    Returns:
+        `input_ids` and `labels`, of the same length; labels are unshifted, -100 where not learned.
+
+    Raises:
+        ModelError: if the tokenizer was not made ready for chat.
+    """
+    encoded = encoder_of(tokenizer).conversations([conversation], roles_to_train, train_on_eos)[0]
+    return encoded.ids, encoded.labels

@@ -1,0 +1,79 @@
+"""The command line: one file a verb, errors in one form, exit codes by kind.
+
+Verbs import what they need when they run, so that `--help` and `check` stay instant; nothing else in the package
+imports inside functions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+import typer
+
+
+from nesso_tune.cli.check import check
+from nesso_tune.cli.prepare import prepare
+
+from nesso_tune.errors import NessoError, Preempted, RunEnvironmentError
+
+app = typer.Typer(
+    name="nesso-tune",
+    help="From a base model to a bilingual assistant: SFT, then DPO, from one recipe and one command.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (check, prepare):
+    app.command()(verb)
+
+
+@app.callback()
+def options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (works after the verb too)."),
+) -> None:
+    """Read before the verb; `main` has already taken `--debug` out of the arguments."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs one command line and exits with its code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        app(arguments, standalone_mode=True)
+    except NessoError as error:
+        _end(error, debug)
+    except KeyboardInterrupt:
+        _end(Preempted("nesso-tune", "interrupted", "run the same command again to continue from the last checkpoint"), debug)
+    except OSError as error:
+        _end(_of_os(error), debug)
+    except MemoryError:
+        _end(RunEnvironmentError("memory", "not enough", "lower train.micro_batch_size or data.sequence_len"), debug)
+    except Exception as error:  # a fault of ours: short by default, whole with --debug
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
+                  "run again with --debug and report the traceback", file=sys.stderr)  # fmt: skip
+        sys.exit(1)
+
+
+def _end(error: NessoError, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    if int(os.environ.get("RANK", "0")) == 0:  # one message, not one a process
+        print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _of_os(error: OSError) -> RunEnvironmentError:
+    where = str(error.filename or "disk")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
+    return RunEnvironmentError(where, error.strerror or str(error), "see --debug")

@@ -1,0 +1,56 @@
+"""The words everyone shares: a message, a conversation, a preference pair."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+UNKNOWN_LANGUAGE = "und"  # ISO 639-2 code of an undetermined language
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Args:
+        role: `system`, `user`, `assistant` or `tool`.
+        content: the text, exactly as the model should read or write it.
+        tool_calls: calls that the assistant makes in this turn, in order.
+        name: the name of the speaker or the tool, where the data has one.
+        train: False keeps this turn out of the loss even if its role is trained; None leaves that to the role.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    name: str | None = None
+    train: bool | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages in order, with the tools offered, the language they are in and the source they come from."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    language: str = UNKNOWN_LANGUAGE
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "messages", tuple(self.messages))
+        object.__setattr__(self, "tools", tuple(self.tools or ()))
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt (messages up to and without the answer) with a better and a worse answer to it."""
+
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    language: str = UNKNOWN_LANGUAGE
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt))

@@ -1,0 +1,65 @@
+"""The cache: results in folders named by a hash of everything that decides them, complete or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+DONE = "done.json"  # written last: a folder without it is not trusted
+
+
+def cache_root() -> Path:
+    """`$NESSO_TUNE_CACHE`, or the platform's user cache folder."""
+    return Path(os.environ.get("NESSO_TUNE_CACHE") or user_cache_dir("nesso-tune"))
+
+
+def key_of(parts: Any) -> str:
+    """Hash of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
+    """The folder of a finished result and what was noted of it, or None."""
+    folder = cache_root() / kind / key
+    try:
+        return folder, json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def make(kind: str, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
+    """The folder of a result, built if it is not there; whoever asks at the same time waits and finds it.
+
+    Args:
+        kind: what sort of result.
+        key: hash of everything that decides it.
+        build: fills an empty folder and returns what is to be noted of it.
+
+    Returns:
+        The folder, the note, and whether it was there already.
+    """
+    root = cache_root() / kind
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{key}.lock"):
+        found = find(kind, key)
+        if found:
+            return *found, True
+        staging = root / f"{key}.partial"
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(root / key, ignore_errors=True)  # a folder without its note
+        staging.mkdir()
+        try:
+            note = build(staging)
+            (staging / DONE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+            staging.rename(root / key)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return root / key, note, False

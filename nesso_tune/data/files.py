@@ -1,0 +1,141 @@
+"""Reading rows from local files: JSON lines, JSON arrays and Parquet, with the place of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nesso_tune.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
+GLOB = frozenset("*?[")
+GZIP, ZIP, ZSTD = b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"
+Located = tuple[dict[str, Any], str]  # a row and where it stands (`file:line`)
+
+
+def is_local(path: str) -> bool:
+    """Whether a source's path means files here, not a data set on the hub."""
+    return Path(path).expanduser().exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
+
+
+def _looks_like_a_file(path: str) -> bool:
+    named = path.lower().endswith((*SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".zst", ".zip", ".yaml", ".arrow"))
+    return named or path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
+
+
+def expand(path: str) -> list[Path]:
+    """The files that a path, folder or glob means, in a fixed order.
+
+    Raises:
+        DataError: if there are none.
+    """
+    root = Path(path).expanduser()
+    if root.is_dir():
+        files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+        if not files:
+            raise DataError(path, "the folder holds no .jsonl, .json or .parquet file", "name the files, or a glob")
+        return files
+    if root.exists():
+        return [root]
+    if GLOB & set(path):
+        base = Path(root.anchor) if root.is_absolute() else Path()
+        files = sorted(p for p in base.glob(str(root.relative_to(root.anchor) if root.anchor else root)) if p.is_file())
+        if files:
+            return files
+        raise DataError(path, "matches no file", "check the pattern; it is relative to the working directory")
+    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in SUFFIXES)[:5] if root.parent.is_dir() else []
+    there = f"{root.parent} has {', '.join(near)}" if near else "check the path; it is relative to the working directory"
+    raise DataError(path, "no such file", there)
+
+
+def content_hash(files: list[Path]) -> str:
+    """SHA-256 over the bytes of all files in order. Neither names nor times count."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions") from None
+    return digest.hexdigest()
+
+
+def read_rows(file: Path) -> Iterator[Located]:
+    """Every row of a file.
+
+    Raises:
+        DataError: with file and line of what is not a row.
+    """
+    if file.suffix.lower() == ".parquet":
+        yield from _parquet(file)
+        return
+    with file.open("rb") as stream:
+        head = stream.read(4096)
+    if head.startswith((GZIP, ZIP, ZSTD)):
+        raise DataError(str(file), "is compressed", "unpack it first (gunzip, unzip, zstd -d)")
+    if not head.removeprefix(b"\xef\xbb\xbf").strip():
+        raise DataError(str(file), "is empty", "give a file with rows, or remove the source")
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from _array(file)
+    else:
+        yield from _lines(file)
+
+
+def _lines(file: Path) -> Iterator[Located]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            where = f"{file}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except UnicodeDecodeError:
+                raise DataError(where, "is not UTF-8 text", "convert the file, e.g. with iconv -t UTF-8") from None
+            except (ValueError, RecursionError) as error:
+                hint = "one whole JSON object per line; the file may be cut short, or not JSON at all"
+                raise DataError(where, f"is not JSON ({_reason(error)})", f"correct the line: {hint}") from None
+            yield _object(row, where), where
+
+
+def _array(file: Path) -> Iterator[Located]:
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(str(file), "is not UTF-8 text", "convert the file, e.g. with iconv -t UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno}", f"is not JSON ({error.msg})", "correct the file") from None
+    except RecursionError:
+        raise DataError(str(file), "is nested too deeply", "correct the file") from None
+    for i, row in enumerate(rows):
+        where = f"{file} row {i + 1}"
+        yield _object(row, where), where
+
+
+def _parquet(file: Path) -> Iterator[Located]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, f"{file} row {number}"
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(str(file), f"is not a Parquet file ({str(error).splitlines()[0]})", "check the file") from None
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(where, f"a row must be a JSON object, this is {type(row).__name__}", "write one object per line")
+    return row
+
+
+def _reason(error: Exception) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,0 +1,127 @@
+"""Data formats as small mappings: which column holds what, and what the data calls the roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from nesso_tune.errors import DataError, RecipeError
+from nesso_tune.recipes.complaints import complaints
+from nesso_tune.recipes.document import read_document
+from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.sections import Role, Section, Source
+from nesso_tune.recipes.shipped import shipped
+
+Row = Mapping[str, Any]
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+FIELDS = ("messages_field", "role_field", "content_field", "system_field", "prompt_field", "input_field",
+          "response_field", "chosen_field", "rejected_field")  # fmt: skip
+DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
+
+
+class DataFormat(Section):
+    """A mapping from columns to a conversation or a pair. Each `*_field` lists the names looked for, in order."""
+
+    kind: Literal["conversation", "instruction", "preference"]
+    messages_field: Names = ()
+    role_field: Names = ()
+    content_field: Names = ()
+    system_field: Names = ()
+    prompt_field: Names = ()
+    input_field: Names = ()
+    response_field: Names = ()
+    chosen_field: Names = ()
+    rejected_field: Names = ()
+    roles: dict[str, Role] = {}
+
+    def adapted(self, source: Source) -> DataFormat:
+        """This format with the columns and roles that a source names instead."""
+        named: dict[str, Any] = {f: (getattr(source, f),) for f in FIELDS if getattr(source, f) is not None}
+        if source.roles is not None:
+            named["roles"] = source.roles
+        return self.model_copy(update=named)
+
+    @property
+    def required(self) -> tuple[Names, ...]:
+        """The columns without which no row has this format."""
+        return {
+            "conversation": (self.messages_field,),
+            "instruction": (self.prompt_field, self.response_field),
+            "preference": (self.chosen_field, self.rejected_field),
+        }[self.kind]
+
+    def fits(self, row: Row) -> bool:
+        """Whether the row's columns look like this format."""
+        if not all(find(row, names) is not None for names in self.required):
+            return False
+        if self.kind == "conversation":
+            messages = row[find(row, self.messages_field) or ""]
+            if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
+                return False
+            return find(messages[0], self.role_field) is not None and find(messages[0], self.content_field) is not None
+        if self.kind == "instruction":
+            return all(isinstance(row[find(row, names) or ""], str) for names in self.required)
+        return True
+
+
+def find(row: Row, names: Sequence[str]) -> str | None:
+    """The first of `names` that the row has."""
+    return next((name for name in names if name in row), None)
+
+
+@cache
+def load_format(name: str) -> DataFormat:
+    """A shipped format by name, or a file of that kind.
+
+    Raises:
+        RecipeError: if there is none, or if the file is wrong.
+    """
+    folder = shipped("data_templates") / "formats"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        names = sorted(file.stem for file in folder.glob("*.yaml"))
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use auto, {', '.join(names)}, or the path of a mapping file"
+        raise RecipeError("format", f"there is no format `{name}`", remedy)
+    document = read_document(path)
+    try:
+        return DataFormat.model_validate(document.value)
+    except ValidationError as error:
+        raise RecipeError(complaints(error, document, DataFormat)) from None
+
+
+def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
+    """The format of a source: the named one, or the shipped one that most of its first rows fit.
+
+    Raises:
+        DataError: if the rows have not the columns of the named format, or fit none.
+    """
+    names = DETECTED if source.format == "auto" else (source.format,)
+    formats = [load_format(name).adapted(source) for name in names]
+    counted = [(sum(fmt.fits(row) for row in rows), -i) for i, fmt in enumerate(formats)]
+    best, position = max(counted)
+    if best:
+        return formats[-position]
+    columns = sorted({column for row in rows for column in row})
+    has = f"its columns are {', '.join(columns) or 'none'}"
+    if source.format == "auto":
+        raise DataError(
+            source.path, f"its format is not recognised ({has})",
+            "name the columns (messages_field, or prompt_field and response_field, …) or a format",
+        )  # fmt: skip
+    if all(find(row, names) for row in rows[:1] for names in formats[0].required):
+        inside = f"{'/'.join(formats[0].role_field)} and {'/'.join(formats[0].content_field)}"
+        raise DataError(
+            source.path, f"its rows have the columns of format {source.format}, but not messages with {inside}",
+            "set role_field and content_field to the keys of a message",
+        )  # fmt: skip
+    missing = next(n for n in formats[0].required if not any(find(row, n) for row in rows))
+    guess = closest(missing[0], columns)
+    raise DataError(
+        source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
+        f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
+    )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Reading rows from data sets on the hub, through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+from nesso_tune.data.files import Located
+from nesso_tune.errors import DataError, RunEnvironmentError
+from nesso_tune.recipes.sections import Source
+
+
+def hub_fingerprint(source: Source) -> str:
+    """Identifies the content of a hub data set at the revision that is in the local cache."""
+    return str(_load(source.path, source.subset, source.split, source.revision)._fingerprint)
+
+
+def hub_rows(source: Source) -> Iterator[Located]:
+    """Every row of a hub data set, with `id row N` as its place."""
+    rows = _load(source.path, source.subset, source.split, source.revision)
+    for number, row in enumerate(rows, 1):
+        yield dict(row), f"{source.path} row {number}"
+
+
+@lru_cache(maxsize=8)
+def _load(path: str, subset: str | None, split: str, revision: str | None) -> Any:
+    """The data set, fetched into the hub's cache unless it is there.
+
+    Raises:
+        DataError: if there is no such data set, subset or split.
+        RunEnvironmentError: if the hub cannot be reached.
+    """
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(path, name=subset, split=split, revision=revision)
+    except DatasetNotFoundError:
+        raise DataError(
+            path, "no such file here and no such data set on the hub", "check the name; private sets need HF_TOKEN"
+        ) from None
+    except ValueError as error:  # an unknown subset or split; the message lists those that exist
+        raise DataError(path, str(error).splitlines()[0], "correct subset or split") from None
+    except (ConnectionError, OSError) as error:
+        raise RunEnvironmentError(
+            path, f"is not here, and the hub cannot be reached ({type(error).__name__})",
+            "check the path, or run `nesso-tune prepare` where there is a network",
+        ) from None  # fmt: skip

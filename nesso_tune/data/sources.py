@@ -1,0 +1,43 @@
+"""A source of rows: files here or a data set on the hub, read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Any
+
+from nesso_tune.data.files import Located, content_hash, expand, is_local, read_rows
+from nesso_tune.data.formats import load_format
+from nesso_tune.data.hub import hub_fingerprint, hub_rows
+from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.sections import Source
+
+
+def source_rows(source: Source) -> Iterator[Located]:
+    """The rows of a source, at most `max_rows`."""
+    if is_here(source):
+        rows = chain.from_iterable(read_rows(file) for file in expand(source.path))
+    else:
+        rows = hub_rows(source)
+    return islice(rows, source.max_rows)
+
+
+def is_here(source: Source) -> bool:
+    """Whether the source is files here. What only the hub knows (subset, revision) is then an error.
+
+    Raises:
+        RecipeError: for such a key.
+    """
+    if not is_local(source.path):
+        return False
+    for knob in ("subset", "revision"):
+        if getattr(source, knob) is not None:
+            raise RecipeError(f"data.sources {source.path}", f"`{knob}` has no effect on local files", "remove it")
+    return True
+
+
+def content_of(source: Source) -> list[Any]:
+    """What decides the rows of a source: its content, how it is read, and the mapping file it names."""
+    fmt = None if source.format == "auto" else load_format(source.format).model_dump(mode="json")
+    content = content_hash(expand(source.path)) if is_here(source) else hub_fingerprint(source)
+    return [source.model_dump(mode="json", exclude={"weight", "private"}), fmt, content]

@@ -1,0 +1,77 @@
+"""What can go wrong, said in one form: *where: what is wrong; what to do*.
+
+Every error a user can cause is a `NessoError`. Its class fixes the exit code of the command line; its problems
+carry the place, the fault and the remedy, so that many mistakes can be reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake: the place (`recipes/sft.yaml:12`), the fault, and the remedy."""
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.remedy}"
+
+
+class NessoError(Exception):
+    """Base of all errors that a user can cause and mend. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
+        """Takes either one problem as three texts, or the problems themselves."""
+        self.problems: tuple[Problem, ...] = (
+            (Problem(where, what, remedy),) if isinstance(where, str) else tuple(where)
+        )
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class RecipeError(NessoError):
+    """The recipe is wrong, contradicts itself, or differs from the run it should continue."""
+
+    exit_code = 2
+
+
+class DataError(NessoError):
+    """A data file cannot be read, or nothing usable is in it."""
+
+    exit_code = 3
+
+
+class ModelError(NessoError):
+    """The base model or its tokenizer is missing, damaged, or does not fit."""
+
+    exit_code = 4
+
+
+class RunEnvironmentError(NessoError):
+    """Disk, devices, network, a locked or foreign output folder, no usable checkpoint."""
+
+    exit_code = 5
+
+
+class NumericalError(NessoError):
+    """NaN or infinity in the loss or the gradients, or a reference that is not the policy it starts from."""
+
+    exit_code = 6
+
+
+class GateRefused(NessoError):
+    """The model was measured and did not pass its gate."""
+
+    exit_code = 7
+
+
+class Preempted(NessoError):
+    """The run was asked to stop; a checkpoint is saved and the same command continues it."""
+
+    exit_code = 75

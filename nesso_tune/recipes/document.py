@@ -1,0 +1,151 @@
+"""Reading a YAML file with the line of every key.
+
+YAML 1.2 through ruamel: `1e-3` is a number, `no` is a word, and a key given twice is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from nesso_tune.errors import Problem, RecipeError
+
+KeyPath = tuple[str | int, ...]
+MAX_NODES = 20_000  # far above any recipe; a nest of aliases that grows beyond it is refused
+MAX_BYTES = 2_000_000
+
+
+@dataclass
+class Document:
+    """A YAML file as plain data.
+
+    Attributes:
+        name: what errors call the file.
+        value: nested dicts, lists and scalars.
+        lines: the 1-based line of every key and list item, by path from the root.
+        problems: keys given twice and the like, already in their final wording.
+    """
+
+    name: str
+    value: Any
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    def where(self, path: KeyPath) -> str:
+        """`file:line` of a key, or of the nearest key above it that the file has."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.lines:
+                line = self.lines[path[:end]]
+                return f"{self.name}:{line}" if line else OVERRIDE
+        return f"{self.name}:1"
+
+
+OVERRIDE = "--set"  # where a value given on the command line stands; its line is 0
+
+
+def read_document(path: Path) -> Document:
+    """Reads a YAML file of plain data.
+
+    Raises:
+        RecipeError: if the file is missing, not text, or not YAML.
+    """
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise RecipeError(str(path), "no such file", "check the path") from None
+    except OSError as error:
+        raise RecipeError(str(path), f"cannot be read ({error.strerror})", "name a readable YAML file") from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError(str(path), f"{len(raw):,} bytes are too many for a recipe", "name the YAML file") from None
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}", "is not UTF-8 text", "save the file as UTF-8") from None
+    return parse_document(text, str(path))
+
+
+def parse_document(text: str, name: str) -> Document:
+    """Parses YAML text; see `read_document`."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        root = yaml.compose(text)
+        document = Document(name, None)
+        if root is not None:
+            document.value = _Builder(document, yaml).build(root, ())
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{name}{line}", *_explain(error, text)) from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(name, f"is not YAML ({str(error).splitlines()[0]})", "correct the file") from None
+    return document
+
+
+def _explain(error: MarkedYAMLError, text: str) -> tuple[str, str]:
+    problem = (error.problem or "syntax error").strip()
+    mark = error.problem_mark
+    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+    if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in problem:
+        return "a tab is used for indentation", "indent with spaces"
+    if "mapping values are not allowed" in problem:
+        return "a second `: ` in one line, or wrong indentation", "quote the text, or indent the line like its neighbours"
+    if "could not find expected ':'" in problem:
+        return "a key without a colon", "write `key: value`"
+    return f"not YAML: {problem}", "correct the line"
+
+
+class _Builder:
+    """Turns YAML nodes into plain data and notes where each key stands."""
+
+    def __init__(self, document: Document, yaml: YAML) -> None:
+        self.document = document
+        self.yaml = yaml
+        self.nodes = 0
+
+    def build(self, node: Node, path: KeyPath) -> Any:
+        self.nodes += 1
+        if self.nodes > MAX_NODES or len(path) > 50:
+            raise RecipeError(self.document.name, "is too large or nested too deeply", "remove the nested aliases")
+        self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode):
+            return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
+        return self._scalar(node)
+
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node) if isinstance(key_node, ScalarNode) else None
+            line = key_node.start_mark.line + 1
+            where = f"{self.document.name}:{line}"
+            if not isinstance(key, Hashable) or key is None or key == "<<":
+                raise RecipeError(where, "this key cannot be used", "write plain text keys")
+            key = key if isinstance(key, str) else str(key_node.value)
+            here = (*path, key)
+            if key in out:
+                first = self.document.lines[here]
+                self.document.problems.append(
+                    Problem(where, f"`{'.'.join(map(str, here))}` is given twice (first in line {first})", "keep one")
+                )
+                continue
+            self.document.lines[here] = line
+            out[key] = self.build(value_node, here)
+        return out
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        kind = str(node.tag).rsplit(":", 1)[-1]
+        if kind not in ("int", "float", "bool", "null"):
+            return node.value  # text, and what YAML would turn into dates or binary data
+        value = self.yaml.constructor.construct_object(node)
+        if isinstance(value, float) and not math.isfinite(value):
+            return node.value
+        return value

@@ -1,0 +1,139 @@
+"""Knobs that would do nothing and knobs that contradict each other: both are mistakes.
+
+The rules read the recipe as plain nested data, so that they speak even when other keys are wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Path = tuple[str | int, ...]
+Raw = Mapping[str, Any]
+
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
+INSTRUCTION_FIELDS = ("input_field", "response_field")
+PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One inert or contradictory knob: where it stands, why it is wrong, and the remedy."""
+
+    path: Path
+    what: str
+    remedy: str
+
+
+def lint(raw: Raw) -> list[Finding]:
+    """All findings of all rules. A key counts as set when it is there and not null."""
+    return [finding for rule in RULES for finding in rule(raw)]
+
+
+def _get(raw: Any, *path: str | int) -> Any:
+    for part in path:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+def _one_of(raw: Raw, section: Path, names: tuple[str, ...], remedy: str) -> Iterator[Finding]:
+    there = [name for name in names if _get(raw, *section, name) is not None]
+    if len(there) > 1:
+        first, *others = there
+        for other in others:
+            yield Finding((*section, other), f"contradicts {'.'.join(map(str, (*section, first)))}", remedy)
+
+
+def _schedule(raw: Raw) -> Iterator[Finding]:
+    here: Path = ("train", "schedule")
+    if _get(raw, *here, "type") == "constant":
+        for knob in ("constant_ratio", "min_ratio"):
+            if _get(raw, *here, knob) is not None:
+                yield Finding((*here, knob), "has no effect under type: constant", "remove it, or set type: cosine")
+    yield from _one_of(raw, here, ("warmup_ratio", "warmup_steps"), "keep one of the two")
+    warmup, end = _get(raw, *here, "warmup_ratio"), _get(raw, *here, "constant_ratio")
+    if isinstance(warmup, (int, float)) and isinstance(end, (int, float)) and warmup >= end > 0:
+        yield Finding(
+            (*here, "warmup_ratio"),
+            f"warms up to {warmup:g} of the run, but the decay should end at {end:g} (constant_ratio)",
+            "make it smaller than constant_ratio",
+        )
+
+
+def _length(raw: Raw) -> Iterator[Finding]:
+    yield from _one_of(raw, ("train",), ("max_steps", "num_epochs"), "set one and null the other")
+    yield from _one_of(
+        raw, ("train",), ("global_batch_size", "gradient_accumulation_steps"), "set one and null the other"
+    )
+
+
+def _validation(raw: Raw) -> Iterator[Finding]:
+    if _get(raw, "data", "validation_sources") and _get(raw, "data", "validation_size") not in (None, 0, 0.01):
+        yield Finding(
+            ("data", "validation_size"),
+            "has no effect beside data.validation_sources",
+            "keep one of the two",
+        )
+
+
+def _model(raw: Raw) -> Iterator[Finding]:
+    if _get(raw, "model", "random_init") is True:
+        if _get(raw, "model", "adapter") is not None:
+            yield Finding(
+                ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
+            )
+        if _get(raw, "model", "revision") is not None:
+            yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
+
+
+def _dpo(raw: Raw) -> Iterator[Finding]:
+    losses = _get(raw, "dpo", "loss")
+    names = set(losses) if isinstance(losses, Mapping) else {"sigmoid"}
+    smoothing = _get(raw, "dpo", "label_smoothing")
+    if smoothing and not names & set(SMOOTHED_LOSSES):
+        yield Finding(
+            ("dpo", "label_smoothing"),
+            f"has no effect on the loss {', '.join(sorted(names))}",
+            f"remove it, or use one of {', '.join(SMOOTHED_LOSSES)}",
+        )
+    if "exo_pair" in names and not smoothing:
+        yield Finding(("dpo", "loss"), "exo_pair needs label_smoothing above 0", "set dpo.label_smoothing: 0.001")
+    if _get(raw, "dpo", "ld_alpha") == 1:
+        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
+
+
+def _sources(raw: Raw) -> Iterator[Finding]:
+    for section in ("sources", "validation_sources"):
+        sources = _get(raw, "data", section)
+        for i in range(len(sources) if isinstance(sources, list) else 0):
+            yield from _source(sources[i], ("data", section, i))
+
+
+def _source(source: Any, here: Path) -> Iterator[Finding]:
+    unused: dict[str, tuple[str, ...]] = {
+        "messages": (*INSTRUCTION_FIELDS, *PREFERENCE_FIELDS, "prompt_field"),
+        "sharegpt": (*INSTRUCTION_FIELDS, *PREFERENCE_FIELDS, "prompt_field"),
+        "alpaca": (*MESSAGE_FIELDS, *PREFERENCE_FIELDS),
+        "preference": INSTRUCTION_FIELDS,
+    }
+    style = _get(source, "format")
+    for knob in unused.get(style, ()) if isinstance(style, str) else ():
+        if _get(source, knob) is not None:
+            yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
+    if _get(source, "min_score") is not None and _get(source, "score_field") is None:
+        yield Finding((*here, "min_score"), "needs score_field", "name the column that holds the score")
+    if _get(source, "score_field") is not None and _get(source, "min_score") is None:
+        yield Finding((*here, "score_field"), "has no effect without min_score", "set min_score, or remove it")
+    language = _get(source, "language")
+    if language not in (None, "auto") and _get(source, "language_field") is not None:
+        yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
+    if language == "auto":
+        yield Finding((*here, "language"), "detection is not built yet", "name the code, or a language_field")
+
+
+RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_schedule, _length, _validation, _model, _dpo, _sources)

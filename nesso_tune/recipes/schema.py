@@ -1,0 +1,203 @@
+"""The recipe: one validated file, one run."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from ruamel.yaml import YAML
+
+from nesso_tune.recipes.lint import lint
+from nesso_tune.recipes.sections import ChatSection, DPOData, ModelSection, NonEmpty, Section, SFTData
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Steps = Annotated[int, Field(ge=1)]
+Interval = Steps | Share  # steps, or a share of the run
+Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
+LossName = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+class Schedule(Section):
+    """How the learning rate moves: warm-up from 0, decay to `min_ratio`, then constant."""
+
+    type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay."""
+    warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """Share of all steps that warm up (default 0.03)."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps that warm up, instead of a share."""
+    constant_ratio: float | None = Field(default=None, gt=0, le=1)
+    """The decay ends at this share of all steps and stays constant for the rest (default 1.0: it ends with the run)."""
+    min_ratio: float | None = Field(default=None, ge=0, le=1)
+    """What the decay ends at, as a share of the peak (default 0.0)."""
+
+
+class TrainSection(Section):
+    """The optimisation."""
+
+    num_epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data (default 3 for SFT, 2 for DPO)."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps, instead of passes over the data."""
+    micro_batch_size: int = Field(default=1, ge=1)
+    """Rows (packed rows in SFT, pairs in DPO) that one device computes at a time."""
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    """Micro batches per optimizer step on each device (default 1)."""
+    global_batch_size: int | None = Field(default=None, ge=1)
+    """Rows per optimizer step over all devices; accumulation then follows from the number of devices."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak learning rate; auto takes one by method and model size, and the plan shows it."""
+    optimizer: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
+    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with one fused kernel or without."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of the update."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; norms and biases have none."""
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm; null never clips."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass to save memory; auto turns it on when a GPU is used."""
+    schedule: Schedule = Schedule()
+    """Learning-rate schedule."""
+
+
+class DPOSection(Section):
+    """Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290)."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the policy is held to the reference."""
+    loss: Annotated[dict[LossName, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"sigmoid": 1.0}
+    """Weights by loss name; several are added up, e.g. {sigmoid: 1.0, sft: 0.2}."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    """Assumed share of flipped labels; used by robust, exo_pair, aot and aot_unpaired."""
+    ld_alpha: float | None = Field(default=None, ge=0, le=1)
+    """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); null weighs all alike."""
+    reference: Literal["initial"] = "initial"
+    """The frozen reference: the weights that the run starts from."""
+
+
+class DistributedSection(Section):
+    """How several processes share the work."""
+
+    fsdp: Literal["auto", "full_shard", "none"] = "auto"
+    """full_shard spreads weights, gradients and optimizer over all processes (FSDP2); auto does so when there are several."""
+    state_dict: Literal["full"] = "full"
+    """How checkpoints are written: full gathers the state into files that any number of processes reads."""
+    timeout_s: int = Field(default=1800, ge=1)
+    """Seconds after which a collective operation that does not finish ends the run."""
+
+
+class CheckpointSection(Section):
+    """Checkpoints to resume from."""
+
+    every_steps: Interval = 0.25
+    """Interval: steps, or a share of the run."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class EvaluationSection(Section):
+    """Loss on the validation rows, and answers to some of their prompts. Always at the end too."""
+
+    every_steps: Interval = 0.1
+    """Interval: steps, or a share of the run."""
+    samples: int = Field(default=8, ge=0)
+    """Validation prompts that are answered greedily, balanced over languages: stop rate and exact matches."""
+    train_samples: int = Field(default=0, ge=0)
+    """Training prompts that are answered at the end of the run, to see what was memorised."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer in tokens; a longer one counts as not stopped."""
+
+
+class LoggingSection(Section):
+    """What is written while training."""
+
+    every_steps: Interval = 10
+    """Interval of lines in metrics.jsonl: steps, or a share of the run."""
+    report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+    """Experiment trackers that get the same numbers."""
+
+
+class BaseRecipe(Section):
+    """What both methods share."""
+
+    output_dir: NonEmpty
+    """The run directory: all that a run leaves."""
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seed of everything random."""
+    model: ModelSection
+    """The base model."""
+    chat: ChatSection = ChatSection()
+    """The chat template and its tokens."""
+    train: TrainSection = TrainSection()
+    """The optimisation."""
+    distributed: DistributedSection = DistributedSection()
+    """How several processes share the work."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    """Checkpoints."""
+    evaluation: EvaluationSection | None = EvaluationSection()
+    """Evaluation while training; null turns it off."""
+    logging: LoggingSection = LoggingSection()
+    """Logging."""
+
+    @model_validator(mode="after")
+    def _no_inert_or_contradictory_knobs(self) -> BaseRecipe:
+        findings = lint(self.model_dump(mode="json", exclude_unset=True))
+        if findings:
+            raise ValueError("\n".join(f"{'.'.join(map(str, f.path))}: {f.what}; {f.remedy}" for f in findings))
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults filled in, as YAML that loads again."""
+        out = StringIO()
+        yaml = YAML()
+        yaml.width = 120
+        yaml.dump(self.model_dump(mode="json"), out)
+        return out.getvalue()
+
+    @property
+    def num_epochs(self) -> float | None:
+        """Passes over the data, or None where `train.max_steps` decides."""
+        if self.train.max_steps is not None:
+            return None
+        return self.train.num_epochs or DEFAULT_EPOCHS[self.method]  # type: ignore[attr-defined]
+
+
+DEFAULT_EPOCHS = {"sft": 3.0, "dpo": 2.0}
+
+
+class SFTRecipe(BaseRecipe):
+    """Supervised fine-tuning on conversations."""
+
+    method: Literal["sft"] = "sft"
+    """The training method."""
+    data: SFTData
+    """The conversations."""
+
+
+class DPORecipe(BaseRecipe):
+    """Preference training on pairs of answers."""
+
+    method: Literal["dpo"] = "dpo"
+    """The training method."""
+    data: DPOData
+    """The preference pairs."""
+    dpo: DPOSection = DPOSection()
+    """The preference loss."""
+
+
+Recipe = SFTRecipe | DPORecipe
+RECIPES: dict[str, type[SFTRecipe] | type[DPORecipe]] = {"sft": SFTRecipe, "dpo": DPORecipe}
+
+
+def dump(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, defaults filled in: what is hashed, compared and recorded."""
+    return recipe.model_dump(mode="json")

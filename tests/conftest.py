@@ -1,0 +1,56 @@
+"""Real small things that tests share: the quickstart base, data files, an own cache, no network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Every test has a cache of its own."""
+    monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def base() -> str:
+    """The quickstart's base: config.json and a tokenizer with reserved slots and a BOS that it adds by itself."""
+    return str(ROOT / "recipes" / "quickstart" / "base")
+
+
+@pytest.fixture
+def write_rows(tmp_path):
+    """Writes rows as JSON lines; returns the path."""
+
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def chats():
+    """Ten short bilingual conversations."""
+    facts = [
+        ("it", "Qual è la capitale d'Italia?", "La capitale d'Italia è Roma."),
+        ("it", "Di che colore è il cielo?", "Il cielo è azzurro."),
+        ("it", "Quanto fa due più due?", "Due più due fa quattro."),
+        ("it", "Come ti chiami?", "Mi chiamo Nesso."),
+        ("it", "Chi ha dipinto la Gioconda?", "La Gioconda è di Leonardo da Vinci."),
+        ("en", "What is the capital of Italy?", "The capital of Italy is Rome."),
+        ("en", "What colour is the sky?", "The sky is blue."),
+        ("en", "What is two plus two?", "Two plus two is four."),
+        ("en", "What is your name?", "My name is Nesso."),
+        ("en", "Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."),
+    ]
+    return [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}], "language": code}
+        for code, q, a in facts
+    ]

@@ -1,0 +1,99 @@
+"""The house: imports point down, files stay small, light modules stay light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "nesso_tune"
+LAYERS = [
+    ("errors", "conversation"),
+    ("recipes",),
+    ("chat",),
+    ("data",),
+    ("model",),
+    ("training",),
+    ("publish", "launch"),
+    ("cli",),
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+HEAVY = ("torch", "transformers", "trl", "datasets", "accelerate", "peft")
+
+
+def imported(tree):
+    """(module, line, whether inside a function) of every import."""
+    inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            yield name, node.lineno, id(node) in inside
+
+
+def layer_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    own = layer_of(path)
+    if own in ("__init__", "__main__"):
+        return
+    for name, line, deferred in imported(ast.parse(path.read_text())):
+        if not name.startswith("nesso_tune"):
+            continue
+        other = (name.split(".") + [""])[1]
+        assert LEVEL[other] <= LEVEL[own], f"{path.name}:{line} imports {name} from a layer above"
+        if LEVEL[other] == LEVEL[own]:
+            assert other == own, f"{path.name}:{line}: {own} and {other} are side by side and do not know each other"
+        assert not deferred or own == "cli", f"{path.name}:{line} hides an import of {name} in a function"
+
+
+def test_no_cycles_between_modules():
+    graph = {}
+    for path in MODULES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        names = [n for n, _, deferred in imported(ast.parse(path.read_text())) if not deferred]
+        graph[module] = {n for n in names if n.startswith("nesso_tune.") and n != module}
+    graph["nesso_tune"] = set()  # its imports are for type checkers only
+
+    def visit(module, trail):
+        assert module not in trail, " -> ".join([*trail, module])
+        for other in graph.get(module, ()):
+            visit(other, [*trail, module])
+
+    for module in graph:
+        visit(module, [])
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 330
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name} is too long"
+
+
+@pytest.mark.parametrize("layer", ["recipes", "chat", "data"])
+def test_light_layers_never_import_torch(layer):
+    for path in (PACKAGE / layer).rglob("*.py"):
+        for name, line, deferred in imported(ast.parse(path.read_text())):
+            root = name.split(".")[0]
+            typing_only = "TYPE_CHECKING" in path.read_text() and root == "transformers"
+            assert root != "torch", f"{path.name}:{line}"
+            assert root not in HEAVY or deferred or typing_only, f"{path.name}:{line} imports {name} at once"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["check", "recipes/sft.yaml"], ["check", "recipes/sft.yaml", "--json"]])
+def test_help_and_check_load_nothing_heavy(arguments):
+    code = (
+        "import sys\nfrom nesso_tune.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        f"print('LOADED', [m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert "LOADED []" in done.stdout
