@@ -26,7 +26,7 @@ _HOME = {
     "lr_multiplier": "nesso_tune.recipes.schedule",
     "make_plan": "nesso_tune.recipes.plan",
     "prepare_data": "nesso_tune.data.prepare",
-    "train": "nesso_tune.training.run",
+    "train": "nesso_tune.run",
 }
 
 __all__ = sorted(_HOME)
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from nesso_tune.recipes.plan import make_plan
     from nesso_tune.recipes.schedule import lr_multiplier
     from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
-    from nesso_tune.training.run import train
+    from nesso_tune.run import train
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ LAYERS = [
     ("data",),
     ("model",),
     ("training",),
-    ("publish", "launch"),
+    ("publish",),
+    ("run",),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -41,12 +42,18 @@ class Encoded:
         """Ids where learned, -100 elsewhere; unshifted."""
         return [token if yes else IGNORED for token, yes in zip(self.ids, self.trained, strict=True)]
 
-    def cut_to(self, length: int) -> Encoded | None:
-        """The document cut after the last learned turn that ends within `length`, or None if there is none."""
+    def cut_to(self, length: int, learn_end: bool = False) -> Encoded | None:
+        """The document cut after the last learned turn that ends within `length`, or None if there is none.
+
+        Args:
+            length: tokens it may have.
+            learn_end: whether its new last token, an end token, is learned even if it was not before.
+        """
         starts = [0, *self.turn_ends]
         for start, end in reversed(list(zip(starts, self.turn_ends, strict=False))):
             if end <= length and any(self.trained[start:end]):
-                return Encoded(self.ids[:end], self.trained[:end], [e for e in self.turn_ends if e <= end])
+                trained = [*self.trained[: end - 1], self.trained[end - 1] or learn_end]
+                return Encoded(self.ids[:end], trained, [e for e in self.turn_ends if e <= end])
         return None
 
 
@@ -78,6 +85,9 @@ class ChatEncoder:
         if bos_id is not None:
             self._control[BOS] = bos_id
         self._fixed: dict[str, list[int]] = {}
+        special = {i: str(token) for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special = frozenset(special)
+        self._special_texts = re.compile("|".join(re.escape(text) for text in special.values()) or "(?!)")
 
     def conversations(
         self,
@@ -118,6 +128,8 @@ class ChatEncoder:
             for segment in document:
                 if segment.kind == "content":
                     ids = next(encodings).ids
+                    if not self._special.isdisjoint(ids):
+                        ids = self._apart(segment.text)
                 elif segment.kind == "control":
                     ids = [self._control[segment.text]]
                 else:
@@ -128,6 +140,12 @@ class ChatEncoder:
                     encoded.turn_ends.append(len(encoded.ids))
             out.append(encoded)
         return out
+
+    def _apart(self, text: str) -> list[int]:
+        """Ids of a text that spells special tokens which the vocabulary has as words too: cut so that none can form."""
+        cuts = [match.start() + 1 for match in self._special_texts.finditer(text)]
+        pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        return [i for e in self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]
 
     def _fixed_ids(self, text: str) -> list[int]:
         if text not in self._fixed:

@@ -35,7 +35,7 @@ class ChatTemplate(Section):
     """What closes a turn: the token that the model must learn to end with."""
     separator: str = ""
     """What follows the end of every turn; never learned."""
-    control_tokens: Annotated[dict[str, str], Field(min_length=1)]
+    control_tokens: Annotated[dict[NonEmpty, NonEmpty], Field(min_length=1)]
     """Control tokens, each with words from whose embeddings a new one starts."""
     eos_token: NonEmpty
     """The token that ends a generation."""
@@ -72,6 +72,8 @@ def load_template(name: str) -> ChatTemplate:
         template = ChatTemplate.model_validate(document.value)
     except ValidationError as error:
         raise RecipeError(complaints(error, document, ChatTemplate)) from None
+    if template.header.count("{role}") > 1:
+        raise RecipeError(document.where(("header",)), "`header` holds {role} more than once", "keep one")
     for key in ("eos_token", "end"):
         if getattr(template, key) not in template.control_tokens:
             raise RecipeError(
@@ -93,7 +95,7 @@ def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None) -> st
     """
 
     def quoted(text: str) -> str:
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
         return f"'{escaped}'"
 
     before, after = template.header.split("{role}")

@@ -101,6 +101,8 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
     tokenizer, config = _read_files(folder, where)
     own = config.pop(CHAT_KEY, None)
     template = _own_or_named(own, chat, where)
+    if chat.default_system == {}:
+        raise RecipeError("chat.default_system", "names no language", "write {it: …}, or null for none")
     default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
     if chat.eos_token not in (None, template.eos_token):
         raise RecipeError(
@@ -113,7 +115,7 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
     placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
     emit_nothing_around(tokenizer)
     text = json.dumps(tokenizer, ensure_ascii=False)
-    ready = Tokenizer.from_str(text)
+    ready = _parsed(text, where)
     pad = chat.pad_token or template.pad_token
     if ready.token_to_id(pad) is None:
         raise RecipeError("chat.pad_token", f"{pad} is not in the vocabulary", "name a token that the tokenizer has")
@@ -122,7 +124,7 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
         raise ModelError(where, "the template begins with BOS, but the tokenizer has none", "use another chat.template")
     files = {
         "tokenizer.json": text,
-        "tokenizer_config.json": _config_text(config, template, pad, default_system, folder),
+        "tokenizer_config.json": _config_text(config, template, pad, default_system),
         "chat_template.jinja": to_jinja(template, default_system),
     }
     return ChatTokenizer(
@@ -140,21 +142,41 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
 
 
 def _read_files(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    file, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    """The content of tokenizer.json, and bos, eos, context length and own template from the files beside it."""
     try:
-        if file.is_file():
-            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            return json.loads(file.read_text(encoding="utf-8")), _with_special_map(folder, settings)
-        return _converted(folder, where)
+        if not (folder / "tokenizer.json").is_file():
+            return _converted(folder, where)
+        tokenizer = _json(folder / "tokenizer.json")
+        if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
+            raise ValueError("tokenizer.json holds no vocabulary")
+        older = _json(folder / "special_tokens_map.json")  # where older models keep bos and eos
+        config = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
+        config |= _json(folder / "tokenizer_config.json")
+        context = config.get("model_max_length")
+        if not isinstance(context, int) or context > 10**9:
+            config["model_max_length"] = _json(folder / "config.json").get("max_position_embeddings")
+        return tokenizer, config
     except (OSError, ValueError) as error:
         raise ModelError(where, f"its tokenizer cannot be read ({error})", "fetch the model again") from None
 
 
-def _with_special_map(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Older models keep bos and eos in special_tokens_map.json."""
-    file = folder / "special_tokens_map.json"
-    older = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return {key: older[key] for key in ("bos_token", "eos_token") if key in older} | settings
+def _json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; an empty one if there is no such file."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return content
+
+
+def _has_vocabulary(model: Any) -> bool:
+    return isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
+
+
+def _parsed(text: str, where: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(where, f"its tokenizer.json is damaged ({error})", "fetch the model again") from None
 
 
 def _converted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,11 +187,7 @@ def _converted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]
         loaded = AutoTokenizer.from_pretrained(folder)
         with TemporaryDirectory() as converted:
             loaded.save_pretrained(converted)
-            out = Path(converted)
-            return (
-                json.loads((out / "tokenizer.json").read_text(encoding="utf-8")),
-                json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8")),
-            )
+            return _json(Path(converted) / "tokenizer.json"), _json(Path(converted) / "tokenizer_config.json")
     except Exception:  # transformers raises whatever its parsers raise
         raise ModelError(
             where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
@@ -180,7 +198,11 @@ def _own_or_named(own: dict[str, Any] | None, chat: ChatSection, where: str) -> 
     """The template a base brings along, unless the recipe names another one: that would unlearn the first."""
     if own is None:
         return load_template(chat.template or "chatml")
-    template = ChatTemplate.model_validate(own["template"])
+    try:
+        template = ChatTemplate.model_validate(own["template"])
+    except (ValueError, KeyError, TypeError):
+        what = f"`{CHAT_KEY}` in its tokenizer_config.json is damaged"
+        raise ModelError(where, what, "make the model again") from None
     if chat.template is not None and load_template(chat.template) != template:
         raise RecipeError(
             "chat.template", f"{chat.template} is not the template that {where} was trained with",
@@ -193,19 +215,13 @@ def _token_name(entry: Any) -> str | None:
     return entry.get("content") if isinstance(entry, dict) else entry
 
 
-def _config_text(
-    config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem, folder: Path
-) -> str:
-    context = config.get("model_max_length")
-    shape = folder / "config.json"
-    if not isinstance(context, int) or context > 10**9:
-        context = json.loads(shape.read_text()).get("max_position_embeddings") if shape.is_file() else None
+def _config_text(config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem) -> str:
     kept = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
         "bos_token": _token_name(config.get("bos_token")),
         "eos_token": template.eos_token,
         "pad_token": pad,
-        "model_max_length": context,
+        "model_max_length": config.get("model_max_length"),
         "clean_up_tokenization_spaces": False,
         CHAT_KEY: {"template": template.model_dump(), "default_system": default_system},
     }

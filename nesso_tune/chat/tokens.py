@@ -13,6 +13,11 @@ from typing import Any, Literal
 from nesso_tune.errors import ModelError
 
 NewTokens = Literal["auto", "reserved", "resize"]
+NO_LEADING_SPACE: dict[str, dict[str, Any]] = {
+    "Metaspace": {"add_prefix_space": False, "prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+    "Strip": {"start": 0},
+}
 RESERVED = re.compile(r"^<?[<\[|]*(?:reserved|unused|extra)[a-z_]*?[_-]?(\d+)[|\]>]*$", re.IGNORECASE)
 
 
@@ -33,7 +38,7 @@ def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewT
     known = {entry["content"]: entry for entry in tokenizer["added_tokens"]}
     for token in wanted:
         if token in known:
-            known[token]["special"] = True
+            known[token].update(_special(known[token]["id"], token))  # some swallow the blanks around them
     in_vocabulary = _vocabulary(tokenizer)
     missing = [token for token in wanted if token not in known]
     renamed, added = {}, {}
@@ -57,11 +62,28 @@ def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewT
 
 
 def emit_nothing_around(tokenizer: dict[str, Any]) -> None:
-    """Removes what the tokenizer adds around every text (BOS, EOS): the template alone decides what is emitted."""
+    """Removes what the tokenizer adds around every text (BOS, EOS, a leading space) and its own truncation.
+
+    The template alone decides what is emitted, and a text has the same ids wherever it stands in a conversation.
+    """
+    tokenizer["truncation"] = tokenizer["padding"] = None
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        tokenizer[part] = _without_leading_space(tokenizer.get(part))
     processor = tokenizer.get("post_processor")
     steps = processor.get("processors", []) if processor and processor["type"] == "Sequence" else [processor]
     kept = [step for step in steps if step and step["type"] == "ByteLevel"]
     tokenizer["post_processor"] = kept[0] if kept else None
+
+
+def _without_leading_space(part: Any) -> Any:
+    """A normalizer, pre-tokenizer or decoder that neither puts a space before a text nor takes it away."""
+    if not part or part["type"] == "Prepend":
+        return None
+    part = {**part, **{key: off for key, off in NO_LEADING_SPACE.get(part["type"], {}).items() if key in part}}
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in part:
+            part[key] = [kept for inner in part[key] if (kept := _without_leading_space(inner))]
+    return part
 
 
 def size_of(tokenizer: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ import typer
 
 from nesso_tune.cli.check import check
 from nesso_tune.cli.prepare import prepare
+from nesso_tune.cli.train import train
 
 from nesso_tune.errors import NessoError, Preempted, RunEnvironmentError
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (check, prepare):
+for verb in (check, prepare, train):
     app.command()(verb)
 
 

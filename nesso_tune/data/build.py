@@ -120,7 +120,7 @@ def _check_score(row: dict[str, Any], source: Source, where: str) -> None:
     score = row.get(source.score_field)
     if isinstance(score, bool) or not isinstance(score, (int, float)):
         raise DataError(where, f"`{source.score_field}` is no number", "correct it, or remove min_score")
-    if score < source.min_score:
+    if not score >= source.min_score:  # NaN is below too
         raise Unusable("below_min_score")
 
 
@@ -147,7 +147,9 @@ def _fitted(
     if recipe.data.too_long == "error":
         raise DataError(where, f"has {length:,} tokens, more than data.sequence_len {limit:,}",
                         "raise sequence_len, or set data.too_long: drop")  # fmt: skip
-    cut = entry.cut_to(limit) if recipe.data.too_long == "truncate" and isinstance(entry, Encoded) else None
+    cut = None
+    if isinstance(recipe, SFTRecipe) and isinstance(entry, Encoded) and recipe.data.too_long == "truncate":
+        cut = entry.cut_to(limit, learn_end=recipe.data.train_on_eos == "last")
     if cut is None:
         dropped["too_long"] += 1
     return cut

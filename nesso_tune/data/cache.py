@@ -7,12 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
+Opened = TypeVar("Opened")
 DONE = "done.json"  # written last: a folder without it is not trusted
 
 
@@ -26,6 +28,10 @@ def key_of(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
+class Damaged(Exception):
+    """A finished result whose files do not fit together."""
+
+
 def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
     """The folder of a finished result and what was noted of it, or None."""
     folder = cache_root() / kind / key
@@ -35,26 +41,30 @@ def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
         return None
 
 
-def make(kind: str, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any], bool]:
-    """The folder of a result, built if it is not there; whoever asks at the same time waits and finds it.
+def make(
+    kind: str, key: str, build: Callable[[Path], dict[str, Any]], opened: Callable[[Path, dict[str, Any]], Opened]
+) -> tuple[Opened, dict[str, Any], bool]:
+    """A result, built if it is not there or damaged; whoever asks at the same time waits and finds it.
 
     Args:
         kind: what sort of result.
         key: hash of everything that decides it.
         build: fills an empty folder and returns what is to be noted of it.
+        opened: reads the result from its folder and its note; raises `Damaged` if they do not fit together.
 
     Returns:
-        The folder, the note, and whether it was there already.
+        The result, the note, and whether it was there already.
     """
     root = cache_root() / kind
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{key}.lock"):
         found = find(kind, key)
         if found:
-            return *found, True
+            with suppress(Damaged):
+                return opened(*found), found[1], True
         staging = root / f"{key}.partial"
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(root / key, ignore_errors=True)  # a folder without its note
+        shutil.rmtree(root / key, ignore_errors=True)  # a folder without its note, or damaged
         staging.mkdir()
         try:
             note = build(staging)
@@ -62,4 +72,4 @@ def make(kind: str, key: str, build: Callable[[Path], dict[str, Any]]) -> tuple[
             staging.rename(root / key)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-    return root / key, note, False
+        return opened(root / key, note), note, False

@@ -71,16 +71,25 @@ def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> Preference
 
 
 def language_of(row: Row, source: Source) -> str:
-    """The language code of a row: the source's, or that of the row's own field; `und` if neither says."""
+    """The language code of a row: the source's, or that of the row's own field; `und` if neither says.
+
+    Raises:
+        Unusable: if it is not Unicode text.
+    """
     if source.language is not None:
-        return source.language.lower()
+        return _code(source.language)
     names = (source.language_field,) if source.language_field else ("language", "lang")
     column = find(row, names)
     said = row[column] if column else None
     if not isinstance(said, str) or not said.strip():
         return UNKNOWN_LANGUAGE
-    code = said.strip().lower()
-    return LANGUAGE_NAMES.get(code, code.replace("_", "-").split("-")[0])
+    return _code(_text(said))
+
+
+def _code(said: str) -> str:
+    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`."""
+    code = said.strip().lower().replace("_", "-").split("-")[0]
+    return LANGUAGE_NAMES.get(code, code)
 
 
 def _column(row: Row, names: Sequence[str]) -> Any:

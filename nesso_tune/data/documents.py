@@ -119,12 +119,15 @@ def open_documents(folder: Path, language_names: Sequence[str], parts: int) -> D
     """Maps documents that a `DocumentWriter` wrote.
 
     Raises:
-        ValueError, OSError: if the files do not fit together.
+        ValueError, OSError, EOFError: if a file is missing, damaged, or does not fit the others.
     """
     offsets = np.load(folder / "offsets.npy")
     languages, sources = np.load(folder / "languages.npy"), np.load(folder / "sources.npy")
     total = int(offsets[-1])
-    if len(offsets) != len(languages) * parts + 1 or (folder / "ids.bin").stat().st_size != total * ID.itemsize:
+    sizes = [(folder / name).stat().st_size for name in ("ids.bin", "trained.bin")]
+    if len(offsets) != len(languages) * parts + 1 or len(sources) != len(languages):
+        raise ValueError("entries of different number")
+    if sizes != [total * ID.itemsize, total * LEARNED.itemsize]:
         raise ValueError("files of different length")
     if total == 0:
         return Documents(np.zeros(0, ID), np.zeros(0, LEARNED), offsets, languages, sources, tuple(language_names), parts)

@@ -26,6 +26,12 @@ def _looks_like_a_file(path: str) -> bool:
     return named or path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
 
 
+def _holds_rows(name: str) -> bool:
+    """Whether a file in a folder is data; compressed data is too, so that it is not passed over in silence."""
+    name = name.lower()
+    return name.removesuffix(".gz").removesuffix(".zst").removesuffix(".zip").endswith(SUFFIXES)
+
+
 def expand(path: str) -> list[Path]:
     """The files that a path, folder or glob means, in a fixed order.
 
@@ -34,7 +40,7 @@ def expand(path: str) -> list[Path]:
     """
     root = Path(path).expanduser()
     if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in root.rglob("*") if p.is_file() and _holds_rows(p.name))
         if not files:
             raise DataError(path, "the folder holds no .jsonl, .json or .parquet file", "name the files, or a glob")
         return files
@@ -127,8 +133,9 @@ def _parquet(file: Path) -> Iterator[Located]:
                 for row in batch.to_pylist():
                     number += 1
                     yield row, f"{file} row {number}"
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(str(file), f"is not a Parquet file ({str(error).splitlines()[0]})", "check the file") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+        what = str(error).partition("\n")[0]
+        raise DataError(str(file), f"is not a readable Parquet file ({what})", "check the file") from None
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:

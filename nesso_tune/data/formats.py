@@ -113,15 +113,15 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
             source.path, f"its format is not recognised ({has})",
             "name the columns (messages_field, or prompt_field and response_field, …) or a format",
         )  # fmt: skip
-    if all(find(row, names) for row in rows[:1] for names in formats[0].required):
-        inside = f"{'/'.join(formats[0].role_field)} and {'/'.join(formats[0].content_field)}"
+    fmt = formats[0]
+    for missing in (names for names in fmt.required if not any(find(row, names) for row in rows)):
+        guess = closest(missing[0], columns)
         raise DataError(
-            source.path, f"its rows have the columns of format {source.format}, but not messages with {inside}",
-            "set role_field and content_field to the keys of a message",
+            source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
+            f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
         )  # fmt: skip
-    missing = next(n for n in formats[0].required if not any(find(row, n) for row in rows))
-    guess = closest(missing[0], columns)
-    raise DataError(
-        source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
-        f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
-    )  # fmt: skip
+    inside, remedy = "both filled with text", "check the rows, or name other columns"
+    if fmt.kind == "conversation":
+        inside = f"messages with {'/'.join(fmt.role_field)} and {'/'.join(fmt.content_field)} in them"
+        remedy = "set role_field and content_field to the keys of a message"
+    raise DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)

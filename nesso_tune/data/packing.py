@@ -52,12 +52,14 @@ class Rows(Sequence[dict[str, Any]]):
     """Rows as a model sees them; each is documents laid end to end, or one preference pair.
 
     A row of conversations has `input_ids`, `labels` (-100 where not learned), `seq_lengths` (tokens of each document)
-    and `languages` (code of each document). A row of pairs has `prompt_ids`, `chosen_ids`, `rejected_ids`, `languages`.
+    and `languages` (code of each document). A row of pairs has `prompt_ids`, `chosen_ids`, `rejected_ids`, `languages`
+    and `pair`, its number.
     """
 
     documents: Documents
     entries: Ints
     bounds: Ints
+    first_pair: int = 0  # pairs of validation sources are numbered after those of the training sources
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -85,7 +87,7 @@ class Rows(Sequence[dict[str, Any]]):
             (pair,) = members
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             ids = {name: self.documents.input_ids(pair, i).tolist() for i, name in enumerate(names)}
-            return {**ids, "languages": languages}
+            return {**ids, "languages": languages, "pair": self.first_pair + int(pair)}
         return {
             "input_ids": [token for entry in members for token in self.documents.input_ids(entry).tolist()],
             "labels": [label for entry in members for label in self.documents.labels(entry).tolist()],
@@ -172,10 +174,10 @@ class RowStream:
         return self._pattern[1]
 
 
-def in_order(documents: Documents, entries: Ints, capacity: int | None) -> Rows:
+def in_order(documents: Documents, entries: Ints, capacity: int | None, first_pair: int = 0) -> Rows:
     """Rows for evaluation: packed the same way, never shuffled."""
     if capacity is None:
-        return Rows(documents, entries, np.arange(len(entries) + 1))
+        return Rows(documents, entries, np.arange(len(entries) + 1), first_pair)
     lengths = documents.lengths[entries]
     order = np.argsort(-lengths, kind="stable")
     packed = best_fit(lengths[order].tolist(), capacity)

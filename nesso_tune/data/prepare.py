@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from nesso_tune.data.files import is_local
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.sources import content_of
 from nesso_tune.data.split import hold_out
+from nesso_tune.errors import DataError
 from nesso_tune.recipes.plan import DataVolume
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData, Source
@@ -82,7 +84,9 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     weights = {i: source.weight for i, source in enumerate(data.sources)}
     stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, weights=weights)
     rows = stream.epoch(0)
-    validation = in_order(held, held_out, capacity)
+    if not len(rows):
+        raise DataError("data.sources", "their weights leave nothing to train on", "raise a weight, or give more rows")
+    validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
     tokens = int(documents.lengths[rows.entries].sum())
     fill = tokens / (len(rows) * data.sequence_len) if len(rows) else 0.0
     report = {
@@ -110,8 +114,18 @@ def _documents(
 ) -> tuple[Documents, dict[str, Any], bool]:
     parts = 1 if isinstance(recipe, SFTRecipe) else 3
     key = _key(recipe, sources, chat)
-    folder, note, hit = cache.make("documents", key, lambda staging: build_documents(staging, recipe, sources, chat))
-    return open_documents(folder, note["languages"], parts), {"key": key, **note}, hit
+
+    def build(staging: Path) -> dict[str, Any]:
+        return build_documents(staging, recipe, sources, chat)
+
+    def opened(folder: Path, note: dict[str, Any]) -> Documents:
+        try:
+            return open_documents(folder, note["languages"], parts)
+        except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
+            raise cache.Damaged(str(error)) from None
+
+    documents, note, hit = cache.make("documents", key, build, opened)
+    return documents, {"key": key, **note}, hit
 
 
 def _key(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> str:

@@ -49,7 +49,7 @@ def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer) -> DataVolume
     sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
     with TemporaryDirectory() as folder:
         report = build_documents(Path(folder), recipe, [sampled], chat)["report"]
-    total = _row_count(source)
+    total = max(_row_count(source), report["rows_read"])  # a last line may lack its line break
     ratio = source.weight * total / max(1, report["rows_read"])
     counts = (round(ratio * report[name]) for name in ("rows_kept", "tokens", "supervised_tokens"))
     rows, tokens, supervised = counts

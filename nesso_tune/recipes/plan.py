@@ -103,6 +103,17 @@ class Plan:
     final_bytes: int | None
     advice: tuple[str, ...]
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; only of a plan that knows its data."""
+        assert self.total_steps is not None
+        return self.total_steps
+
+    @property
+    def rows_seen(self) -> int:
+        """Rows of the whole run."""
+        return self.steps * self.global_batch
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`, with the schedule in words."""
         words = self.schedule.in_words() if self.schedule else None

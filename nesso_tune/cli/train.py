@@ -1,0 +1,61 @@
+"""`nesso-tune train`: runs recipes in order, each to its `final/`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nesso_tune.cli.options import SetOption, load_all
+from nesso_tune.errors import ModelError
+from nesso_tune.recipes.schema import Recipe
+
+
+def train(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files or names of shipped recipes.")],
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Continue an unfinished run, refuse to, or from a checkpoint.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run of this output_dir.")] = False,
+    allow_changes: Annotated[
+        str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the run that is continued.")
+    ] = "",
+) -> None:
+    """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
+    loaded = load_all(recipes, settings)
+    _check_bases(loaded)
+    _say("loading the libraries")
+    from nesso_tune.run import train as run_one
+
+    allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
+    for name, recipe in zip(recipes, loaded, strict=True):
+        result = run_one(recipe, resume=resume, overwrite=overwrite, allow_changes=allowed)
+        for note in result.notes:
+            _say(f"{name}: {note}")
+        _say(f"{name}: {'model in' if result.trained else 'already in'} {result.model_dir}")
+        _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+
+
+def _check_bases(recipes: list[Recipe]) -> None:
+    """A base that an earlier recipe of the command makes need not exist yet; another local one must.
+
+    Raises:
+        ModelError: naming the folder that is missing.
+    """
+    made: list[Path] = []
+    for recipe in recipes:
+        base = Path(recipe.model.base)
+        local = recipe.model.base.startswith((".", "/", "~")) or recipe.model.base.count("/") != 1
+        if base not in made and local and not base.expanduser().is_dir():
+            raise ModelError(
+                f"model.base {recipe.model.base}", "no such folder",
+                "run the recipe that makes it first, in the same command or before",
+            )  # fmt: skip
+        made.append(Path(recipe.output_dir) / "final")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

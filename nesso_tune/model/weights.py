@@ -1,0 +1,128 @@
+"""The base model with float32 master weights, its vocabulary fitted to the chat tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.tokenizer import ChatTokenizer
+from nesso_tune.errors import ModelError
+from nesso_tune.model.attention import choose_attention
+from nesso_tune.recipes.sections import ModelSection
+
+ANSWER_TOKENS = 512  # what `generate` writes at most if its caller does not say
+
+
+def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrainedModel:
+    """The base in float32, with a row for every token and the end token in its generation config.
+
+    Weights are random only if the recipe says `random_init`.
+
+    Raises:
+        ModelError: if weights are missing, or model and tokenizer do not belong together.
+        RecipeError: if the attention kernel cannot run here.
+    """
+    where = f"model.base {section.base}"
+    folder = base_folder(section.base, section.revision, weights=not section.random_init)
+    options = {"attn_implementation": choose_attention(section.attention), "dtype": torch.float32}
+    config = _config(folder, section, where)
+    transformers_logging.disable_progress_bar()
+    if section.random_init:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
+    else:
+        model = _pretrained(folder, section, where, options)
+    _fit_vocabulary(model, chat, section, where)
+    model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
+    model.generation_config = _generation_config(model, chat)
+    return model
+
+
+def base_hash(section: ModelSection) -> str:
+    """Identifies the base's weights: SHA-256 over its configuration and weight files."""
+    folder = base_folder(section.base, section.revision, weights=not section.random_init)
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _config(folder: Path, section: ModelSection, where: str) -> Any:
+    if not (folder / "config.json").is_file():
+        raise ModelError(where, "has no config.json", "name a folder that holds a whole model")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(where, f"its config.json cannot be used ({_first_line(error)})", "fetch it again") from None
+
+
+def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[str, Any]) -> PreTrainedModel:
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            where, "has no weights (*.safetensors)",
+            "name a folder with weights, or set model.random_init: true to start from random ones",
+        )  # fmt: skip
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            trust_remote_code=section.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            **options,
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a damaged file
+        raise ModelError(where, f"cannot be loaded ({_first_line(error)})", "fetch the model again") from None
+    lacking = sorted(info["missing_keys"])
+    if lacking:
+        raise ModelError(
+            where, f"{len(lacking)} weights are not in its files (first: {lacking[0]})", "fetch the model again"
+        )
+    return model
+
+
+def _fit_vocabulary(model: PreTrainedModel, chat: ChatTokenizer, section: ModelSection, where: str) -> None:
+    """One row for each token; rows that pre-training never taught start from the mean of related tokens."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    own_size = min([chat.size, *chat.placed.added.values()])
+    if own_size > rows:
+        raise ModelError(
+            where, f"the tokenizer has {own_size:,} tokens, the model {rows:,} rows for them",
+            "use the tokenizer that belongs to the model",
+        )  # fmt: skip
+    if chat.size > rows:
+        model.resize_token_embeddings(chat.size, mean_resizing=False)
+    if section.random_init:
+        return
+    tables = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not tables[0]:
+        tables.append(head.weight)
+    with torch.no_grad():
+        for token, related in chat.starts_from.items():
+            for table in tables:
+                table[token] = table[list(related)].mean(dim=0)
+
+
+def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> GenerationConfig:
+    """Stops at the template's end token, and at the base's own."""
+    base = model.generation_config.eos_token_id if model.generation_config else None
+    known = base if isinstance(base, list) else [base]
+    ends = [chat.eos_id, *(token for token in known if token is not None and token != chat.eos_id)]
+    context = getattr(model.config, "max_position_embeddings", 2 * ANSWER_TOKENS)
+    return GenerationConfig(
+        eos_token_id=ends,
+        pad_token_id=chat.pad_id,
+        do_sample=False,
+        max_new_tokens=min(ANSWER_TOKENS, context // 2),
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,138 @@
+"""The whole way of a run: recipe, data, plan, model, training, `final/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from nesso_tune.data.prepare import PreparedData, prepare_data
+from nesso_tune.errors import RecipeError
+from nesso_tune.model.weights import base_hash, load_model
+from nesso_tune.publish.card import model_card
+from nesso_tune.publish.final import save_final
+from nesso_tune.recipes.plan import Plan, World, make_plan
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.training.fit import fit
+from nesso_tune.training.metrics import read_metrics
+from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+TINY = 20_000_000  # parameters below which several CPU threads cost more than they give
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves.
+
+    Attributes:
+        model_dir: the finished model, `final/`.
+        metrics: the last value of every metric.
+        notes: what was found on opening the run directory.
+        trained: False if the run had been finished before.
+    """
+
+    model_dir: Path
+    metrics: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    trained: bool = True
+
+
+def train(
+    recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, allow_changes: tuple[str, ...] = ()
+) -> TrainResult:
+    """Runs a recipe, or continues it where it stopped.
+
+    Args:
+        recipe: what to do.
+        resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
+        overwrite: removes an earlier run in `output_dir` first.
+        allow_changes: dotted recipe keys whose change is accepted when a run continues.
+
+    Raises:
+        NessoError: the kind says what is wrong; nothing that was finished before is harmed.
+    """
+    run = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes)
+    try:
+        if run.finished:
+            return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
+        data = prepare_data(recipe)
+        plan = make_plan(recipe, World(PartialState().num_processes), data.volume)
+        model = load_model(recipe.model, data.chat, recipe.seed)
+        _choose_threads(model.num_parameters())
+        facts = run_facts(recipe, data, plan)
+        _check_same_run(run, facts)
+        if run.checkpoint is None:
+            run.metrics.unlink(missing_ok=True)
+            write_start(run, recipe, facts)
+        trainer = fit(model, data, recipe, plan, run, facts)
+        metrics = last_metrics(run.metrics)
+        card = model_card(recipe, plan, data.report, metrics)
+        unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        save_final(trainer.model_wrapped, unwrapped, data.chat, card, run.final, recipe.model.dtype)
+        write_end(run)
+        return TrainResult(run.final, metrics, run.notes)
+    finally:
+        run.close()
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """The last value of every metric in a metrics file."""
+    out: dict[str, Any] = {}
+    for line in read_metrics(path) if path.exists() else []:
+        if "event" not in line:
+            out |= line
+    return out
+
+
+def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
+    """What a run's manifest and its checkpoints record: what it is made of, and where it runs."""
+    base = base_hash(recipe.model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "nesso_tune": version("nesso-tune"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "base": base,
+        "tokenizer": data.chat.fingerprint,
+        "data": data.report["fingerprint"],
+        "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
+        "world_size": plan.processes,
+        "global_batch": plan.global_batch,
+        "threads": torch.get_num_threads(),
+        "device": gpu,
+        "command": sys.argv,
+    }
+
+
+def _check_same_run(run: RunDir, facts: dict[str, Any]) -> None:
+    """Refuses to continue on other data, another tokenizer, base, batch or number of threads.
+
+    Raises:
+        RecipeError: with both values.
+    """
+    if run.checkpoint is None:
+        return
+    noted = json.loads((run.checkpoint / "manifest.json").read_text(encoding="utf-8"))
+    names = {
+        "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
+        "global_batch": "the global batch", "world_size": "the number of processes",
+    }  # fmt: skip
+    changed = [key for key in names if noted[key] != facts[key]]
+    if changed:
+        what = "; ".join(f"{names[key]} changed ({noted[key]} -> {facts[key]})" for key in changed)
+        raise RecipeError(str(run.path), what, "undo the change, or start anew with --overwrite or another output_dir")
+
+
+def _choose_threads(parameters: int) -> None:
+    """One CPU thread for tiny models: with more, the threads wait for each other longer than they compute."""
+    if not torch.cuda.is_available() and parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

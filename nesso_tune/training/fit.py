@@ -1,0 +1,122 @@
+"""Training a model on prepared data: SFT or DPO, from the start or from a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from nesso_tune.data.packing import in_order
+from nesso_tune.data.prepare import PreparedData
+from nesso_tune.model.adapters import lora_config
+from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.training import dpo, sft
+from nesso_tune.training.arguments import dpo_arguments, sft_arguments
+from nesso_tune.training.collate import ConversationCollator, PairCollator
+from nesso_tune.training.evaluation import Evaluator
+from nesso_tune.training.metrics import MetricsLog
+from nesso_tune.training.order import RunOrder
+from nesso_tune.training.pace import Pace
+from nesso_tune.training.progress import ProgressBar
+from nesso_tune.training.reference import compute_reference, load_reference, save_reference
+from nesso_tune.training.rundir import RunDir
+from nesso_tune.training.tally import Tally
+from nesso_tune.training.trainer import Track
+
+Trainer = sft.ConversationTrainer | dpo.PairTrainer
+
+
+def fit(
+    model: PreTrainedModel, data: PreparedData, recipe: Recipe, plan: Plan, run: RunDir, facts: dict[str, Any]
+) -> Trainer:
+    """Trains `model` by the plan, writing metrics and checkpoints into the run directory.
+
+    Args:
+        model: float32 weights; trained in place.
+        data: prepared rows.
+        recipe, plan: what to do.
+        run: the open run directory; its `checkpoint` is continued from.
+        facts: recorded in every checkpoint's manifest.
+
+    Returns:
+        The trainer, whose `model_wrapped` holds the trained weights.
+
+    Raises:
+        NumericalError: if a gradient is not finite, or the DPO reference is not the policy it starts from.
+    """
+    languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
+    chat = data.chat
+    if isinstance(recipe, SFTRecipe):
+        flat = model.config._attn_implementation == "flash_attention_2"
+        collate: Any = ConversationCollator(chat.pad_id, languages, flat)
+        kind, names, loss_over, arguments = sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
+    else:
+        collate = PairCollator(chat.pad_id, languages)
+        kind, names, loss_over, arguments = dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments  # type: ignore[assignment]
+    adapter = recipe.model.adapter
+    trainer: Trainer = kind(
+        model=model,
+        args=arguments(recipe, plan),  # type: ignore[arg-type]
+        data_collator=collate,
+        train_dataset=_sample(data),
+        processing_class=data.tokenizer,
+        peft_config=None if adapter is None else lora_config(adapter, chat.new_ids),
+        callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
+    )
+    attach_supervised_head(model)
+    log = MetricsLog(run.metrics, trainer.is_world_process_zero())
+    trainer.track = Track(
+        plan=plan,
+        order=RunOrder(data.stream, plan.rows_seen),
+        tally=Tally(names, languages, trainer.args.device),
+        log=log,
+        evaluate=None,
+        keep=recipe.checkpoint.keep,
+        facts=facts,
+    )
+    if recipe.evaluation is not None:
+        trainer.track.evaluate = Evaluator(
+            recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
+            plan.steps,
+        )  # fmt: skip
+    trainer.add_callback(_Beginning(trainer, data, run, facts["start"]))
+    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    return trainer
+
+
+class _Beginning(TrainerCallback):
+    """What happens when the weights are in place and the first step has not begun."""
+
+    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, start: str) -> None:
+        self._trainer, self._data, self._run, self._start = trainer, data, run, start
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Called by the trainer."""
+        trainer, track = self._trainer, self._trainer.track
+        if self._run.checkpoint is not None:
+            track.log.cut_back(state.global_step)
+            track.log.write({"step": state.global_step, "event": "resumed"})
+        if isinstance(trainer, dpo.PairTrainer):
+            trainer.reference = self._reference(trainer)
+        track.line_tokens = int(trainer.sum_over_processes(torch.tensor(float(track.tokens))))
+        track.line_started = time.monotonic()
+
+    def _reference(self, trainer: dpo.PairTrainer) -> dpo.Reference:
+        if self._run.checkpoint is not None:
+            return load_reference(self._run.path, self._start)
+        rows = [*in_order(self._data.stream.documents, self._data.stream.entries, None), *self._data.validation]
+        reference = compute_reference(trainer, rows, trainer.data_collator, trainer.args.per_device_eval_batch_size)
+        if trainer.is_world_process_zero():
+            save_reference(self._run.path, reference, self._start)
+        return reference
+
+
+def _sample(data: PreparedData) -> datasets.Dataset:
+    """One row, for what TRL's constructors look at; the rows themselves come from `RunOrder`."""
+    return datasets.Dataset.from_list([data.train[0]])

@@ -1,0 +1,187 @@
+"""What SFT and DPO share of a trainer: every override of transformers' and TRL's trainers stands here.
+
+Taken over from transformers: data order (`get_train_dataloader`), schedule (`create_scheduler`), checkpoints
+(`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds (`log`), and the finite check before
+an update (`_clip_grad_norm`). Taken over from TRL: telemetry, which is off.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers.trainer import TRAINER_STATE_NAME
+
+from nesso_tune.errors import NumericalError
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.training import checkpoint as ckpt
+from nesso_tune.training.metrics import MetricsLog
+from nesso_tune.training.order import RunOrder
+from nesso_tune.training.randomness import random_states, set_random_states
+from nesso_tune.training.tally import Tally
+
+Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
+
+
+@dataclass
+class Track:
+    """What a run's trainer needs to know beyond TRL's arguments, and what it counts."""
+
+    plan: Plan
+    order: RunOrder
+    tally: Tally
+    log: MetricsLog
+    evaluate: Evaluate | None
+    keep: int
+    facts: dict[str, Any]  # what a checkpoint's manifest records of the run
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0  # of earlier sessions
+    started: float = field(default_factory=time.monotonic)
+    line_started: float = 0.0
+    line_tokens: int = 0
+    paused: float = 0.0  # evaluating and saving, since the last line
+
+    def elapsed(self) -> float:
+        """Seconds of training, earlier sessions included."""
+        return self.seconds + time.monotonic() - self.started
+
+
+class TrackedTrainer:
+    """Mixed into TRL's trainers, before them. `track` is set before training starts."""
+
+    track: Track
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent anywhere."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The run's rows in their order; accelerate deals them to the processes."""
+        loader = DataLoader(
+            self.track.order,
+            batch_size=self.args.per_device_train_batch_size,
+            shuffle=False,
+            collate_fn=self.data_collator,
+            num_workers=0,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The plan's schedule. A function is not saved in checkpoints: a recipe that drifted is refused instead."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.track.plan.schedule.multiplier)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
+        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not torch.isfinite(torch.as_tensor(float(norm))):
+            step = self.state.global_step + 1
+            raise NumericalError(
+                f"step {step}", "the gradient is not finite (NaN or infinity), nothing was updated",
+                "lower train.learning_rate; the last checkpoint is intact",
+            )  # fmt: skip
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One line of metrics.jsonl for each logging step and each evaluation."""
+        if "loss" not in logs:  # the closing summary of transformers repeats what the lines say
+            return
+        track, now = self.track, time.monotonic()
+        logs |= track.tally.means(self.sum_over_processes)  # token-weighted (SFT) or over pairs (DPO), by language
+        track.tally.reset()
+        counts = self.sum_over_processes(torch.tensor([track.tokens, track.supervised_tokens], dtype=torch.float64))
+        tokens, supervised = (int(n) for n in counts)
+        busy = max(now - track.line_started - track.paused, 1e-9)
+        logs |= {
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": round((tokens - track.line_tokens) / busy, 1),
+            "seconds": round(track.elapsed(), 3),
+        }
+        super().log(logs, start_time)
+        logs["epoch"] = round(track.order.epoch_at(self.state.global_step * track.plan.global_batch), 4)
+        track.log.write({"step": self.state.global_step, **logs})
+        track.line_started, track.line_tokens, track.paused = time.monotonic(), tokens, 0.0
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss on the validation rows and answers to some prompts; one line of metrics.jsonl."""
+        assert self.track.evaluate is not None  # the pace asks for none otherwise
+        began, was_training = time.monotonic(), self.model.training
+        self.model.eval()
+        metrics = self.track.evaluate(self)
+        self.model.train(was_training)
+        self.track.log.write({"step": self.state.global_step, **metrics})
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+        self.track.paused += time.monotonic() - began
+        return numbers
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process
+        writer = ckpt.CheckpointWriter(Path(self.args.output_dir), self.state.global_step)
+        if main:
+            writer.begin()
+        self.accelerator.wait_for_everyone()
+        rank = self.accelerator.process_index
+        writer.data(f"rng-{rank}.json", random_states())
+        weights = ckpt.model_state(self.model_wrapped)
+        tensors, numbers = ckpt.optimizer_state(self.model_wrapped, self.optimizer.optimizer)
+        counts = self._counters()
+        writer.data(f"counters-{rank}.json", counts)
+        self.accelerator.wait_for_everyone()
+        if main:
+            writer.tensors("model.safetensors", weights)
+            writer.tensors("optimizer.safetensors", tensors)
+            writer.data("optimizer.json", numbers)
+            writer.data("scheduler.json", self.lr_scheduler.state_dict())
+            self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
+            writer.finish({**track.facts, "step": self.state.global_step, "counters": counts})
+            ckpt.prune(Path(self.args.output_dir), track.keep)
+        self.accelerator.wait_for_everyone()
+        track.paused += time.monotonic() - began
+
+    def _counters(self) -> dict[str, Any]:
+        track = self.track
+        return {
+            "tokens": track.tokens,
+            "supervised_tokens": track.supervised_tokens,
+            "seconds": track.elapsed(),
+            "tally": track.tally.state(),
+        }
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        ckpt.load_model_state(model or self.model, ckpt.read_tensors(Path(resume_from_checkpoint), "model.safetensors"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        ckpt.load_optimizer_state(
+            self.model_wrapped,
+            self.optimizer.optimizer,
+            ckpt.read_tensors(folder, "optimizer.safetensors"),
+            ckpt.read_data(folder, "optimizer.json"),
+        )
+        self.lr_scheduler.load_state_dict(ckpt.read_data(folder, "scheduler.json"))
+        own = folder / f"counters-{self.accelerator.process_index}.json"
+        counts, track = json.loads(own.read_text(encoding="utf-8")), self.track
+        track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
+        track.seconds = counts["seconds"]
+        track.tally.restore(counts["tally"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_states(ckpt.read_data(Path(checkpoint), f"rng-{self.accelerator.process_index}.json"))
