@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from nesso_tune.chat.spec import read_spec
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.complaints import complaints
-from nesso_tune.recipes.document import read_document
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import NonEmpty, Section
 from nesso_tune.recipes.shipped import shipped
@@ -67,11 +66,7 @@ def load_template(name: str) -> ChatTemplate:
         guess = closest(name, names)
         remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a template file"
         raise RecipeError("chat.template", f"there is no template `{name}`", remedy)
-    document = read_document(path)
-    try:
-        template = ChatTemplate.model_validate(document.value)
-    except ValidationError as error:
-        raise RecipeError(complaints(error, document, ChatTemplate)) from None
+    template, document = read_spec(path, ChatTemplate)
     if template.header.count("{role}") > 1:
         raise RecipeError(document.where(("header",)), "`header` holds {role} more than once", "keep one")
     for key in ("eos_token", "end"):

@@ -14,6 +14,7 @@ import traceback
 import typer
 
 
+from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
 from nesso_tune.cli.prepare import prepare
 from nesso_tune.cli.train import train
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (check, prepare, train):
+for verb in (check, prepare, train, chat):
     app.command()(verb)
 
 

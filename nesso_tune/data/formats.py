@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from nesso_tune.chat.spec import read_spec
 from nesso_tune.errors import DataError, RecipeError
-from nesso_tune.recipes.complaints import complaints
-from nesso_tune.recipes.document import read_document
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import Role, Section, Source
 from nesso_tune.recipes.shipped import shipped
@@ -73,7 +71,6 @@ def find(row: Row, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-@cache
 def load_format(name: str) -> DataFormat:
     """A shipped format by name, or a file of that kind.
 
@@ -87,11 +84,7 @@ def load_format(name: str) -> DataFormat:
         guess = closest(name, names)
         remedy = f"did you mean `{guess}`?" if guess else f"use auto, {', '.join(names)}, or the path of a mapping file"
         raise RecipeError("format", f"there is no format `{name}`", remedy)
-    document = read_document(path)
-    try:
-        return DataFormat.model_validate(document.value)
-    except ValidationError as error:
-        raise RecipeError(complaints(error, document, DataFormat)) from None
+    return read_spec(path, DataFormat)[0]
 
 
 def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:

@@ -117,6 +117,7 @@ def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> Generatio
     ends = [chat.eos_id, *(token for token in known if token is not None and token != chat.eos_id)]
     context = getattr(model.config, "max_position_embeddings", 2 * ANSWER_TOKENS)
     return GenerationConfig(
+        bos_token_id=model.config.bos_token_id,
         eos_token_id=ends,
         pad_token_id=chat.pad_id,
         do_sample=False,

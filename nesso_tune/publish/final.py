@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.training.checkpoint import model_state
+from nesso_tune.training.checkpoint import model_state, readable
 
 
 def save_final(trained: nn.Module, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:
@@ -31,12 +31,12 @@ def save_final(trained: nn.Module, model: PreTrainedModel, chat: ChatTokenizer, 
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    before = plain.config.dtype
-    plain.config.dtype = precision
+    plain.config.dtype, plain.config.use_cache = precision, True  # training had turned the cache off
     plain.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
-    plain.config.dtype = before
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
+    for file in staging.iterdir():
+        readable(file)
     shutil.rmtree(folder, ignore_errors=True)
     staging.rename(folder)
 

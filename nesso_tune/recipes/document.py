@@ -5,8 +5,7 @@ YAML 1.2 through ruamel: `1e-3` is a number, `no` is a word, and a key given twi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Hashable
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from nesso_tune.errors import Problem, RecipeError
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # far above any recipe; a nest of aliases that grows beyond it is refused
 MAX_BYTES = 2_000_000
+MAX_NUMBER = 1e300  # beyond it a number is no number any more, infinity and NaN included
+PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+TOO_DEEP = ("is too large or nested too deeply", "remove the nested aliases")
 
 
 @dataclass
@@ -82,9 +84,13 @@ def parse_document(text: str, name: str) -> Document:
             document.value = _Builder(document, yaml).build(root, ())
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
+        if error.context_mark and re.search("end of (the )?stream|<stream end>", error.problem or ""):
+            mark = error.context_mark  # where the bracket was opened, not where the file ends
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{line}", *_explain(error, text)) from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise RecipeError(name, *TOO_DEEP) from None
+    except (YAMLError, ValueError) as error:
         raise RecipeError(name, f"is not YAML ({str(error).splitlines()[0]})", "correct the file") from None
     return document
 
@@ -97,6 +103,10 @@ def _explain(error: MarkedYAMLError, text: str) -> tuple[str, str]:
         return "a tab is used for indentation", "indent with spaces"
     if "mapping values are not allowed" in problem:
         return "a second `: ` in one line, or wrong indentation", "quote the text, or indent the line like its neighbours"
+    if "another document" in problem:
+        return "a second document starts at `---`", "keep one document in the file"
+    if re.search("end of (the )?stream|<stream end>", problem):
+        return "a bracket or quote that opens here is never closed", "close it"
     if "could not find expected ':'" in problem:
         return "a key without a colon", "write `key: value`"
     return f"not YAML: {problem}", "correct the line"
@@ -113,8 +123,11 @@ class _Builder:
     def build(self, node: Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MAX_NODES or len(path) > 50:
-            raise RecipeError(self.document.name, "is too large or nested too deeply", "remove the nested aliases")
+            raise RecipeError(self.document.name, *TOO_DEEP)
         self.document.lines.setdefault(path, node.start_mark.line + 1)
+        if str(node.tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
+            where = f"{self.document.name}:{node.start_mark.line + 1}"
+            raise RecipeError(where, f"the tag `{node.tag}` is not read here", "remove it: values are plain data")
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
@@ -127,7 +140,9 @@ class _Builder:
             key = self._scalar(key_node) if isinstance(key_node, ScalarNode) else None
             line = key_node.start_mark.line + 1
             where = f"{self.document.name}:{line}"
-            if not isinstance(key, Hashable) or key is None or key == "<<":
+            if key == "<<":
+                raise RecipeError(where, "merge keys (`<<`) are not read", "write the merged keys out")
+            if key is None:
                 raise RecipeError(where, "this key cannot be used", "write plain text keys")
             key = key if isinstance(key, str) else str(key_node.value)
             here = (*path, key)
@@ -145,7 +160,8 @@ class _Builder:
         kind = str(node.tag).rsplit(":", 1)[-1]
         if kind not in ("int", "float", "bool", "null"):
             return node.value  # text, and what YAML would turn into dates or binary data
-        value = self.yaml.constructor.construct_object(node)
-        if isinstance(value, float) and not math.isfinite(value):
+        try:
+            value = self.yaml.constructor.construct_object(node)
+        except (ValueError, LookupError):  # `!!int abc`, or more digits than Python reads
             return node.value
-        return value
+        return value if value is None or abs(value) < MAX_NUMBER else node.value

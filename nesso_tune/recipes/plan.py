@@ -202,7 +202,7 @@ def _schedule(recipe: Recipe, peak: float, total: int) -> SchedulePlan:
 def _interval(interval: Interval, total: int | None) -> int | None:
     if isinstance(interval, int):
         return interval
-    return None if total is None else max(1, round(interval * total))
+    return None if total is None else max(1, math.ceil(round(interval * total, 6)))
 
 
 def _advice(

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig
 
-from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.errors import RecipeError, RunEnvironmentError
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 
 
-def sft_arguments(recipe: SFTRecipe, plan: Plan) -> SFTConfig:
+def sft_arguments(recipe: SFTRecipe, plan: Plan, blocks: list[str]) -> SFTConfig:
     """Arguments of SFT: rows come prepared and collated, so TRL neither tokenises nor packs nor truncates."""
     return SFTConfig(
-        **_shared(recipe, plan),
+        **_shared(recipe, plan, blocks),
         dataset_kwargs={"skip_prepare_dataset": True},
         packing=False,
         padding_free=False,
@@ -23,11 +23,11 @@ def sft_arguments(recipe: SFTRecipe, plan: Plan) -> SFTConfig:
     )
 
 
-def dpo_arguments(recipe: DPORecipe, plan: Plan) -> DPOConfig:
+def dpo_arguments(recipe: DPORecipe, plan: Plan, blocks: list[str]) -> DPOConfig:
     """Arguments of DPO: pairs come prepared, and the reference's log-probabilities come with them."""
     dpo = recipe.dpo
     return DPOConfig(
-        **_shared(recipe, plan),
+        **_shared(recipe, plan, blocks),
         beta=dpo.beta,
         loss_type=list(dpo.loss),
         loss_weights=list(dpo.loss.values()),
@@ -38,9 +38,10 @@ def dpo_arguments(recipe: DPORecipe, plan: Plan) -> DPOConfig:
     )
 
 
-def _shared(recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
     checkpointing = on_gpu if train.gradient_checkpointing == "auto" else train.gradient_checkpointing
+    sharded = shards(recipe, plan.processes)
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise RunEnvironmentError("model.dtype", "this GPU has no bfloat16", "set model.dtype: float32")
     return {
@@ -60,7 +61,7 @@ def _shared(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "weight_decay": train.weight_decay,
         # the norm is measured even where nothing is clipped
         "max_grad_norm": float("inf") if train.max_grad_norm is None else train.max_grad_norm,
-        "gradient_checkpointing": checkpointing,
+        "activation_checkpointing": checkpointing and not sharded,
         "ddp_timeout": recipe.distributed.timeout_s,
         "report_to": list(recipe.logging.report_to) or "none",
         "logging_nan_inf_filter": False,
@@ -70,4 +71,29 @@ def _shared(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "no",
+        **(_fsdp(blocks, checkpointing) if sharded else {}),
+    }
+
+
+def shards(recipe: Recipe, processes: int) -> bool:
+    """Whether weights, gradients and optimizer are spread over the processes; one process has nothing to share."""
+    return processes > 1 and recipe.distributed.fsdp != "none"
+
+
+def _fsdp(blocks: list[str], checkpointing: bool) -> dict[str, Any]:
+    """FSDP2 FULL_SHARD: every transformer block is one unit, gathered for its turn and freed after it."""
+    if not blocks:
+        raise RecipeError(
+            "distributed.fsdp", "this model does not name its transformer blocks", "set distributed.fsdp: none"
+        )
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "reshard_after_forward": True,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": blocks,
+            "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": checkpointing,
+        },
     }

@@ -99,6 +99,7 @@ class CheckpointWriter:
         body = {**facts, "files": listed}
         self.data(MANIFEST, {**body, "self": _hash_of(body)})
         for path in [*files, self.staging / MANIFEST]:
+            readable(path)
             _sync(path)
         _sync(self.staging)
         shutil.rmtree(self.final, ignore_errors=True)
@@ -149,6 +150,13 @@ def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for old in checkpoints(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def readable(path: Path) -> None:
+    """Gives a file the permissions that the user's umask asks for; safetensors writes for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def _ties(model: nn.Module) -> list[list[str]]:

@@ -8,16 +8,25 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.distributed.tensor import DTensor
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
+from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.model.adapters import lora_config
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
-from nesso_tune.training.arguments import dpo_arguments, sft_arguments
+from nesso_tune.training.arguments import dpo_arguments, sft_arguments, shards
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 from nesso_tune.training.evaluation import Evaluator
 from nesso_tune.training.metrics import MetricsLog
@@ -62,13 +71,14 @@ def fit(
     adapter = recipe.model.adapter
     trainer: Trainer = kind(
         model=model,
-        args=arguments(recipe, plan),  # type: ignore[arg-type]
+        args=arguments(recipe, plan, sorted(model._no_split_modules or [])),  # type: ignore[arg-type]
         data_collator=collate,
         train_dataset=_sample(data),
         processing_class=data.tokenizer,
         peft_config=None if adapter is None else lora_config(adapter, chat.new_ids),
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
+    trainer.remove_callback(PrinterCallback)  # our own lines say it
     attach_supervised_head(model)
     log = MetricsLog(run.metrics, trainer.is_world_process_zero())
     trainer.track = Track(
@@ -85,7 +95,7 @@ def fit(
             recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
             plan.steps,
         )  # fmt: skip
-    trainer.add_callback(_Beginning(trainer, data, run, facts["start"]))
+    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], shards(recipe, plan.processes)))
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     return trainer
 
@@ -93,12 +103,17 @@ def fit(
 class _Beginning(TrainerCallback):
     """What happens when the weights are in place and the first step has not begun."""
 
-    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, start: str) -> None:
-        self._trainer, self._data, self._run, self._start = trainer, data, run, start
+    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, start: str, sharded: bool) -> None:
+        self._trainer, self._data, self._run, self._start, self._sharded = trainer, data, run, start, sharded
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, track = self._trainer, self._trainer.track
+        if self._sharded and not any(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()):
+            raise RunEnvironmentError(
+                "distributed.fsdp", "full_shard was asked for, but the weights are not sharded on these devices",
+                "set distributed.fsdp: none, or use GPUs",
+            )  # fmt: skip
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
             track.log.write({"step": state.global_step, "event": "resumed"})

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from nesso_tune import load_tokenizer
 
@@ -28,6 +28,7 @@ def byte_tokenizer(slots):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
+    tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(slots))]
     tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(

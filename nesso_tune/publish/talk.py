@@ -1,0 +1,119 @@
+"""Talking to a finished model, with the same rendering of turns that it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+from transformers.utils import logging as transformers_logging
+
+from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.tokenizer import CHAT_KEY, encoder_of
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
+from nesso_tune.errors import ModelError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn: greedily at temperature 0."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+class Talker:
+    """A model and its tokenizer, ready to answer."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def answer(
+        self,
+        messages: Sequence[Message],
+        sampling: Sampling = Sampling(),
+        language: str = UNKNOWN_LANGUAGE,
+        say: Say | None = None,
+    ) -> str:
+        """The model's next turn.
+
+        Args:
+            messages: the conversation so far; its last turn is the user's.
+            sampling: how to draw it.
+            language: chooses among default system messages by language.
+            say: called with each piece of text as it is written.
+        """
+        ids = torch.tensor([self._prompt_ids(messages, language)], device=self._model.device)
+        settings = GenerationConfig(
+            **{**self._model.generation_config.to_diff_dict(), "max_new_tokens": sampling.max_new_tokens}
+        )
+        if sampling.temperature > 0:
+            settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p)
+        out = self._model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            streamer=None if say is None else _Streamer(self._tokenizer, say),
+        )
+        return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def _prompt_ids(self, messages: Sequence[Message], language: str) -> list[int]:
+        """By segments where the model carries its template's spec: typed control tokens then stay plain text."""
+        if CHAT_KEY in self._tokenizer.init_kwargs:
+            return encoder_of(self._tokenizer).prompt(messages, language)
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return list(ids)
+
+
+class _Streamer(TextStreamer):
+    """Passes finished words on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers."""
+        self._say(text)
+
+
+def load_talker(model: str) -> Talker:
+    """Loads a model folder, a run directory (its `final/`), or a hub id.
+
+    Raises:
+        ModelError: if there is none, or if it has no chat template.
+    """
+    folder = Path(model)
+    if (folder / "final").is_dir():
+        folder = folder / "final"
+    elif not folder.is_dir() and (folder.name == "final" or folder.exists()):
+        raise ModelError(model, "no such model folder", "train it first, or name a folder with config.json and weights")
+    else:
+        folder = base_folder(model, weights=True)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    where = str(model)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(where, "has no weights (*.safetensors)", "name the final/ folder of a finished run")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    except Exception as error:  # transformers raises many kinds for a damaged folder
+        raise ModelError(where, f"cannot be loaded ({str(error).splitlines()[0]})", "check the folder") from None
+    if tokenizer.chat_template is None:
+        raise ModelError(where, "has no chat template: it is a base model", "train it on conversations first")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Talker(weights.to(device).eval(), tokenizer)

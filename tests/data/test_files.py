@@ -1,0 +1,143 @@
+"""Files of every kind: rows with their places, or an error that says where and what to do."""
+
+import gzip
+import json
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from nesso_tune import DataError
+from nesso_tune.data.files import content_hash, expand, is_local, read_rows
+
+ROWS = [{"a": "è"}, {"a": "b\nc"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+BOM = b"\xef\xbb\xbf"
+
+GOOD = {
+    "lines": ("x.jsonl", LINES),
+    "no last line break": ("x.jsonl", LINES.rstrip()),
+    "windows line ends": ("x.jsonl", LINES.replace(b"\n", b"\r\n")),
+    "byte order mark": ("x.jsonl", BOM + LINES),
+    "blank lines": ("x.jsonl", b"\n" + LINES.replace(b"\n", b"\n  \n")),
+    "array": ("x.json", json.dumps(ROWS).encode()),
+    "array with byte order mark": ("x.json", BOM + b"\n " + json.dumps(ROWS, indent=2).encode()),
+    "array by another name": ("x.jsonl", json.dumps(ROWS).encode()),
+    "lines by another name": ("x.txt", LINES),
+}
+
+
+@pytest.mark.parametrize(("name", "content"), GOOD.values(), ids=GOOD)
+def test_rows_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert [row for row, _ in read_rows(tmp_path / name)] == ROWS
+
+
+BAD = {
+    "cut short": (LINES + b'{"a": "b', r"x.jsonl:3: is not JSON \(Unterminated string.*\); correct the line"),
+    "two objects in a line": (b'{"a": 1}{"a": 2}', r"x.jsonl:1: is not JSON \(Extra data\)"),
+    "a list in the middle": (LINES + b"[1]\n", r"x.jsonl:3: a row must be a JSON object, this is list"),
+    "a text": (b'"a"\n', r"x.jsonl:1: a row must be a JSON object, this is str"),
+    "array of texts": (b'["a"]', r"x.jsonl row 1: a row must be a JSON object"),
+    "array cut short": (b'[{"a": 1},\n{"a"', r"x.jsonl:2: is not JSON"),
+    "array of bad bytes": (b'[{"a": "\xe8"}]', r"x.jsonl: is not UTF-8 text"),
+    "latin-1": (LINES + b'{"a": "\xe8"}', r"x.jsonl:3: is not UTF-8 text; convert the file"),
+    "utf-16": ('{"a": 1}\n{"a": 2}\n'.encode("utf-16"), r"x.jsonl:1: is not (UTF-8 text|JSON)"),
+    "nested without end": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"x.jsonl:1: is not JSON"),
+    "array nested without end": (b"[" * 200_000, r"x.jsonl: is nested too deeply"),
+    "empty": (b"", "x.jsonl: is empty; give a file with rows"),
+    "blank": (BOM + b" \n\n", "x.jsonl: is empty"),
+    "gzip": (gzip.compress(LINES), "x.jsonl: is compressed; unpack it first"),
+    "zip": (b"PK\x03\x04...", "x.jsonl: is compressed"),
+    "zstd": (b"\x28\xb5\x2f\xfd...", "x.jsonl: is compressed"),
+    "csv": (b"a,b\n1,2\n", "x.jsonl:1: is not JSON"),
+    "binary": (bytes(range(256)), "x.jsonl:1: is not"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), BAD.values(), ids=BAD)
+def test_what_is_no_row_is_told_with_its_place(tmp_path, content, expected):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=expected):
+        list(read_rows(tmp_path / "x.jsonl"))
+
+
+def test_rows_know_their_lines(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"\n" + LINES)
+    assert [where for _, where in read_rows(tmp_path / "x.jsonl")] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 3)]
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    assert [where for _, where in read_rows(tmp_path / "x.json")] == [f"{tmp_path}/x.json row {n}" for n in (1, 2)]
+
+
+def test_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "è"}], "n": i} for i in range(3000)]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    read = list(read_rows(tmp_path / "x.parquet"))
+    assert [row for row, _ in read] == rows
+    assert read[-1][1].endswith("x.parquet row 3000")
+
+
+def test_damaged_parquet(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(LINES)
+    with pytest.raises(DataError, match=r"x.parquet: is not a readable Parquet file"):
+        list(read_rows(tmp_path / "x.parquet"))
+    text = pa.array([b"\xe8"], pa.binary()).view(pa.string())
+    parquet.write_table(pa.table({"a": text}), tmp_path / "latin.parquet")
+    with pytest.raises(DataError, match=r"latin.parquet: .*utf-8"):
+        list(read_rows(tmp_path / "latin.parquet"))
+
+
+def names(paths, root):
+    return [str(path.relative_to(root)) for path in paths]
+
+
+def test_folders_and_globs_in_a_fixed_order(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.json", "sub/c.PARQUET", "README.md", "d.ndjson"):
+        (tmp_path / name).write_bytes(LINES)
+    assert names(expand(str(tmp_path)), tmp_path) == ["a.json", "b.jsonl", "d.ndjson", "sub/c.PARQUET"]
+    assert names(expand(f"{tmp_path}/*.json*"), tmp_path) == ["a.json", "b.jsonl"]
+    assert names(expand(f"{tmp_path}/**/*.PARQUET"), tmp_path) == ["sub/c.PARQUET"]
+    monkeypatch.chdir(tmp_path / "sub")
+    assert [p.name for p in expand("../?.jsonl")] == ["b.jsonl"]
+
+
+def test_a_file_whose_name_has_brackets_is_no_pattern(tmp_path):
+    (tmp_path / "x[1].jsonl").write_bytes(LINES)
+    assert names(expand(f"{tmp_path}/x[1].jsonl"), tmp_path) == ["x[1].jsonl"]
+
+
+def test_compressed_files_in_a_folder_are_not_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
+    assert names(expand(str(tmp_path)), tmp_path) == ["a.jsonl", "b.jsonl.gz"]
+
+
+def test_missing_files(tmp_path):
+    (tmp_path / "here.jsonl").write_bytes(LINES)
+    with pytest.raises(DataError, match=r"there.jsonl: no such file; .* has here.jsonl"):
+        expand(f"{tmp_path}/there.jsonl")
+    with pytest.raises(DataError, match=r"\*.parquet: matches no file"):
+        expand(f"{tmp_path}/*.parquet")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the folder holds no"):
+        expand(f"{tmp_path}/empty")
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [("HuggingFaceTB/smoltalk", False), ("data/x.jsonl", True), ("./a/b", True), ("a/*", True), ("~/x/y", True),
+     ("x", True), ("a/b/c", True), ("data/x.csv", True)],
+)  # fmt: skip
+def test_what_is_a_path_and_what_a_hub_id(path, local):
+    assert is_local(path) is local
+
+
+def test_the_hash_is_of_the_content_alone(tmp_path):
+    one, two = tmp_path / "1", tmp_path / "2"
+    one.write_bytes(LINES)
+    two.write_bytes(LINES)
+    assert content_hash([one]) == content_hash([two])
+    two.write_bytes(LINES.replace(b"b", b"d"))
+    assert content_hash([one]) != content_hash([two])
+    assert content_hash([one, two]) != content_hash([two, one])
