@@ -51,7 +51,7 @@ class Encoded:
         """
         starts = [0, *self.turn_ends]
         for start, end in reversed(list(zip(starts, self.turn_ends, strict=False))):
-            if end <= length and any(self.trained[start:end]):
+            if end <= length and any(self.trained[start : end - 1]):  # more than an end token
                 trained = [*self.trained[: end - 1], self.trained[end - 1] or learn_end]
                 return Encoded(self.ids[:end], trained, [e for e in self.turn_ends if e <= end])
         return None
@@ -64,6 +64,13 @@ class EncodedPair:
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
+
+
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that the tokenizer is known to have."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 class ChatEncoder:
@@ -81,7 +88,7 @@ class ChatEncoder:
         self._tokenizer.encode_special_tokens = True
         self._template = template
         self._default_system = default_system
-        self._control: dict[str, int] = {token: tokenizer.token_to_id(token) for token in template.control_tokens}
+        self._control: dict[str, int] = {token: id_of(tokenizer, token) for token in template.control_tokens}
         if bos_id is not None:
             self._control[BOS] = bos_id
         self._fixed: dict[str, list[int]] = {}

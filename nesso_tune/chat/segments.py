@@ -75,6 +75,4 @@ def prompt_segments(conversation: Conversation, template: ChatTemplate) -> list[
 
 
 def _template_segments(template: ChatTemplate, text: str, trained: bool = False) -> list[Segment]:
-    return [
-        Segment(piece, "control" if control else "template", trained) for piece, control in template.pieces(text)
-    ]
+    return [Segment(piece, "control" if control else "template", trained) for piece, control in template.pieces(text)]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.encoding import ChatEncoder
+from nesso_tune.chat.encoding import ChatEncoder, id_of
 from nesso_tune.chat.files import base_folder
 from nesso_tune.chat.segments import TrainOnEos
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template, to_jinja
@@ -136,8 +136,8 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
         size=size_of(tokenizer),
         backend=ready,
         bos_id=ready.token_to_id(bos) if template.bos and bos else None,
-        eos_id=ready.token_to_id(template.eos_token),
-        pad_id=ready.token_to_id(pad),
+        eos_id=id_of(ready, template.eos_token),
+        pad_id=id_of(ready, pad),
     )
 
 
@@ -150,7 +150,7 @@ def _read_files(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any
         if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
             raise ValueError("tokenizer.json holds no vocabulary")
         older = _json(folder / "special_tokens_map.json")  # where older models keep bos and eos
-        config = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
+        config: dict[str, Any] = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
         config |= _json(folder / "tokenizer_config.json")
         context = config.get("model_max_length")
         if not isinstance(context, int) or context > 10**9:

@@ -38,5 +38,5 @@ def load_all(names: list[str], settings: list[str]) -> list[Recipe]:
         except RecipeError as error:
             problems += error.problems
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(dict.fromkeys(problems))  # a shared --set is wrong once, not once a recipe
     return recipes

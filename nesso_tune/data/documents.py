@@ -130,7 +130,9 @@ def open_documents(folder: Path, language_names: Sequence[str], parts: int) -> D
     if sizes != [total * ID.itemsize, total * LEARNED.itemsize]:
         raise ValueError("files of different length")
     if total == 0:
-        return Documents(np.zeros(0, ID), np.zeros(0, LEARNED), offsets, languages, sources, tuple(language_names), parts)
+        return Documents(
+            np.zeros(0, ID), np.zeros(0, LEARNED), offsets, languages, sources, tuple(language_names), parts
+        )
     ids = np.memmap(folder / "ids.bin", dtype=ID, mode="r", shape=(total,))
     trained = np.memmap(folder / "trained.bin", dtype=LEARNED, mode="r", shape=(total,))
     return Documents(ids, trained, offsets, languages, sources, tuple(language_names), parts)

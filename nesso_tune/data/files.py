@@ -53,7 +53,9 @@ def expand(path: str) -> list[Path]:
             return files
         raise DataError(path, "matches no file", "check the pattern; it is relative to the working directory")
     near = sorted(p.name for p in root.parent.glob("*") if p.suffix in SUFFIXES)[:5] if root.parent.is_dir() else []
-    there = f"{root.parent} has {', '.join(near)}" if near else "check the path; it is relative to the working directory"
+    there = (
+        f"{root.parent} has {', '.join(near)}" if near else "check the path; it is relative to the working directory"
+    )
     raise DataError(path, "no such file", there)
 
 
@@ -140,7 +142,9 @@ def _parquet(file: Path) -> Iterator[Located]:
 
 def _object(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(where, f"a row must be a JSON object, this is {type(row).__name__}", "write one object per line")
+        raise DataError(
+            where, f"a row must be a JSON object, this is {type(row).__name__}", "write one object per line"
+        )
     return row
 
 

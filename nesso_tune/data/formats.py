@@ -34,7 +34,7 @@ class DataFormat(Section):
     response_field: Names = ()
     chosen_field: Names = ()
     rejected_field: Names = ()
-    roles: dict[str, Role] = {}
+    roles: dict[str, Role] = Field(default_factory=dict)
 
     def adapted(self, source: Source) -> DataFormat:
         """This format with the columns and roles that a source names instead."""

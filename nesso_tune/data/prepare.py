@@ -75,7 +75,10 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
     if data.validation_sources:
-        train, (held, held_note, held_hit) = np.arange(len(documents)), _documents(recipe, data.validation_sources, chat)
+        train, (held, held_note, held_hit) = (
+            np.arange(len(documents)),
+            _documents(recipe, data.validation_sources, chat),
+        )
         held_out, hit, fingerprint = np.arange(len(held)), hit and held_hit, note["key"] + held_note["key"]
     else:
         train, held_out = hold_out(documents.languages, data.validation_size, recipe.seed)

@@ -16,7 +16,7 @@ from nesso_tune.recipes.sections import Source
 def source_rows(source: Source) -> Iterator[Located]:
     """The rows of a source, at most `max_rows`."""
     if is_here(source):
-        rows = chain.from_iterable(read_rows(file) for file in expand(source.path))
+        rows: Iterator[Located] = chain.from_iterable(read_rows(file) for file in expand(source.path))
     else:
         rows = hub_rows(source)
     return islice(rows, source.max_rows)

@@ -72,7 +72,9 @@ def _row_count(source: Source) -> int:
 def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -> DataVolume:
     rows = sum(v.rows for v in train)
     size = recipe.data.validation_size
-    validation = sum(v.rows for v in held) if held else min(rows, round(size * rows) if isinstance(size, float) else size)
+    validation = (
+        sum(v.rows for v in held) if held else min(rows, round(size * rows) if isinstance(size, float) else size)
+    )
     share = 1.0 if held else (rows - validation) / max(1, rows)
     tokens = round(share * sum(v.tokens for v in train))
     supervised = round(share * sum(v.supervised_tokens for v in train))

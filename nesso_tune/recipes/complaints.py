@@ -24,26 +24,29 @@ EXPECTED = {
     "dict_type": "a section of keys",
     "model_type": "a section of keys",
     "model_attributes_type": "a section of keys",
+    "finite_number": "a finite number",
+    "too_short": "a list with items",
 }
 BOUNDS = {
     "greater_than": ("gt", "above"),
-    "greater_than_equal": ("ge", "at least"),
+    "greater_than_equal": ("ge", "of at least"),
     "less_than": ("lt", "below"),
-    "less_than_equal": ("le", "at most"),
+    "less_than_equal": ("le", "of at most"),
 }
+EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
 def complaints(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
     """All problems of a recipe, inert and contradictory knobs included, in the order of the file."""
     by_path: dict[Path, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        if item["loc"]:  # the root's own error repeats what lint says
-            by_path.setdefault(_real_path(item["loc"], document.value), []).append(item)
-    for path in list(by_path):  # a list counts as empty when its items are wrong: they speak for themselves
-        if by_path[path][0]["type"] == "too_short" and any(p[: len(path)] == path != p for p in by_path):
+        by_path.setdefault(_real_path(item, document.value), []).append(item)
+    findings = lint_problems(document)
+    for path in list(by_path):  # what is wrong inside speaks for itself; the root's own error repeats the findings
+        if any(other[: len(path)] == path != other for other in [*by_path, *(where for where, _ in findings)]):
             del by_path[path]
     found = [(path, _problem(path, items, document, model)) for path, items in by_path.items()]
-    found += lint_problems(document)
+    found += findings
     found.sort(key=lambda pair: _line(document, pair[0]))
     return [problem for _, problem in found]
 
@@ -51,9 +54,7 @@ def complaints(error: ValidationError, document: Document, model: type[BaseModel
 def lint_problems(document: Document) -> list[tuple[Path, Problem]]:
     """Inert and contradictory knobs of a document."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
-    return [
-        (f.path, Problem(document.where(f.path), f"`{_dotted(f.path)}` {f.what}", f.remedy)) for f in findings
-    ]
+    return [(f.path, Problem(document.where(f.path), f"`{_dotted(f.path)}` {f.what}", f.remedy)) for f in findings]
 
 
 def _line(document: Document, path: Path) -> int:
@@ -65,24 +66,19 @@ def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def _real_path(loc: tuple[str | int, ...], value: Any) -> Path:
+def _real_path(item: Mapping[str, Any], value: Any) -> Path:
     """The part of pydantic's location that exists in the file: the branches of a union are not keys of it."""
     path: list[str | int] = []
-    for i, part in enumerate(loc):
-        if isinstance(value, Mapping) and part in value:
+    for part in item["loc"]:
+        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, Mapping) and part in value):
             value = value[part]
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            value = value[part]
-        elif isinstance(value, Mapping) and isinstance(part, str) and i == len(loc) - 1 and part != "[key]":
-            return (*path, part)  # a missing key
-        else:
-            break
-        path.append(part)
-    return tuple(path)
+            path.append(part)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
 
 
 def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
-    where, key, item = document.where(path), f"`{_dotted(path)}`", items[0]
+    where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         return Problem(where, f"unknown key {key}", suggest_key(model, path))
@@ -92,8 +88,10 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
     if value is None:
         return Problem(where, f"{key} is not set", f"give it a value: {_description(model, path)}")
     if kind == "value_error":
-        return Problem(where, f"{key} {item['ctx']['error']}", "correct it")
-    wanted = list(dict.fromkeys(_wanted(one) for one in items))
+        return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
+    if kind in EMPTY and not (value.strip() if isinstance(value, str) else value):
+        return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
+    wanted = _alternatives(items)
     choices = [c for one in items if one["type"] == "literal_error" for c in _choices(one)]
     guess = closest(str(value), choices) if choices else None
     remedy = f"did you mean `{guess}`?" if guess else f"write {' or '.join(wanted)}"
@@ -104,6 +102,13 @@ def _choices(item: Mapping[str, Any]) -> list[str]:
     return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
+def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:
+    """What the branches of a union want, said once."""
+    first_bound = next((one for one in items if one["type"] in BOUNDS), None)
+    wanted = dict.fromkeys(_wanted(one) for one in items if one["type"] not in BOUNDS or one is first_bound)
+    return [words for words in wanted if words != "a whole number" or "a number" not in wanted]
+
+
 def _wanted(item: Mapping[str, Any]) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind == "literal_error":
@@ -111,20 +116,19 @@ def _wanted(item: Mapping[str, Any]) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if kind in BOUNDS:
         bound, words = BOUNDS[kind]
-        return f"{words} {context[bound]:g}"
-    if kind in ("string_too_short", "too_short"):
-        return "not empty"
-    return EXPECTED.get(kind, item["msg"].lower())
+        return f"a number {words} {context[bound]:.12g}"
+    return EXPECTED.get(kind) or str(item["msg"]).lower()
 
 
 def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value)
+    text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _description(model: type[BaseModel], path: Path) -> str:
     """What a key is for, from its own documentation."""
-    section = section_at(model, path[:-1])
-    field = section.model_fields.get(str(path[-1])) if section else None
+    names = [part for part in path if isinstance(part, str)] or [""]
+    section = section_at(model, tuple(names[:-1]))
+    field = section.model_fields.get(names[-1]) if section else None
     text = (field.description if field else None) or "see the schema"
     return text[0].lower() + text[1:].rstrip(".")

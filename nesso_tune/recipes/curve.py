@@ -18,7 +18,7 @@ def curve(schedule: SchedulePlan, width: int = 60, height: int = 6) -> list[str]
         cells = "".join(_cell(value * height - (row - 1)) for value in values)
         label = labels[0] if row == height else labels[1] if row == height // 2 else ""
         lines.append(f"{label:>{margin}} |{cells}")
-    foot = f"step 0{str(schedule.total_steps):>{width - 6}}"
+    foot = f"step 0{schedule.total_steps!s:>{width - 6}}"
     return [*lines, f"{labels[2]:>{margin}} +{'-' * width}", f"{'':>{margin}}  {foot}"]
 
 

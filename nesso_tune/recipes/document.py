@@ -5,7 +5,6 @@ YAML 1.2 through ruamel: `1e-3` is a number, `no` is a word, and a key given twi
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,11 +82,8 @@ def parse_document(text: str, name: str) -> Document:
         if root is not None:
             document.value = _Builder(document, yaml).build(root, ())
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        if error.context_mark and re.search("end of (the )?stream|<stream end>", error.problem or ""):
-            mark = error.context_mark  # where the bracket was opened, not where the file ends
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{line}", *_explain(error, text)) from None
+        line, *said = _explain(error, text)
+        raise RecipeError(f"{name}:{line}", *said) from None
     except RecursionError:
         raise RecipeError(name, *TOO_DEEP) from None
     except (YAMLError, ValueError) as error:
@@ -95,21 +91,26 @@ def parse_document(text: str, name: str) -> Document:
     return document
 
 
-def _explain(error: MarkedYAMLError, text: str) -> tuple[str, str]:
+def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:
+    """The line that is wrong, what is wrong with it, and the remedy."""
     problem = (error.problem or "syntax error").strip()
-    mark = error.problem_mark
-    line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
-    if "\t" in line[: len(line) - len(line.lstrip())] or "'\\t'" in problem:
-        return "a tab is used for indentation", "indent with spaces"
-    if "mapping values are not allowed" in problem:
-        return "a second `: ` in one line, or wrong indentation", "quote the text, or indent the line like its neighbours"
+    line = error.problem_mark.line + 1 if error.problem_mark else 1
+    start = error.context_mark.line + 1 if error.context_mark else line  # where the broken part begins
+    lines = text.splitlines()
+    found = lines[line - 1] if line <= len(lines) else ""
+    unclosed = "end of stream" in problem or "<stream end>" in problem or problem.startswith("expected ',' or")
+    if "\t" in found[: len(found) - len(found.lstrip())] or "'\\t'" in problem:
+        return line, "a tab is used for indentation", "indent with spaces"
+    if "mapping values are not allowed" in problem or (unclosed and "but got ':'" in problem and line == start):
+        remedy = "quote the text, or indent the line like its neighbours"
+        return line, "a second `: ` in one line, or wrong indentation", remedy
     if "another document" in problem:
-        return "a second document starts at `---`", "keep one document in the file"
-    if re.search("end of (the )?stream|<stream end>", problem):
-        return "a bracket or quote that opens here is never closed", "close it"
+        return line, "a second document starts at `---`", "keep one document in the file"
+    if unclosed:
+        return start, "a bracket or quote that opens here is not closed, or a comma is missing", "close it"
     if "could not find expected ':'" in problem:
-        return "a key without a colon", "write `key: value`"
-    return f"not YAML: {problem}", "correct the line"
+        return start, "a key without a colon", "write `key: value`"
+    return line, f"not YAML: {problem}", "correct the line"
 
 
 class _Builder:
@@ -156,7 +157,7 @@ class _Builder:
             out[key] = self.build(value_node, here)
         return out
 
-    def _scalar(self, node: ScalarNode) -> Any:
+    def _scalar(self, node: Node) -> Any:
         kind = str(node.tag).rsplit(":", 1)[-1]
         if kind not in ("int", "float", "bool", "null"):
             return node.value  # text, and what YAML would turn into dates or binary data

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from nesso_tune.recipes.names import FOREIGN, NAMES_LIST, closest
+from nesso_tune.recipes.schema import RECIPES
 
 Path = tuple[str | int, ...]
 
@@ -44,18 +45,29 @@ def suggest_key(model: type[BaseModel], path: Path) -> str:
         return f"remove it: {NAMES_LIST[key]}"
     section = section_at(model, path[:-1])
     siblings = list(section.model_fields) if section else []
-    spelling = closest(key, siblings)
-    foreign = FOREIGN.get(key)
-    if foreign and (foreign in siblings or tuple(foreign.split(".")) in key_paths(model)):
-        dotted = ".".join((*above, foreign)) if foreign in siblings else foreign
-        return f"it is called `{dotted}` here"
-    if spelling:
-        return f"did you mean `{'.'.join((*above, spelling))}`?"
-    elsewhere = [".".join(names) for names in key_paths(model) if names[-1] == key]
-    if elsewhere:
-        return f"it belongs to `{elsewhere[0]}`"
-    misplaced = closest(key, {names[-1] for names in key_paths(model)})
-    if misplaced:
-        dotted = next(".".join(names) for names in key_paths(model) if names[-1] == misplaced)
-        return f"did you mean `{dotted}`?"
+    ours = FOREIGN.get(key, key)
+    if ours in siblings:
+        return f"it is called `{'.'.join((*above, ours))}` here"
+    if places := _places(model, key, above):
+        return f"it belongs to {places}"
+    if places := _places(model, ours, above):
+        return f"it is called {places} here"
+    for method, other in RECIPES.items():
+        if model in RECIPES.values() and (places := _places(other, ours, above)):
+            return f"remove it: {places} is only for method: {method}"
+    everywhere = sorted({names[-1] for names in key_paths(model)})
+    for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
+        if guess := closest(key, names, cutoff):
+            places = f"`{'.'.join((*above, guess))}`" if guess in siblings else _places(model, guess, above)
+            return f"did you mean {places}?"
     return f"remove it; the keys here are {', '.join(siblings)}"
+
+
+def _places(model: type[BaseModel], name: str, near: list[str]) -> str:
+    """The places of a key (a name or a dotted path), those in the section `near` if there are any; "" if none."""
+    wanted = tuple(name.split("."))
+    found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
+    if "validation_sources" not in near:  # what fits both kinds of sources is meant for those that are trained on
+        found = [names for names in found if "validation_sources" not in names[:-1]]
+    found = [names for names in found if list(names[: len(near)]) == near] or found
+    return " or ".join(f"`{'.'.join(names)}`" for names in found)

@@ -110,7 +110,7 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
 def _sources(raw: Raw) -> Iterator[Finding]:
     for section in ("sources", "validation_sources"):
         sources = _get(raw, "data", section)
-        for i in range(len(sources) if isinstance(sources, list) else 0):
+        for i in range(len(sources) if isinstance(sources, (list, tuple)) else 0):
             yield from _source(sources[i], ("data", section, i))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,14 @@ def validate(document: Document) -> Recipe:
     """
     raw = document.value
     if not isinstance(raw, Mapping):
-        found = "nothing" if raw is None else type(raw).__name__
-        raise RecipeError(f"{document.name}:1", f"a recipe is a section of keys, this is {found}", "start with method: sft")
+        kinds = {"NoneType": "nothing", "list": "a list", "str": "text"}
+        found = kinds.get(type(raw).__name__, "a single value")
+        raise RecipeError(
+            f"{document.name}:1", f"a recipe is a section of keys, this is {found}", "start with method: sft"
+        )
     model, problems = _method(document, raw)
     try:
-        recipe = model.model_validate(raw)
+        recipe = model.model_validate({**raw, "method": model.model_fields["method"].default})
     except ValidationError as error:
         problems += complaints(error, document, model)
     if problems or document.problems:
@@ -89,8 +93,10 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
     if isinstance(method, str) and method in RECIPES:
         return RECIPES[method], []
     model = DPORecipe if "dpo" in raw else SFTRecipe
-    if "method" in raw:
-        return model, []  # validation itself names the choices
+    if method is not None:
+        guess = closest(str(method), RECIPES)
+        remedy = f"did you mean `{guess}`?" if guess else "write method: sft or method: dpo"
+        return model, [Problem(document.where(("method",)), f"`method` must be sft or dpo, not {method!r}", remedy)]
     said = next((key for key in raw if FOREIGN.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{said}`" if said else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
@@ -98,23 +104,28 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
 
 def _override(document: Document, key: str, value: Any) -> None:
     """Sets one value in the document, making sections on the way."""
-    path: KeyPath = tuple(int(part) if part.isdigit() else part for part in key.split("."))
     if not isinstance(document.value, dict):
         document.value = {}
     node: Any = document.value
-    for depth, part in enumerate(path):
-        last = depth == len(path) - 1
-        if isinstance(node, list):
-            if not isinstance(part, int) or part >= len(node):
-                raise RecipeError(OVERRIDE, f"`{key}`: there is no item {part}", f"use 0 to {len(node) - 1}")
-        elif isinstance(node, dict):
-            part = str(part)
-            if not last and not isinstance(node.get(part), (dict, list)):
-                node[part] = {}
-        else:
-            raise RecipeError(OVERRIDE, f"`{key}` reaches into a value that has no keys", "shorten the key")
-        if last:
-            node[part] = value
-            document.lines[path] = 0
-        else:
-            node = node[part]
+    path: KeyPath = ()
+    parts = key.split(".")
+    for depth, name in enumerate(parts, start=1):
+        part: Any = _position(node, name, key) if isinstance(node, list) else name
+        path = (*path, part)
+        inner = node[part] if isinstance(node, list) or part in node else None
+        if depth < len(parts) and isinstance(inner, (dict, list)):
+            node = inner
+            continue
+        for old in [old for old in document.lines if old[: len(path)] == path]:
+            del document.lines[old]
+        document.lines[path] = 0
+        node[part] = deepcopy(value) if depth == len(parts) else {}
+        node = node[part]
+
+
+def _position(items: list[Any], name: str, key: str) -> int:
+    """The position in a list that one part of an override's key names."""
+    if name.isascii() and name.isdigit() and int(name) < len(items):
+        return int(name)
+    remedy = f"use 0 to {len(items) - 1}" if items else "set the whole list"
+    raise RecipeError(OVERRIDE, f"`{key}`: there is no item `{name}` in this list", remedy)

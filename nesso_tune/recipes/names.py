@@ -73,7 +73,7 @@ NAMES_LIST = {
 }
 
 
-def closest(word: str, choices: Iterable[str]) -> str | None:
+def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The choice that `word` was most likely meant to be, or None."""
-    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=cutoff)
     return found[0] if found else None

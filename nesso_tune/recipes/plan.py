@@ -10,6 +10,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.presets import auto_learning_rate, batch_advice
 from nesso_tune.recipes.schedule import Shape, check_schedule, lr_multiplier
 from nesso_tune.recipes.schema import Interval, Recipe
+from nesso_tune.recipes.sections import SFTData
 from nesso_tune.recipes.shape import ModelShape, find_shape
 
 
@@ -64,7 +65,7 @@ class SchedulePlan:
     @property
     def decay_end(self) -> int:
         """The step from which the learning rate is constant."""
-        return math.ceil(self.constant_ratio * self.total_steps)
+        return math.ceil(round(self.constant_ratio * self.total_steps, 6))
 
     def in_words(self) -> str:
         """One sentence, e.g. "cosine to step 800, then constant 3e-04"."""
@@ -221,6 +222,7 @@ def _advice(
             f"one epoch ({volume.rows} rows) is smaller than one global batch ({global_batch}): "
             "every step sees rows more than once; lower train.global_batch_size"
         )
-    if volume and volume.validation_rows > volume.rows:
+    split = not recipe.data.validation_sources and not (isinstance(recipe.data, SFTData) and recipe.data.packing)
+    if split and volume and volume.validation_rows > volume.rows:  # packed rows are no measure of conversations
         found.append("more rows are held out for evaluation than trained on; lower data.validation_size")
     return [text for text in found if text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nesso_tune.recipes.shape import ModelShape
 
@@ -47,7 +48,7 @@ def auto_learning_rate(method: str, shape: ModelShape | None) -> float:
         return FALLBACK[method]
     runs = TUNED[method]
     size = min(max(float(shape.parameters), runs[0].parameters), runs[-1].parameters)
-    for small, large in zip(runs, runs[1:], strict=False):
+    for small, large in pairwise(runs):
         if size <= large.parameters:
             way = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
             rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** way

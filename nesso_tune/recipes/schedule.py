@@ -39,9 +39,7 @@ def lr_multiplier(
     return min_ratio + (1.0 - min_ratio) * falling
 
 
-def check_schedule(
-    total_steps: int, warmup_steps: int, constant_ratio: float, min_ratio: float, shape: Shape
-) -> None:
+def check_schedule(total_steps: int, warmup_steps: int, constant_ratio: float, min_ratio: float, shape: Shape) -> None:
     """Raises ValueError, with the reason, if these numbers do not make a schedule."""
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")

@@ -9,11 +9,10 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.sections import ChatSection, DPOData, ModelSection, NonEmpty, Section, SFTData
+from nesso_tune.recipes.sections import ChatSection, Count, DPOData, ModelSection, NonEmpty, Section, SFTData
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Steps = Annotated[int, Field(ge=1)]
-Interval = Steps | Share  # steps, or a share of the run
+Interval = Count | Share  # steps, or a share of the run
 Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -28,7 +27,7 @@ class Schedule(Section):
     """Shape of the decay."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all steps that warm up (default 0.03)."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=1_000_000_000)
     """Steps that warm up, instead of a share."""
     constant_ratio: float | None = Field(default=None, gt=0, le=1)
     """The decay ends at this share of all steps and stays constant for the rest (default 1.0: it ends with the run)."""
@@ -39,17 +38,17 @@ class Schedule(Section):
 class TrainSection(Section):
     """The optimisation."""
 
-    num_epochs: float | None = Field(default=None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0, le=100_000)
     """Passes over the data (default 3 for SFT, 2 for DPO)."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: Count | None = None
     """Optimizer steps, instead of passes over the data."""
-    micro_batch_size: int = Field(default=1, ge=1)
+    micro_batch_size: Count = 1
     """Rows (packed rows in SFT, pairs in DPO) that one device computes at a time."""
-    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    gradient_accumulation_steps: Count | None = None
     """Micro batches per optimizer step on each device (default 1)."""
-    global_batch_size: int | None = Field(default=None, ge=1)
+    global_batch_size: Count | None = None
     """Rows per optimizer step over all devices; accumulation then follows from the number of devices."""
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     """Peak learning rate; auto takes one by method and model size, and the plan shows it."""
     optimizer: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
     """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with one fused kernel or without."""
@@ -74,7 +73,7 @@ class DPOSection(Section):
 
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference."""
-    loss: Annotated[dict[LossName, Annotated[float, Field(gt=0)]], Field(min_length=1)] = {"sigmoid": 1.0}
+    loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(default={"sigmoid": 1.0}, min_length=1)
     """Weights by loss name; several are added up, e.g. {sigmoid: 1.0, sft: 0.2}."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels; used by robust, exo_pair, aot and aot_unpaired."""
@@ -88,10 +87,10 @@ class DistributedSection(Section):
     """How several processes share the work."""
 
     fsdp: Literal["auto", "full_shard", "none"] = "auto"
-    """full_shard spreads weights, gradients and optimizer over all processes (FSDP2); auto does so when there are several."""
+    """full_shard spreads weights, gradients and optimizer over all processes (FSDP2); auto does so with several."""
     state_dict: Literal["full"] = "full"
     """How checkpoints are written: full gathers the state into files that any number of processes reads."""
-    timeout_s: int = Field(default=1800, ge=1)
+    timeout_s: Count = 1800
     """Seconds after which a collective operation that does not finish ends the run."""
 
 
@@ -100,7 +99,7 @@ class CheckpointSection(Section):
 
     every_steps: Interval = 0.25
     """Interval: steps, or a share of the run."""
-    keep: int = Field(default=3, ge=1)
+    keep: Count = 3
     """Newest checkpoints that are kept."""
 
 
@@ -113,7 +112,7 @@ class EvaluationSection(Section):
     """Validation prompts that are answered greedily, balanced over languages: stop rate and exact matches."""
     train_samples: int = Field(default=0, ge=0)
     """Training prompts that are answered at the end of the run, to see what was memorised."""
-    max_new_tokens: int = Field(default=256, ge=1)
+    max_new_tokens: Count = 256
     """Longest answer in tokens; a longer one counts as not stopped."""
 
 

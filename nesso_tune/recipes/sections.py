@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant", "tool"]
-NonEmpty = Annotated[str, Field(min_length=1)]
+NonEmpty = Annotated[str, Field(pattern=r"\S")]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # a billion is a mistake that should not become an overflow
 
 
 class Section(BaseModel):
     """Frozen and strict: unknown keys are errors, values are never coerced."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class LoraSection(Section):
@@ -21,7 +24,7 @@ class LoraSection(Section):
 
     type: Literal["lora"] = "lora"
     """Kind of adapter."""
-    r: int = Field(default=16, ge=1)
+    r: Count = 16
     """Rank of the update matrices."""
     alpha: float = Field(default=32, gt=0)
     """Scale of the update: it is multiplied by alpha / r."""
@@ -103,9 +106,9 @@ class Source(Section):
     """Language code of all rows; null takes each row's own."""
     language_field: NonEmpty | None = None
     """Column that holds a row's language code; null looks for `lang` and `language`."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     """How often the source is seen in an epoch: 2.0 twice, 0.5 a fresh half each epoch."""
-    max_rows: int | None = Field(default=None, ge=1)
+    max_rows: Count | None = None
     """Read at most this many rows."""
     min_score: float | None = None
     """Drop rows whose `score_field` is below this."""
@@ -118,20 +121,14 @@ class Source(Section):
 class DataSection(Section):
     """What SFT and DPO share about data."""
 
-    sequence_len: int = Field(default=4096, ge=8)
+    sequence_len: int = Field(default=4096, ge=8, le=10_000_000)
     """Longest sequence in tokens; with packing, the length of a row."""
-    validation_size: int | Annotated[float, Field(gt=0, lt=1)] = Field(default=0.01)
+    validation_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Rows (whole number) or share (fraction) held out for evaluation, stratified by language; 0 holds none out."""
     validation_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
     """Sources for evaluation instead of a split."""
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
     """The sources that are trained on."""
-
-    @model_validator(mode="after")
-    def _validation_not_negative(self) -> DataSection:
-        if self.validation_size < 0:
-            raise ValueError("validation_size must not be negative")
-        return self
 
 
 class SFTData(DataSection):
@@ -150,7 +147,7 @@ class SFTData(DataSection):
 class DPOData(DataSection):
     """Data of preference training. Nothing is truncated: a cut answer would lose its end token."""
 
-    sequence_len: int = Field(default=1024, ge=8)
+    sequence_len: int = Field(default=1024, ge=8, le=10_000_000)
     """Longest prompt plus answer in tokens."""
     too_long: Literal["drop", "error"] = "drop"
     """What happens to a pair whose prompt and longer answer exceed sequence_len."""

@@ -58,24 +58,27 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
     """The shape that a config.json describes.
 
     Raises:
-        KeyError: if a size is missing.
+        KeyError, TypeError, ValueError: if a size is missing or not a positive number.
     """
-    heads = config["num_attention_heads"]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = vocabulary, hidden, intermediate, layers, heads = [int(config[name]) for name in names]
+    if min(sizes) < 1:
+        raise ValueError(f"sizes must be positive, got {sizes}")
     return ModelShape(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        layers=layers,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        tied=config.get("tie_word_embeddings", False),
-        context=config.get("max_position_embeddings", 0),
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        tied=bool(config.get("tie_word_embeddings", False)),
+        context=int(config.get("max_position_embeddings") or 0),
     )
 
 
 def _config_file(model: ModelSection) -> Path | None:
-    folder = Path(model.base)
+    folder = Path(os.path.expanduser(model.base))
     if folder.is_dir():
         return folder / "config.json"
     home = os.environ.get("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))

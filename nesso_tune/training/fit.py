@@ -79,7 +79,7 @@ def fit(
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it
-    attach_supervised_head(model)
+    attach_supervised_head(model, statistics=recipe.method == "dpo")
     log = MetricsLog(run.metrics, trainer.is_world_process_zero())
     trainer.track = Track(
         plan=plan,

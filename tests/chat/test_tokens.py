@@ -25,7 +25,11 @@ def test_auto_renames_reserved_slots(byte_base):
     assert chat.placed.renamed == {"<|im_start|>": 260, "<|im_end|>": 261}
     assert not chat.placed.added
     assert chat.size == len(after) == len(before) == 264
-    assert after.convert_ids_to_tokens([260, 261, 262]) == ["<|im_start|>", "<|im_end|>", "<|reserved_special_token_2|>"]
+    assert after.convert_ids_to_tokens([260, 261, 262]) == [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|reserved_special_token_2|>",
+    ]
     assert chat.new_ids == [260, 261]
 
 
@@ -242,7 +246,16 @@ def test_words_that_are_special_tokens_stay_text_in_a_unigram_vocabulary(write_b
 
 
 def test_a_word_level_tokenizer(write_base):
-    words = ["[UNK]", "user", "assistant", "ciao", "bene", "[unused1]", "[unused2]", *"start of a message end the".split()]
+    words = [
+        "[UNK]",
+        "user",
+        "assistant",
+        "ciao",
+        "bene",
+        "[unused1]",
+        "[unused2]",
+        *["start", "of", "a", "message", "end", "the"],
+    ]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["[unused1]", "[unused2]"])

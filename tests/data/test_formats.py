@@ -52,14 +52,14 @@ def test_a_source_can_name_its_own_columns_and_roles():
 WRONG = {
     "nothing known": ({}, {"testo": "a"}, r"its format is not recognised \(its columns are testo\); name the columns"),
     "no columns": ({}, {}, r"its columns are none"),
-    "typo": ({"format": "messages"}, {"mesages": []}, r"no column `messages` or .* for format messages; .*; did you mean "),
+    "typo": ({"format": "messages"}, {"mesages": []}, r"no column `messages` or .*; did you mean "),
     "far off": ({"format": "preference"}, {"x": 1}, r"no column `chosen`.*; name the column"),
     "columns without messages": (
-        {"format": "messages"}, SHAREGPT, r"has the columns|have the columns of format messages, but not messages with role",
+        {"format": "messages"}, SHAREGPT, r"have the columns of format messages, but not messages with role",
     ),
     "columns of other rows": ({"format": "messages"}, {"messages": "text"}, r"have the columns"),
     "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but not both filled with text"),
-    "named column absent": ({"prompt_field": "a", "response_field": "b", "format": "alpaca"}, {"b": "x"}, r"no column `a`"),
+    "named column absent": ({"prompt_field": "a", "format": "alpaca"}, {"output": "x"}, r"no column `a`"),
 }  # fmt: skip
 
 

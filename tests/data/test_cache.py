@@ -1,0 +1,171 @@
+"""The cache: keyed by content, complete or absent, built once."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nesso_tune import prepare_data
+from nesso_tune.data import cache
+from nesso_tune.data.prepare import cached_only
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(sft, write_rows, chats):
+    return sft(write_rows(chats))
+
+
+def the_folder():
+    (folder,) = (path for path in (cache.cache_root() / "documents").iterdir() if path.is_dir())
+    return folder
+
+
+def ids(data):
+    return [row["input_ids"] for row in data.train]
+
+
+def test_the_second_time_is_a_hit_with_the_same_rows(recipe):
+    assert not cached_only(recipe)
+    first = prepare_data(recipe)
+    assert cached_only(recipe)
+    second = prepare_data(recipe)
+    assert (first.report["cache_hit"], second.report["cache_hit"]) == (False, True)
+    assert first.report | {"cache_hit": True} == second.report
+    assert ids(first) == ids(second)
+
+
+def test_one_changed_character_is_seen_though_size_and_time_are_the_same(recipe):
+    file = Path(recipe.data.sources[0].path)
+    before, times = prepare_data(recipe), file.stat()
+    file.write_text(file.read_text().replace("Roma.", "Toma."))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size
+    after = prepare_data(recipe)
+    assert not after.report["cache_hit"]
+    assert after.report["fingerprint"] != before.report["fingerprint"]
+    assert ids(after) != ids(before)
+
+
+def test_another_time_alone_changes_nothing(recipe):
+    before = prepare_data(recipe)
+    os.utime(recipe.data.sources[0].path, (1, 1))
+    after = prepare_data(recipe)
+    assert after.report["cache_hit"]
+    assert after.report["fingerprint"] == before.report["fingerprint"]
+
+
+ENCODED_ANEW = {
+    "length": {"sequence_len": 300},
+    "roles": {"roles_to_train": ["user"]},
+    "end tokens": {"train_on_eos": "all"},
+    "system message": {"chat": {"default_system": "Sii breve."}},
+}
+ARRANGED_ANEW = {"packing": {"packing": False}, "seed": {"seed": 1}, "split": {"validation_size": 2}}
+
+
+@pytest.mark.parametrize("change", ENCODED_ANEW.values(), ids=ENCODED_ANEW)
+def test_what_decides_the_ids_is_encoded_anew(recipe, sft, change):
+    before = prepare_data(recipe).report
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
+    assert not after["cache_hit"]
+    assert after["fingerprint"] != before["fingerprint"]
+
+
+@pytest.mark.parametrize("change", ARRANGED_ANEW.values(), ids=ARRANGED_ANEW)
+def test_what_only_arranges_rows_uses_what_is_encoded(recipe, sft, change):
+    before = prepare_data(recipe).report
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
+    assert after["cache_hit"]
+    assert after["fingerprint"] != before["fingerprint"]
+
+
+def test_a_changed_mapping_file_is_seen(sft, write_rows, tmp_path):
+    mapping = tmp_path / "mine.yaml"
+    mapping.write_text("kind: instruction\nprompt_field: [a]\nresponse_field: [b]\n")
+    recipe = sft({"path": write_rows([{"a": "x", "b": "y", "c": "zz"}]), "format": str(mapping)})
+    before = ids(prepare_data(recipe))
+    mapping.write_text(mapping.read_text().replace("[b]", "[c]"))
+    assert ids(prepare_data(recipe)) != before
+
+
+def test_what_a_killed_run_left_is_not_trusted(recipe):
+    whole = ids(prepare_data(recipe))
+    folder = the_folder()
+    folder.rename(folder.with_suffix(".partial"))  # killed before the last step
+    assert prepare_data(recipe).report["cache_hit"] is False
+    (folder / cache.DONE).unlink()  # and a folder without its note
+    (folder / "ids.bin").write_bytes(b"")
+    again = prepare_data(recipe)
+    assert again.report["cache_hit"] is False
+    assert ids(again) == whole
+    assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", cache.DONE])
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_damaged_files_are_made_again(recipe, name, keep):
+    whole = ids(prepare_data(recipe))
+    file = the_folder() / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    again = prepare_data(recipe)
+    assert again.report["cache_hit"] is False
+    assert ids(again) == whole
+    assert prepare_data(recipe).report["cache_hit"]
+
+
+def test_a_failed_build_leaves_nothing():
+    def fails(folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        cache.make("kind", "key", fails, lambda folder, note: folder)
+    assert cache.find("kind", "key") is None
+    assert not [path for path in (cache.cache_root() / "kind").iterdir() if path.is_dir()]
+
+
+BUILD_SLOWLY = """
+import sys, time
+from pathlib import Path
+from nesso_tune.data import cache
+log = Path(sys.argv[1])
+def build(folder):
+    log.open("a").write("built\\n")
+    time.sleep(0.5)
+    (folder / "x").write_text("content")
+    return {"a": 1}
+opened, note, hit = cache.make("kind", "key", build, lambda folder, note: (folder / "x").read_text())
+print(opened, note, hit)
+"""
+
+
+def test_two_processes_at_once_build_once(tmp_path):
+    command = [sys.executable, "-c", BUILD_SLOWLY, str(tmp_path / "log")]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in range(2)]
+    said = sorted(process.communicate(timeout=60)[0].strip() for process in running)
+    assert said == ["content {'a': 1} False", "content {'a': 1} True"]
+    assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_a_build_killed_half_way_is_done_again(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", BUILD_SLOWLY, str(tmp_path / "log")], cwd=ROOT)
+    while not (tmp_path / "log").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert cache.find("kind", "key") is None
+    made = cache.make("kind", "key", lambda folder: {"b": 2}, lambda folder, note: list(folder.glob("x")))
+    assert made == ([], {"b": 2}, False)
+
+
+def test_the_note_is_plain_json(recipe):
+    prepare_data(recipe)
+    note = json.loads((the_folder() / cache.DONE).read_text())
+    assert note["languages"] == ["it", "en"]

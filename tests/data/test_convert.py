@@ -1,0 +1,181 @@
+"""From rows to conversations and pairs, or to the reason why not."""
+
+import pytest
+
+from nesso_tune import Message
+from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
+from nesso_tune.data.formats import load_format
+from nesso_tune.recipes.sections import Source
+
+MESSAGES, SHAREGPT, ALPACA, PREFERENCE = map(load_format, ("messages", "sharegpt", "alpaca", "preference"))
+
+
+def said(*contents, **last):
+    """User and assistant in turn, as rows have them; `last` changes the last message."""
+    roles = ["user", "assistant"] * len(contents)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    turns[-1].update(last)
+    return turns
+
+
+def turns_of(conversation):
+    return [(m.role, m.content) for m in conversation.messages]
+
+
+TURNS = [("user", "a"), ("assistant", "b")]
+USABLE = {
+    "messages": (MESSAGES, {"messages": said("a", "b")}, TURNS),
+    "extra keys": (MESSAGES, {"messages": said("a", "b", id=7, weight=None), "x": [1]}, TURNS),
+    "developer": (
+        MESSAGES, {"messages": [{"role": "developer", "content": "s"}, *said("a", "b")]},
+        [("system", "s"), ("user", "a"), ("assistant", "b")],
+    ),
+    "system column": (
+        MESSAGES, {"messages": said("a", "b"), "system": "s"}, [("system", "s"), ("user", "a"), ("assistant", "b")],
+    ),
+    "blank system column": (MESSAGES, {"messages": said("a", "b"), "system": " "}, TURNS),
+    "empty user turn": (MESSAGES, {"messages": said("", "b")}, [("user", ""), ("assistant", "b")]),
+    "no tools": (MESSAGES, {"messages": said("a", "b", tool_calls=None), "tools": []}, TURNS),
+    "sharegpt": (
+        SHAREGPT, {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        TURNS,
+    ),
+    "alpaca": (ALPACA, {"instruction": "a", "input": "", "output": "b"}, TURNS),
+    "alpaca with input": (
+        ALPACA, {"instruction": "a", "input": "i", "output": "b"}, [("user", "a\n\ni"), ("assistant", "b")],
+    ),
+    "alpaca without input": (ALPACA, {"prompt": "a", "input": None, "response": "b"}, TURNS),
+    "text is kept exactly": (MESSAGES, {"messages": said(" a\n", "\tb ")}, [("user", " a\n"), ("assistant", "\tb ")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fmt", "row", "turns"), USABLE.values(), ids=USABLE)
+def test_conversations(fmt, row, turns):
+    conversation = to_conversation(row, fmt, "it", "x.jsonl")
+    assert turns_of(conversation) == turns
+    assert (conversation.language, conversation.source) == ("it", "x.jsonl")
+
+
+def test_names_and_train_flags_are_kept():
+    row = {
+        "messages": [
+            {"role": "user", "content": "a", "name": "Ada"},
+            {"role": "assistant", "content": "b", "train": False},
+        ]
+    }
+    user, assistant = to_conversation(row, MESSAGES, "it", "").messages
+    assert user == Message("user", "a", name="Ada")
+    assert assistant == Message("assistant", "b", train=False)
+
+
+UNUSABLE = {
+    "no column": ({}, "missing_field"),
+    "null": ({"messages": None}, "missing_field"),
+    "empty": ({"messages": []}, "no_messages"),
+    "text": ({"messages": "hello"}, "no_messages"),
+    "object": ({"messages": {"role": "user", "content": "a"}}, "no_messages"),
+    "nested lists": ({"messages": [said("a", "b")]}, "message_not_an_object"),
+    "texts": ({"messages": ["a", "b"]}, "message_not_an_object"),
+    "role missing": ({"messages": [{"content": "a"}]}, "missing_field"),
+    "role unknown": ({"messages": said("a", "b", role="narrator")}, "unknown_role"),
+    "role true": ({"messages": said("a", "b", role=True)}, "unknown_role"),
+    "role list": ({"messages": said("a", "b", role=["assistant"])}, "unknown_role"),
+    "content missing": ({"messages": [{"role": "user"}]}, "missing_field"),
+    "content null": ({"messages": said("a", None)}, "missing_field"),
+    "content number": ({"messages": said("a", 3)}, "content_not_text"),
+    "content object": ({"messages": said("a", {"text": "b"})}, "content_not_text"),
+    "content parts": ({"messages": said([{"type": "text", "text": "a"}], "b")}, "content_not_text"),
+    "lone surrogate": ({"messages": said("a", "\ud800")}, "invalid_unicode"),
+    "user alone": ({"messages": said("a")}, "no_assistant_turn"),
+    "empty answer": ({"messages": said("a", " \n")}, "empty_answer"),
+    "one of two answers empty": ({"messages": said("a", "b", "c", "")}, "empty_answer"),
+    "train not a bool": ({"messages": said("a", "b", train=1)}, "train_not_true_or_false"),
+    "tool calls": ({"messages": said("a", "b", tool_calls=[{"name": "f"}])}, "tool_calls_not_supported"),
+    "tools": ({"messages": said("a", "b"), "tools": [{"name": "f"}]}, "tool_calls_not_supported"),
+    "system surrogate": ({"messages": said("a", "b"), "system": "x\udfff"}, "invalid_unicode"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), UNUSABLE.values(), ids=UNUSABLE)
+def test_why_a_conversation_cannot_be_used(row, reason):
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        to_conversation(row, MESSAGES, "it", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [({"instruction": "a"}, "missing_field"), ({"instruction": "a", "output": None}, "missing_field"),
+     ({"instruction": ["a"], "output": "b"}, "content_not_text"), ({"instruction": "a", "output": ""}, "empty_answer"),
+     ({"instruction": "a", "input": {}, "output": "b"}, "content_not_text")],
+)  # fmt: skip
+def test_why_an_instruction_cannot_be_used(row, reason):
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        to_conversation(row, ALPACA, "it", "")
+
+
+GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PAIRS = {
+    "texts": ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["q"]),
+    "messages": ({"prompt": said("q"), "chosen": said("x", "a")[1:], "rejected": said("x", "b")[1:]}, ["q"]),
+    "one message each": ({"prompt": "q", "chosen": said("x", "a")[1], "rejected": said("x", "b")[1]}, ["q"]),
+    "whole dialogues": ({"chosen": said("q", "w", "e", "a"), "rejected": said("q", "w", "e", "b")}, ["q", "w", "e"]),
+    "prompt and dialogues": ({"prompt": "q", "chosen": said("q", "a"), "rejected": said("q", "b")}, ["q"]),
+    "system": ({"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}, ["s", "q"]),
+    "sharegpt": ({"conversations": GPT[:1], "chosen": GPT[1], "rejected": {"from": "gpt", "value": "b"}}, ["q"]),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt"), PAIRS.values(), ids=PAIRS)
+def test_pairs(row, prompt):
+    pair = to_pair(row, PREFERENCE, "en", "p.jsonl")
+    assert [m.content for m in pair.prompt] == prompt
+    assert (pair.chosen, pair.rejected) == (Message("assistant", "a"), Message("assistant", "b"))
+    assert (pair.language, pair.source) == ("en", "p.jsonl")
+
+
+NO_PAIRS = {
+    "no prompt": ({"chosen": "a", "rejected": "b"}, "no_prompt"),
+    "no chosen": ({"prompt": "q", "rejected": "b"}, "missing_field"),
+    "rejected null": ({"prompt": "q", "chosen": "a", "rejected": None}, "missing_field"),
+    "equal": ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen_equals_rejected"),
+    "empty chosen": ({"prompt": "q", "chosen": " ", "rejected": "a"}, "empty_answer"),
+    "empty rejected": ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty_answer"),
+    "different dialogues": ({"chosen": said("q", "a"), "rejected": said("r", "b")}, "no_common_prompt"),
+    "another prompt": (
+        {"prompt": "x", "chosen": said("q", "a"), "rejected": said("q", "b")},
+        "prompt_differs_from_dialogue",
+    ),
+    "answer by the user": ({"prompt": "q", "chosen": said("a"), "rejected": said("b")}, "answer_not_by_assistant"),
+    "prompt ends with an answer": (
+        {"prompt": said("q", "w"), "chosen": "a", "rejected": "b"},
+        "answer_not_by_assistant",
+    ),
+    "number": ({"prompt": "q", "chosen": 1, "rejected": 2}, "no_messages"),
+    "surrogate": ({"prompt": "q", "chosen": "a\ud800", "rejected": "b"}, "invalid_unicode"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason"), NO_PAIRS.values(), ids=NO_PAIRS)
+def test_why_a_pair_cannot_be_used(row, reason):
+    with pytest.raises(Unusable, match=f"^{reason}$"):
+        to_pair(row, PREFERENCE, "en", "")
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [("it", "it"), ("IT", "it"), ("it-IT", "it"), ("it_IT", "it"), ("ita", "it"), ("Italian", "it"),
+     (" italiano ", "it"), ("English", "en"), ("en-US", "en"), ("eng", "en"), ("fr", "fr"), ("", "und"),
+     (None, "und"), (3, "und"), ([], "und")],
+)  # fmt: skip
+def test_language_codes(said, code):
+    plain = Source(path="x")
+    assert language_of({"language": said}, plain) == code
+    assert language_of({"lang": said}, plain) == code
+    assert language_of({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
+    if isinstance(said, str) and said:
+        assert language_of({"lang": "xx"}, Source(path="x", language=said)) == code
+
+
+def test_a_language_that_is_no_text_is_unusable():
+    with pytest.raises(Unusable, match="invalid_unicode"):
+        language_of({"lang": "\ud800"}, Source(path="x"))

@@ -1,0 +1,66 @@
+"""Documents on disk: what was written is read, and files that do not fit together are refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nesso_tune.chat.encoding import Encoded, EncodedPair
+from nesso_tune.data.documents import DocumentWriter, open_documents
+
+TOKENS = st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=12)
+ENTRY = st.tuples(
+    TOKENS.map(lambda tokens: ([i for i, _ in tokens], [learned for _, learned in tokens])),
+    st.sampled_from(["it", "en", "und"]),
+    st.integers(0, 2),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(ENTRY, min_size=1, max_size=10))
+def test_what_is_written_is_read(tmp_path_factory, entries):
+    folder = tmp_path_factory.mktemp("documents")
+    writer = DocumentWriter(folder, 1)
+    for (ids, trained), language, source in entries:
+        writer.add(Encoded(ids, trained), language, source)
+    documents = open_documents(folder, writer.close(), 1)
+    assert len(documents) == len(entries)
+    for i, ((ids, trained), language, source) in enumerate(entries):
+        assert documents.input_ids(i).tolist() == ids
+        assert documents.labels(i).tolist() == Encoded(ids, trained).labels
+        assert (documents.language(i), documents.sources[i], documents.lengths[i]) == (language, source, len(ids))
+    some = np.arange(0, len(entries), 2)
+    assert documents.counts(some) == {
+        "rows": len(some),
+        "tokens": sum(len(entries[i][0][0]) for i in some),
+        "supervised_tokens": sum(sum(entries[i][0][1]) for i in some),
+    }
+
+
+def test_pairs_stand_side_by_side(tmp_path):
+    writer = DocumentWriter(tmp_path, 3)
+    writer.add(EncodedPair([1, 2], [3], [4, 5, 6]), "it", 0)
+    writer.add(EncodedPair([7], [8, 9], [10]), "en", 0)
+    documents = open_documents(tmp_path, writer.close(), 3)
+    assert [[documents.input_ids(i, part).tolist() for part in range(3)] for i in range(2)] == [
+        [[1, 2], [3], [4, 5, 6]],
+        [[7], [8, 9], [10]],
+    ]
+    assert documents.lengths.tolist() == [6, 4]
+    assert documents.counts(np.array([1])) == {"rows": 1, "tokens": 4, "supervised_tokens": 3}
+
+
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", "sources.npy"])
+@pytest.mark.parametrize("how", ["cut", "emptied", "gone"])
+def test_files_that_do_not_fit_together_are_refused(tmp_path, name, how):
+    writer = DocumentWriter(tmp_path, 1)
+    for _ in range(3):
+        writer.add(Encoded([1, 2], [False, True]), "it", 0)
+    names = writer.close()
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.unlink()
+    if how != "gone":
+        file.write_bytes(content[:-4] if how == "cut" else b"")
+    with pytest.raises((ValueError, OSError, EOFError)):
+        open_documents(tmp_path, names, 1)

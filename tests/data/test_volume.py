@@ -1,0 +1,64 @@
+"""How much data there is, without preparing it."""
+
+import json
+
+import pytest
+
+from nesso_tune import DataError, SFTRecipe, prepare_data
+from nesso_tune.data.volume import find_volume
+
+
+def many(chats, times):
+    return [row for _ in range(times) for row in chats]
+
+
+def test_prepared_data_are_counted_exactly(sft, chats, write_rows):
+    recipe = sft(write_rows(many(chats, 20)), validation_size=20)
+    assert not find_volume(recipe).exact
+    prepared = prepare_data(recipe)
+    volume = find_volume(recipe)
+    assert volume == prepared.volume
+    assert (volume.exact, volume.rows, volume.validation_rows) == (True, len(prepared.train), 20)
+    assert volume.tokens == prepared.report["train"]["tokens"]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_estimate_is_near(sft, chats, write_rows, packing):
+    recipe = sft(write_rows(many(chats, 200)), validation_size=0.1, packing=packing, sequence_len=1024)
+    guess, truth = find_volume(recipe), prepare_data(recipe).volume
+    assert not guess.exact
+    assert guess.rows == pytest.approx(truth.rows, rel=0.03)
+    assert guess.tokens == pytest.approx(truth.tokens, rel=0.02)
+    assert guess.supervised_tokens == pytest.approx(truth.supervised_tokens, rel=0.02)
+    assert guess.validation_rows == pytest.approx(truth.validation_rows, rel=0.02)
+
+
+def test_weights_and_max_rows_count(sft, chats, write_rows):
+    path = write_rows(many(chats, 100))
+    plain = find_volume(sft(path, packing=False)).rows
+    assert plain == 1000
+    assert find_volume(sft({"path": path, "weight": 2.5}, packing=False)).rows == 2500
+    assert find_volume(sft({"path": path, "max_rows": 30}, packing=False)).rows == 30
+
+
+def test_a_file_whose_last_line_is_not_ended(sft, chats, tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps(chats[0]))
+    assert find_volume(sft(str(path), packing=False)).rows == 1
+    array = tmp_path / "some.json"
+    array.write_text(json.dumps(chats))
+    assert find_volume(sft(str(array), packing=False)).rows == 10
+
+
+def test_pairs_and_validation_sources(dpo, duels, write_rows):
+    held = {"path": write_rows(duels[:2], "held.jsonl")}
+    volume = find_volume(dpo(write_rows(duels), validation_sources=[held]))
+    assert (volume.rows, volume.validation_rows, volume.exact) == (6, 2, False)
+
+
+def test_what_is_not_at_hand_is_unknown(sft, chats, write_rows):
+    assert find_volume(sft("someone/never-fetched")) is None
+    elsewhere = sft(write_rows(chats)).model_dump() | {"model": {"base": "someone/never-fetched"}}
+    assert find_volume(SFTRecipe.model_validate(elsewhere)) is None
+    with pytest.raises(DataError, match="no such file"):
+        find_volume(sft("absent/rows.jsonl"))

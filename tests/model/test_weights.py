@@ -1,0 +1,124 @@
+"""Weights are never random by accident, the vocabulary fits, and new tokens start from related ones."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from nesso_tune.chat.tokenizer import chat_tokenizer
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.model.weights import base_hash, load_model
+from nesso_tune.recipes.sections import ChatSection, ModelSection
+
+
+@pytest.fixture
+def trained(tmp_path, base):
+    """A folder with weights, as a hub model has them (bfloat16 on disk); `tied` and `rows` may be changed."""
+
+    def make(tied=True, rows=None):
+        folder = tmp_path / "trained"
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        config = LlamaConfig.from_pretrained(folder)
+        config.tie_word_embeddings = tied
+        config.vocab_size = rows or config.vocab_size
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def load(folder, random_init=False, **chat):
+    section = ModelSection(base=str(folder), random_init=random_init)
+    tokenizer = chat_tokenizer(section, ChatSection(**chat))
+    return load_model(section, tokenizer, seed=1), tokenizer
+
+
+def test_a_base_without_weights_is_an_error_unless_random_weights_are_asked_for(base):
+    with pytest.raises(ModelError, match="random_init"):
+        load(base)
+    model, _ = load(base, random_init=True)
+    again, _ = load(base, random_init=True)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight), "the seed decides"
+
+
+def test_master_weights_are_float32(trained):
+    model, _ = load(trained())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["reserved", "resize"])
+def test_new_and_renamed_rows_start_from_the_mean_of_related_rows(trained, tied, how):
+    folder = trained(tied)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, tokenizer = load(folder, new_tokens=how)
+    rows = plain.config.vocab_size
+    assert model.get_input_embeddings().weight.shape[0] == (rows if how == "reserved" else rows + 2)
+    assert tokenizer.starts_from
+    for token, related in tokenizer.starts_from.items():
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            wanted = getattr(plain, get)().weight[list(related)].mean(dim=0)
+            torch.testing.assert_close(getattr(model, get)().weight[token], wanted)
+    untouched = [i for i in range(rows) if i not in tokenizer.starts_from]
+    assert torch.equal(model.get_input_embeddings().weight[untouched], plain.get_input_embeddings().weight[untouched])
+
+
+def test_tokenizer_and_model_that_do_not_fit_are_an_error_with_both_numbers(trained):
+    with pytest.raises(ModelError, match=r"1,823 tokens, the model 1,000 rows"):
+        load(trained(rows=1000))
+
+
+def test_more_rows_than_tokens_are_fine(trained):
+    model, _ = load(trained(rows=2048))
+    assert model.get_input_embeddings().weight.shape[0] == 2048
+
+
+def test_missing_weights_are_named(trained):
+    from safetensors.torch import load_file, save_file
+
+    folder = trained()
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "wrong shape"])
+def test_damaged_weights_are_an_error(trained, damage):
+    folder = trained()
+    file = folder / "model.safetensors"
+    if damage == "wrong shape":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 99}))
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
+    with pytest.raises(ModelError):
+        load(folder)
+
+
+def test_generation_stops_at_the_templates_end_and_at_the_bases_own(trained):
+    model, tokenizer = load(trained())
+    assert model.generation_config.eos_token_id[0] == tokenizer.eos_id
+    assert 1 in model.generation_config.eos_token_id, "<|end_of_text|> of the base"
+    assert model.generation_config.pad_token_id == tokenizer.pad_id == tokenizer.eos_id
+    assert model.generation_config.max_new_tokens > 20
+
+
+def test_flash_without_a_gpu_is_an_error(base):
+    section = ModelSection(base=base, random_init=True, attention="flash")
+    with pytest.raises(RecipeError, match="attention: auto"):
+        load_model(section, chat_tokenizer(section, ChatSection()), 0)
+
+
+def test_base_hash_follows_the_content(trained):
+    folder = trained()
+    section = ModelSection(base=str(folder))
+    before = base_hash(section)
+    assert base_hash(section) == before
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert base_hash(section) != before

@@ -1,0 +1,106 @@
+"""Every inert or contradictory knob is found, and nothing else is."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.lint import RULES, lint
+from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
+
+from .texts import SFT, read
+
+
+def yaml(text):
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def schedule(text):
+    return f"train: {{schedule: {{{text}}}}}"
+
+
+def source(text):
+    return f"data: {{sources: [{{path: a}}, {{path: b, {text}}}]}}"
+
+
+# name: (recipe, path of the finding, words)
+FIRES = {
+    "constant with an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "no effect"),
+    "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
+    "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
+    "warm-up beyond the end": (schedule("warmup_ratio: 0.5, constant_ratio: 0.4"), "train.schedule.warmup_ratio", "0.4"),
+    "two lengths": ("train: {num_epochs: 1, max_steps: 5}", "train.num_epochs", "contradicts train.max_steps"),
+    "two batches": (
+        "train: {global_batch_size: 8, gradient_accumulation_steps: 2}", "train.gradient_accumulation_steps",
+        "contradicts train.global_batch_size",
+    ),
+    "two validations": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "no effect"),
+    "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "learns nothing"),
+    "revision of nothing": ("model: {random_init: true, revision: main}", "model.revision", "no effect"),
+    "smoothing of sigmoid": ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing", "no effect on the loss sigmoid"),
+    "smoothing of others": (
+        "dpo: {label_smoothing: 0.1, loss: {ipo: 1.0, sft: 0.1}}", "dpo.label_smoothing", "the loss ipo, sft",
+    ),
+    "exo without smoothing": ("dpo: {loss: {exo_pair: 1.0}}", "dpo.loss", "needs label_smoothing"),
+    "alike": ("dpo: {ld_alpha: 1.0}", "dpo.ld_alpha", "what null does"),
+    "instruction in messages": (source("format: messages, response_field: x"), "data.sources.1.response_field", "messages"),
+    "prompt in sharegpt": (source("format: sharegpt, prompt_field: x"), "data.sources.1.prompt_field", "sharegpt"),
+    "messages in alpaca": (source("format: alpaca, roles: {utente: user}"), "data.sources.1.roles", "alpaca"),
+    "pair in alpaca": (source("format: alpaca, chosen_field: x"), "data.sources.1.chosen_field", "alpaca"),
+    "input in preference": (source("format: preference, input_field: x"), "data.sources.1.input_field", "preference"),
+    "score of what": (source("min_score: 1"), "data.sources.1.min_score", "needs score_field"),
+    "score for what": (source("score_field: q"), "data.sources.1.score_field", "without min_score"),
+    "two languages": (source("language: it, language_field: l"), "data.sources.1.language_field", "beside language"),
+    "detection": (source("language: auto"), "data.sources.1.language", "not built"),
+    "in a validation source": (
+        "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",
+    ),
+}  # fmt: skip
+
+SILENT = {
+    "nothing": "{}",
+    "cosine": schedule("type: cosine, constant_ratio: 0.8, min_ratio: 0.3, warmup_ratio: 0.03"),
+    "unset knobs": schedule("type: constant, constant_ratio: null, min_ratio: null, warmup_steps: 5, warmup_ratio: null"),
+    "one length": "train: {num_epochs: null, max_steps: 5}",
+    "one batch": "train: {global_batch_size: 8, gradient_accumulation_steps: null}",
+    "validation sources alone": "data: {validation_size: 0, validation_sources: [{path: v}]}",
+    "random weights": "model: {random_init: true, adapter: null, revision: null}",
+    "adapter": "model: {random_init: false, adapter: {r: 4}, revision: main}",
+    "robust": "dpo: {label_smoothing: 0.1, loss: {robust: 1.0}}",
+    "exo": "dpo: {label_smoothing: 0.001, loss: {exo_pair: 1.0}}",
+    "length": "dpo: {ld_alpha: 0.5}",
+    "messages": source("format: messages, messages_field: m, role_field: r, content_field: c, roles: {a: user}"),
+    "preference": source("format: preference, prompt_field: p, chosen_field: c, rejected_field: r"),
+    "alpaca": source("format: alpaca, prompt_field: p, input_field: i, response_field: r"),
+    "own format": source("format: mine.yaml, response_field: x, roles: {a: user}"),
+    "score": source("min_score: 1, score_field: q"),
+    "language": source("language: null, language_field: l"),
+    "wrong types": "{train: {schedule: [1]}, data: {sources: [3, null, {format: [a]}]}, model: true, dpo: {loss: [sigmoid]}}",
+}
+
+
+@pytest.mark.parametrize(("text", "path", "words"), FIRES.values(), ids=FIRES)
+def test_it_fires(text, path, words):
+    (finding,) = lint(yaml(text))
+    assert ".".join(map(str, finding.path)) == path
+    assert words in finding.what
+    assert finding.remedy
+
+
+@pytest.mark.parametrize("text", SILENT.values(), ids=SILENT)
+def test_it_is_silent(text):
+    assert lint(yaml(text)) == []
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_clean_with_their_defaults_filled_in(name):
+    assert lint(yaml(find_recipe(name).read_text())) == []
+    assert lint(yaml(load_recipe(name).to_yaml())) == []
+
+
+def test_every_rule_has_a_case():
+    silent = [rule.__name__ for rule in RULES if not any(list(rule(yaml(text))) for text, _, _ in FIRES.values())]
+    assert silent == []
+
+
+def test_a_finding_stops_a_recipe():
+    assert read(SFT + "train: {schedule: {type: constant}}\n").train.schedule.type == "constant"

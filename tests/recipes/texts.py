@@ -1,0 +1,36 @@
+"""Recipe texts that the tests of this folder build on, and short ways to read them."""
+
+import pytest
+
+from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.document import parse_document
+from nesso_tune.recipes.load import validate
+
+SFT = """\
+method: sft
+output_dir: out
+model: {base: b}
+data:
+  sources:
+    - path: rows.jsonl
+"""
+DPO = SFT.replace("method: sft", "method: dpo")
+
+
+def read(text):
+    """The recipe that a text holds."""
+    return validate(parse_document(text, "r.yaml"))
+
+
+def problems(text):
+    """All that is wrong with a text."""
+    with pytest.raises(RecipeError) as caught:
+        read(text)
+    return caught.value.problems
+
+
+def problem(text):
+    """The one thing that is wrong with a text, as it is printed."""
+    found = problems(text)
+    assert len(found) == 1, [str(one) for one in found]
+    return str(found[0])

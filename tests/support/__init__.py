@@ -1,0 +1,1 @@
+"""What tests share: small real recipes and runs."""

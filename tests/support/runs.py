@@ -1,0 +1,65 @@
+"""Small real runs: a tiny Llama over the quickstart's tokenizer, a handful of rows, float32, one thread."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nesso_tune.data.prepare import prepare_data
+from nesso_tune.model.weights import load_model
+from nesso_tune.recipes.schema import RECIPES
+
+ROOT = Path(__file__).parent.parent.parent
+BASE = ROOT / "recipes" / "quickstart" / "base"
+
+
+def recipe(method, output_dir, sources, **sections):
+    """A recipe of few steps; `sections` override keys, section by section."""
+    raw = {
+        "method": method,
+        "output_dir": str(output_dir),
+        "model": {"base": str(BASE), "random_init": True, "dtype": "float32"},
+        "data": {"sequence_len": 128, "validation_size": 2, "sources": [{"path": str(s)} for s in sources]},
+        "train": {"max_steps": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "schedule": {"warmup_steps": 0}},
+        "checkpoint": {"every_steps": 2},
+        "evaluation": {"every_steps": 2, "samples": 2, "max_new_tokens": 8},
+        "logging": {"every_steps": 1},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    return RECIPES[method].model_validate(raw)
+
+
+def loaded(some):
+    """Prepared data and model of a recipe."""
+    data = prepare_data(some)
+    return data, load_model(some.model, data.chat, some.seed)
+
+
+def write_recipe(path, some):
+    """The recipe as a file."""
+    path.write_text(some.to_yaml(), encoding="utf-8")
+    return str(path)
+
+
+def command(*arguments, cwd=ROOT, **environment):
+    """Runs the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "nesso_tune", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        timeout=300,
+    )
+
+
+def metrics(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def steps(run, key="loss"):
+    """{step: value} of a metric's training lines."""
+    return {line["step"]: line[key] for line in metrics(run) if key in line}
