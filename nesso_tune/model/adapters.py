@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from peft import LoraConfig
+from transformers import PreTrainedModel
 
 from nesso_tune.recipes.sections import LoraSection
 
 
-def lora_config(section: LoraSection, new_ids: list[int]) -> LoraConfig:
+def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]) -> LoraConfig:
     """The peft configuration of an adapter.
 
-    Rows of tokens that the base never saw (the chat's control tokens) are trained beside the adapter, tied head
-    included: a model whose end token stays untrained never stops.
+    Rows of tokens that the base never saw (the chat's control tokens) are trained beside the adapter, in the
+    embedding and in the head, tied or not: a model whose end token stays untrained never stops.
     """
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {name: new_ids for name, module in model.named_modules() if any(module is table for table in tables)}
+    tied = model.config.get_text_config().tie_word_embeddings
     targets = section.target_modules
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        trainable_token_indices=new_ids or None,
+        trainable_token_indices=None if not new_ids else new_ids if tied else names,
         task_type="CAUSAL_LM",
     )

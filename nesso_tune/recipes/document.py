@@ -141,7 +141,7 @@ class _Builder:
             key = self._scalar(key_node) if isinstance(key_node, ScalarNode) else None
             line = key_node.start_mark.line + 1
             where = f"{self.document.name}:{line}"
-            if key == "<<":
+            if str(key_node.tag).endswith(":merge"):
                 raise RecipeError(where, "merge keys (`<<`) are not read", "write the merged keys out")
             if key is None:
                 raise RecipeError(where, "this key cannot be used", "write plain text keys")

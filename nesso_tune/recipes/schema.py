@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from ruamel.yaml import YAML
+from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nesso_tune.recipes.lint import lint
 from nesso_tune.recipes.sections import ChatSection, Count, DPOData, ModelSection, NonEmpty, Section, SFTData
@@ -159,7 +160,7 @@ class BaseRecipe(Section):
         out = StringIO()
         yaml = YAML()
         yaml.width = 120
-        yaml.dump(self.model_dump(mode="json"), out)
+        yaml.dump(_escaped(self.model_dump(mode="json")), out)
         return out.getvalue()
 
     @property
@@ -168,6 +169,15 @@ class BaseRecipe(Section):
         if self.train.max_steps is not None:
             return None
         return self.train.num_epochs or DEFAULT_EPOCHS[self.method]  # type: ignore[attr-defined]
+
+
+def _escaped(value: Any) -> Any:
+    """The same data, with texts that hold line breaks or control characters marked to be written as escapes."""
+    if isinstance(value, dict):
+        return {_escaped(key): _escaped(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_escaped(item) for item in value]
+    return DoubleQuotedScalarString(value) if isinstance(value, str) and not value.isprintable() else value
 
 
 DEFAULT_EPOCHS = {"sft": 3.0, "dpo": 2.0}

@@ -75,7 +75,7 @@ def fit(
         data_collator=collate,
         train_dataset=_sample(data),
         processing_class=data.tokenizer,
-        peft_config=None if adapter is None else lora_config(adapter, chat.new_ids),
+        peft_config=None if adapter is None else lora_config(adapter, model, chat.new_ids),
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it

@@ -1,10 +1,14 @@
 """Recipe files on disk."""
 
 import pytest
+from hypothesis import settings
 
 from nesso_tune.recipes import load_recipe
 
 from .texts import SFT
+
+settings.register_profile("recipes", deadline=None)
+settings.load_profile("recipes")
 
 
 @pytest.fixture
