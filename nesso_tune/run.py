@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.publish.card import model_card
-from nesso_tune.publish.final import save_final
+from nesso_tune.publish.final import plain_state, save_final
 from nesso_tune.recipes.plan import Plan, World, make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.fit import fit
 from nesso_tune.training.metrics import read_metrics
+from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world_size
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -60,28 +60,44 @@ def train(
     Raises:
         NessoError: the kind says what is wrong; nothing that was finished before is harmed.
     """
-    run = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes)
+    opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
     try:
-        if run.finished:
-            return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
+        if opened is not None and opened.finished and world_size() == 1:
+            return _finished(opened)
         data = prepare_data(recipe)
-        plan = make_plan(recipe, World(PartialState().num_processes), data.volume)
-        model = load_model(recipe.model, data.chat, recipe.seed)
-        _choose_threads(model.num_parameters())
-        facts = run_facts(recipe, data, plan)
-        _check_same_run(run, facts)
+        come_together(recipe.distributed.timeout_s)
+        run: RunDir = from_first(None if opened is None else opened.shared())
+        return _finished(run) if run.finished else _train(recipe, run, data)
+    finally:
+        part()
+        if opened is not None:
+            opened.close()
+
+
+def _finished(run: RunDir) -> TrainResult:
+    return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
+
+
+def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
+    plan = make_plan(recipe, World(world_size()), data.volume)
+    model = load_model(recipe.model, data.chat, recipe.seed)
+    _choose_threads(model.num_parameters())
+    facts = run_facts(recipe, data, plan)
+    _check_same_run(run, facts)
+    if is_first():
         if run.checkpoint is None:
             run.metrics.unlink(missing_ok=True)
-            write_start(run, recipe, facts)
-        trainer = fit(model, data, recipe, plan, run, facts)
-        metrics = last_metrics(run.metrics)
+        write_start(run, recipe, facts)
+    wait_for_all()
+    trainer = fit(model, data, recipe, plan, run, facts)
+    state = plain_state(trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model_wrapped))
+    metrics = last_metrics(run.metrics)
+    if is_first():
         card = model_card(recipe, plan, data.report, metrics)
-        unwrapped = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        save_final(trainer.model_wrapped, unwrapped, data.chat, card, run.final, recipe.model.dtype)
+        save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
         write_end(run)
-        return TrainResult(run.final, metrics, run.notes)
-    finally:
-        run.close()
+    wait_for_all()
+    return TrainResult(run.final, metrics, run.notes)
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

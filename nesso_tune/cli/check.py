@@ -42,7 +42,8 @@ def describe(plan: Plan, sequence_len: int) -> list[str]:
     if plan.parameters:
         lines.append(f"model          {plan.parameters / 1e6:,.1f} M parameters")
     if plan.checkpoint_bytes and plan.final_bytes:
-        lines.append(f"disk           {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.final_bytes)} for final/")
+        sizes = f"{_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.final_bytes)} for final/"
+        lines.append(f"disk           {sizes}")
     if plan.schedule:
         lines += [f"learning rate  {plan.schedule.in_words()}", "", *curve(plan.schedule)]
     else:
@@ -75,8 +76,8 @@ def _steps(plan: Plan) -> str:
 
 def _size(count: int) -> str:
     value = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
             break
         value /= 1000
     return f"{value:.3g} {unit}"

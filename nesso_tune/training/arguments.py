@@ -42,6 +42,10 @@ def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
     checkpointing = on_gpu if train.gradient_checkpointing == "auto" else train.gradient_checkpointing
     sharded = shards(recipe, plan.processes)
+    if sharded and recipe.model.adapter is not None:
+        raise RecipeError(
+            "distributed.fsdp", "adapters are not trained under full_shard yet", "set distributed.fsdp: none"
+        )
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise RunEnvironmentError("model.dtype", "this GPU has no bfloat16", "set model.dtype: float32")
     return {

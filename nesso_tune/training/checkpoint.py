@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, verified before they are used, independent of wrappers.
 
 Layout of `checkpoint-N/`: `model.safetensors` and `optimizer.safetensors` (canonical parameter names, through
-`torch.distributed.checkpoint.state_dict`), `optimizer.json` (its numbers), `scheduler.json`, `counters.json`,
-`rng-RANK.json`, `trainer_state.json`, and last of all `manifest.json` with size and SHA-256 of every file.
+`torch.distributed.checkpoint.state_dict`), `counters-RANK.json`, `rng-RANK.json`, `trainer_state.json`, and last of all
+`manifest.json` with size and SHA-256 of every file. The schedule needs no file: it is a function of the step.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nesso_tune.errors import RunEnvironmentError
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+SEPARATOR = "|"  # no parameter name has one
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
@@ -56,20 +57,29 @@ def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         )  # fmt: skip
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimizer's tensors, and its numbers, by canonical parameter name."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
-    flat = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors = {name: value.contiguous() for name, value in flat.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's moments and step counts as `parameter|moment`, gathered on the CPU of the main process.
+
+    Learning rate, betas and the like are not kept: they follow from the recipe and the step.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})  # the first process has it
+    return {
+        f"{name}{SEPARATOR}{moment}": value.contiguous()
+        for name, moments in state.items()
+        for moment, value in moments.items()
+    }
 
 
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, Any]
-) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Sets what `optimizer_state` gave."""
-    options = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-    set_optimizer_state_dict(model, optimizer, {**tensors, **numbers}, options=options)
+    options = StateDictOptions(full_state_dict=True)
+    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        parameter, _, moment = name.rpartition(SEPARATOR)
+        state.setdefault(parameter, {})[moment] = value
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
 
 
 class CheckpointWriter:

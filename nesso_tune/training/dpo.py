@@ -27,6 +27,20 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
 
     reference: Reference
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._built = False
+        super().__init__(*arguments, **options)
+        self._built = True
+
+    @property
+    def is_fsdp_enabled(self) -> bool:
+        """Hidden from TRL's constructor, which under FSDP loads a second model from disk to be the reference."""
+        return self._sharded and self._built
+
+    @is_fsdp_enabled.setter
+    def is_fsdp_enabled(self, value: bool) -> None:
+        self._sharded = value
+
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         """Pairs come as token ids."""
         return dataset

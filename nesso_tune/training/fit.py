@@ -116,7 +116,8 @@ class _Beginning(TrainerCallback):
             )  # fmt: skip
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
-            track.log.write({"step": state.global_step, "event": "resumed"})
+            changed = {"changed": self._run.changed} if self._run.changed else {}
+            track.log.write({"step": state.global_step, "event": "resumed", **changed})
         if isinstance(trainer, dpo.PairTrainer):
             trainer.reference = self._reference(trainer)
         track.line_tokens = int(trainer.sum_over_processes(torch.tensor(float(track.tokens))))

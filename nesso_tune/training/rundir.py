@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ class RunDir:
         checkpoint: what the run continues from; None if it begins.
         finished: a finished run of the same recipe: nothing is to be done.
         notes: what was found and done on opening, for the user.
+        changed: keys of the recipe whose change was accepted, with both values.
     """
 
     path: Path
     checkpoint: Path | None = None
     finished: bool = False
     notes: tuple[str, ...] = ()
+    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     lock: FileLock | None = None
 
     @property
@@ -47,6 +49,10 @@ class RunDir:
     def metrics(self) -> Path:
         """The metrics file."""
         return self.path / METRICS
+
+    def shared(self) -> RunDir:
+        """The same for the other processes: they do not hold the lock."""
+        return replace(self, lock=None)
 
     def close(self) -> None:
         """Lets others in."""
@@ -117,19 +123,20 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _continue(
     path: Path, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...], lock: FileLock
 ) -> RunDir:
-    changed = {k: v for k, v in differences(manifest["recipe"], dump(recipe)).items() if k not in allowed}
-    if changed:
+    changed = differences(manifest["recipe"], dump(recipe))
+    refused = {key: values for key, values in changed.items() if key not in allowed}
+    if refused:
         raise RecipeError(
             Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}",
                     f"undo it, set another output_dir, accept it with --allow-changes {key}, or --overwrite")  # fmt: skip
-            for key, (old, new) in changed.items()
+            for key, (old, new) in refused.items()
         )
     if manifest.get("finished") and (path / FINAL).is_dir():
         return RunDir(path, finished=True, lock=lock)
     if resume == "never":
         raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
     if resume != "auto":
-        return RunDir(path, _chosen(Path(resume), path), lock=lock)
+        return RunDir(path, _chosen(Path(resume), path), changed=changed, lock=lock)
     notes = []
     for candidate in checkpoints(path):
         try:
@@ -140,7 +147,7 @@ def _continue(
             candidate.rename(aside)
             notes.append(f"{candidate.name}: {why}; set aside as {aside.name}")
         else:
-            return RunDir(path, candidate, notes=tuple(notes), lock=lock)
+            return RunDir(path, candidate, notes=tuple(notes), changed=changed, lock=lock)
     if notes:
         raise RunEnvironmentError(
             str(path), f"no checkpoint is usable ({'; '.join(notes)})", "start anew with --overwrite"

@@ -75,11 +75,20 @@ class TrackedTrainer:
         return self.accelerator.prepare(loader)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The plan's schedule. A function is not saved in checkpoints: a recipe that drifted is refused instead."""
+        """The plan's schedule, a function of the step."""
         if self.lr_scheduler is None:
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.track.plan.schedule.multiplier)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _set_schedule(self, step: int) -> None:
+        """Puts the schedule where it stands after `step` optimizer steps."""
+        schedule = self.lr_scheduler
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        factor = self.track.plan.schedule.multiplier(step)
+        schedule._last_lr = [base * factor for base in schedule.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on each of them."""
@@ -138,15 +147,13 @@ class TrackedTrainer:
         rank = self.accelerator.process_index
         writer.data(f"rng-{rank}.json", random_states())
         weights = ckpt.model_state(self.model_wrapped)
-        tensors, numbers = ckpt.optimizer_state(self.model_wrapped, self.optimizer.optimizer)
+        moments = ckpt.optimizer_state(self.model_wrapped, self.optimizer.optimizer)
         counts = self._counters()
         writer.data(f"counters-{rank}.json", counts)
         self.accelerator.wait_for_everyone()
         if main:
             writer.tensors("model.safetensors", weights)
-            writer.tensors("optimizer.safetensors", tensors)
-            writer.data("optimizer.json", numbers)
-            writer.data("scheduler.json", self.lr_scheduler.state_dict())
+            writer.tensors("optimizer.safetensors", moments)
             self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
             writer.finish({**track.facts, "step": self.state.global_step, "counters": counts})
             ckpt.prune(Path(self.args.output_dir), track.keep)
@@ -169,13 +176,9 @@ class TrackedTrainer:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
-        ckpt.load_optimizer_state(
-            self.model_wrapped,
-            self.optimizer.optimizer,
-            ckpt.read_tensors(folder, "optimizer.safetensors"),
-            ckpt.read_data(folder, "optimizer.json"),
-        )
-        self.lr_scheduler.load_state_dict(ckpt.read_data(folder, "scheduler.json"))
+        moments = ckpt.read_tensors(folder, "optimizer.safetensors")
+        ckpt.load_optimizer_state(self.model_wrapped, self.optimizer.optimizer, moments)
+        self._set_schedule(self.state.global_step)
         own = folder / f"counters-{self.accelerator.process_index}.json"
         counts, track = json.loads(own.read_text(encoding="utf-8")), self.track
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]

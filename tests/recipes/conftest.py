@@ -7,7 +7,7 @@ from nesso_tune.recipes import load_recipe
 
 from .texts import SFT
 
-settings.register_profile("recipes", deadline=None)
+settings.register_profile("recipes", deadline=None, derandomize=True)
 settings.load_profile("recipes")
 
 

@@ -68,7 +68,9 @@ def test_what_is_not_plain_yaml_is_told_with_its_line(text, line, words):
 
 
 def test_a_bomb_of_aliases_is_refused():
-    levels = [f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in zip("abcdefgh", "bcdefghi", strict=True)]
+    levels = [
+        f"{name}: &{name} [{', '.join([f'*{below}'] * 9)}]" for below, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ]
     assert "too large" in problem("a: &a [x, x, x]\n" + "\n".join(levels))
 
 
@@ -76,19 +78,26 @@ def test_plain_aliases_are_read():
     assert read(SFT.replace("base: b", "base: &x b") + "      subset: *x\n").data.sources[0].subset == "b"
 
 
-@pytest.mark.parametrize(("text", "found"), [("", "nothing"), ("# only a comment\n", "nothing"), ("- a\n", "a list"), ("hello", "text"), ("42", "a single")])
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "nothing"), ("# only a comment\n", "nothing"), ("- a\n", "a list"), ("hello", "text"), ("42", "a single")],
+)
 def test_a_root_that_is_no_section(text, found):
     said = problem(text)
     assert said.startswith("r.yaml:1: a recipe is a section of keys, this is " + found)
     assert said.endswith("start with method: sft")
 
 
-@pytest.mark.parametrize("content", [b"\xef\xbb\xbf" + SFT.encode(), SFT.replace("\n", "\r\n").encode()], ids=["BOM", "CRLF"])
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbf" + SFT.encode(), SFT.replace("\n", "\r\n").encode()], ids=["BOM", "CRLF"]
+)
 def test_files_of_other_systems_are_read(recipe_file, content):
     assert load_recipe(recipe_file(content)).output_dir == "out"
 
 
-@pytest.mark.parametrize(("content", "line"), [("method: sft\nmodèl: x".encode("latin-1"), 2), (SFT.encode("utf-16"), 1)])
+@pytest.mark.parametrize(
+    ("content", "line"), [("method: sft\nmodèl: x".encode("latin-1"), 2), (SFT.encode("utf-16"), 1)]
+)
 def test_a_file_in_another_encoding(recipe_file, content, line):
     path = recipe_file(content)
     with pytest.raises(RecipeError, match="is not UTF-8 text; save the file as UTF-8") as caught:

@@ -24,16 +24,16 @@ def source(text):
 
 # name: (recipe, path of the finding, words)
 FIRES = {
-    "constant with an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "no effect"),
+    "constant, an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "effect"),
     "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
     "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
-    "warm-up beyond the end": (schedule("warmup_ratio: 0.5, constant_ratio: 0.4"), "train.schedule.warmup_ratio", "0.4"),
+    "warm-up beyond the end": (schedule("warmup_ratio: 0.5, constant_ratio: 0.4"), "train.schedule.warmup_ratio", ".4"),
     "two lengths": ("train: {num_epochs: 1, max_steps: 5}", "train.num_epochs", "contradicts train.max_steps"),
     "two batches": (
         "train: {global_batch_size: 8, gradient_accumulation_steps: 2}", "train.gradient_accumulation_steps",
         "contradicts train.global_batch_size",
     ),
-    "two validations": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "no effect"),
+    "two splits": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "beside"),
     "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "learns nothing"),
     "revision of nothing": ("model: {random_init: true, revision: main}", "model.revision", "no effect"),
     "smoothing of sigmoid": ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing", "no effect on the loss sigmoid"),
@@ -42,7 +42,7 @@ FIRES = {
     ),
     "exo without smoothing": ("dpo: {loss: {exo_pair: 1.0}}", "dpo.loss", "needs label_smoothing"),
     "alike": ("dpo: {ld_alpha: 1.0}", "dpo.ld_alpha", "what null does"),
-    "instruction in messages": (source("format: messages, response_field: x"), "data.sources.1.response_field", "messages"),
+    "answer in messages": (source("format: messages, response_field: x"), "data.sources.1.response_field", "messages"),
     "prompt in sharegpt": (source("format: sharegpt, prompt_field: x"), "data.sources.1.prompt_field", "sharegpt"),
     "messages in alpaca": (source("format: alpaca, roles: {utente: user}"), "data.sources.1.roles", "alpaca"),
     "pair in alpaca": (source("format: alpaca, chosen_field: x"), "data.sources.1.chosen_field", "alpaca"),
@@ -59,7 +59,9 @@ FIRES = {
 SILENT = {
     "nothing": "{}",
     "cosine": schedule("type: cosine, constant_ratio: 0.8, min_ratio: 0.3, warmup_ratio: 0.03"),
-    "unset knobs": schedule("type: constant, constant_ratio: null, min_ratio: null, warmup_steps: 5, warmup_ratio: null"),
+    "unset knobs": schedule(
+        "type: constant, constant_ratio: null, min_ratio: null, warmup_steps: 5, warmup_ratio: null"
+    ),
     "one length": "train: {num_epochs: null, max_steps: 5}",
     "one batch": "train: {global_batch_size: 8, gradient_accumulation_steps: null}",
     "validation sources alone": "data: {validation_size: 0, validation_sources: [{path: v}]}",
@@ -74,7 +76,7 @@ SILENT = {
     "own format": source("format: mine.yaml, response_field: x, roles: {a: user}"),
     "score": source("min_score: 1, score_field: q"),
     "language": source("language: null, language_field: l"),
-    "wrong types": "{train: {schedule: [1]}, data: {sources: [3, null, {format: [a]}]}, model: true, dpo: {loss: [sigmoid]}}",
+    "wrong types": "{train: {schedule: [1]}, data: {sources: [3, null, {format: [a]}]}, model: true, dpo: {loss: [x]}}",
 }
 
 

@@ -72,7 +72,10 @@ def test_a_wrong_override_is_told_as_such(override, overrides, words):
 def test_a_contradiction_with_the_file(override):
     said = fault(override, {"train.max_steps": 5}, SFT + "train: {num_epochs: 2}\n")
     assert "r.yaml:7: `train.num_epochs` contradicts train.max_steps; set one and null the other" in said
-    assert override({"train.max_steps": 5, "train.num_epochs": None}, SFT + "train: {num_epochs: 2}\n").train.max_steps == 5
+    assert (
+        override({"train.max_steps": 5, "train.num_epochs": None}, SFT + "train: {num_epochs: 2}\n").train.max_steps
+        == 5
+    )
 
 
 def test_the_method_can_be_set(override):
@@ -89,7 +92,12 @@ def test_settings_are_read_as_yaml():
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("seed", "write --set key.path=value"), ("=3", "write --set"), ("x=[", "--set x:1: "), ("x={a: 1, a: 2}", "given twice")],
+    [
+        ("seed", "write --set key.path=value"),
+        ("=3", "write --set"),
+        ("x=[", "--set x:1: "),
+        ("x={a: 1, a: 2}", "given twice"),
+    ],
 )
 def test_settings_that_cannot_be_read(setting, words):
     with pytest.raises(RecipeError) as caught:

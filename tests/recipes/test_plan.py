@@ -41,7 +41,8 @@ def test_accumulation_follows_from_the_global_batch(processes, accumulation):
 
 
 @pytest.mark.parametrize(
-    ("batch", "processes", "remedy"), [(100, 8, "set it to 96 or 112"), (8, 8, "set it to 16"), (129, 1, "set it to 128 or 130")]
+    ("batch", "processes", "remedy"),
+    [(100, 8, "set it to 96 or 112"), (8, 8, "set it to 16"), (129, 1, "set it to 128 or 130")],
 )
 def test_a_global_batch_that_does_not_divide_is_refused_with_the_next_ones(batch, processes, remedy):
     with pytest.raises(RecipeError, match=rf"train.global_batch_size: {batch} is no multiple .*{remedy}$"):
@@ -50,7 +51,15 @@ def test_a_global_batch_that_does_not_divide_is_refused_with_the_next_ones(batch
 
 @pytest.mark.parametrize(
     ("epochs", "rows", "batch", "steps"),
-    [(3, 100, 10, 30), (3, 101, 10, 31), (1, 1, 10, 1), (0.5, 100, 10, 5), (0.001, 100, 10, 1), (2.9, 10, 1, 29), (1.1, 30, 3, 11)],
+    [
+        (3, 100, 10, 30),
+        (3, 101, 10, 31),
+        (1, 1, 10, 1),
+        (0.5, 100, 10, 5),
+        (0.001, 100, 10, 1),
+        (2.9, 10, 1, 29),
+        (1.1, 30, 3, 11),
+    ],
 )
 def test_steps_are_rounded_up(epochs, rows, batch, steps):
     assert plan(f"num_epochs: {epochs}, global_batch_size: {batch}", rows).total_steps == steps
@@ -79,7 +88,10 @@ WORDS = {
     "constant": ("type: constant, warmup_steps: 5", "warm-up over 5 steps to 0.5, constant 0.5 to step 100"),
     "whole cosine": ("warmup_steps: 0", "cosine to 0 at step 100"),
     "linear with a floor": ("type: linear, min_ratio: 0.1, warmup_ratio: 0", "linear to 0.05 at step 100"),
-    "constant ratio": ("constant_ratio: 0.7, min_ratio: 0.1, warmup_steps: 0", "cosine to step 70, then constant 0.05 to step 100"),
+    "constant ratio": (
+        "constant_ratio: 0.7, min_ratio: 0.1, warmup_steps: 0",
+        "cosine to step 70, then constant 0.05 to step 100",
+    ),
     "inexact share": ("constant_ratio: 0.07, warmup_steps: 0", "cosine to step 7, then constant 0 to step 100"),
     "default warm-up": ("type: linear", "warm-up over 3 steps to 0.5, linear to 0 at step 100"),
 }
@@ -91,14 +103,14 @@ def test_the_schedule_in_words(schedule, words):
 
 
 def test_a_warm_up_too_long_is_refused():
-    with pytest.raises(RecipeError, match=r"train.schedule: the warm-up of 80 steps reaches past step 80.*train longer"):
+    with pytest.raises(
+        RecipeError, match=r"train.schedule: the warm-up of 80 steps reaches past step 80.*train longer"
+    ):
         plan("max_steps: 100, schedule: {warmup_steps: 80, constant_ratio: 0.8}")
     assert plan("max_steps: 100, schedule: {warmup_steps: 79, constant_ratio: 0.8}").schedule.warmup_steps == 79
 
 
-@given(
-    st.integers(1, 40), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 0.99), st.floats(0.01, 1.0)
-)
+@given(st.integers(1, 40), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 0.99), st.floats(0.01, 1.0))
 def test_runs_of_a_few_steps_have_a_schedule(steps, kind, warmup, end):
     ratio = "" if kind == "constant" or warmup >= end else f", constant_ratio: {end!r}"
     of = plan(f"max_steps: {steps}, schedule: {{type: {kind}, warmup_ratio: {warmup!r}{ratio}}}")
@@ -115,7 +127,9 @@ def test_one_step_trains_at_the_peak():
 
 def test_the_multiplier_is_the_public_curve():
     schedule = SchedulePlan("cosine", 1e-3, 1000, 10, 0.8, 0.1)
-    assert [schedule.multiplier(step) for step in (0, 1, 10, 405, 800, 999)] == pytest.approx([0, 0.1, 1, 0.55, 0.1, 0.1])
+    assert [schedule.multiplier(step) for step in (0, 1, 10, 405, 800, 999)] == pytest.approx(
+        [0, 0.1, 1, 0.55, 0.1, 0.1]
+    )
 
 
 def resized(**sizes):
@@ -158,14 +172,24 @@ def test_advice_on_data_and_context():
 
 def test_sizes_on_disk():
     of = plan("", shape=ZAGREUS)
-    assert (of.parameters, of.checkpoint_bytes, of.final_bytes) == (ZAGREUS.parameters, 12 * of.parameters, 2 * of.parameters)
+    assert (of.parameters, of.checkpoint_bytes, of.final_bytes) == (
+        ZAGREUS.parameters,
+        12 * of.parameters,
+        2 * of.parameters,
+    )
     adapted = SFT.replace("base: b", "base: b, dtype: float32, adapter: {}")
     assert plan("", shape=ZAGREUS, text=adapted).checkpoint_bytes is None
     assert plan("", shape=ZAGREUS, text=adapted).final_bytes == 4 * ZAGREUS.parameters
 
 
-@given(st.integers(1, 10**9), st.integers(1, 10**9), st.floats(1e-3, 1e5), st.integers(0, 10**12), st.integers(1, 10**5))
+@given(
+    st.integers(1, 10**9), st.integers(1, 10**9), st.floats(1e-3, 1e5), st.integers(0, 10**12), st.integers(1, 10**5)
+)
 def test_no_size_is_too_odd(micro, accumulation, epochs, rows, processes):
-    of = plan(f"micro_batch_size: {micro}, gradient_accumulation_steps: {accumulation}, num_epochs: {epochs!r}", rows, processes)
+    of = plan(
+        f"micro_batch_size: {micro}, gradient_accumulation_steps: {accumulation}, num_epochs: {epochs!r}",
+        rows,
+        processes,
+    )
     assert of.total_steps * of.global_batch >= epochs * rows - 1e-3 * max(1.0, rows * 1e-6)
     assert json.loads(json.dumps(of.to_dict()))["total_steps"] == of.total_steps

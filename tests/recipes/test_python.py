@@ -49,7 +49,9 @@ def test_mistakes_are_refused(build):
 
 
 def test_inert_and_contradictory_knobs_are_refused():
-    with pytest.raises(ValidationError, match=r"train.schedule.min_ratio: has no effect under type: constant; remove it"):
+    with pytest.raises(
+        ValidationError, match=r"train.schedule.min_ratio: has no effect under type: constant; remove it"
+    ):
         sft(train=TrainSection(schedule=Schedule(type="constant", min_ratio=0.1)))
     with pytest.raises(ValidationError, match=r"train.num_epochs: contradicts train.max_steps"):
         sft(train={"max_steps": 5, "num_epochs": 1})
@@ -80,7 +82,10 @@ def test_shipped_recipes_survive_yaml(name):
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 rates = st.floats(min_value=1e-300, max_value=1.0, allow_subnormal=False)
 # Words that YAML reads as something else when they are not quoted.
-TRAPS = ["no", "null", "~", "1e-3", "017", "12:30:45", "2024-01-01", "true", "- a", "a: b", "#", "<<", "=", "&a", "*a", "!x", "'", "a\n\nb ", "\ufeff", "a\x85b", " x ", "1_0", ".5", "0b1", "0o7", "+1", "%"]  # fmt: skip
+TRAPS = [
+    "no", "null", "~", "1e-3", "017", "12:30:45", "2024-01-01", "true", "- a", "a: b", "#", "<<", "=", "&a", "*a", "!x",
+    "'", "a\n\nb ", "\ufeff", "a\x85b", " x ", "1_0", ".5", "0b1", "0o7", "+1", "%",
+]  # fmt: skip
 words = texts | st.sampled_from(TRAPS)
 
 

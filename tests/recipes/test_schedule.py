@@ -47,7 +47,9 @@ def test_the_constant_ratio_cosine_of_the_contract(step, expected):
     assert lr_multiplier(step, **NESSO) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("step", "expected"), [(5, 0.5), (10, 1.0), (405, 0.55), (207, 0.7755696), (800, 0.1), (5000, 0.1)])
+@pytest.mark.parametrize(
+    ("step", "expected"), [(5, 0.5), (10, 1.0), (405, 0.55), (207, 0.7755696), (800, 0.1), (5000, 0.1)]
+)
 def test_linear_falls_in_a_straight_line(step, expected):
     assert lr_multiplier(step, **NESSO, shape="linear") == pytest.approx(expected, abs=1e-6)
 

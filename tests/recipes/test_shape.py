@@ -36,7 +36,9 @@ def test_tied_embeddings_count_once():
 
 
 def test_missing_sizes_have_their_usual_values():
-    config = {key: size for key, size in LLAMA_3_8B.items() if key not in ("num_key_value_heads", "max_position_embeddings")}
+    config = {
+        key: size for key, size in LLAMA_3_8B.items() if key not in ("num_key_value_heads", "max_position_embeddings")
+    }
     shape = shape_of(config)
     assert (shape.kv_heads, shape.head_dim, shape.context) == (32, 128, 0)
     assert shape_of(config | {"head_dim": 64}).head_dim == 64
