@@ -29,9 +29,7 @@ class NessoError(Exception):
 
     def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
         """Takes either one problem as three texts, or the problems themselves."""
-        self.problems: tuple[Problem, ...] = (
-            (Problem(where, what, remedy),) if isinstance(where, str) else tuple(where)
-        )
+        self.problems: tuple[Problem, ...] = (Problem(where, what, remedy),) if isinstance(where, str) else tuple(where)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 

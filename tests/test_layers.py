@@ -46,7 +46,7 @@ def test_imports_point_down(path):
     for name, line, deferred in imported(ast.parse(path.read_text())):
         if not name.startswith("nesso_tune"):
             continue
-        other = (name.split(".") + [""])[1]
+        other = [*name.split("."), ""][1]
         assert LEVEL[other] <= LEVEL[own], f"{path.name}:{line} imports {name} from a layer above"
         if LEVEL[other] == LEVEL[own]:
             assert other == own, f"{path.name}:{line}: {own} and {other} are side by side and do not know each other"
@@ -89,7 +89,10 @@ def test_light_layers_never_import_torch(layer):
             assert root not in HEAVY or deferred or typing_only, f"{path.name}:{line} imports {name} at once"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["check", "recipes/sft.yaml"], ["check", "recipes/sft.yaml", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["check", "recipes/sft.yaml"], ["check", "recipes/dpo.yaml", "--json"], ["check", "quickstart/sft"]],
+)
 def test_help_and_check_load_nothing_heavy(arguments):
     code = (
         "import sys\nfrom nesso_tune.cli.main import main\n"

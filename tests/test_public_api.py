@@ -19,7 +19,9 @@ def test_every_name_can_be_imported_and_is_documented():
 
 
 def test_exit_codes_are_the_contract():
-    codes = {name: getattr(nesso_tune, name).exit_code for name in PUBLIC if hasattr(getattr(nesso_tune, name), "exit_code")}
+    codes = {
+        name: getattr(nesso_tune, name).exit_code for name in PUBLIC if hasattr(getattr(nesso_tune, name), "exit_code")
+    }
     assert codes == {
         "NessoError": 1, "RecipeError": 2, "DataError": 3, "ModelError": 4, "RunEnvironmentError": 5,
         "NumericalError": 6, "GateRefused": 7, "Preempted": 75,

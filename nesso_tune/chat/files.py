@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nesso_tune.errors import ModelError, RunEnvironmentError
+from nesso_tune.recipes.shipped import local_path
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
                    "generation_config.json", "chat_template*"]  # fmt: skip
@@ -17,7 +18,7 @@ def base_folder(base: str, revision: str | None = None, weights: bool = False) -
         ModelError: if there is no such folder or hub model.
         RunEnvironmentError: if the hub cannot be reached and the files are not in its cache.
     """
-    folder = Path(base).expanduser()
+    folder = local_path(base)
     if folder.is_dir():
         if not any(folder.iterdir()):
             raise ModelError(base, "the folder is empty", "name a folder with config.json, tokenizer.json and weights")

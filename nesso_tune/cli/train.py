@@ -11,13 +11,15 @@ import typer
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.errors import ModelError
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.shipped import local_path
 
 
 def train(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files or names of shipped recipes.")],
     settings: SetOption = [],  # noqa: B006 - typer copies it
     resume: Annotated[
-        str, typer.Option(metavar="auto|never|PATH", help="Continue an unfinished run, refuse to, or from a checkpoint.")
+        str,
+        typer.Option(metavar="auto|never|PATH", help="Continue an unfinished run, never, or from here."),
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run of this output_dir.")] = False,
     allow_changes: Annotated[
@@ -49,7 +51,7 @@ def _check_bases(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         base = Path(recipe.model.base)
         local = recipe.model.base.startswith((".", "/", "~")) or recipe.model.base.count("/") != 1
-        if base not in made and local and not base.expanduser().is_dir():
+        if base not in made and local and not local_path(recipe.model.base).is_dir():
             raise ModelError(
                 f"model.base {recipe.model.base}", "no such folder",
                 "run the recipe that makes it first, in the same command or before",

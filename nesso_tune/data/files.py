@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.errors import DataError
+from nesso_tune.recipes.shipped import local_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
 GLOB = frozenset("*?[")
@@ -18,7 +19,7 @@ Located = tuple[dict[str, Any], str]  # a row and where it stands (`file:line`)
 
 def is_local(path: str) -> bool:
     """Whether a source's path means files here, not a data set on the hub."""
-    return Path(path).expanduser().exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
+    return local_path(path).exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
 
 
 def _looks_like_a_file(path: str) -> bool:
@@ -38,7 +39,7 @@ def expand(path: str) -> list[Path]:
     Raises:
         DataError: if there are none.
     """
-    root = Path(path).expanduser()
+    root = local_path(path)
     if root.is_dir():
         files = sorted(p for p in root.rglob("*") if p.is_file() and _holds_rows(p.name))
         if not files:

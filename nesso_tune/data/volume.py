@@ -15,6 +15,7 @@ from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.recipes.plan import DataVolume
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData, Source
+from nesso_tune.recipes.shipped import local_path
 
 SAMPLE = 500  # rows of each source
 FULL_ROWS = 0.99  # how full best-fit packing leaves a row of chat data
@@ -26,7 +27,7 @@ def find_volume(recipe: Recipe) -> DataVolume | None:
     Raises:
         DataError: if a local file is missing or wrong.
     """
-    if not Path(recipe.model.base).expanduser().is_dir():
+    if not local_path(recipe.model.base).is_dir():
         return None
     sources = [*recipe.data.sources, *recipe.data.validation_sources]
     if not all(is_local(source.path) for source in sources):

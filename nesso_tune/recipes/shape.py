@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.recipes.sections import ModelSection
+from nesso_tune.recipes.shipped import local_path
 
 # Bases whose shape is known without their files, so that a plan can be made before anything is fetched.
 KNOWN = {
@@ -78,7 +79,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
 
 
 def _config_file(model: ModelSection) -> Path | None:
-    folder = Path(os.path.expanduser(model.base))
+    folder = local_path(model.base)
     if folder.is_dir():
         return folder / "config.json"
     home = os.environ.get("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -11,6 +12,16 @@ def shipped(kind: str) -> Path:
     """The folder of shipped `recipes` or `data_templates`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def local_path(text: str) -> Path:
+    """The path that a recipe means: relative to the working directory, or, for `recipes/…`, a file that is shipped.
+
+    So the quickstart runs from any folder, installed or not.
+    """
+    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, an unknown user is no error
+    inside = shipped("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
+    return inside if inside is not None and not path.exists() and inside.exists() else path
 
 
 def find_recipe(name: str | Path) -> Path:

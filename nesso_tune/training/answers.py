@@ -49,7 +49,9 @@ def answer(
     with autocast:
         for start in range(0, len(ordered), BATCH):
             some = ordered[start : start + BATCH]
-            written |= dict(zip(some, _generate(model, tokenizer, [prompts[i] for i in some], max_new_tokens), strict=True))
+            written |= dict(
+                zip(some, _generate(model, tokenizer, [prompts[i] for i in some], max_new_tokens), strict=True)
+            )
     return [_answer(tokenizer, prompt, written[i]) for i, prompt in enumerate(prompts)]
 
 

@@ -52,7 +52,10 @@ class ConversationCollator:
         ids[: len(row["input_ids"])] = row["input_ids"]
         of_token = np.repeat([*languages, 0], lengths)
         names = ("input_ids", "labels", "position_ids", "language_ids")
-        return {n: torch.from_numpy(a.astype(np.int64)) for n, a in zip(names, (ids, labels, positions, of_token), strict=True)}
+        return {
+            n: torch.from_numpy(a.astype(np.int64))
+            for n, a in zip(names, (ids, labels, positions, of_token), strict=True)
+        }
 
 
 class PairCollator:

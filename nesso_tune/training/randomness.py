@@ -12,7 +12,7 @@ import torch
 
 def random_states() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators in this process."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002 - libraries draw from it
+    name, keys, position, has_gauss, gauss = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
@@ -28,7 +28,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, normal = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, normal))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, normal))
     torch.set_rng_state(_tensor(states["torch"]))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(_tensor(states["cuda"]))

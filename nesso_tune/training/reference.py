@@ -27,7 +27,9 @@ def compute_reference(
     Pairs of like length stand in one batch. Every process computes the same number of batches, as a sharded model
     needs all of them to take part.
     """
-    ordered = sorted(rows, key=lambda row: -len(row["prompt_ids"]) - max(len(row["chosen_ids"]), len(row["rejected_ids"])))
+    ordered = sorted(
+        rows, key=lambda row: -len(row["prompt_ids"]) - max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    )
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     rounds = -(-len(batches) // world)

@@ -126,9 +126,9 @@ def _continue(
     changed = differences(manifest["recipe"], dump(recipe))
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
+        remedy = "undo it, set another output_dir, --overwrite, or accept it with --allow-changes"
         raise RecipeError(
-            Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}",
-                    f"undo it, set another output_dir, accept it with --allow-changes {key}, or --overwrite")  # fmt: skip
+            Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}", f"{remedy} {key}")
             for key, (old, new) in refused.items()
         )
     if manifest.get("finished") and (path / FINAL).is_dir():

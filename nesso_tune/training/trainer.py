@@ -55,7 +55,11 @@ class Track:
         return self.seconds + time.monotonic() - self.started
 
 
-class TrackedTrainer:
+# A mixin of transformers' Trainer: type checkers take its attributes for granted.
+_Base: Any = object
+
+
+class TrackedTrainer(_Base):
     """Mixed into TRL's trainers, before them. `track` is set before training starts."""
 
     track: Track

@@ -10,7 +10,9 @@ def talks(write_rows, chats):
     for i, row in enumerate(chats * 3):
         question, answer = row["messages"]
         answer = {"role": "assistant", "content": answer["content"] * (1 + i % 3)}
-        rows.append({"messages": [{**question, "content": f"{question['content']} ({i})"}, answer], "lang": row["language"]})
+        rows.append(
+            {"messages": [{**question, "content": f"{question['content']} ({i})"}, answer], "lang": row["language"]}
+        )
     return write_rows(rows, "talks.jsonl")
 
 

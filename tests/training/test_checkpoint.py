@@ -168,6 +168,6 @@ def test_random_states_survive_a_file():
     import numpy as np
 
     states = json.loads(json.dumps(random_states()))
-    drawn = [random.random(), np.random.rand(), float(torch.rand(1))]  # noqa: NPY002
+    drawn = [random.random(), np.random.rand(), float(torch.rand(1))]
     set_random_states(states)
-    assert [random.random(), np.random.rand(), float(torch.rand(1))] == drawn  # noqa: NPY002
+    assert [random.random(), np.random.rand(), float(torch.rand(1))] == drawn

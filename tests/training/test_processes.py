@@ -14,8 +14,8 @@ from tests.support.runs import ROOT, recipe, steps, write_recipe
 
 def two(*arguments, module="tests.support.fsdp_on_cpu"):
     """Runs the command line on two CPU processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0", "-m", module]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*torchrun, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError
-from nesso_tune.run import train
 from nesso_tune.recipes.load import load_recipe
+from nesso_tune.run import train
 from nesso_tune.training.rundir import differences, open_run, write_end, write_start
 from tests.support.runs import recipe
 

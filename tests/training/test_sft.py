@@ -97,7 +97,9 @@ def test_learning_rate_follows_the_schedule_exactly(tmp_path, talks):
 
 
 def test_tokens_are_counted_without_padding(tmp_path, talks):
-    some = recipe("sft", tmp_path / "run", [talks], data={"packing": False, "validation_size": 0}, train={"max_steps": 15})
+    some = recipe(
+        "sft", tmp_path / "run", [talks], data={"packing": False, "validation_size": 0}, train={"max_steps": 15}
+    )
     data = prepare_data(some)
     train(some)
     last = [line for line in metrics(tmp_path / "run") if "tokens" in line][-1]
