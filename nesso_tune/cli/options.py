@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.recipes import Recipe, load_recipe
 from nesso_tune.recipes.load import parse_overrides
 
@@ -30,7 +30,8 @@ def load_all(names: list[str], settings: list[str]) -> list[Recipe]:
         stem = setting.partition(":")[0]
         if stem not in stems:
             raise RecipeError("--set", f"`{setting}` names no recipe of this command", f"use one of {', '.join(stems)}")
-    recipes, problems = [], []
+    recipes: list[Recipe] = []
+    problems: list[Problem] = []
     for name, stem in zip(names, stems, strict=True):
         own = [s.partition(":")[2] for s in named if s.partition(":")[0] == stem]
         try:

@@ -66,6 +66,8 @@ def score(hidden: Tensor, head: nn.Linear, labels: Tensor, statistics: bool = Tr
     hidden, targets = hidden[:, :-1], labels[:, 1:]
     mask = targets != -100
     own = (head.weight, getattr(head, "bias", None))  # peft's wrapper of a head has no bias
+    weight: Tensor
+    bias: Tensor | None
     weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in own)
     rows, device = hidden[mask], hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -115,6 +115,11 @@ class Plan:
         """Rows of the whole run."""
         return self.steps * self.global_batch
 
+    def multiplier(self, step: int) -> float:
+        """The factor on the peak learning rate at optimizer step `step`."""
+        assert self.schedule is not None
+        return self.schedule.multiplier(step)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`, with the schedule in words."""
         words = self.schedule.in_words() if self.schedule else None

@@ -15,7 +15,7 @@ def random_states() -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr]
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr,attr-defined]
         "torch": _text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():

@@ -63,6 +63,8 @@ class TrackedTrainer(_Base):
     """Mixed into TRL's trainers, before them. `track` is set before training starts."""
 
     track: Track
+    lr_scheduler: Any
+    control: Any
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere."""
@@ -81,7 +83,7 @@ class TrackedTrainer(_Base):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The plan's schedule, a function of the step."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.track.plan.schedule.multiplier)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.track.plan.multiplier)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -89,7 +91,7 @@ class TrackedTrainer(_Base):
         """Puts the schedule where it stands after `step` optimizer steps."""
         schedule = self.lr_scheduler
         schedule.last_epoch, schedule._step_count = step, step + 1
-        factor = self.track.plan.schedule.multiplier(step)
+        factor = self.track.plan.multiplier(step)
         schedule._last_lr = [base * factor for base in schedule.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
