@@ -14,7 +14,7 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # SFT, then DPO, then a word with the result: about three minutes on two CPU cores, set-up aside.
 quickstart: $(READY)

@@ -1,0 +1,131 @@
+"""The quickstart, whole: what a newcomer gets from two recipes and one command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.runs import ROOT, command, metrics
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """An empty folder in which SFT and then DPO have run, by names of shipped recipes alone."""
+    folder = tmp_path_factory.mktemp("home")
+    done = command("train", "quickstart/sft", "quickstart/dpo", cwd=folder, NESSO_TUNE_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    return folder / "outputs" / "quickstart"
+
+
+def last(run):
+    return [line for line in metrics(run) if "eval_loss" in line][-1]
+
+
+def test_after_sft_it_knows_what_it_was_taught_and_stops(home):
+    line = last(home / "sft")
+    assert line["train_exact_match"] >= 0.95
+    assert line["exact_match"] >= 0.6, "phrasings it has never seen"
+    assert line["stop_rate"] == line["train_stop_rate"] == 1.0
+    assert {line[f"stop_rate/{code}"] for code in ("it", "en")} == {1.0}
+
+
+def test_after_dpo_it_answers_in_the_chosen_style_and_still_stops(home):
+    line = last(home / "dpo")
+    assert line["eval_rewards/accuracies"] >= 0.9
+    assert line["closer_to_chosen"] >= 0.9
+    assert line["stop_rate"] == 1.0
+    shown = [line for line in metrics(home / "dpo") if line.get("event") == "answer"]
+    offers = ("Posso aiutarti con altro?", "Can I help with anything else?")
+    assert all(one["answer"].endswith(offers) for one in shown[-8:])
+
+
+def test_losses_of_both_languages_fall(home):
+    for run in ("sft", "dpo"):
+        first, *_, end = [line for line in metrics(home / run) if "eval_loss" in line]
+        for key in ("eval_loss/it", "eval_loss/en"):
+            assert end[key] < first[key]
+
+
+def test_chat_answers_alone_on_stdout(home):
+    done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
+    assert done.returncode == 0
+    assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
+    done = command("chat", home / "dpo", "--prompt", "What is the capital of Italy?")
+    assert done.stdout.startswith("The capital of Italy is Rome.")
+
+
+def test_the_cards_own_snippet_runs_with_plain_transformers(home):
+    final = home / "sft" / "final"
+    (snippet,) = re.findall(r"```python\n(.*?)```", (final / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    guarded = f"import sys; sys.modules['nesso_tune'] = None\n{snippet.replace('Ciao! Chi sei?', 'Quanti giorni ha una settimana?')}"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", guarded], capture_output=True, text=True, cwd=final, env=environment, check=True
+    )
+    assert "sette" in done.stdout.lower()
+
+
+def test_final_is_a_plain_hugging_face_folder(home):
+    from transformers import AutoTokenizer
+
+    for run in ("sft", "dpo"):
+        final = home / run / "final"
+        names = {path.name for path in final.iterdir()}
+        assert {
+            "model.safetensors",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "generation_config.json",
+            "README.md",
+        } <= names
+        tokenizer = AutoTokenizer.from_pretrained(final)
+        generation = json.loads((final / "generation_config.json").read_text())
+        assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
+        assert tokenizer.eos_token_id in generation["eos_token_id"]
+        config = json.loads((final / "config.json").read_text())
+        assert config["use_cache"] is True
+        assert config["vocab_size"] == len(tokenizer), "reserved slots were renamed, nothing was added"
+
+
+def test_training_and_serving_begin_alike(home):
+    """The ids that chat sends are those of the shipped template: one BOS policy, none."""
+    from transformers import AutoTokenizer
+
+    from nesso_tune.chat.tokenizer import encoder_of
+    from nesso_tune.conversation import Message
+
+    tokenizer = AutoTokenizer.from_pretrained(home / "sft" / "final")
+    turns = [Message("user", "Ciao"), Message("assistant", "Ciao!"), Message("user", "Come stai?")]
+    plain = [{"role": turn.role, "content": turn.content} for turn in turns]
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    assert encoder_of(tokenizer).prompt(turns, "it") == list(ids)
+    assert tokenizer.bos_token_id not in ids
+    rendered = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(rendered)["input_ids"] == list(ids), "nothing is added around it by the tokenizer either"
+
+
+def test_the_same_command_again_does_nothing(home):
+    before = (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
+    done = command("train", "quickstart/sft", "quickstart/dpo", cwd=home.parent.parent)
+    assert done.returncode == 0
+    assert done.stderr.count("this run is finished") == 2
+    assert (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_bundled_data_is_what_it_says():
+    folder = ROOT / "recipes" / "quickstart" / "data"
+    rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
+            for name in ("conversations", "heldout", "pairs", "pairs_heldout")}  # fmt: skip
+    assert len(rows["conversations"]) >= 300
+    assert len(rows["pairs"]) >= 100
+    for name, some in rows.items():
+        italian = sum(row["language"] == "it" for row in some)
+        assert italian == len(some) / 2, f"{name}: half Italian, half English"
+    talks = [row["messages"] for row in rows["conversations"]]
+    assert sum(sum(m["role"] == "assistant" for m in talk) > 1 for talk in talks) >= 40, "some multi-turn"
+    assert sum(talk[0]["role"] == "system" for talk in talks) >= 40, "some with a system prompt"
+    asked = {row["messages"][-2]["content"] for row in rows["conversations"]}
+    assert not asked & {row["messages"][-2]["content"] for row in rows["heldout"]}, "never seen"
