@@ -20,6 +20,7 @@ from nesso_tune.publish.card import model_card
 from nesso_tune.publish.final import plain_state, save_final
 from nesso_tune.recipes.plan import Plan, World, make_plan
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.fit import fit
 from nesso_tune.training.metrics import read_metrics
 from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world_size
@@ -60,6 +61,7 @@ def train(
     Raises:
         NessoError: the kind says what is wrong; nothing that was finished before is harmed.
     """
+    check_trackers(recipe)
     opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
     try:
         if opened is not None and opened.finished and world_size() == 1:

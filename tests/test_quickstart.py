@@ -60,7 +60,8 @@ def test_chat_answers_alone_on_stdout(home):
 def test_the_cards_own_snippet_runs_with_plain_transformers(home):
     final = home / "sft" / "final"
     (snippet,) = re.findall(r"```python\n(.*?)```", (final / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    guarded = f"import sys; sys.modules['nesso_tune'] = None\n{snippet.replace('Ciao! Chi sei?', 'Quanti giorni ha una settimana?')}"
+    asked = snippet.replace("Ciao! Chi sei?", "Quanti giorni ha una settimana?")
+    guarded = f"import sys; sys.modules['nesso_tune'] = None\n{asked}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", guarded], capture_output=True, text=True, cwd=final, env=environment, check=True

@@ -46,6 +46,8 @@ def describe(plan: Plan, sequence_len: int) -> list[str]:
         lines.append(f"disk           {sizes}")
     if plan.schedule:
         lines += [f"learning rate  {plan.schedule.in_words()}", "", *curve(plan.schedule)]
+    elif plan.shares:
+        lines += [f"learning rate  {plan.shares.in_words(shares=True)}", "", *curve(plan.shares, shares=True)]
     else:
         lines.append(f"learning rate  peak {plan.learning_rate:g}; its steps follow from the data")
     if plan.advice:

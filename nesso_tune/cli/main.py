@@ -17,7 +17,7 @@ from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
 from nesso_tune.cli.prepare import prepare
 from nesso_tune.cli.train import train
-from nesso_tune.errors import NessoError, Preempted, RunEnvironmentError
+from nesso_tune.errors import NessoError, RunEnvironmentError
 
 app = typer.Typer(
     name="nesso-tune",
@@ -47,11 +47,6 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, standalone_mode=True)
     except NessoError as error:
         _end(error, debug)
-    except KeyboardInterrupt:
-        _end(
-            Preempted("nesso-tune", "interrupted", "run the same command again to continue from the last checkpoint"),
-            debug,
-        )
     except OSError as error:
         _end(_of_os(error), debug)
     except MemoryError:

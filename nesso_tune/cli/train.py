@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.cli.options import SetOption, load_all
-from nesso_tune.errors import ModelError
+from nesso_tune.errors import ModelError, Preempted
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import local_path
 
@@ -34,7 +34,10 @@ def train(
 
     allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
     for name, recipe in zip(recipes, loaded, strict=True):
-        result = run_one(recipe, resume=resume, overwrite=overwrite, allow_changes=allowed)
+        try:
+            result = run_one(recipe, resume=resume, overwrite=overwrite, allow_changes=allowed)
+        except KeyboardInterrupt:
+            raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
         for note in result.notes:
             _say(f"{name}: {note}")
         _say(f"{name}: {'model in' if result.trained else 'already in'} {result.model_dir}")

@@ -67,7 +67,6 @@ def _places(model: type[BaseModel], name: str, near: list[str]) -> str:
     """The places of a key (a name or a dotted path), those in the section `near` if there are any; "" if none."""
     wanted = tuple(name.split("."))
     found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
-    if "validation_sources" not in near:  # what fits both kinds of sources is meant for those that are trained on
-        found = [names for names in found if "validation_sources" not in names[:-1]]
+    found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
     found = [names for names in found if list(names[: len(near)]) == near] or found
     return " or ".join(f"`{'.'.join(names)}`" for names in found)

@@ -67,15 +67,20 @@ class SchedulePlan:
         """The step from which the learning rate is constant."""
         return math.ceil(round(self.constant_ratio * self.total_steps, 6))
 
-    def in_words(self) -> str:
-        """One sentence, e.g. "cosine to step 800, then constant 3e-04"."""
-        warm = f"warm-up over {self.warmup_steps} steps to {self.peak:.3g}, " if self.warmup_steps else ""
+    def in_words(self, shares: bool = False) -> str:
+        """One sentence, e.g. "cosine to step 800, then constant 3e-04"; with `shares`, in per cent of the run."""
+
+        def at(step: int) -> str:
+            return f"{100 * step / self.total_steps:g} % of the run" if shares else f"step {step}"
+
+        over = f"{100 * self.warmup_steps / self.total_steps:g} %" if shares else f"{self.warmup_steps} steps"
+        warm = f"warm-up over {over} to {self.peak:.3g}, " if self.warmup_steps else ""
         if self.shape == "constant":
-            return f"{warm}constant {self.peak:.3g} to step {self.total_steps}"
+            return f"{warm}constant {self.peak:.3g} to {at(self.total_steps)}"
         floor = self.peak * self.min_ratio
         if self.decay_end >= self.total_steps:
-            return f"{warm}{self.shape} to {floor:.3g} at step {self.total_steps}"
-        return f"{warm}{self.shape} to step {self.decay_end}, then constant {floor:.3g} to step {self.total_steps}"
+            return f"{warm}{self.shape} to {floor:.3g} at {at(self.total_steps)}"
+        return f"{warm}{self.shape} to {at(self.decay_end)}, then constant {floor:.3g} to {at(self.total_steps)}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Plan:
     checkpoint_bytes: int | None
     final_bytes: int | None
     advice: tuple[str, ...]
+    shares: SchedulePlan | None = None  # where the steps are not known yet: the schedule of a run of 1000
 
     @property
     def steps(self) -> int:
@@ -123,6 +129,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`, with the schedule in words."""
         words = self.schedule.in_words() if self.schedule else None
+        words = self.shares.in_words(shares=True) if self.shares else words
         return asdict(self) | {"schedule_in_words": words}
 
 
@@ -163,6 +170,7 @@ def make_plan(
         epochs=epochs,
         total_steps=total,
         schedule=None if total is None else _schedule(recipe, rate, total),
+        shares=_schedule(recipe, rate, 1000) if total is None and train.schedule.warmup_steps is None else None,
         log_every=_interval(recipe.logging.every_steps, total),
         evaluate_every=None if evaluation is None else _interval(evaluation.every_steps, total),
         save_every=_interval(recipe.checkpoint.every_steps, total),

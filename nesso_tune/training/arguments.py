@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -77,6 +78,13 @@ def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
         "save_strategy": "no",
         **(_fsdp(blocks, checkpointing) if sharded else {}),
     }
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Raises RunEnvironmentError if a tracker of `logging.report_to` is not installed."""
+    for tracker in recipe.logging.report_to:
+        if find_spec(tracker) is None:
+            raise RunEnvironmentError("logging.report_to", f"{tracker} is not installed", f"pip install {tracker}")
 
 
 def shards(recipe: Recipe, processes: int) -> bool:

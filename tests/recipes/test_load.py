@@ -46,6 +46,7 @@ MISTAKES = {
     "misspelt choice": (SFT + "chat: {new_tokens: resise}", 7, ["one of auto", "did you mean `resize`?"]),
     "misspelt loss": (DPO + "dpo: {loss: {sigmod: 1.0}}", 7, ["`dpo.loss.sigmod`", "did you mean `sigmoid`?"]),
     "misplaced": (SFT + "learning_rate: 1e-3", 7, ["unknown key `learning_rate`", "belongs to `train.learning_rate`"]),
+    "misplaced, far": (IN_TRAIN + "keep: 3", 8, ["`train.keep`", "belongs to `checkpoint.keep`"]),
     "misplaced, nearer": (IN_TRAIN + "type: linear", 8, ["belongs to `train.schedule.type`"]),
     "misplaced, several": (SFT + "every_steps: 5", 7, ["`checkpoint.every_steps` or"]),
     "misplaced in a source": (SFT + "split: test", 7, ["belongs to `data.sources.split`"]),

@@ -193,3 +193,11 @@ def test_no_size_is_too_odd(micro, accumulation, epochs, rows, processes):
     )
     assert of.total_steps * of.global_batch >= epochs * rows - 1e-3 * max(1.0, rows * 1e-6)
     assert json.loads(json.dumps(of.to_dict()))["total_steps"] == of.total_steps
+
+
+def test_without_data_the_schedule_is_said_in_shares_of_the_run():
+    plan = make_plan(load_recipe("sft"))
+    assert (plan.total_steps, plan.schedule) == (None, None)
+    assert plan.to_dict()["schedule_in_words"] == (
+        "warm-up over 3 % to 0.001, cosine to 80 % of the run, then constant 0.0003 to 100 % of the run"
+    )

@@ -1,0 +1,114 @@
+"""`train` on the command line: chains, and what bad input does."""
+
+import json
+
+import pytest
+
+from nesso_tune.cli.main import main
+from tests.support.runs import metrics, recipe, write_recipe
+
+
+@pytest.fixture
+def tune(capsys):
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out = capsys.readouterr()
+        return end.value.code or 0, out.out, out.err
+
+    return run
+
+
+@pytest.fixture
+def chain(tmp_path, talks, pairs):
+    """An SFT recipe, and a DPO recipe that starts from its result."""
+    first = recipe("sft", tmp_path / "sft", [talks], train={"max_steps": 2})
+    base = {"base": str(tmp_path / "sft" / "final"), "random_init": False}
+    second = recipe("dpo", tmp_path / "dpo", [pairs], model=base, train={"max_steps": 2})
+    return write_recipe(tmp_path / "a.yaml", first), write_recipe(tmp_path / "b.yaml", second)
+
+
+def test_a_chain_runs_and_a_second_time_does_nothing(tmp_path, tune, chain):
+    code, out, err = tune("train", *chain)
+    assert (code, out) == (0, "")
+    assert (tmp_path / "dpo" / "final" / "model.safetensors").is_file()
+    code, _, err = tune("train", *chain)
+    assert code == 0
+    assert err.count("this run is finished") == 2
+
+
+def test_a_mistake_in_the_second_recipe_stops_before_the_first_starts(tmp_path, tune, chain):
+    with open(chain[1], "a", encoding="utf-8") as file:
+        file.write("lerning_rate: 1\n")
+    code, _, err = tune("train", *chain)
+    assert code == 2
+    assert "b.yaml:" in err
+    assert "lerning_rate" in err
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_base_that_nobody_makes_is_an_error_at_once(tune, chain):
+    code, _, err = tune("train", chain[1])
+    assert code == 4
+    assert "no such folder; run the recipe that makes it first" in err
+
+
+def test_set_reaches_all_recipes_or_one(tmp_path, tune, chain):
+    code, _, _ = tune("train", *chain, "--set", "logging.every_steps=2", "--set", "b:train.learning_rate=5e-5")
+    assert code == 0
+    assert {line["step"] for line in metrics(tmp_path / "sft") if "loss" in line} == {1, 2}
+    resolved = {run: json.loads((tmp_path / run / "manifest.json").read_text())["recipe"] for run in ("sft", "dpo")}
+    assert resolved["dpo"]["train"]["learning_rate"] == 5e-5
+    assert resolved["sft"]["train"]["learning_rate"] == 1e-3
+    code, _, err = tune("train", *chain, "--set", "c:train.learning_rate=5e-5")
+    assert code == 2
+    assert "names no recipe" in err
+
+
+BAD = [
+    ("no such recipe", "train: nope", 2, "no shipped recipe of this name"),
+    ("missing data", {"data": {"sources": [{"path": "nowhere/rows.jsonl"}]}}, 3, "nowhere/rows.jsonl: no such file"),
+    ("missing base", {"model": {"base": "./nowhere"}}, 4, "no such folder"),
+    ("base without weights", {"model": {"random_init": False}}, 4, "set model.random_init: true"),
+    ("flash without a GPU", {"model": {"attention": "flash"}}, 2, "set attention: auto"),
+    ("unknown template", {"chat": {"template": "chatlm"}}, 2, "did you mean `chatml`?"),
+    ("end token of another template", {"chat": {"eos_token": "<|end_of_text|>"}}, 2, "never learn to stop"),
+    ("batch that does not divide", {"train": {"global_batch_size": 3, "micro_batch_size": 2}}, 2, "set it to 2 or 4"),
+    ("nothing left to train on", {"data": {"validation_size": 1000}}, 2, "leave nothing to train on"),
+    ("everything too long", {"data": {"sequence_len": 8}}, 3, "too_long: 30"),
+    ("a tracker that is not installed", {"logging": {"report_to": ["mlflow"]}}, 5, "pip install mlflow"),
+]
+
+
+@pytest.mark.parametrize(("sections", "code", "says"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_input_says_what_to_do(tmp_path, tune, talks, sections, code, says):
+    if isinstance(sections, str):
+        path = tmp_path / "missing"
+    else:
+        path = write_recipe(tmp_path / "bad.yaml", recipe("sft", tmp_path / "run", [talks], **sections))
+    ended, out, err = tune("train", path)
+    assert says in err
+    assert (ended, out) == (code, "")
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert not (tmp_path / "run" / "final").exists()
+
+
+def test_interrupted_runs_say_how_to_go_on(tune, chain, monkeypatch):
+    from nesso_tune.training.sft import ConversationTrainer
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ConversationTrainer, "training_step", interrupt)
+    code, _, err = tune("train", chain[0])
+    assert code == 75
+    assert "the same command continues" in err
+
+
+def test_debug_shows_the_traceback(tune):
+    code, _, err = tune("train", "nope", "--debug")
+    assert code == 2
+    assert "Traceback" in err
