@@ -18,6 +18,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.final import plain_state, save_final
+from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.plan import Plan, World, make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
@@ -97,6 +98,7 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     if is_first():
         card = model_card(recipe, plan, data.report, metrics)
         save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
+        write_report(run.path, recipe, plan, data.report)
         write_end(run)
     wait_for_all()
     return TrainResult(run.final, metrics, run.notes)

@@ -11,9 +11,33 @@ from pydantic import ValidationError
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.complaints import complaints
 from nesso_tune.recipes.document import Document, read_document
+from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import Section
+from nesso_tune.recipes.shipped import shipped
 
 Spec = TypeVar("Spec", bound=Section)
+
+
+def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Path:
+    """The file that a name means: a YAML file by its path, or a shipped one of data_templates/KIND/.
+
+    Args:
+        kind: the folder.
+        name: what the recipe says.
+        key: the recipe's key, for the error.
+        also: names that the key takes besides files.
+
+    Raises:
+        RecipeError: if there is none, with the names that there are.
+    """
+    folder = shipped("data_templates") / kind
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        names = [*also, *sorted(file.stem for file in folder.glob("*.yaml"))]
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
+        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{name}`", remedy)
+    return path
 
 
 def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from nesso_tune.chat.spec import read_spec
+from nesso_tune.chat.spec import find_spec, read_spec
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import NonEmpty, Section
-from nesso_tune.recipes.shipped import shipped
 
 ROLES = ("system", "user", "assistant", "tool")
 DefaultSystem = str | Mapping[str, str] | None
@@ -59,13 +56,7 @@ def load_template(name: str) -> ChatTemplate:
     Raises:
         RecipeError: if there is none, or if the file is wrong.
     """
-    folder = shipped("data_templates") / "chat"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
-        guess = closest(name, names)
-        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a template file"
-        raise RecipeError("chat.template", f"there is no template `{name}`", remedy)
+    path = find_spec("chat", name, "chat.template")
     template, document = read_spec(path, ChatTemplate)
     if template.header.count("{role}") > 1:
         raise RecipeError(document.where(("header",)), "`header` holds {role} more than once", "keep one")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nesso_tune.chat.spec import read_spec
-from nesso_tune.errors import DataError, RecipeError
+from nesso_tune.chat.spec import find_spec, read_spec
+from nesso_tune.errors import DataError
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import Role, Section, Source
-from nesso_tune.recipes.shipped import shipped
 
 Row = Mapping[str, Any]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
@@ -77,13 +75,7 @@ def load_format(name: str) -> DataFormat:
     Raises:
         RecipeError: if there is none, or if the file is wrong.
     """
-    folder = shipped("data_templates") / "formats"
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        names = sorted(file.stem for file in folder.glob("*.yaml"))
-        guess = closest(name, names)
-        remedy = f"did you mean `{guess}`?" if guess else f"use auto, {', '.join(names)}, or the path of a mapping file"
-        raise RecipeError("format", f"there is no format `{name}`", remedy)
+    path = find_spec("formats", name, "format", also=("auto",))
     return read_spec(path, DataFormat)[0]
 
 
