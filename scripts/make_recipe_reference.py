@@ -1,0 +1,99 @@
+"""Writes docs/recipe.md, the reference of all recipe keys, from the schema itself: python scripts/make_recipe_reference.py"""
+
+from __future__ import annotations
+
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from nesso_tune.recipes.schema import BaseRecipe, DPORecipe, SFTRecipe
+
+HEAD = """# Recipe reference
+
+Every key of a recipe, by section. Made from the schema by `scripts/make_recipe_reference.py`; do not edit.
+A key without a default is required. Intervals are steps (a whole number) or a share of the run (a fraction).
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    parts += _section("The recipe: `method: sft` or `method: dpo`, and", BaseRecipe)
+    for name, field in SFTRecipe.model_fields.items():
+        section = field.annotation
+        if name == "data":
+            parts += _section("data (method: sft)", SFTRecipe.model_fields["data"].annotation)
+            parts += _section("data (method: dpo)", DPORecipe.model_fields["data"].annotation)
+            continue
+        parts += [line for one in _sections(section) for line in _section(name, one)]
+    parts += _section("dpo (method: dpo)", DPORecipe.model_fields["dpo"].annotation)
+    parts += _section(
+        "data.sources, one entry", _sections(SFTRecipe.model_fields["data"].annotation, inside="sources")[0]
+    )
+    parts += _section("model.adapter", _sections(SFTRecipe.model_fields["model"].annotation, inside="adapter")[0])
+    parts += _section("train.schedule", _sections(SFTRecipe.model_fields["train"].annotation, inside="schedule")[0])
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _section(title: str, model: Any) -> list[str]:
+    rows = [
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
+        for name, field in model.model_fields.items()
+    ]
+    said = (model.__doc__ or "").strip().splitlines()[0]
+    return [f"## {title}", "", said, "", "| key | values | default | what it does |", "|---|---|---|---|", *rows, ""]
+
+
+def _sections(annotation: Any, inside: str | None = None) -> list[type[BaseModel]]:
+    """The sections that an annotation holds; with `inside`, those of one of its keys."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _sections(annotation.model_fields[inside].annotation) if inside else [annotation]
+    return [found for arg in get_args(annotation) for found in _sections(arg, inside)]
+
+
+def _kind(field: Any) -> str:
+    bounds = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= "}
+    limits = [f"{bounds[k]}{v:g}" for m in field.metadata for k in bounds if (v := getattr(m, k, None)) is not None]
+    return _cell(", ".join([_named(field.annotation), *limits]))
+
+
+def _named(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _named(arguments[0])
+    if origin is Literal:
+        return ", ".join(f"`{a}`" for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_named(a) for a in arguments))
+    if origin is tuple:
+        return f"list of {_named(arguments[0])}"
+    if origin is dict:
+        return f"{{{_named(arguments[0])}: {_named(arguments[1])}}}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
+    return names.get(annotation, str(annotation))
+
+
+def _default(field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, BaseModel):
+        return "see below"
+    plain = {None: "null", True: "true", False: "false"}
+    if default is None or isinstance(default, bool):
+        return plain[default]
+    return f"`{list(default) if isinstance(default, tuple) else default}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    Path(__file__).parent.parent.joinpath("docs", "recipe.md").write_text(reference(), encoding="utf-8")
