@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, the reference of all recipe keys, from the schema itself: python scripts/make_recipe_reference.py"""
+"""Writes docs/recipe.md, the reference of all recipe keys, from the schema itself."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def local_path(text: str) -> Path:
 def find_recipe(name: str | Path) -> Path:
     """The file a recipe name means: a path as it is, or a shipped recipe by its name (`quickstart/sft`)."""
     path = Path(name)
-    if path.exists() or path.suffix in (".yaml", ".yml"):
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     return next((p for p in (shipped("recipes") / f"{name}.yaml",) if p.is_file()), path)
 
