@@ -67,6 +67,12 @@ class ChatTokenizer:
         return ChatEncoder(self.backend, self.template, self.bos_id, self.default_system)
 
     @property
+    def bos_token_id(self) -> int | None:
+        """Id of the token that the tokenizer calls BOS, whether the template emits it or not."""
+        name = json.loads(self.files["tokenizer_config.json"]).get("bos_token")
+        return None if name is None else self.backend.token_to_id(name)
+
+    @property
     def new_ids(self) -> list[int]:
         """Ids of renamed and appended tokens: rows that pre-training never taught."""
         return sorted(self.starts_from)

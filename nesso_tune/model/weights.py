@@ -40,6 +40,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
         model = _pretrained(folder, section, where, options)
     _fit_vocabulary(model, chat, section, where)
     model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
+    model.config.bos_token_id = chat.bos_token_id
     model.generation_config = _generation_config(model, chat)
     return model
 
