@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +50,12 @@ class TrainResult:
 
 
 def train(
-    recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, allow_changes: tuple[str, ...] = ()
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    allow_changes: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda text: None,
 ) -> TrainResult:
     """Runs a recipe, or continues it where it stopped.
 
@@ -58,6 +64,7 @@ def train(
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
         overwrite: removes an earlier run in `output_dir` first.
         allow_changes: dotted recipe keys whose change is accepted when a run continues.
+        say: gets what a person should know on the way (what is continued, what was set aside).
 
     Raises:
         NessoError: the kind says what is wrong; nothing that was finished before is harmed.
@@ -65,19 +72,31 @@ def train(
     check_trackers(recipe)
     opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
     try:
-        if opened is not None and opened.finished and world_size() == 1:
-            return _finished(opened)
+        if opened is not None:
+            for text in _opening(opened, recipe):
+                say(text)
         data = prepare_data(recipe)
         come_together(recipe.distributed.timeout_s)
         run: RunDir = from_first(None if opened is None else opened.shared())
-        return _finished(run) if run.finished else _train(recipe, run, data)
+        return _finished(recipe, run, data) if run.finished else _train(recipe, run, data)
     finally:
         part()
         if opened is not None:
             opened.close()
 
 
-def _finished(run: RunDir) -> TrainResult:
+def _opening(run: RunDir, recipe: Recipe) -> list[str]:
+    lines = list(run.notes)
+    if run.checkpoint is not None:
+        lines.append(f"an unfinished run: it continues from {run.checkpoint.name}")
+    if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
+        lines.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
+    return lines
+
+
+def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
+    plan = make_plan(recipe, World(world_size()), data.volume)
+    _check_same_run(run, json.loads((run.path / "manifest.json").read_text()), run_facts(recipe, data, plan))
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
@@ -86,7 +105,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)
-    _check_same_run(run, facts)
+    if run.checkpoint is not None:
+        _check_same_run(run, json.loads((run.checkpoint / "manifest.json").read_text()), facts)
     if is_first():
         if run.checkpoint is None:
             run.metrics.unlink(missing_ok=True)
@@ -133,20 +153,19 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _check_same_run(run: RunDir, facts: dict[str, Any]) -> None:
-    """Refuses to continue on other data, another tokenizer, base, batch or number of threads.
+def _check_same_run(run: RunDir, noted: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Refuses other data, another tokenizer, base, batch or number of processes than the run's manifest notes.
 
     Raises:
         RecipeError: with both values.
     """
-    if run.checkpoint is None:
-        return
-    noted = json.loads((run.checkpoint / "manifest.json").read_text(encoding="utf-8"))
     names = {
         "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
         "global_batch": "the global batch", "world_size": "the number of processes",
     }  # fmt: skip
-    changed = [key for key in names if noted[key] != facts[key]]
+    if run.finished:  # a finished model does not depend on how many would continue it
+        names = {key: names[key] for key in ("data", "tokenizer", "base")}
+    changed = [key for key in names if noted.get(key) != facts[key]]
     if changed:
         what = "; ".join(f"{names[key]} changed ({noted[key]} -> {facts[key]})" for key in changed)
         raise RecipeError(str(run.path), what, "undo the change, or start anew with --overwrite or another output_dir")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nesso_tune.errors import ModelError, RunEnvironmentError
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.shipped import local_path
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
@@ -16,10 +16,13 @@ def base_folder(base: str, revision: str | None = None, weights: bool = False) -
 
     Raises:
         ModelError: if there is no such folder or hub model.
+        RecipeError: for a revision of a local folder.
         RunEnvironmentError: if the hub cannot be reached and the files are not in its cache.
     """
     folder = local_path(base)
     if folder.is_dir():
+        if revision is not None:
+            raise RecipeError("model.revision", f"has no effect on the folder {base}", "remove it")
         if not any(folder.iterdir()):
             raise ModelError(base, "the folder is empty", "name a folder with config.json, tokenizer.json and weights")
         return folder

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
-from nesso_tune.conversation import Conversation, Message
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 
 TrainOnEos = Literal["turn", "all", "last", "none"]
 BOS = "bos_token"  # stands for whatever the tokenizer calls its BOS
@@ -36,7 +36,10 @@ def with_default_system(conversation: Conversation, default_system: DefaultSyste
     if default_system is None or (conversation.messages and conversation.messages[0].role == "system"):
         return conversation
     if isinstance(default_system, Mapping):
-        default_system = default_system.get(conversation.language, next(iter(default_system.values())))
+        unknown = conversation.language == UNKNOWN_LANGUAGE  # then the first; of a language not listed, none
+        default_system = next(iter(default_system.values())) if unknown else default_system.get(conversation.language)
+        if default_system is None:
+            return conversation
     system = Message("system", default_system)
     return replace(conversation, messages=(system, *conversation.messages))
 

@@ -13,6 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from nesso_tune.chat.spec import find_spec, read_spec
+from nesso_tune.conversation import UNKNOWN_LANGUAGE
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.sections import NonEmpty, Section
 
@@ -94,13 +95,14 @@ def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None) -> st
             texts = ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in default_system.items())
             first = quoted(next(iter(default_system)))
             lines.append(f"{{%- set systems = {{{texts}}} -%}}")
+            unknown = f"language is not defined or language == {quoted(UNKNOWN_LANGUAGE)}"
             lines.append(
                 "{%- set default_system = systems[language] if language is defined and language in systems "
-                f"else systems[{first}] -%}}"
+                f"else systems[{first}] if {unknown} else none -%}}"
             )
         system = quoted(template.header_of("system"))
         lines.append(
-            "{%- if not messages or messages[0]['role'] != 'system' -%}"
+            "{%- if default_system is not none and (not messages or messages[0]['role'] != 'system') -%}"
             f"{{{{- {system} + default_system + {quoted(template.end + template.separator)} -}}}}{{%- endif -%}}"
         )
     lines += [

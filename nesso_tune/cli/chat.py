@@ -26,6 +26,7 @@ def chat(
     opening = [Message("system", system)] if system else []
     spoken = language or UNKNOWN_LANGUAGE
     if prompt is not None:
+        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # as an ASCII locale passes it
         print(talker.answer([*opening, Message("user", prompt)], sampling, spoken))
         return
     print("An empty line ends the conversation.", file=sys.stderr)
@@ -33,7 +34,7 @@ def chat(
     while True:
         try:
             said = input("> ")
-        except EOFError:
+        except (EOFError, RuntimeError):  # the end of input, or none at all
             return
         if not said.strip():
             return

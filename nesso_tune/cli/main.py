@@ -7,6 +7,7 @@ imports inside functions.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -40,6 +41,9 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command line and exits with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nesso_tune.cli.options import SetOption, load_all
-from nesso_tune.errors import ModelError, Preempted
+from nesso_tune.data.files import expand, is_local
+from nesso_tune.errors import ModelError, Preempted, RecipeError
+from nesso_tune.recipes.plan import World, make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import local_path
 
@@ -29,19 +33,43 @@ def train(
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
     loaded = load_all(recipes, settings)
     _check_bases(loaded)
+    _check_beforehand(recipes, loaded)
     _say("loading the libraries")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     from nesso_tune.run import train as run_one
 
     allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
     for name, recipe in zip(recipes, loaded, strict=True):
         try:
-            result = run_one(recipe, resume=resume, overwrite=overwrite, allow_changes=allowed)
+            result = run_one(
+                recipe,
+                resume=resume,
+                overwrite=overwrite,
+                allow_changes=allowed,
+                say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]
+            )
         except KeyboardInterrupt:
             raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
-        for note in result.notes:
-            _say(f"{name}: {note}")
-        _say(f"{name}: {'model in' if result.trained else 'already in'} {result.model_dir}")
+        _say(f"{name}: {'model in' if result.trained else 'this run is finished: model in'} {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+
+
+def _check_beforehand(names: list[str], recipes: list[Recipe]) -> None:
+    """What can be known of every recipe before the first one starts: batch sizes, files, separate run directories.
+
+    Raises:
+        RecipeError, DataError: naming the recipe.
+    """
+    folders: dict[Path, str] = {}
+    for name, recipe in zip(names, recipes, strict=True):
+        folder = Path(recipe.output_dir).resolve()
+        if folder in folders:
+            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
+        folders[folder] = name
+        make_plan(recipe, World(int(os.environ.get("WORLD_SIZE", "1"))))
+        for source in (*recipe.data.sources, *recipe.data.validation_sources):
+            if is_local(source.path):
+                expand(source.path)
 
 
 def _check_bases(recipes: list[Recipe]) -> None:
@@ -54,7 +82,7 @@ def _check_bases(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         base = Path(recipe.model.base)
         local = recipe.model.base.startswith((".", "/", "~")) or recipe.model.base.count("/") != 1
-        if base not in made and local and not local_path(recipe.model.base).is_dir():
+        if base not in made and local and not local_path(recipe.model.base).exists():
             raise ModelError(
                 f"model.base {recipe.model.base}", "no such folder",
                 "run the recipe that makes it first, in the same command or before",

@@ -22,6 +22,11 @@ from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import Source
 
 CHUNK = 1000  # rows encoded at a time
+REMEDIES = {  # of the reason why most rows were dropped, when nothing is left
+    "too_long": "raise data.sequence_len",
+    "nothing_to_learn": "check data.roles_to_train",
+    "below_min_score": "lower min_score",
+}
 PEEK = 50  # rows that decide the format
 
 
@@ -49,10 +54,12 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     documents = open_documents(folder, names, writer.parts)
     if len(documents) == 0:
         why = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common()) or "there are no rows"
+        main = dropped.most_common(1)[0][0] if dropped else ""
         raise DataError(
-            ", ".join(source.path for source in sources), f"none of {read:,} rows can be used ({why})",
-            "correct the data, or the columns and the format that the recipe names",
-        )  # fmt: skip
+            ", ".join(source.path for source in sources),
+            f"none of {read:,} rows can be used ({why})",
+            REMEDIES.get(main, "correct the data, or the columns and the format that the recipe names"),
+        )
     everything = np.arange(len(documents))
     languages = {n: documents.counts(np.flatnonzero(documents.languages == i)) for i, n in enumerate(names)}
     by_source = []
@@ -81,6 +88,10 @@ def _entries(
     if not peeked:
         raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
     fmt = choose_format(source, [row for row, _ in peeked])
+    field = source.language_field
+    if field is not None and not any(field in row for row, _ in peeked):
+        columns = sorted({column for row, _ in peeked for column in row})
+        raise DataError(source.path, f"no column `{field}` (language_field)", f"its columns are {', '.join(columns)}")
     _check_kind(recipe, source, fmt)
     rows = chain(peeked, rows)
     convert = to_conversation if isinstance(recipe, SFTRecipe) else to_pair
@@ -110,7 +121,7 @@ def _check_kind(recipe: Recipe, source: Source, fmt: DataFormat) -> None:
             )  # fmt: skip
         raise DataError(
             source.path, "holds preference pairs, but SFT learns from conversations",
-            "use method: dpo, or set format: alpaca with response_field: chosen",
+            "use method: dpo, or another source",
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from nesso_tune.data.files import Located, content_hash, expand, is_local, read_rows
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.hub import hub_fingerprint, hub_rows
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.recipes.sections import Source
 
 
@@ -23,16 +23,20 @@ def source_rows(source: Source) -> Iterator[Located]:
 
 
 def is_here(source: Source) -> bool:
-    """Whether the source is files here. What only the hub knows (subset, revision) is then an error.
+    """Whether the source is files here. What only the hub knows (subset, revision, split) is then an error.
 
     Raises:
         RecipeError: for such a key.
     """
     if not is_local(source.path):
         return False
-    for knob in ("subset", "revision"):
-        if getattr(source, knob) is not None:
-            raise RecipeError(f"data.sources {source.path}", f"`{knob}` has no effect on local files", "remove it")
+    inert = [knob for knob in ("subset", "revision") if getattr(source, knob) is not None]
+    inert += ["split"] if source.split != "train" else []
+    if inert:
+        raise RecipeError(
+            Problem(f"data.sources {source.path}", f"`{knob}` has no effect on local files", "remove it")
+            for knob in inert
+        )
     return True
 
 

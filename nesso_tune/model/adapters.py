@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel
 
+from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.sections import LoraSection
 
 
@@ -18,6 +20,7 @@ def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]
     names = {name: new_ids for name, module in model.named_modules() if any(module is table for table in tables)}
     tied = model.config.get_text_config().tie_word_embeddings
     targets = section.target_modules
+    _check_targets(targets, model)
     return LoraConfig(
         r=section.r,
         lora_alpha=section.alpha,
@@ -26,3 +29,16 @@ def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]
         trainable_token_indices=None if not new_ids else new_ids if tied else names,
         task_type="CAUSAL_LM",
     )
+
+
+def _check_targets(targets: str | tuple[str, ...], model: PreTrainedModel) -> None:
+    """Raises RecipeError if a named layer does not exist, with the names that do."""
+    layers = sorted(
+        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    )
+    for target in () if targets == "all-linear" else (targets,) if isinstance(targets, str) else targets:
+        if target.rsplit(".", 1)[-1] not in layers:
+            raise RecipeError(
+                "model.adapter.target_modules", f"the model has no layer `{target}`",
+                f"use all-linear, or some of {', '.join(layers)}",
+            )  # fmt: skip

@@ -11,6 +11,9 @@ from nesso_tune.recipes.schema import Recipe
 SHOWN = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
 
 
+RESULTS = "## Results on held-out data (train_: on training data)"
+
+
 def model_card(recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     """README.md of `final/`, with the figures of the run. Private sources are left out."""
     private = any(source.private for source in recipe.data.sources)
@@ -33,7 +36,7 @@ def model_card(recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: M
             f"- learning rate: {schedule}",
             f"- {report['rows_kept']:,} rows, {report['supervised_tokens']:,} supervised tokens", "",
             "Data:", "", *sources, "",
-            *(["## Results on held-out data", "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
+            *([RESULTS, "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
         ]
     )  # fmt: skip
 

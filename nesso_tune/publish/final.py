@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.training.checkpoint import model_state, readable
+from nesso_tune.training.checkpoint import as_environment_error, model_state, readable
 
 
 def plain_state(trained: nn.Module, model: Any) -> dict[str, Tensor]:
@@ -42,7 +42,8 @@ def save_final(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     model.config.dtype, model.config.use_cache = precision, True  # training had turned the cache off
-    model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
+    with as_environment_error(folder):
+        model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():

@@ -103,6 +103,10 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
         )
     if "exo_pair" in names and not smoothing:
         yield Finding(("dpo", "loss"), "exo_pair needs label_smoothing above 0", "set dpo.label_smoothing: 0.001")
+    if names == {"sft"} and _get(raw, "dpo", "beta") not in (None, 0.1):
+        yield Finding(
+            ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
+        )
     if _get(raw, "dpo", "ld_alpha") == 1:
         yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
 
@@ -112,6 +116,10 @@ def _sources(raw: Raw) -> Iterator[Finding]:
         sources = _get(raw, "data", section)
         for i in range(len(sources) if isinstance(sources, (list, tuple)) else 0):
             yield from _source(sources[i], ("data", section, i))
+            if section == "validation_sources" and _get(sources[i], "weight") not in (None, 1):
+                yield Finding(
+                    ("data", section, i, "weight"), "has no effect: evaluation sees every row once", "remove it"
+                )
 
 
 def _source(source: Any, here: Path) -> Iterator[Finding]:

@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -96,7 +98,8 @@ class CheckpointWriter:
 
     def tensors(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Adds a file of tensors."""
-        save_file(tensors, self.staging / name)
+        with as_environment_error(self.staging / name):
+            save_file(tensors, self.staging / name)
 
     def data(self, name: str, data: Any) -> None:
         """Adds a file of plain data."""
@@ -160,6 +163,17 @@ def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for old in checkpoints(run)[keep:]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def as_environment_error(path: Path) -> Iterator[None]:
+    """Turns a write that safetensors could not do (a full disk, say) into an error of the environment."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RunEnvironmentError(
+            str(path), f"cannot be written ({error})", "free some space; finished checkpoints are intact"
+        ) from None
 
 
 def readable(path: Path) -> None:

@@ -53,7 +53,8 @@ class Evaluator:
     def __call__(self, trainer: Any) -> dict[str, Any]:
         """Metrics by name, ready for a line of metrics.jsonl."""
         metrics: dict[str, Any] = self.loss_over(trainer, self._batches(trainer)) if len(self.rows) else {}
-        metrics |= self._answers(trainer, self.prompts, "", shown=True)
+        prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
+        metrics |= self._answers(trainer, self.prompts, prefix, shown=True)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
             known = choose_prompts(self.train_rows, self.section.train_samples)
             metrics |= self._answers(trainer, known, "train_", shown=False)

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.schema import Recipe, dump
+from nesso_tune.recipes.shipped import local_path
 from nesso_tune.training.checkpoint import MANIFEST, PREFIX, checkpoints, read_manifest, remove_staging
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
@@ -74,8 +75,10 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
         RecipeError: if the folder holds a run of another recipe.
     """
     path = Path(recipe.output_dir)
-    manifest = _manifest(path)
-    if manifest is None and path.exists() and any(p.name != LOCK for p in path.iterdir()):
+    if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
+        raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
+    manifest = _manifest(path, overwrite)
+    if manifest is None and path.exists() and any(_is_foreign(p) for p in path.iterdir()):
         raise RunEnvironmentError(
             str(path), "is not empty and holds no run of nesso-tune", "set another output_dir; nothing was written"
         )
@@ -96,14 +99,14 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
 
 def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Writes what a run begins with: its resolved recipe, and a manifest of `facts` (versions, hashes, …)."""
+    _replace(run.path / MANIFEST, {**facts, "recipe": dump(recipe), "finished": False})  # first: it marks the folder
     (run.path / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
-    _replace(run.path / MANIFEST, {**facts, "recipe": dump(recipe), "finished": False})
 
 
 def write_end(run: RunDir) -> None:
-    """Marks the run finished."""
+    """Marks the run finished, with the sizes of the files in `final/`."""
     manifest = json.loads((run.path / MANIFEST).read_text(encoding="utf-8"))
-    _replace(run.path / MANIFEST, {**manifest, "finished": True})
+    _replace(run.path / MANIFEST, {**manifest, "finished": True, "final": _sizes(run.final)})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -113,6 +116,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
         if name in FREE or a == b:
             continue
+        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            a, b = ({str(i): item for i, item in enumerate(items)} for items in (a, b))
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             found |= differences(a, b, f"{name}.")
         else:
@@ -126,29 +131,30 @@ def _continue(
     changed = differences(manifest["recipe"], dump(recipe))
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
-        remedy = "undo it, set another output_dir, --overwrite, or accept it with --allow-changes"
         raise RecipeError(
-            Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}", f"{remedy} {key}")
+            Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}", _remedy(key))
             for key, (old, new) in refused.items()
         )
-    if manifest.get("finished") and (path / FINAL).is_dir():
+    if manifest.get("finished") and manifest.get("final") == _sizes(path / FINAL):
         return RunDir(path, finished=True, lock=lock)
     if resume == "never":
         raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
     if resume != "auto":
-        return RunDir(path, _chosen(Path(resume), path), changed=changed, lock=lock)
-    notes = []
+        chosen = _chosen(Path(resume), path)
+        for later in checkpoints(path)[: checkpoints(path).index(path / chosen.name)]:
+            _set_aside(later, "later")  # or it would win the next time
+        return RunDir(path, chosen, changed=changed, lock=lock)
+    notes = ["its final/ is missing or damaged: made again"] if manifest.get("finished") else []
+    damaged = False
     for candidate in checkpoints(path):
         try:
             read_manifest(candidate)
         except ValueError as why:
-            aside = candidate.with_name(f"damaged-{candidate.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            candidate.rename(aside)
-            notes.append(f"{candidate.name}: {why}; set aside as {aside.name}")
+            damaged = True
+            notes.append(f"{candidate.name}: {why}; set aside as {_set_aside(candidate, 'damaged').name}")
         else:
             return RunDir(path, candidate, notes=tuple(notes), changed=changed, lock=lock)
-    if notes:
+    if damaged:
         raise RunEnvironmentError(
             str(path), f"no checkpoint is usable ({'; '.join(notes)})", "start anew with --overwrite"
         )
@@ -165,18 +171,44 @@ def _chosen(checkpoint: Path, run: Path) -> Path:
     return checkpoint
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
+def _remedy(key: str) -> str:
+    if key.startswith(("data.", "model.base", "method")):
+        return "undo it, set another output_dir, or start anew with --overwrite"
+    return f"undo it, set another output_dir, --overwrite, or accept it with --allow-changes {key}"
+
+
+def _set_aside(checkpoint: Path, why: str) -> Path:
+    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint.rename(aside)
+
+
+def _sizes(folder: Path) -> dict[str, int] | None:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else None
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file in a folder without a manifest is not from a run that was stopped while it wrote its first."""
+    return path.name not in (LOCK, f".{MANIFEST}.partial")
+
+
+def _manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The manifest of the run in a folder; None if it holds none."""
     if path.exists() and not path.is_dir():
         raise RunEnvironmentError(str(path), "is a file", "set another output_dir")
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except NotADirectoryError:
+        raise RunEnvironmentError(str(path), "cannot be a folder", "set another output_dir") from None
     except (OSError, ValueError):
-        raise RunEnvironmentError(
-            str(path / MANIFEST), "is damaged", "restore it, or start anew with --overwrite"
-        ) from None
-    return manifest if isinstance(manifest, dict) and "nesso_tune" in manifest else None
+        manifest = {"nesso_tune": "damaged"}
+    if not isinstance(manifest, dict) or "nesso_tune" not in manifest:
+        return None
+    if not isinstance(manifest.get("recipe"), dict) and not (overwrite and (path / RECIPE).is_file()):
+        raise RunEnvironmentError(str(path / MANIFEST), "is damaged", "restore it, or start anew with --overwrite")
+    return dict(manifest)
 
 
 def _locked(path: Path) -> FileLock:
@@ -195,7 +227,7 @@ def _clear(path: Path) -> None:
     for name in OURS:
         target = path / name
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-    for folder in [*path.glob(f"{PREFIX}*"), *path.glob(f"damaged-{PREFIX}*")]:
+    for folder in [p for kind in ("", "damaged-", "later-") for p in path.glob(f"{kind}{PREFIX}*")]:
         shutil.rmtree(folder)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from nesso_tune.cli.main import main
+from nesso_tune.run import train
 from tests.support.runs import metrics, recipe, write_recipe
 
 
@@ -67,6 +68,7 @@ def test_set_reaches_all_recipes_or_one(tmp_path, tune, chain):
     assert "names no recipe" in err
 
 
+LORA = {"adapter": {"type": "lora", "target_modules": ["attn"]}, "base": "BASE", "random_init": False}
 BAD = [
     ("no such recipe", "train: nope", 2, "no shipped recipe of this name"),
     ("missing data", {"data": {"sources": [{"path": "nowhere/rows.jsonl"}]}}, 3, "nowhere/rows.jsonl: no such file"),
@@ -78,6 +80,19 @@ BAD = [
     ("batch that does not divide", {"train": {"global_batch_size": 3, "micro_batch_size": 2}}, 2, "set it to 2 or 4"),
     ("nothing left to train on", {"data": {"validation_size": 1000}}, 2, "leave nothing to train on"),
     ("everything too long", {"data": {"sequence_len": 8}}, 3, "too_long: 30"),
+    ("a layer that is not there", {"model": LORA}, 2, "use all-linear, or some of down_proj"),
+    (
+        "a split of a local file",
+        {"data": {"sources": [{"path": "TALKS", "split": "test"}]}},
+        2,
+        "`split` has no effect",
+    ),
+    (
+        "a language column that is not there",
+        {"data": {"sources": [{"path": "TALKS", "language_field": "lingua"}]}},
+        3,
+        "no column `lingua`",
+    ),
     ("a tracker that is not installed", {"logging": {"report_to": ["mlflow"]}}, 5, "pip install mlflow"),
 ]
 
@@ -87,7 +102,12 @@ def test_bad_input_says_what_to_do(tmp_path, tune, talks, sections, code, says):
     if isinstance(sections, str):
         path = tmp_path / "missing"
     else:
-        path = write_recipe(tmp_path / "bad.yaml", recipe("sft", tmp_path / "run", [talks], **sections))
+        some = recipe("sft", tmp_path / "run", [talks], **sections).to_yaml().replace("TALKS", talks)
+        if "BASE" in some:
+            first = train(recipe("sft", tmp_path / "base", [talks], train={"max_steps": 1}, evaluation=None))
+            some = some.replace("BASE", str(first.model_dir))
+        path = tmp_path / "bad.yaml"
+        path.write_text(some, encoding="utf-8")
     ended, out, err = tune("train", path)
     assert says in err
     assert (ended, out) == (code, "")
@@ -112,3 +132,17 @@ def test_debug_shows_the_traceback(tune):
     code, _, err = tune("train", "nope", "--debug")
     assert code == 2
     assert "Traceback" in err
+
+
+def test_two_recipes_of_one_command_need_folders_of_their_own(tmp_path, tune, chain):
+    code, _, err = tune("train", *chain, "--set", f"b:output_dir={tmp_path / 'sft'}")
+    assert code == 2
+    assert "has the same output_dir" in err
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_missing_file_of_the_second_recipe_stops_before_the_first_starts(tmp_path, tune, chain):
+    code, _, err = tune("train", *chain, "--set", "b:data.sources.0.path=nowhere.jsonl")
+    assert code == 3
+    assert "nowhere.jsonl: no such file" in err
+    assert not (tmp_path / "sft").exists()

@@ -112,10 +112,42 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     interrupted(some, stop_at, 6)
     run = tmp_path / "run"
     (run / "checkpoint-4" / "optimizer.safetensors").unlink()
-    result = train(some)
-    assert "checkpoint-4: optimizer.safetensors is missing" in result.notes[0]
+    said = []
+    train(some, say=said.append)
+    assert "checkpoint-4: optimizer.safetensors is missing" in said[0]
+    assert said[1] == "an unfinished run: it continues from checkpoint-2"
     assert {"step": 2, "event": "resumed"} in metrics(run)
     assert (run / "damaged-checkpoint-4").is_dir()
+
+
+def test_a_chosen_checkpoint_wins_over_later_ones(tmp_path, talks, stop_at):
+    some = recipe("sft", tmp_path / "run", [talks], train={"max_steps": 8})
+    interrupted(some, stop_at, 8)
+    run = tmp_path / "run"
+    stop_at(5)
+    with pytest.raises(Stopped):
+        train(some, resume=str(run / "checkpoint-4"))
+    stop_at(0)
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
+    assert (run / "later-checkpoint-6").is_dir()
+    said = []
+    train(some, say=said.append)
+    assert said == ["an unfinished run: it continues from checkpoint-4"]
+
+
+def test_a_finished_run_is_not_done_for_other_data_or_a_damaged_final(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks])
+    final = train(some).model_dir / "model.safetensors"
+    whole = final.read_bytes()
+    final.write_bytes(whole[:-9])
+    said = []
+    assert train(some, say=said.append).trained
+    assert "final/ is missing or damaged" in said[0]
+    assert final.read_bytes() == whole
+    with open(talks, "a", encoding="utf-8") as file:
+        file.write('{"prompt": "Ancora?", "response": "Ancora.", "lang": "it"}\n')
+    with pytest.raises(RecipeError, match="the data changed"):
+        train(some)
 
 
 def test_without_a_usable_checkpoint_the_run_is_refused(tmp_path, talks, stop_at):

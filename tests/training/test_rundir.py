@@ -59,8 +59,15 @@ def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
     with pytest.raises(RunEnvironmentError, match="unfinished"):
         open_run(some, resume="never")
     run.final.mkdir()
+    (run.final / "model.safetensors").write_text("weights")
     write_end(run)
-    assert open_run(some).finished
+    done = open_run(some)
+    assert done.finished
+    done.close()
+    (run.final / "model.safetensors").write_text("weigh")
+    damaged = open_run(some)
+    assert not damaged.finished, "a final/ that was cut short is made again"
+    damaged.close()
     other = recipe("sft", tmp_path / "run", [talks], seed=7)
     with pytest.raises(RecipeError, match="seed: 42, the recipe now says 7"):
         open_run(other)
@@ -120,3 +127,19 @@ def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
         assert manifest[key], key
     assert manifest["finished"]
     assert train(some).trained is False, "a finished run of the same recipe is done"
+
+
+def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
+    """The manifest comes first; until it is there, the folder holds nothing but a lock and a staged file."""
+    run = open_run(some)
+    (run.path / ".manifest.json.partial").write_text("{")
+    run.close()
+    assert open_run(some).checkpoint is None
+
+
+def test_a_base_inside_the_run_directory_is_refused(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], model={"base": str(tmp_path / "run" / "final")})
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="lies in output_dir"):
+        open_run(some, overwrite=True)
+    assert (tmp_path / "run" / "final").is_dir()
