@@ -17,7 +17,6 @@ from nesso_tune.conversation import UNKNOWN_LANGUAGE
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.sections import NonEmpty, Section
 
-ROLES = ("system", "user", "assistant", "tool")
 DefaultSystem = str | Mapping[str, str] | None
 
 
