@@ -16,7 +16,8 @@ class Message:
     Args:
         role: `system`, `user`, `assistant` or `tool`.
         content: the text, exactly as the model should read or write it.
-        tool_calls: calls that the assistant makes in this turn, in order.
+        tool_calls: calls that the assistant makes in this turn, in order, each `{"name": …, "arguments": {…}}`; the
+            form `{"function": {…}}` of OpenAI is read too.
         name: the name of the speaker or the tool, where the data has one.
         train: False keeps this turn out of the loss even if its role is trained; None leaves that to the role.
     """
@@ -44,13 +45,15 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt (messages up to and without the answer) with a better and a worse answer to it."""
+    """A prompt (messages up to and without the answer, and tools) with a better and a worse answer to it."""
 
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
     language: str = UNKNOWN_LANGUAGE
     source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
+        object.__setattr__(self, "tools", tuple(self.tools or ()))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -15,11 +16,13 @@ from nesso_tune.chat.segments import (
     answer_segments,
     prompt_segments,
     segments,
-    with_default_system,
+    whole,
 )
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
+from nesso_tune.chat.tools import body_of
 from nesso_tune.conversation import Conversation, Message, PreferencePair
 
+Tools = Sequence[Mapping[str, Any]]
 IGNORED = -100  # label of a token that is not learned
 
 
@@ -103,14 +106,14 @@ class ChatEncoder:
         train_on_eos: TrainOnEos = "turn",
     ) -> list[Encoded]:
         """Each conversation encoded; what is learned is the trained turns' content and their end tokens."""
-        whole = (with_default_system(c, self._default_system) for c in conversations)
-        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in whole])
+        written = (whole(c, self._template, self._default_system) for c in conversations)
+        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in written])
 
     def pairs(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
         """Each pair as prompt (up to the assistant's header), chosen and rejected answer (with end token)."""
-        prompts = [self._prompt_segments(pair.prompt, pair.language) for pair in pairs]
+        prompts = [self._prompt_segments(pair.prompt, pair.language, pair.tools) for pair in pairs]
         answers = [
-            answer_segments(message.content, self._template, True, True)
+            answer_segments(body_of(message, self._template), self._template, True, True)
             for pair in pairs
             for message in (pair.chosen, pair.rejected)
         ]
@@ -118,13 +121,13 @@ class ChatEncoder:
         prompt, answer = encoded[: len(pairs)], encoded[len(pairs) :]
         return [EncodedPair(prompt[i].ids, answer[2 * i].ids, answer[2 * i + 1].ids) for i in range(len(pairs))]
 
-    def prompt(self, messages: Sequence[Message], language: str) -> list[int]:
+    def prompt(self, messages: Sequence[Message], language: str, tools: Tools = ()) -> list[int]:
         """The ids that a generation starts from: the messages and the assistant's header."""
-        return self._encode([self._prompt_segments(messages, language)])[0].ids
+        return self._encode([self._prompt_segments(messages, language, tools)])[0].ids
 
-    def _prompt_segments(self, messages: Sequence[Message], language: str) -> list[Segment]:
-        conversation = Conversation(tuple(messages), language=language)
-        return prompt_segments(with_default_system(conversation, self._default_system), self._template)
+    def _prompt_segments(self, messages: Sequence[Message], language: str, tools: Tools) -> list[Segment]:
+        conversation = Conversation(tuple(messages), tuple(tools), language=language)
+        return prompt_segments(whole(conversation, self._template, self._default_system), self._template)
 
     def _encode(self, documents: list[list[Segment]]) -> list[Encoded]:
         contents = [segment.text for document in documents for segment in document if segment.kind == "content"]

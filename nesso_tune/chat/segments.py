@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
+from nesso_tune.chat.tools import body_of, with_tools
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 
 TrainOnEos = Literal["turn", "all", "last", "none"]
@@ -29,6 +30,11 @@ class Segment:
     kind: Literal["control", "template", "content"]
     trained: bool = False
     ends_turn: bool = False
+
+
+def whole(conversation: Conversation, template: ChatTemplate, default_system: DefaultSystem) -> Conversation:
+    """The conversation as it is written down: with the default system message, and with its tools in it."""
+    return with_tools(with_default_system(conversation, default_system), template)
 
 
 def with_default_system(conversation: Conversation, default_system: DefaultSystem) -> Conversation:
@@ -59,7 +65,7 @@ def segments(
     for i, message in enumerate(conversation.messages):
         learn_end = {"turn": trained[i], "all": True, "last": i == last, "none": False}[train_on_eos]
         out += _template_segments(template, template.header_of(message.role))
-        out += answer_segments(message.content, template, trained[i], learn_end)
+        out += answer_segments(body_of(message, template), template, trained[i], learn_end)
         out += _template_segments(template, template.separator)
     return out
 

@@ -1,7 +1,7 @@
 """A chat template as data: what stands around the text of each turn, and which of it is a control token.
 
 Everything comes from this one spec: the segments that are trained on, and the `chat_template.jinja` that the
-finished model is served with.
+finished model is served with (`jinja.py`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from typing import Annotated
 from pydantic import Field
 
 from nesso_tune.chat.spec import find_spec, read_spec
-from nesso_tune.conversation import UNKNOWN_LANGUAGE
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.sections import NonEmpty, Section
+from nesso_tune.recipes.document import KeyPath
+from nesso_tune.recipes.sections import NonEmpty, Role, Section
 
 DefaultSystem = str | Mapping[str, str] | None
+
+
+class ToolFormat(Section):
+    """How tools are written: those on offer, calls, and results."""
+
+    offer: Annotated[str, Field(pattern=r"\{tools\}")]
+    """What the system message says of the tools; {tools} is replaced by their JSON, one a line."""
+    call: Annotated[str, Field(pattern=r"\{call\}")]
+    """A call in the assistant's turn; {call} is replaced by {"name": …, "arguments": …}."""
+    result: Annotated[str, Field(pattern=r"\{result\}")]
+    """The turn of a tool; {result} is replaced by what the tool answered."""
 
 
 class ChatTemplate(Section):
@@ -31,6 +42,10 @@ class ChatTemplate(Section):
     """What closes a turn: the token that the model must learn to end with."""
     separator: str = ""
     """What follows the end of every turn; never learned."""
+    role_names: dict[Role, NonEmpty] = Field(default_factory=dict)
+    """What a header calls a role, where that is not the role's own name."""
+    tools: ToolFormat | None = None
+    """How tools are written; a template without it takes no conversations with tools."""
     control_tokens: Annotated[dict[NonEmpty, NonEmpty], Field(min_length=1)]
     """Control tokens, each with words from whose embeddings a new one starts."""
     eos_token: NonEmpty
@@ -40,7 +55,7 @@ class ChatTemplate(Section):
 
     def header_of(self, role: str) -> str:
         """The header of a turn of `role`."""
-        return self.header.replace("{role}", role)
+        return self.header.replace("{role}", self.role_names.get(role, role))  # type: ignore[call-overload]
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Template text in pieces: each with whether it is a control token."""
@@ -58,8 +73,13 @@ def load_template(name: str) -> ChatTemplate:
     """
     path = find_spec("chat", name, "chat.template")
     template, document = read_spec(path, ChatTemplate)
-    if template.header.count("{role}") > 1:
-        raise RecipeError(document.where(("header",)), "`header` holds {role} more than once", "keep one")
+    once: list[tuple[KeyPath, str, str]] = [(("header",), template.header, "{role}")]
+    if template.tools is not None:
+        once += [(("tools", name), getattr(template.tools, name), f"{{{word}}}")
+                 for name, word in (("offer", "tools"), ("call", "call"), ("result", "result"))]  # fmt: skip
+    for place, text, word in once:
+        if text.count(word) > 1:
+            raise RecipeError(document.where(place), f"`{'.'.join(map(str, place))}` holds {word} more than once", "keep one")
     for key in ("eos_token", "end"):
         if getattr(template, key) not in template.control_tokens:
             raise RecipeError(
@@ -72,46 +92,3 @@ def load_template(name: str) -> ChatTemplate:
             "make the two equal",
         )
     return template
-
-
-def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None) -> str:
-    """The template as Jinja, for `tokenizer.apply_chat_template` and every server that reads it.
-
-    Assistant text and its end stand in a `generation` block, so that transformers can return the assistant's mask.
-    """
-
-    def quoted(text: str) -> str:
-        escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-        return f"'{escaped}'"
-
-    before, after = template.header.split("{role}")
-    body = f"(message['content'] or '') + {quoted(template.end)}"
-    lines = ["{{- bos_token -}}"] if template.bos else []
-    if default_system is not None:
-        if isinstance(default_system, str):
-            lines.append(f"{{%- set default_system = {quoted(default_system)} -%}}")
-        else:
-            texts = ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in default_system.items())
-            first = quoted(next(iter(default_system)))
-            lines.append(f"{{%- set systems = {{{texts}}} -%}}")
-            unknown = f"language is not defined or language == {quoted(UNKNOWN_LANGUAGE)}"
-            lines.append(
-                "{%- set default_system = systems[language] if language is defined and language in systems "
-                f"else systems[{first}] if {unknown} else none -%}}"
-            )
-        system = quoted(template.header_of("system"))
-        lines.append(
-            "{%- if default_system is not none and (not messages or messages[0]['role'] != 'system') -%}"
-            f"{{{{- {system} + default_system + {quoted(template.end + template.separator)} -}}}}{{%- endif -%}}"
-        )
-    lines += [
-        "{%- for message in messages -%}",
-        f"{{{{- {quoted(before)} + message['role'] + {quoted(after)} -}}}}",
-        "{%- if message['role'] == 'assistant' -%}",
-        f"{{%- generation -%}}{{{{- {body} -}}}}{{%- endgeneration -%}}",
-        f"{{%- else -%}}{{{{- {body} -}}}}{{%- endif -%}}",
-        f"{{{{- {quoted(template.separator)} -}}}}" if template.separator else "",
-        "{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
-    ]
-    return "\n".join(line for line in lines if line) + "\n"

@@ -19,8 +19,9 @@ from tokenizers import Tokenizer
 
 from nesso_tune.chat.encoding import ChatEncoder, id_of
 from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.segments import TrainOnEos
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template, to_jinja
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.chat.tokens import NewTokens, Placed, emit_nothing_around, place_control_tokens, size_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError

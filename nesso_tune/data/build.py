@@ -13,10 +13,11 @@ import numpy as np
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
+from nesso_tune.data.convert import language_of, to_conversation, to_pair
 from nesso_tune.data.documents import DocumentWriter, open_documents
 from nesso_tune.data.formats import DataFormat, choose_format
 from nesso_tune.data.sources import source_rows
+from nesso_tune.data.tools import Unusable
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import Source

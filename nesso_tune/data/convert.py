@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message, PreferencePair
 from nesso_tune.data.formats import DataFormat, Row, find
+from nesso_tune.data.tools import Tool, Unusable, read_calls, read_tools
 from nesso_tune.recipes.sections import Source
 
 LANGUAGE_NAMES = {"italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en"}
-
-
-class Unusable(Exception):
-    """A row that cannot be used. Its text is the reason, a word that drops are counted under."""
 
 
 def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Conversation:
@@ -22,8 +20,6 @@ def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Co
     Raises:
         Unusable: with the reason.
     """
-    if row.get("tools") or row.get("tool_calls"):
-        raise Unusable("tool_calls_not_supported")
     if fmt.kind == "conversation":
         messages = _messages(_column(row, fmt.messages_field), fmt)
     else:
@@ -35,9 +31,9 @@ def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Co
     messages = [*_system(row, fmt, messages), *messages]
     if not any(message.role == "assistant" for message in messages):
         raise Unusable("no_assistant_turn")
-    if any(message.role == "assistant" and not message.content.strip() for message in messages):
+    if any(_says_nothing(message) for message in messages if message.role == "assistant"):
         raise Unusable("empty_answer")
-    return Conversation(tuple(messages), language=language, source=source)
+    return Conversation(tuple(messages), _tools(row, fmt), language, source)
 
 
 def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> PreferencePair:
@@ -63,11 +59,11 @@ def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> Preference
     better, worse = chosen[0], rejected[0]
     if better.role != "assistant" or worse.role != "assistant" or prompt[-1].role == "assistant":
         raise Unusable("answer_not_by_assistant")
-    if not better.content.strip() or not worse.content.strip():
+    if _says_nothing(better) or _says_nothing(worse):
         raise Unusable("empty_answer")
-    if better.content == worse.content:
+    if (better.content, better.tool_calls) == (worse.content, worse.tool_calls):
         raise Unusable("chosen_equals_rejected")
-    return PreferencePair(tuple(prompt), better, worse, language=language, source=source)
+    return PreferencePair(tuple(prompt), better, worse, language, source, _tools(row, fmt))
 
 
 def language_of(row: Row, source: Source) -> str:
@@ -112,25 +108,53 @@ def _text(value: Any) -> str:
 def _messages(value: Any, fmt: DataFormat) -> list[Message]:
     if not isinstance(value, list) or not value:
         raise Unusable("no_messages")
-    return [_message(entry, fmt) for entry in value]
+    messages: list[Message] = []
+    for entry in value:
+        message = _message(entry, fmt)
+        if (
+            _is_call(entry, fmt) and messages and messages[-1].role == "assistant"
+        ):  # one turn: its words, then its calls
+            last = messages.pop()
+            message = replace(last, tool_calls=(*last.tool_calls, *message.tool_calls))
+        messages.append(message)
+    return messages
 
 
 def _message(entry: Any, fmt: DataFormat) -> Message:
     if not isinstance(entry, Mapping):
         raise Unusable("message_not_an_object")
-    if entry.get("tool_calls"):
-        raise Unusable("tool_calls_not_supported")
     said = _column(entry, fmt.role_field)
-    role = fmt.roles.get(said) if isinstance(said, str) else None
-    if role is None:
-        raise Unusable("unknown_role")
     train = entry.get("train")
     if train is not None and not isinstance(train, bool):
         raise Unusable("train_not_true_or_false")
+    if _is_call(entry, fmt):
+        return Message("assistant", "", read_calls(_column(entry, fmt.content_field)), train=train)
+    role = fmt.roles.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise Unusable("unknown_role")
+    calls = read_calls(entry["tool_calls"]) if entry.get("tool_calls") else ()
+    if calls and role != "assistant":
+        raise Unusable("tool_call_not_by_assistant")
+    column = find(entry, fmt.content_field)
+    silent = bool(calls) and (column is None or entry[column] is None)  # a turn that only calls
+    content = "" if silent else _text(_column(entry, fmt.content_field))
     name = entry.get("name")
-    return Message(
-        role, _text(_column(entry, fmt.content_field)), name=name if isinstance(name, str) else None, train=train
-    )
+    return Message(role, content, calls, name if isinstance(name, str) else None, train)
+
+
+def _is_call(entry: Mapping[str, Any], fmt: DataFormat) -> bool:
+    """Whether the whole message is a call, as sharegpt writes it: the role says so, the content is JSON."""
+    column = find(entry, fmt.role_field)
+    return column is not None and entry[column] in fmt.call_roles
+
+
+def _says_nothing(message: Message) -> bool:
+    return not message.content.strip() and not message.tool_calls
+
+
+def _tools(row: Row, fmt: DataFormat) -> tuple[Tool, ...]:
+    column = find(row, fmt.tools_field)
+    return read_tools(row[column]) if column else ()
 
 
 def _turns(value: Any, role: str, fmt: DataFormat) -> list[Message]:

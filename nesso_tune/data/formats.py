@@ -14,8 +14,8 @@ from nesso_tune.recipes.sections import Role, Section, Source
 
 Row = Mapping[str, Any]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
-FIELDS = ("messages_field", "role_field", "content_field", "system_field", "prompt_field", "input_field",
-          "response_field", "chosen_field", "rejected_field")  # fmt: skip
+FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
+          "input_field", "response_field", "chosen_field", "rejected_field")  # fmt: skip
 DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
 
 
@@ -27,12 +27,15 @@ class DataFormat(Section):
     role_field: Names = ()
     content_field: Names = ()
     system_field: Names = ()
+    tools_field: Names = ("tools",)
     prompt_field: Names = ()
     input_field: Names = ()
     response_field: Names = ()
     chosen_field: Names = ()
     rejected_field: Names = ()
     roles: dict[str, Role] = Field(default_factory=dict)
+    call_roles: Names = ()
+    """Roles whose whole content is a call of a tool, as JSON."""
 
     def adapted(self, source: Source) -> DataFormat:
         """This format with the columns and roles that a source names instead."""

@@ -92,6 +92,8 @@ class Source(Section):
     """The data's role names and what they are here, e.g. {utente: user}."""
     system_field: NonEmpty | None = None
     """Column that holds a system message."""
+    tools_field: NonEmpty | None = None
+    """Column that holds the tools on offer: a list of schemas, or the list as JSON text (default `tools`)."""
     prompt_field: NonEmpty | None = None
     """Column that holds the instruction or the prompt."""
     input_field: NonEmpty | None = None

@@ -1,10 +1,13 @@
 """From rows to conversations and pairs, or to the reason why not."""
 
+import json
+
 import pytest
 
 from nesso_tune import Message
-from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
+from nesso_tune.data.convert import language_of, to_conversation, to_pair
 from nesso_tune.data.formats import load_format
+from nesso_tune.data.tools import Unusable
 from nesso_tune.recipes.sections import Source
 
 MESSAGES, SHAREGPT, ALPACA, PREFERENCE = map(load_format, ("messages", "sharegpt", "alpaca", "preference"))
@@ -90,8 +93,23 @@ UNUSABLE = {
     "empty answer": ({"messages": said("a", " \n")}, "empty_answer"),
     "one of two answers empty": ({"messages": said("a", "b", "c", "")}, "empty_answer"),
     "train not a bool": ({"messages": said("a", "b", train=1)}, "train_not_true_or_false"),
-    "tool calls": ({"messages": said("a", "b", tool_calls=[{"name": "f"}])}, "tool_calls_not_supported"),
-    "tools": ({"messages": said("a", "b"), "tools": [{"name": "f"}]}, "tool_calls_not_supported"),
+    "call by the user": ({"messages": said("a", tool_calls=[{"name": "f"}])}, "tool_call_not_by_assistant"),
+    "call without name": ({"messages": said("a", "b", tool_calls=[{"arguments": {}}])}, "tool_call_not_readable"),
+    "call with a list": (
+        {"messages": said("a", "b", tool_calls=[{"name": "f", "arguments": [1]}])},
+        "tool_call_not_readable",
+    ),
+    "call that is no JSON": (
+        {"messages": said("a", "b", tool_calls=[{"name": "f", "arguments": "{"}])},
+        "tool_call_not_readable",
+    ),
+    "call with a surrogate": (
+        {"messages": said("a", "b", tool_calls='[{"name": "\\ud800"}]')},
+        "tool_call_not_readable",
+    ),
+    "tools that are no JSON": ({"messages": said("a", "b"), "tools": "[{"}, "tools_not_readable"),
+    "tools that are numbers": ({"messages": said("a", "b"), "tools": [1]}, "tools_not_readable"),
+    "tool without name": ({"messages": said("a", "b"), "tools": [{"description": "x"}]}, "tool_without_name"),
     "system surrogate": ({"messages": said("a", "b"), "system": "x\udfff"}, "invalid_unicode"),
 }
 
@@ -111,6 +129,51 @@ def test_why_a_conversation_cannot_be_used(row, reason):
 def test_why_an_instruction_cannot_be_used(row, reason):
     with pytest.raises(Unusable, match=f"^{reason}$"):
         to_conversation(row, ALPACA, "it", "")
+
+
+def sharegpt(*turns):
+    """A sharegpt dialogue from `role, value`."""
+    return {"conversations": [{"from": role, "value": value} for role, value in turns]}
+
+
+CALL = {"name": "f", "arguments": {"b": 1, "a": [2]}}
+ASK, USE, ANSWER = ("human", "q"), ("function_call", json.dumps(CALL)), ("observation", "r")
+CALLS = {
+    "sharegpt": (SHAREGPT, sharegpt(ASK, USE, ANSWER, ("gpt", "w")), [("", (CALL,)), ("w", ())]),
+    "after words": (SHAREGPT, sharegpt(ASK, ("gpt", "w"), USE, ANSWER), [("w", (CALL,))]),
+    "in a row": (SHAREGPT, sharegpt(ASK, USE, USE, ANSWER), [("", (CALL, CALL))]),
+    "a list": (SHAREGPT, sharegpt(ASK, ("function_call", json.dumps([CALL, CALL]))), [("", (CALL, CALL))]),
+    "openai": (MESSAGES, {"messages": said("q", None, tool_calls=[{"id": "1", "type": "function", "function": {
+        "name": "f", "arguments": json.dumps(CALL["arguments"])}}])}, [("", (CALL,))]),
+    "flat": (MESSAGES, {"messages": said("q", "w", tool_calls=[CALL])}, [("w", (CALL,))]),
+    "no arguments": (MESSAGES, {"messages": said("q", "", tool_calls=[{"name": "f"}])},
+                     [("", ({"name": "f", "arguments": {}},))]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fmt", "row", "answers"), CALLS.values(), ids=CALLS)
+def test_tool_calls(fmt, row, answers):
+    messages = to_conversation(row, fmt, "it", "").messages
+    assert [(m.content, m.tool_calls) for m in messages if m.role == "assistant"] == answers
+    for message in messages:
+        for call in message.tool_calls:
+            assert list(call["arguments"]) == list(CALL["arguments"])[: len(call["arguments"])], "in their order"
+
+
+FUNCTION = {"name": "f", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize("said_tools", [[FUNCTION], [TOOL], json.dumps([FUNCTION]), json.dumps([TOOL])])
+def test_tools_of_a_row(said_tools):
+    assert to_conversation({"messages": said("q", "a"), "tools": said_tools}, MESSAGES, "it", "").tools == (TOOL,)
+    pair = to_pair({"prompt": "q", "chosen": "a", "rejected": "b", "tools": said_tools}, PREFERENCE, "it", "")
+    assert pair.tools == (TOOL,)
+
+
+@pytest.mark.parametrize("nothing", [None, "", "[]", [], "null", {}])
+def test_a_row_without_tools(nothing):
+    assert to_conversation({"messages": said("q", "a"), "tools": nothing}, MESSAGES, "it", "").tools == ()
 
 
 GPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

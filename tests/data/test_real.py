@@ -69,3 +69,17 @@ def test_shapes_that_need_a_mapping_say_so(sft, dpo):
         prepare_data(dpo(shared("data/pref_it.jsonl")))
     with pytest.raises(DataError, match=r"not recognised|no column|can be used"):
         prepare_data(sft({"path": shared("data/sft_it.jsonl"), "max_rows": 20}))
+
+
+def test_dialogues_with_tools(sft, tmp_path):
+    lines = Path(shared("data/toolcall.jsonl")).read_text().splitlines(keepends=True)
+    path = tmp_path / "tools.jsonl"
+    path.write_text("".join(line for line in lines if '"_source": "glaive' in line))
+    data = prepare_data(sft(str(path), sequence_len=4096))
+    assert data.report["rows_read"] == 300 == data.report["rows_kept"] + sum(data.report["dropped"].values())
+    assert data.report["rows_kept"] >= 295, data.report["dropped"]
+    learned = [label for row in data.train for label in row["labels"] if label != -100]
+    text = data.tokenizer.decode(learned)
+    assert text.count("<tool_call>") == text.count("</tool_call>") > 100
+    assert "<tool_response>" not in text
+    assert "<tools>" not in text
