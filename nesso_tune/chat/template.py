@@ -79,7 +79,8 @@ def load_template(name: str) -> ChatTemplate:
                  for name, word in (("offer", "tools"), ("call", "call"), ("result", "result"))]  # fmt: skip
     for place, text, word in once:
         if text.count(word) > 1:
-            raise RecipeError(document.where(place), f"`{'.'.join(map(str, place))}` holds {word} more than once", "keep one")
+            key = ".".join(map(str, place))
+            raise RecipeError(document.where(place), f"`{key}` holds {word} more than once", "keep one")
     for key in ("eos_token", "end"):
         if getattr(template, key) not in template.control_tokens:
             raise RecipeError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import numpy as np
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.convert import language_of, to_conversation, to_pair
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
+from nesso_tune.data.convert import AUTO, language_of, to_conversation, to_pair
 from nesso_tune.data.documents import DocumentWriter, open_documents
-from nesso_tune.data.formats import DataFormat, choose_format
-from nesso_tune.data.sources import source_rows
+from nesso_tune.data.languages import language_of_item
+from nesso_tune.data.peek import opened
 from nesso_tune.data.tools import Unusable
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
@@ -28,7 +29,6 @@ REMEDIES = {  # of the reason why most rows were dropped, when nothing is left
     "nothing_to_learn": "check data.roles_to_train",
     "below_min_score": "lower min_score",
 }
-PEEK = 50  # rows that decide the format
 
 
 def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> dict[str, Any]:
@@ -84,17 +84,7 @@ def _entries(
     recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Counter[str]
 ) -> Iterator[tuple[Encoded | EncodedPair | None, str, int]]:
     """Every row of a source as (encoded or None, language, 1); drops are counted by reason."""
-    rows = source_rows(source)
-    peeked = list(islice(rows, PEEK))
-    if not peeked:
-        raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
-    fmt = choose_format(source, [row for row, _ in peeked])
-    field = source.language_field
-    if field is not None and not any(field in row for row, _ in peeked):
-        columns = sorted({column for row, _ in peeked for column in row})
-        raise DataError(source.path, f"no column `{field}` (language_field)", f"its columns are {', '.join(columns)}")
-    _check_kind(recipe, source, fmt)
-    rows = chain(peeked, rows)
+    fmt, rows = opened(source, recipe.method)
     convert = to_conversation if isinstance(recipe, SFTRecipe) else to_pair
     while chunk := list(islice(rows, CHUNK)):
         usable: list[Conversation | PreferencePair] = []
@@ -102,7 +92,10 @@ def _entries(
         for row, where in chunk:
             try:
                 _check_score(row, source, where)
-                usable.append(convert(row, fmt, language_of(row, source), source.path))
+                item = convert(row, fmt, language_of(row, source), source.path)
+                if source.language == AUTO and item.language == UNKNOWN_LANGUAGE:
+                    item = replace(item, language=language_of_item(item))
+                usable.append(item)
                 places.append(where)
             except Unusable as reason:
                 dropped[str(reason)] += 1
@@ -110,20 +103,6 @@ def _entries(
         for item, entry, where in zip(usable, _encode(recipe, chat, usable), places, strict=True):
             fitted = _fitted(entry, recipe, where, dropped)
             yield fitted, item.language, 1
-
-
-def _check_kind(recipe: Recipe, source: Source, fmt: DataFormat) -> None:
-    wants_pairs = recipe.method == "dpo"
-    if (fmt.kind == "preference") != wants_pairs:
-        if wants_pairs:
-            raise DataError(
-                source.path, "holds conversations, but DPO needs a chosen and a rejected answer",
-                "use preference data, or method: sft",
-            )  # fmt: skip
-        raise DataError(
-            source.path, "holds preference pairs, but SFT learns from conversations",
-            "use method: dpo, or another source",
-        )  # fmt: skip
 
 
 def _check_score(row: dict[str, Any], source: Source, where: str) -> None:

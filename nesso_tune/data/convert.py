@@ -11,6 +11,7 @@ from nesso_tune.data.formats import DataFormat, Row, find
 from nesso_tune.data.tools import Tool, Unusable, read_calls, read_tools
 from nesso_tune.recipes.sections import Source
 
+AUTO = "auto"  # of a source's language
 LANGUAGE_NAMES = {"italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en"}
 
 
@@ -69,10 +70,12 @@ def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> Preference
 def language_of(row: Row, source: Source) -> str:
     """The language code of a row: the source's, or that of the row's own field; `und` if neither says.
 
+    `language: auto` is the row's own too; where a row says nothing, its words are asked (`languages.py`).
+
     Raises:
         Unusable: if it is not Unicode text.
     """
-    if source.language is not None:
+    if source.language not in (None, AUTO):
         return _code(source.language)
     names = (source.language_field,) if source.language_field else ("language", "lang")
     column = find(row, names)

@@ -140,8 +140,6 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
     language = _get(source, "language")
     if language not in (None, "auto") and _get(source, "language_field") is not None:
         yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
-    if language == "auto":
-        yield Finding((*here, "language"), "detection is not built yet", "name the code, or a language_field")
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_schedule, _length, _validation, _model, _dpo, _sources)

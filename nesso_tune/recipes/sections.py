@@ -105,7 +105,7 @@ class Source(Section):
     rejected_field: NonEmpty | None = None
     """Column that holds the worse answer."""
     language: NonEmpty | None = None
-    """Language code of all rows; null takes each row's own."""
+    """Language code of all rows; null takes each row's own; auto too, and detects it where a row has none."""
     language_field: NonEmpty | None = None
     """Column that holds a row's language code; null looks for `lang` and `language`."""
     weight: float = Field(default=1.0, gt=0, le=1000)

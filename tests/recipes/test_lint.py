@@ -50,7 +50,6 @@ FIRES = {
     "score of what": (source("min_score: 1"), "data.sources.1.min_score", "needs score_field"),
     "score for what": (source("score_field: q"), "data.sources.1.score_field", "without min_score"),
     "two languages": (source("language: it, language_field: l"), "data.sources.1.language_field", "beside language"),
-    "detection": (source("language: auto"), "data.sources.1.language", "not built"),
     "in a validation source": (
         "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",
     ),

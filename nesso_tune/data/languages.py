@@ -1,0 +1,38 @@
+"""Which language a text is in: a small offline model over character sequences (py3langid)."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
+
+# The languages that are told apart. Their small neighbours (Ligurian, Venetian, …) would mostly be mistakes.
+CANDIDATES = (
+    "ar", "bg", "ca", "cs", "da", "de", "el", "en", "es", "fi", "fr", "he", "hi", "hr", "hu", "it", "ja", "ko", "nl",
+    "no", "pl", "pt", "ro", "ru", "sk", "sl", "sq", "sr", "sv", "tr", "uk", "zh", "zxx",
+)  # fmt: skip
+NO_LANGUAGE = "zxx"  # numbers, markup, code
+LEAST = 0.2  # confidence below which nothing is said
+ENOUGH = 1000  # characters that are looked at
+
+
+def detect_language(text: str) -> str:
+    """ISO 639-1 code of the language of a text; `und` where it is too short to tell, or no language at all."""
+    code, confidence = _identifier().classify(text[:ENOUGH])
+    return UNKNOWN_LANGUAGE if confidence < LEAST or code == NO_LANGUAGE else str(code)
+
+
+def language_of_item(item: Conversation | PreferencePair) -> str:
+    """The language that a conversation or a pair is held in: that of its users' and assistants' words together."""
+    turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen)
+    return detect_language(" ".join(turn.content for turn in turns if turn.role in ("user", "assistant")))
+
+
+@lru_cache(maxsize=1)
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    identifier.set_languages(list(CANDIDATES))
+    return identifier

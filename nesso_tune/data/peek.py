@@ -1,0 +1,54 @@
+"""The first rows of a source: they decide its format, and show mistakes before anything long has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+
+from nesso_tune.data.files import Located
+from nesso_tune.data.formats import DataFormat, Row, choose_format
+from nesso_tune.data.sources import source_rows
+from nesso_tune.errors import DataError
+from nesso_tune.recipes.sections import Source
+
+PEEK = 50  # rows
+
+
+def opened(source: Source, method: str) -> tuple[DataFormat, Iterator[Located]]:
+    """The format of a source and all its rows.
+
+    Args:
+        source: which.
+        method: `sft` wants conversations, `dpo` pairs.
+
+    Raises:
+        DataError: if there are no rows, or they are not of this kind.
+    """
+    rows = source_rows(source)
+    first = list(islice(rows, PEEK))
+    return _format(source, method, [row for row, _ in first]), chain(first, rows)
+
+
+def _format(source: Source, method: str, rows: Sequence[Row]) -> DataFormat:
+    if not rows:
+        raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
+    fmt, field = choose_format(source, rows), source.language_field
+    if field is not None and not any(field in row for row in rows):
+        columns = sorted({column for row in rows for column in row})
+        raise DataError(source.path, f"no column `{field}` (language_field)", f"its columns are {', '.join(columns)}")
+    _check_kind(source, method, fmt)
+    return fmt
+
+
+def _check_kind(source: Source, method: str, fmt: DataFormat) -> None:
+    wants_pairs = method == "dpo"
+    if (fmt.kind == "preference") == wants_pairs:
+        return
+    if wants_pairs:
+        raise DataError(
+            source.path, "holds conversations, but DPO needs a chosen and a rejected answer",
+            "use preference data, or method: sft",
+        )  # fmt: skip
+    raise DataError(
+        source.path, "holds preference pairs, but SFT learns from conversations", "use method: dpo, or another source"
+    )
