@@ -24,7 +24,7 @@ _HOME = {
     "load_recipe": "nesso_tune.recipes.load",
     "load_tokenizer": "nesso_tune.chat.tokenizer",
     "lr_multiplier": "nesso_tune.recipes.schedule",
-    "make_plan": "nesso_tune.recipes.plan",
+    "make_plan": "nesso_tune.recipes.planning",
     "prepare_data": "nesso_tune.data.prepare",
     "train": "nesso_tune.run",
 }
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         RunEnvironmentError,
     )
     from nesso_tune.recipes.load import load_recipe
-    from nesso_tune.recipes.plan import make_plan
+    from nesso_tune.recipes.planning import make_plan
     from nesso_tune.recipes.schedule import lr_multiplier
     from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
     from nesso_tune.run import train

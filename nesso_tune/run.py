@@ -20,12 +20,13 @@ from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.final import plain_state, save_final
 from nesso_tune.publish.report import write_report
-from nesso_tune.recipes.plan import Plan, World, make_plan
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.fit import fit
 from nesso_tune.training.metrics import read_metrics
-from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world_size
+from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -95,13 +96,13 @@ def _opening(run: RunDir, recipe: Recipe) -> list[str]:
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
-    plan = make_plan(recipe, World(world_size()), data.volume)
+    plan = make_plan(recipe, world(), data.volume)
     _check_same_run(run, json.loads((run.path / "manifest.json").read_text()), run_facts(recipe, data, plan))
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
 def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
-    plan = make_plan(recipe, World(world_size()), data.volume)
+    plan = make_plan(recipe, world(), data.volume)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)

@@ -13,7 +13,8 @@ import typer
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.errors import ModelError, Preempted, RecipeError
-from nesso_tune.recipes.plan import World, make_plan
+from nesso_tune.recipes.plan import World
+from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import local_path
 

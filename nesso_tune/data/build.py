@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ import numpy as np
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
-from nesso_tune.data.convert import AUTO, language_of, to_conversation, to_pair
+from nesso_tune.conversation import Conversation, PreferencePair
 from nesso_tune.data.documents import DocumentWriter, open_documents
-from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.peek import opened
-from nesso_tune.data.tools import Unusable
+from nesso_tune.data.read import Item, read_items
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import Source
@@ -84,41 +80,20 @@ def _entries(
     recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Counter[str]
 ) -> Iterator[tuple[Encoded | EncodedPair | None, str, int]]:
     """Every row of a source as (encoded or None, language, 1); drops are counted by reason."""
-    fmt, rows = opened(source, recipe.method)
-    convert = to_conversation if isinstance(recipe, SFTRecipe) else to_pair
+    rows = read_items(source, recipe.method, dropped)
     while chunk := list(islice(rows, CHUNK)):
-        usable: list[Conversation | PreferencePair] = []
-        places: list[str] = []
-        for row, where in chunk:
-            try:
-                _check_score(row, source, where)
-                item = convert(row, fmt, language_of(row, source), source.path)
-                if source.language == AUTO and item.language == UNKNOWN_LANGUAGE:
-                    item = replace(item, language=language_of_item(item))
-                usable.append(item)
-                places.append(where)
-            except Unusable as reason:
-                dropped[str(reason)] += 1
-                yield None, "", 1
-        for item, entry, where in zip(usable, _encode(recipe, chat, usable), places, strict=True):
-            fitted = _fitted(entry, recipe, where, dropped)
-            yield fitted, item.language, 1
+        usable = [(item, where) for item, where in chunk if item is not None]
+        yield from [(None, "", 1)] * (len(chunk) - len(usable))
+        encoded = _encode(recipe, chat, [item for item, _ in usable])
+        for (item, where), entry in zip(usable, encoded, strict=True):
+            yield _fitted(entry, recipe, where, dropped), item.language, 1
 
 
-def _check_score(row: dict[str, Any], source: Source, where: str) -> None:
-    if source.min_score is None or source.score_field is None:
-        return
-    score = row.get(source.score_field)
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
-        raise DataError(where, f"`{source.score_field}` is no number", "correct it, or remove min_score")
-    if not score >= source.min_score:  # NaN is below too
-        raise Unusable("below_min_score")
-
-
-def _encode(recipe: Recipe, chat: ChatTokenizer, items: list[Any]) -> Sequence[Encoded | EncodedPair]:
+def _encode(recipe: Recipe, chat: ChatTokenizer, items: list[Item]) -> Sequence[Encoded | EncodedPair]:
     if isinstance(recipe, SFTRecipe):
-        return chat.encoder.conversations(items, recipe.data.roles_to_train, recipe.data.train_on_eos)
-    return chat.encoder.pairs(items)
+        conversations = [item for item in items if isinstance(item, Conversation)]
+        return chat.encoder.conversations(conversations, recipe.data.roles_to_train, recipe.data.train_on_eos)
+    return chat.encoder.pairs([item for item in items if isinstance(item, PreferencePair)])
 
 
 def _fitted(

@@ -1,16 +1,20 @@
-"""How much data a recipe has, without preparing it: exact from the cache, else estimated from a sample."""
+"""How much data a recipe has, without preparing it: exact from the cache, else estimated, and it is said from what."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
+from nesso_tune.conversation import Conversation, Message
 from nesso_tune.data.build import build_documents
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.prepare import cached_only, prepare_data
+from nesso_tune.data.read import read_items
 from nesso_tune.data.sources import source_rows
+from nesso_tune.data.stated import stated_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.recipes.plan import DataVolume
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
@@ -19,42 +23,86 @@ from nesso_tune.recipes.shipped import local_path
 
 SAMPLE = 500  # rows of each source
 FULL_ROWS = 0.99  # how full best-fit packing leaves a row of chat data
+CHARACTERS = 3.8  # of Italian and English chat, a token of a large vocabulary: assumed where no tokenizer is at hand
+TURN = 5  # tokens around each turn
+ROW, LEARNED = 500, 300  # tokens and supervised tokens of a conversation or pair: assumed where no row is at hand
+SAMPLED = f"from the first {SAMPLE} rows of each source"
+WITHOUT_TOKENIZER = f"at {CHARACTERS} characters a token, the tokenizer is not at hand"
+STATED = f"rows as the hub states them, {ROW} tokens a row assumed: `nesso-tune prepare` fetches and counts them"
 
 
 def find_volume(recipe: Recipe) -> DataVolume | None:
-    """What one epoch holds, or None where base or data are not at hand (hub ids that were never fetched).
+    """What one epoch holds, or None where too little is known (hub data that was never fetched).
 
     Raises:
         DataError: if a local file is missing or wrong.
     """
+    sources = [*recipe.data.sources, *recipe.data.validation_sources]
+    for source in sources:
+        if is_local(source.path):
+            expand(source.path)
+    chat = _chat(recipe)
+    if chat is not None and all(is_local(source.path) for source in sources) and cached_only(recipe):
+        return prepare_data(recipe).volume
+    volumes = [_estimate(recipe, source, chat) for source in sources]
+    known = [volume for volume in volumes if volume is not None]
+    if len(known) < len(volumes):
+        return None
+    n = len(recipe.data.sources)
+    return _together(recipe, known[:n], known[n:])
+
+
+def _chat(recipe: Recipe) -> ChatTokenizer | None:
+    """The base's tokenizer if it is at hand."""
     if not local_path(recipe.model.base).is_dir():
         return None
-    sources = [*recipe.data.sources, *recipe.data.validation_sources]
-    if not all(is_local(source.path) for source in sources):
-        return None
-    for source in sources:
-        expand(source.path)
     try:
-        chat = chat_tokenizer(recipe.model, recipe.chat)
+        return chat_tokenizer(recipe.model, recipe.chat)
     except (ModelError, RunEnvironmentError):
         return None
-    if cached_only(recipe):
-        return prepare_data(recipe).volume
-    train = [_estimate(recipe, source, chat) for source in recipe.data.sources]
-    held = [_estimate(recipe, source, chat) for source in recipe.data.validation_sources]
-    return _together(recipe, train, held)
 
 
-def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer) -> DataVolume:
-    """Usable rows and tokens of a source, from its first rows and the bytes they take of its files."""
+def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> DataVolume | None:
+    """Usable rows and tokens of a source, from its first rows and their number."""
+    if not is_local(source.path):
+        rows = stated_rows(source)
+        if rows is None:
+            return None
+        rows = round(source.weight * rows)
+        return DataVolume(rows, rows * ROW, rows * LEARNED, exact=False, basis=STATED)
     sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
-    with TemporaryDirectory() as folder:
-        report = build_documents(Path(folder), recipe, [sampled], chat)["report"]
-    total = max(_row_count(source), report["rows_read"])  # a last line may lack its line break
-    ratio = source.weight * total / max(1, report["rows_read"])
-    counts = (round(ratio * report[name]) for name in ("rows_kept", "tokens", "supervised_tokens"))
-    rows, tokens, supervised = counts
-    return DataVolume(rows, tokens, supervised, exact=False)
+    read, kept, tokens, supervised = _sample(recipe, sampled, chat)
+    total = max(_row_count(source), read)  # a last line may lack its line break
+    ratio = source.weight * total / max(1, read)
+    rows, all_tokens, learned = (round(ratio * n) for n in (kept, tokens, supervised))
+    basis = SAMPLED if chat is not None else WITHOUT_TOKENIZER
+    return DataVolume(rows, all_tokens, learned, exact=False, basis=basis)
+
+
+def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int]:
+    """Rows read, rows kept, tokens and supervised tokens."""
+    if chat is not None:
+        with TemporaryDirectory() as folder:
+            report = build_documents(Path(folder), recipe, [source], chat)["report"]
+        return report["rows_read"], report["rows_kept"], report["tokens"], report["supervised_tokens"]
+    read = kept = tokens = supervised = 0
+    trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
+    for item, _ in read_items(source, recipe.method, Counter()):
+        read += 1
+        if item is None:
+            continue
+        turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
+        sizes = [(turn.role in trained, _size(turn)) for turn in turns]
+        length = sum(size for _, size in sizes)
+        if length <= recipe.data.sequence_len * (1 if recipe.method == "sft" else 2):
+            kept, tokens = kept + 1, tokens + length
+            supervised += sum(size for learned, size in sizes if learned)
+    return read, kept, tokens, supervised
+
+
+def _size(turn: Message) -> int:
+    said = len(turn.content) + sum(len(str(call)) for call in turn.tool_calls)
+    return round(said / CHARACTERS) + TURN
 
 
 def _row_count(source: Source) -> int:
@@ -82,4 +130,5 @@ def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -
     trained = round(share * rows)
     if isinstance(recipe, SFTRecipe) and isinstance(recipe.data, SFTData) and recipe.data.packing:
         trained = max(1, math.ceil(tokens / (FULL_ROWS * recipe.data.sequence_len)))
-    return DataVolume(trained, tokens, supervised, validation, exact=False)
+    weakest = max((v.basis for v in [*train, *held]), key=(SAMPLED, WITHOUT_TOKENIZER, STATED).index)
+    return DataVolume(trained, tokens, supervised, validation, exact=False, basis=weakest)

@@ -1,4 +1,4 @@
-"""The plan: the arithmetic of a run before it starts. The trainer follows this plan and no other."""
+"""What a plan says: the arithmetic of a run before it starts. The trainer follows this plan and no other."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.presets import auto_learning_rate, batch_advice
-from nesso_tune.recipes.schedule import Shape, check_schedule, lr_multiplier
-from nesso_tune.recipes.schema import Interval, Recipe
-from nesso_tune.recipes.sections import SFTData
-from nesso_tune.recipes.shape import ModelShape, find_shape
+from nesso_tune.recipes.gpus import Gpu
+from nesso_tune.recipes.memory import Memory
+from nesso_tune.recipes.schedule import Shape, lr_multiplier
+from nesso_tune.recipes.shape import ModelShape
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, one per device."""
+    """The processes of a run, one per device, and the kind of device; None where it is not known or no GPU."""
 
     processes: int = 1
+    gpu: Gpu | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,8 @@ class DataVolume:
         tokens: real tokens, padding excluded.
         supervised_tokens: tokens that are learned.
         validation_rows: rows held out.
-        exact: counted in prepared data, not estimated from a sample.
+        exact: counted in prepared data, not estimated.
+        basis: what an estimate rests on, in words.
     """
 
     rows: int
@@ -38,6 +38,7 @@ class DataVolume:
     supervised_tokens: int
     validation_rows: int = 0
     exact: bool = True
+    basis: str = ""
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,19 @@ class Plan:
     log_every: int | None
     evaluate_every: int | None
     save_every: int | None
-    parameters: int | None
+    shape: ModelShape | None
     checkpoint_bytes: int | None
     final_bytes: int | None
-    advice: tuple[str, ...]
+    gpu: Gpu | None = None
+    gradient_checkpointing: bool | None = None  # None: not decided, the GPU is not known
+    memory: Memory | None = None  # of a step on each GPU, as decided (with checkpointing where it is not)
     shares: SchedulePlan | None = None  # where the steps are not known yet: the schedule of a run of 1000
+    advice: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int | None:
+        """Weights of the model, where its shape is known."""
+        return self.shape.parameters if self.shape else None
 
     @property
     def steps(self) -> int:
@@ -130,112 +139,4 @@ class Plan:
         """Plain data for `--json`, with the schedule in words."""
         words = self.schedule.in_words() if self.schedule else None
         words = self.shares.in_words(shares=True) if self.shares else words
-        return asdict(self) | {"schedule_in_words": words}
-
-
-def make_plan(
-    recipe: Recipe, world: World | None = None, volume: DataVolume | None = None, shape: ModelShape | None = None
-) -> Plan:
-    """The plan of a run.
-
-    Args:
-        recipe: what to do.
-        world: on how many devices (default: one).
-        volume: how much data an epoch holds; None leaves all that depends on it open.
-        shape: the base model's shape; None looks for it in the base's folder, the hub cache and a table.
-
-    Raises:
-        RecipeError: if batch sizes, steps or schedule do not fit together.
-    """
-    world, shape = world or World(), shape or find_shape(recipe.model)
-    train = recipe.train
-    accumulation = _accumulation(recipe, world)
-    global_batch = train.micro_batch_size * accumulation * world.processes
-    rate = auto_learning_rate(recipe.method, shape) if train.learning_rate == "auto" else train.learning_rate
-    epochs = recipe.num_epochs
-    total = train.max_steps
-    if total is None and volume is not None and epochs is not None:
-        total = max(1, math.ceil(round(epochs * volume.rows, 6) / global_batch))
-    elif total is not None and volume is not None and volume.rows:
-        epochs = total * global_batch / volume.rows
-    evaluation = recipe.evaluation
-    return Plan(
-        method=recipe.method,
-        processes=world.processes,
-        micro_batch=train.micro_batch_size,
-        accumulation=accumulation,
-        global_batch=global_batch,
-        learning_rate=rate,
-        volume=volume,
-        epochs=epochs,
-        total_steps=total,
-        schedule=None if total is None else _schedule(recipe, rate, total),
-        shares=_schedule(recipe, rate, 1000) if total is None and train.schedule.warmup_steps is None else None,
-        log_every=_interval(recipe.logging.every_steps, total),
-        evaluate_every=None if evaluation is None else _interval(evaluation.every_steps, total),
-        save_every=_interval(recipe.checkpoint.every_steps, total),
-        parameters=shape.parameters if shape else None,
-        checkpoint_bytes=shape.parameters * 12 if shape and recipe.model.adapter is None else None,
-        final_bytes=shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4) if shape else None,
-        advice=tuple(_advice(recipe, shape, rate, global_batch, volume)),
-    )
-
-
-def _accumulation(recipe: Recipe, world: World) -> int:
-    train = recipe.train
-    if train.global_batch_size is None:
-        return train.gradient_accumulation_steps or 1
-    at_once = train.micro_batch_size * world.processes
-    if train.global_batch_size % at_once:
-        below = train.global_batch_size // at_once * at_once
-        remedy = " or ".join(str(n) for n in (below, below + at_once) if n)
-        raise RecipeError(
-            "train.global_batch_size",
-            f"{train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} x "
-            f"{world.processes} process(es)",
-            f"set it to {remedy}",
-        )
-    return train.global_batch_size // at_once
-
-
-def _schedule(recipe: Recipe, peak: float, total: int) -> SchedulePlan:
-    section = recipe.train.schedule
-    ratio = 0.03 if section.warmup_ratio is None else section.warmup_ratio
-    end = 1.0 if section.constant_ratio is None else section.constant_ratio
-    warmup = math.ceil(round(ratio * total, 6)) if section.warmup_steps is None else section.warmup_steps
-    if section.warmup_steps is None:  # a rounded-up share never swallows a very short run
-        warmup = min(warmup, max(0, math.ceil(end * total) - 1))
-    plan = SchedulePlan(section.type, peak, total, warmup, end, section.min_ratio or 0.0)
-    try:
-        check_schedule(total, warmup, end, plan.min_ratio, plan.shape)
-    except ValueError as error:
-        raise RecipeError("train.schedule", str(error), "warm up for fewer steps, or train longer") from None
-    return plan
-
-
-def _interval(interval: Interval, total: int | None) -> int | None:
-    if isinstance(interval, int):
-        return interval
-    return None if total is None else max(1, math.ceil(round(interval * total, 6)))
-
-
-def _advice(
-    recipe: Recipe, shape: ModelShape | None, rate: float, global_batch: int, volume: DataVolume | None
-) -> list[str]:
-    per_row = recipe.data.sequence_len if recipe.method == "sft" else 1
-    if volume and volume.rows and recipe.method == "sft":
-        per_row = round(volume.tokens / volume.rows)
-    found = [batch_advice(recipe.method, shape, rate, global_batch * per_row)]
-    if shape and shape.context and recipe.data.sequence_len > shape.context:
-        found.append(
-            f"data.sequence_len {recipe.data.sequence_len} is beyond the base model's context of {shape.context}"
-        )
-    if volume and volume.rows and volume.rows < global_batch:
-        found.append(
-            f"one epoch ({volume.rows} rows) is smaller than one global batch ({global_batch}): "
-            "every step sees rows more than once; lower train.global_batch_size"
-        )
-    split = not recipe.data.validation_sources and not (isinstance(recipe.data, SFTData) and recipe.data.packing)
-    if split and volume and volume.validation_rows > volume.rows:  # packed rows are no measure of conversations
-        found.append("more rows are held out for evaluation than trained on; lower data.validation_size")
-    return [text for text in found if text]
+        return asdict(self) | {"parameters": self.parameters, "schedule_in_words": words}

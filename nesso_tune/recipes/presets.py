@@ -56,20 +56,32 @@ def auto_learning_rate(method: str, shape: ModelShape | None) -> float:
     return runs[-1].learning_rate
 
 
-def batch_advice(method: str, shape: ModelShape | None, learning_rate: float, batch: int) -> str | None:
-    """A sentence if the batch (tokens in SFT, pairs in DPO) is far from what such a learning rate was tuned for.
+def tuned_near(method: str, shape: ModelShape) -> TunedRun:
+    """The tuned run whose model is closest in size."""
+    return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
+
+
+def batch_advice(method: str, shape: ModelShape | None, learning_rate: float, rows: int, per_row: int) -> str | None:
+    """A sentence if the global batch is far from what such a learning rate was tuned for.
 
     The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
+
+    Args:
+        method: `sft` or `dpo`.
+        shape: the model's; None says nothing.
+        learning_rate: the peak.
+        rows: packed rows (SFT) or pairs (DPO) a step.
+        per_row: tokens of a row (SFT); 1 for pairs.
     """
     if shape is None:
         return None
-    run = min(TUNED[method], key=lambda r: abs(math.log(r.parameters / shape.parameters)))
+    run, batch = tuned_near(method, shape), rows * per_row
     ratio = batch / run.batch
     if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
         return None
-    unit = "tokens" if method == "sft" else "pairs"
-    better = learning_rate * math.sqrt(ratio)
+    unit, here = ("tokens", f"{rows:,} rows, {batch:,} tokens") if method == "sft" else ("pairs", f"{batch:,} pairs")
+    better, wanted = learning_rate * math.sqrt(ratio), 2 ** max(0, round(math.log2(run.batch / per_row)))
     return (
-        f"learning rate {learning_rate:g} was tuned for {run.batch:,} {unit} a step ({run.source}); "
-        f"this run has {batch:,}: consider {better:.1e}, or another global batch"
+        f"learning rate {learning_rate:g} was tuned for {run.batch:,} {unit} a step ({run.source}); this run has "
+        f"{here}: consider {better:.1e}, or train.global_batch_size: {wanted:,}"
     )

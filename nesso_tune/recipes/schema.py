@@ -64,7 +64,7 @@ class TrainSection(Section):
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; null never clips."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass to save memory; auto turns it on when a GPU is used."""
+    """Recompute activations in the backward pass to save memory; auto does so where a step would not fit otherwise."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
 

@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.recipes.bases import known_config
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shipped import local_path
 
-# Bases whose shape is known without their files, so that a plan can be made before anything is fetched.
-KNOWN = {
-    "mii-llm/zagreus-0.4B-ita": {
-        "vocab_size": 128256, "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32,
-        "num_attention_heads": 15, "num_key_value_heads": 5, "tie_word_embeddings": True,
-        "max_position_embeddings": 4096,
-    },
-}  # fmt: skip
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -34,47 +28,70 @@ class ModelShape:
     head_dim: int
     tied: bool
     context: int
+    biases: int = 0  # weights of a layer beyond its matrices and the two norms
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one decoder layer: attention, gated MLP and RMS norms."""
+        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + self.biases
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and of the LM head, which may be one and the same."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """Number of weights: embeddings, attention, gated MLP and RMS norms."""
-        attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.layers * layer + self.hidden_size
+        """Number of weights."""
+        return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden_size
 
 
 def find_shape(model: ModelSection) -> ModelShape | None:
     """The shape of the base from its folder, the hub's local cache, or the table of known bases; None if unknown."""
-    config = _config_file(model)
-    if config is not None:
-        try:
-            return shape_of(json.loads(config.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-    return shape_of(KNOWN[model.base]) if model.base in KNOWN else None
+    config = find_config(model)
+    try:
+        return None if config is None else shape_of(config)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def find_config(model: ModelSection) -> dict[str, Any] | None:
+    """What is known of the base's config.json without fetching anything: from its folder, the hub's cache, a table."""
+    file = _config_file(model)
+    if file is None:
+        return known_config(model.base)
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
     """The shape that a config.json describes.
 
     Raises:
-        KeyError, TypeError, ValueError: if a size is missing or not a positive number.
+        KeyError, TypeError, ValueError: if a size is missing or not a positive number, or the model is not dense.
     """
+    if any(config.get(name) for name in EXPERTS):
+        raise ValueError("a mixture of experts")
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = vocabulary, hidden, intermediate, layers, heads = [int(config[name]) for name in names]
     if min(sizes) < 1:
         raise ValueError(f"sizes must be positive, got {sizes}")
+    kv_heads, head_dim = int(config.get("num_key_value_heads") or heads), int(config.get("head_dim") or hidden // heads)
     return ModelShape(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
         layers=layers,
         heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         tied=bool(config.get("tie_word_embeddings", False)),
         context=int(config.get("max_position_embeddings") or 0),
+        biases={"qwen2": head_dim * (heads + 2 * kv_heads), "qwen3": 2 * head_dim}.get(config.get("model_type", ""), 0),
     )
 
 

@@ -41,7 +41,7 @@ def dpo_arguments(recipe: DPORecipe, plan: Plan, blocks: list[str]) -> DPOConfig
 
 def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
-    checkpointing = on_gpu if train.gradient_checkpointing == "auto" else train.gradient_checkpointing
+    checkpointing = bool(plan.gradient_checkpointing)
     sharded = shards(recipe, plan.processes)
     if sharded and recipe.model.adapter is not None:
         raise RecipeError(

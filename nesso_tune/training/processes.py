@@ -12,6 +12,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
+from nesso_tune.recipes.gpus import Gpu
+from nesso_tune.recipes.plan import World
+
 
 def world_size() -> int:
     """Processes that the launcher started, known before they come together."""
@@ -21,6 +24,14 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes; known before they come together."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def world() -> World:
+    """The processes and, where there is one, the kind of GPU."""
+    if not torch.cuda.is_available():
+        return World(world_size())
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return World(world_size(), Gpu(torch.cuda.get_device_name(), memory, bfloat16=torch.cuda.is_bf16_supported()))
 
 
 def come_together(timeout_s: int) -> None:

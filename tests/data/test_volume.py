@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nesso_tune import DataError, SFTRecipe, prepare_data
+from nesso_tune import DataError, prepare_data
 from nesso_tune.data.volume import find_volume
 
 
@@ -56,9 +56,29 @@ def test_pairs_and_validation_sources(dpo, duels, write_rows):
     assert (volume.rows, volume.validation_rows, volume.exact) == (6, 2, False)
 
 
-def test_what_is_not_at_hand_is_unknown(sft, chats, write_rows):
+def test_hub_data_that_is_not_known_is_left_open(sft):
     assert find_volume(sft("someone/never-fetched")) is None
-    elsewhere = sft(write_rows(chats)).model_dump() | {"model": {"base": "someone/never-fetched"}}
-    assert find_volume(SFTRecipe.model_validate(elsewhere)) is None
     with pytest.raises(DataError, match="no such file"):
         find_volume(sft("absent/rows.jsonl"))
+
+
+def test_without_a_tokenizer_characters_are_counted(sft, dpo, chats, duels, write_rows):
+    for recipe in (sft(write_rows(many(chats, 50))), dpo(write_rows(many(duels, 50), "duels.jsonl"))):
+        raw = recipe.model_dump() | {"model": {"base": "someone/never-fetched"}}
+        guess, truth = find_volume(type(recipe).model_validate(raw)), find_volume(recipe)
+        assert guess.basis.endswith("the tokenizer is not at hand")
+        assert truth.basis.startswith("from the first")
+        assert guess.tokens == pytest.approx(truth.tokens, rel=0.5)  # their tokenizer is a tiny one
+        assert guess.supervised_tokens == pytest.approx(truth.supervised_tokens, rel=0.5)
+        if recipe.method == "dpo":
+            assert guess.rows == truth.rows
+
+
+def test_hub_data_whose_rows_are_stated(sft):
+    source = {"path": "HuggingFaceTB/smoltalk", "subset": "all"}
+    volume = find_volume(sft(source, sequence_len=4096, validation_size=1000))
+    assert volume.tokens == pytest.approx(500 * 1_042_917, rel=1e-6)
+    assert volume.rows == pytest.approx(volume.tokens / 4096, rel=0.02)
+    assert "assumed" in volume.basis
+    assert find_volume(sft({**source, "max_rows": 10, "weight": 2}, packing=False)).rows == 20
+    assert find_volume(sft({**source, "subset": "other"})) is None

@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import load_recipe
-from nesso_tune.recipes.plan import DataVolume, SchedulePlan, World, make_plan
-from nesso_tune.recipes.shape import KNOWN, shape_of
+from nesso_tune.recipes.bases import known_config
+from nesso_tune.recipes.plan import DataVolume, SchedulePlan, World
+from nesso_tune.recipes.planning import make_plan
+from nesso_tune.recipes.shape import shape_of
 
 from .texts import DPO, SFT, read
 
-ZAGREUS = shape_of(KNOWN["mii-llm/zagreus-0.4B-ita"])
+ZAGREUS = shape_of(known_config("mii-llm/zagreus-0.4B-ita"))
 
 
 def plan(keys="", rows=None, processes=1, text=SFT, shape=None, **volume):
@@ -24,7 +26,7 @@ def plan(keys="", rows=None, processes=1, text=SFT, shape=None, **volume):
 
 
 def test_the_reference_run_of_32_devices():
-    of = make_plan(load_recipe("sft"), World(32), DataVolume(100_000, 400_000_000, 200_000_000))
+    of = make_plan(load_recipe("sft"), World(32), DataVolume(100_000, 400_000_000, 200_000_000, 10_000))
     assert (of.micro_batch, of.accumulation, of.processes, of.global_batch) == (1, 8, 32, 256)
     assert of.total_steps == math.ceil(3 * 100_000 / 256) == 1172
     assert (of.schedule.warmup_steps, of.schedule.decay_end) == (36, 938)
@@ -133,7 +135,7 @@ def test_the_multiplier_is_the_public_curve():
 
 
 def resized(**sizes):
-    return shape_of(KNOWN["mii-llm/zagreus-0.4B-ita"] | sizes)
+    return shape_of(known_config("mii-llm/zagreus-0.4B-ita") | sizes)
 
 
 def test_auto_takes_the_rate_of_models_of_this_size():
@@ -155,7 +157,9 @@ def advice(*arguments, **keys):
 def test_advice_for_a_batch_far_from_the_tuned_one():
     small = advice("learning_rate: 1.0e-3, global_batch_size: 8", shape=ZAGREUS)
     assert "tuned for 1,048,576 tokens a step" in small
-    assert "this run has 32,768: consider 1.8e-04" in small  # the square root of the batch
+    assert (
+        "this run has 8 rows, 32,768 tokens: consider 1.8e-04, or train.global_batch_size: 256" in small
+    )  # the square root of the batch
     assert advice("learning_rate: 1.0e-3, global_batch_size: 256", shape=ZAGREUS) == ""
     assert advice("learning_rate: 1.0e-4, global_batch_size: 8", shape=ZAGREUS) == ""  # someone chose another rate
 
@@ -163,7 +167,7 @@ def test_advice_for_a_batch_far_from_the_tuned_one():
 def test_advice_on_data_and_context():
     text = SFT.replace("data:", "data:\n  packing: false")
     assert "one epoch (5 rows) is smaller than one global batch (8)" in advice("global_batch_size: 8", 5)
-    assert advice("global_batch_size: 8", 8) == ""
+    assert advice("global_batch_size: 8", 8, validation_rows=100) == ""
     assert "more rows are held out" in advice("", 50, validation_rows=51, text=text)
     assert advice("", 50, validation_rows=51) == ""  # packed rows say nothing about conversations
     long = SFT.replace("data:", "data:\n  sequence_len: 8192")

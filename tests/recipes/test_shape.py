@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from nesso_tune.recipes.bases import TABLE, known_config
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.recipes.shape import KNOWN, find_shape, shape_of
+from nesso_tune.recipes.shape import find_shape, shape_of
 
 ID = "mii-llm/zagreus-0.4B-ita"
 LLAMA_3_8B = {
@@ -27,7 +28,22 @@ def write(folder, config):
 
 def test_parameters_are_those_of_published_models():
     assert shape_of(LLAMA_3_8B).parameters == 8_030_261_248
-    assert shape_of(KNOWN[ID]).parameters == pytest.approx(438e6, rel=0.01)
+    assert shape_of(known_config(ID)).parameters == pytest.approx(438e6, rel=0.01)
+
+
+@pytest.mark.parametrize("base", TABLE)
+def test_known_bases_have_the_parameters_that_transformers_makes(base):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**known_config(base))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert shape_of(known_config(base)).parameters == model.num_parameters()
+
+
+def test_a_mixture_of_experts_is_left_open(tmp_path):
+    assert find_shape(write(tmp_path / "base", LLAMA_3_8B | {"num_local_experts": 8})) is None
 
 
 def test_tied_embeddings_count_once():
@@ -46,7 +62,7 @@ def test_missing_sizes_have_their_usual_values():
 
 def test_it_is_found_in_a_folder_the_table_and_the_hub_cache(tmp_path, monkeypatch):
     assert find_shape(write(tmp_path / "base", LLAMA_3_8B)) == shape_of(LLAMA_3_8B)
-    assert find_shape(ModelSection(base=ID)) == shape_of(KNOWN[ID])
+    assert find_shape(ModelSection(base=ID)) == shape_of(known_config(ID))
     hub = tmp_path / "hub" / f"models--{ID.replace('/', '--')}"
     write(hub / "snapshots" / "abc", LLAMA_3_8B)
     (hub / "refs").mkdir()

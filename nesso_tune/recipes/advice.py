@@ -1,0 +1,134 @@
+"""What a careful colleague would say of a recipe: nothing here is wrong, but something could be better."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nesso_tune.recipes.gpus import GIB
+from nesso_tune.recipes.memory import estimate_memory
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.recipes.presets import batch_advice, tuned_near
+from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.recipes.sections import SFTData
+
+ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
+FEW, MANY = 50, 20_000  # held-out rows below which a loss is noise, and above which it takes long
+SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
+COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
+
+
+def advise(recipe: Recipe, plan: Plan) -> list[str]:
+    """All advice, the most urgent first."""
+    return [text for rule in RULES for text in rule(recipe, plan)]
+
+
+def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    data = recipe.data
+    if not isinstance(data, SFTData):
+        return
+    if data.train_on_eos == "none":
+        yield "data.train_on_eos: none never teaches the model to stop; use turn"
+    elif data.train_on_eos != "all" and "assistant" not in data.roles_to_train:
+        yield "the end token of assistant turns is not learned (data.roles_to_train): the model will not stop"
+
+
+def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    gpu, memory = plan.gpu, plan.memory
+    if gpu is None:
+        return
+    if not gpu.bfloat16 and recipe.model.dtype == "bfloat16":
+        yield f"{gpu.name} has no bfloat16: set model.dtype: float32"
+    if memory is None or memory.total <= gpu.memory:
+        return
+    ways = ["lower train.micro_batch_size"] if plan.micro_batch > 1 else []
+    ways += ["set train.gradient_checkpointing: true"] if plan.gradient_checkpointing is False else []
+    ways += ["lower data.sequence_len"] if plan.micro_batch == 1 and plan.gradient_checkpointing else []
+    whole = plan.processes == 1 or recipe.distributed.fsdp == "none"
+    ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
+    ways += ["train an adapter (model.adapter: {type: lora})"] if recipe.model.adapter is None else []
+    needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
+    yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
+
+
+def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    if plan.total_steps is not None and plan.total_steps < SHORT_RUN:
+        return
+    per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
+    if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:
+        per_row = round(plan.volume.tokens / plan.volume.rows)
+    text = batch_advice(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
+    if text:
+        yield text
+
+
+def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    schedule = recipe.train.schedule
+    cold = schedule.warmup_steps == 0 or schedule.warmup_ratio == 0
+    run = None if plan.shape is None else tuned_near(recipe.method, plan.shape)
+    high = COLD_START if run is None else min(COLD_START, run.learning_rate / 2)
+    if cold and plan.learning_rate >= high:
+        yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03"
+
+
+def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Equal results in less time, where the GPU has the memory for it."""
+    gpu, memory, shape = plan.gpu, plan.memory, plan.shape
+    if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
+        return
+
+    def total(micro_batch: int, checkpointing: bool) -> int:
+        return estimate_memory(
+            recipe, shape, processes=plan.processes, micro_batch=micro_batch, checkpointing=checkpointing
+        ).total
+
+    checkpointing = bool(plan.gradient_checkpointing)
+    if checkpointing and (without := total(plan.micro_batch, False)) <= ROOMY * gpu.memory:
+        checkpointing = False
+        yield (
+            f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
+            "set train.gradient_checkpointing: auto or false and nothing is computed twice"
+        )
+    splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
+    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= ROOMY * gpu.memory]
+    if room:
+        micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
+        yield (
+            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro} with "
+            f"gradient_accumulation_steps: {rest} (about {total(micro, checkpointing) / GIB:.0f} of "
+            f"{gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x {plan.accumulation}"
+        )
+
+
+def _context(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    length, shape = recipe.data.sequence_len, plan.shape
+    if shape and shape.context and length > shape.context:
+        yield f"data.sequence_len {length} is beyond the base model's context of {shape.context}"
+
+
+def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    rows = plan.volume.rows if plan.volume else 0
+    if rows and rows < plan.global_batch:
+        yield (
+            f"one epoch ({rows} rows) is smaller than one global batch ({plan.global_batch}): "
+            "every step sees rows more than once; lower train.global_batch_size"
+        )
+
+
+def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    data = recipe.data
+    if plan.volume is None or recipe.evaluation is None:
+        return
+    held = plan.volume.validation_rows
+    where = "data.validation_size" if not data.validation_sources else "data.validation_sources"
+    if held == 0:
+        yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
+    elif held < FEW:
+        yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
+    elif held > MANY:
+        yield f"{held:,} rows are held out and read at every evaluation; a few thousand say as much: lower {where}"
+    packed = isinstance(data, SFTData) and data.packing
+    if not data.validation_sources and not packed and plan.volume.rows and held > plan.volume.rows:
+        yield "more rows are held out for evaluation than trained on; lower data.validation_size"
+
+
+RULES = (_end_token, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _validation)

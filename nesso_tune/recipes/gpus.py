@@ -1,0 +1,67 @@
+"""GPUs by name: how much memory they have, and how fast they multiply at most."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.names import closest
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU.
+
+    Attributes:
+        name: as `--gpu` takes it.
+        memory: bytes.
+        teraflops: dense bfloat16 peak, 10^12 operations a second; None where it is not known.
+        bfloat16: whether it computes in bfloat16.
+    """
+
+    name: str
+    memory: int
+    teraflops: float | None = None
+    bfloat16: bool = True
+
+
+# name: (GiB, dense bfloat16 TFLOP/s by NVIDIA's data sheets; None: has no bfloat16)
+TABLE: dict[str, tuple[int, float | None]] = {
+    "t4-16gb": (15, None),
+    "v100-16gb": (16, None),
+    "v100-32gb": (32, None),
+    "rtx-3090-24gb": (24, 71),
+    "rtx-4090-24gb": (24, 165),
+    "rtx-5090-32gb": (32, 209),
+    "a10g-24gb": (22, 70),
+    "l4-24gb": (22, 121),
+    "a40-48gb": (45, 150),
+    "a6000-48gb": (48, 155),
+    "l40s-48gb": (45, 362),
+    "a100-40gb": (40, 312),
+    "a100-64gb": (64, 312),
+    "a100-80gb": (80, 312),
+    "h100-80gb": (80, 989),
+    "h200-141gb": (140, 989),
+    "b200-180gb": (179, 2250),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of a name such as `a100-80gb`.
+
+    Raises:
+        RecipeError: if the table does not have it, with the names that it has.
+    """
+    wanted = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
+    same_kind = [known for known in TABLE if known.rsplit("-", 1)[0] == wanted]
+    if wanted not in TABLE and len(same_kind) == 1:  # `h200` alone says enough
+        wanted = same_kind[0]
+    if wanted not in TABLE:
+        guess = None if same_kind else closest(wanted, TABLE)
+        remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or TABLE)}"
+        raise RecipeError("--gpu", f"`{name}` is not in the table of GPUs", remedy)
+    memory, peak = TABLE[wanted]
+    return Gpu(wanted, memory * GIB, peak, bfloat16=peak is not None)

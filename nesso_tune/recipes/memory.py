@@ -1,0 +1,92 @@
+"""How much memory a training step needs on each GPU, from the shape of the model: an estimate to plan with.
+
+What autograd keeps of a decoder layer is counted tensor by tensor for transformers' Llama layers with a fused
+attention kernel; a test holds the count against what torch really keeps. The rest is arithmetic over the parameters
+(Rajbhandari et al., 2020, arXiv:1910.02054, for what is sharded).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.sections import LoraSection
+from nesso_tune.recipes.shape import ModelShape
+
+CONTEXT = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
+CHUNK_BYTES = 10 * (1 << 27)  # logits that the head holds at once: in bfloat16, in float32, and their slope
+STATE = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the height of a step.
+
+    Attributes:
+        state: weights, gradients and optimizer, its share where they are sharded.
+        activations: what the backward pass needs.
+        logits: the head's chunk of logits and its gradient.
+        working: weights in compute precision or gathered from the other processes, and CUDA itself.
+    """
+
+    state: int
+    activations: int
+    logits: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return self.state + self.activations + self.logits + self.working
+
+
+def estimate_memory(
+    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool
+) -> Memory:
+    """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length."""
+    bfloat16 = recipe.model.dtype == "bfloat16"
+    sharded = processes > 1 and recipe.distributed.fsdp != "none"
+    tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
+    adapter = recipe.model.adapter
+    trained = shape.parameters if adapter is None else adapter_parameters(adapter, shape)
+    frozen = 0 if adapter is None else shape.parameters
+    compute = 2 if bfloat16 else 0  # a float32 computation takes the weights as they are
+    if sharded:  # of the blocks two are gathered at a time, of the embeddings all for the whole step
+        working = (compute or 4) * (2 * shape.layer_parameters + shape.embedding_parameters)
+        working += 4 * (shape.layer_parameters + shape.embedding_parameters)  # their whole gradients
+    else:
+        working = compute * shape.parameters
+    layer = tokens * layer_activations(shape, bfloat16)
+    kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
+    logits = min(CHUNK_BYTES, 10 * tokens * shape.vocab_size)
+    return Memory(
+        state=(STATE * trained + 4 * frozen) // (processes if sharded else 1),
+        activations=kept + layer,  # one layer more: recomputed, or on its way back
+        logits=logits + 4 * shape.vocab_size * shape.hidden_size,
+        working=working + CONTEXT,
+    )
+
+
+def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
+    """Bytes that autograd keeps of one decoder layer for each token.
+
+    Norms compute in float32; the products keep their inputs, attention its queries, keys, values, result and
+    normalizer, the gated MLP four tensors of its inner width.
+    """
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    wide = queries + keys + 2 * shape.intermediate_size
+    inner = 26 * shape.hidden_size + 4 * wide if bfloat16 else 24 * shape.hidden_size + 8 * wide
+    return inner + 4 * shape.heads + 8
+
+
+def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:
+    """Weights of a low-rank adapter: rank x (inputs + outputs) of every layer it stands on."""
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    sizes = {
+        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
+        "gate_proj": hidden + inner, "up_proj": hidden + inner, "down_proj": inner + hidden,
+    }  # fmt: skip
+    targets = section.target_modules
+    names = sizes if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
+    return shape.layers * section.r * sum(sizes.get(name.rsplit(".", 1)[-1], 0) for name in names)

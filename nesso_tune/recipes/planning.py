@@ -1,0 +1,119 @@
+"""Making the plan of a run from recipe, world and data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.advice import ROOMY, advise
+from nesso_tune.recipes.memory import Memory, estimate_memory
+from nesso_tune.recipes.plan import DataVolume, Plan, SchedulePlan, World
+from nesso_tune.recipes.presets import auto_learning_rate
+from nesso_tune.recipes.schedule import check_schedule
+from nesso_tune.recipes.schema import Interval, Recipe
+from nesso_tune.recipes.shape import ModelShape, find_shape
+
+
+def make_plan(
+    recipe: Recipe, world: World | None = None, volume: DataVolume | None = None, shape: ModelShape | None = None
+) -> Plan:
+    """The plan of a run.
+
+    Args:
+        recipe: what to do.
+        world: on how many devices (default: one).
+        volume: how much data an epoch holds; None leaves all that depends on it open.
+        shape: the base model's shape; None looks for it in the base's folder, the hub cache and a table.
+
+    Raises:
+        RecipeError: if batch sizes, steps or schedule do not fit together.
+    """
+    world, shape = world or World(), shape or find_shape(recipe.model)
+    train = recipe.train
+    accumulation = _accumulation(recipe, world)
+    global_batch = train.micro_batch_size * accumulation * world.processes
+    rate = auto_learning_rate(recipe.method, shape) if train.learning_rate == "auto" else train.learning_rate
+    epochs = recipe.num_epochs
+    total = train.max_steps
+    if total is None and volume is not None and epochs is not None:
+        total = max(1, math.ceil(round(epochs * volume.rows, 6) / global_batch))
+    elif total is not None and volume is not None and volume.rows:
+        epochs = total * global_batch / volume.rows
+    evaluation = recipe.evaluation
+    checkpointing = _checkpointing(recipe, shape, world)
+    memory = None if shape is None else _memory(recipe, shape, world, checkpointing is not False)
+    plan = Plan(
+        method=recipe.method,
+        processes=world.processes,
+        micro_batch=train.micro_batch_size,
+        accumulation=accumulation,
+        global_batch=global_batch,
+        learning_rate=rate,
+        volume=volume,
+        epochs=epochs,
+        total_steps=total,
+        schedule=None if total is None else _schedule(recipe, rate, total),
+        shares=_schedule(recipe, rate, 1000) if total is None and train.schedule.warmup_steps is None else None,
+        log_every=_interval(recipe.logging.every_steps, total),
+        evaluate_every=None if evaluation is None else _interval(evaluation.every_steps, total),
+        save_every=_interval(recipe.checkpoint.every_steps, total),
+        shape=shape,
+        checkpoint_bytes=shape.parameters * 12 if shape and recipe.model.adapter is None else None,
+        final_bytes=shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4) if shape else None,
+        gpu=world.gpu,
+        gradient_checkpointing=checkpointing,
+        memory=memory,
+    )
+    return replace(plan, advice=tuple(advise(recipe, plan)))
+
+
+def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bool | None:
+    """Whether activations are recomputed: as the recipe says, or where a step would not fit into the GPU without."""
+    said = recipe.train.gradient_checkpointing
+    if said != "auto" or world.gpu is None:
+        return None if said == "auto" else said
+    return shape is None or _memory(recipe, shape, world, checkpointing=False).total > ROOMY * world.gpu.memory
+
+
+def _memory(recipe: Recipe, shape: ModelShape, world: World, checkpointing: bool) -> Memory:
+    rows = recipe.train.micro_batch_size
+    return estimate_memory(recipe, shape, processes=world.processes, micro_batch=rows, checkpointing=checkpointing)
+
+
+def _accumulation(recipe: Recipe, world: World) -> int:
+    train = recipe.train
+    if train.global_batch_size is None:
+        return train.gradient_accumulation_steps or 1
+    at_once = train.micro_batch_size * world.processes
+    if train.global_batch_size % at_once:
+        below = train.global_batch_size // at_once * at_once
+        remedy = " or ".join(str(n) for n in (below, below + at_once) if n)
+        raise RecipeError(
+            "train.global_batch_size",
+            f"{train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} x "
+            f"{world.processes} process(es)",
+            f"set it to {remedy}",
+        )
+    return train.global_batch_size // at_once
+
+
+def _schedule(recipe: Recipe, peak: float, total: int) -> SchedulePlan:
+    section = recipe.train.schedule
+    ratio = 0.03 if section.warmup_ratio is None else section.warmup_ratio
+    end = 1.0 if section.constant_ratio is None else section.constant_ratio
+    warmup = math.ceil(round(ratio * total, 6)) if section.warmup_steps is None else section.warmup_steps
+    if section.warmup_steps is None:  # a rounded-up share never swallows a very short run
+        warmup = min(warmup, max(0, math.ceil(end * total) - 1))
+    plan = SchedulePlan(section.type, peak, total, warmup, end, section.min_ratio or 0.0)
+    try:
+        check_schedule(total, warmup, end, plan.min_ratio, plan.shape)
+    except ValueError as error:
+        raise RecipeError("train.schedule", str(error), "warm up for fewer steps, or train longer") from None
+    return plan
+
+
+def _interval(interval: Interval, total: int | None) -> int | None:
+    if isinstance(interval, int):
+        return interval
+    return None if total is None else max(1, math.ceil(round(interval * total, 6)))

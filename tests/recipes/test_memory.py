@@ -1,0 +1,177 @@
+"""The memory estimate, against what torch really keeps; GPUs by name; what follows from the two."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.advice import ROOMY
+from nesso_tune.recipes.bases import known_config
+from nesso_tune.recipes.gpus import GIB, TABLE, Gpu, find_gpu
+from nesso_tune.recipes.memory import adapter_parameters, estimate_memory, layer_activations
+from nesso_tune.recipes.plan import DataVolume, World
+from nesso_tune.recipes.planning import make_plan
+from nesso_tune.recipes.sections import LoraSection
+from nesso_tune.recipes.shape import shape_of
+
+from .texts import DPO, SFT, read
+
+ZAGREUS, EIGHT = (shape_of(known_config(base)) for base in ("mii-llm/zagreus-0.4B-ita", "meta-llama/Llama-3.1-8B"))
+SHAPES = {
+    "no grouping": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "grouped": {"num_attention_heads": 8, "num_key_value_heads": 2},
+    "wide heads": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128},
+}
+
+
+def kept(config, layers, tokens, bfloat16):
+    """Bytes that autograd keeps of a forward pass, weights aside."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"num_hidden_layers": layers})).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        model.model(torch.ones(1, tokens, dtype=torch.long), position_ids=torch.arange(tokens)[None], use_cache=False)
+    return sum(storage.nbytes() for storage in seen.values())
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_a_layer_keeps_what_is_counted(sizes, bfloat16):
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 320, **sizes}
+
+    def of_a_layer(tokens):
+        return (kept(config, 3, tokens, bfloat16) - kept(config, 1, tokens, bfloat16)) / 2
+
+    a_token = (of_a_layer(512) - of_a_layer(256)) / 256  # what depends on the tokens: the weights' casts do not
+    shape = shape_of(config | {"num_hidden_layers": 1})
+    assert layer_activations(shape, bfloat16) == pytest.approx(a_token, rel=0.02)
+
+
+def memory(shape=ZAGREUS, text=SFT, processes=1, micro_batch=1, checkpointing=False):
+    return estimate_memory(read(text), shape, processes=processes, micro_batch=micro_batch, checkpointing=checkpointing)
+
+
+def test_the_state_is_sixteen_bytes_a_weight_and_is_shared_when_sharded():
+    assert memory().state == 16 * ZAGREUS.parameters
+    assert memory(processes=8).state == 2 * ZAGREUS.parameters
+    assert memory(text=SFT + "distributed: {fsdp: none}\n", processes=8).state == 16 * ZAGREUS.parameters
+
+
+def test_activations_grow_with_tokens_and_shrink_with_checkpointing():
+    one, four = memory().activations, memory(micro_batch=4).activations
+    assert four == 4 * one
+    assert memory(checkpointing=True).activations < one / 5
+    assert memory(text=DPO.replace("data:", "data:\n  sequence_len: 4096")).activations == 2 * one
+
+
+def test_the_whole_logits_are_never_there():
+    many = memory(micro_batch=64)
+    assert many.logits < 64 * 4096 * ZAGREUS.vocab_size * 2 / 20
+    assert memory(shape=EIGHT).logits > memory().logits
+
+
+def test_an_adapter_is_what_peft_makes():
+    from peft import LoraConfig, get_peft_model
+
+    config = known_config("mii-llm/zagreus-0.4B-ita") | {"num_hidden_layers": 2}
+    for targets in ("all-linear", ("q_proj", "v_proj"), ("down_proj",)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            names = targets if isinstance(targets, str) else list(targets)
+            adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM"))
+        section = LoraSection(r=8, target_modules=targets)
+        assert adapter_parameters(section, shape_of(config)) == adapted.get_nb_trainable_parameters()[0]
+    lora = memory(text=SFT.replace("base: b", "base: b, adapter: {}"))
+    assert lora.state < memory().state / 3
+
+
+def test_gpus_have_names():
+    assert find_gpu("a100-64gb").memory == 64 * GIB
+    assert find_gpu("A100_80GB").name == "a100-80gb"
+    assert find_gpu("h200").name == "h200-141gb"
+    assert find_gpu("nvidia-l4").name == "l4-24gb"
+    assert not find_gpu("t4").bfloat16
+    with pytest.raises(RecipeError, match="use one of a100-40gb, a100-64gb, a100-80gb"):
+        find_gpu("a100")
+    with pytest.raises(RecipeError, match="did you mean `a100-80gb`"):
+        find_gpu("a100-81gb")
+    with pytest.raises(RecipeError, match="use one of t4-16gb"):
+        find_gpu("zzz")
+    assert all(name == name.lower() and name.endswith("gb") for name in TABLE)
+
+
+def plan(keys="", gpu="a100-80gb", shape=ZAGREUS, processes=1, text=SFT, volume=None):
+    device = Gpu("small", gpu * GIB) if isinstance(gpu, int) else find_gpu(gpu)
+    return make_plan(read(f"{text}train: {{{keys}}}\n"), World(processes, device), volume, shape)
+
+
+def test_checkpointing_is_decided_by_the_memory():
+    for gpu, expected in ((80, False), (16, True)):
+        decided = plan("max_steps: 2000", gpu=gpu)
+        assert decided.gradient_checkpointing is expected
+        assert (decided.memory.total <= ROOMY * gpu * GIB) is True
+    assert plan("gradient_checkpointing: true").gradient_checkpointing is True
+    assert plan("gradient_checkpointing: false", gpu=2).gradient_checkpointing is False
+    unknown = make_plan(read(SFT), World(1, find_gpu("l4")), None, None)
+    assert unknown.gradient_checkpointing is True, "without a shape the safe way"
+    assert make_plan(read(SFT), World(1), None, ZAGREUS).gradient_checkpointing is None
+
+
+def data(keys):
+    """A recipe with a key of `data`."""
+    return {"text": SFT.replace("data:", f"data:\n  {keys}")}
+
+
+SPLIT = "micro_batch_size: 4 with gradient_accumulation_steps: 2"
+COLD = "learning_rate: 1.0e-3, max_steps: 9, schedule: {warmup_steps: 0}"
+COLD_EIGHT = "learning_rate: 1.0e-5, max_steps: 9, schedule: {warmup_ratio: 0}"
+ADVICE = {
+    "faster split": ("max_steps: 9, gradient_accumulation_steps: 8", {}, SPLIT),
+    "not needed": ("max_steps: 9, gradient_checkpointing: true", {}, "gradient checkpointing is not needed"),
+    "too big": ("max_steps: 9", {"shape": EIGHT}, "a step needs about"),
+    "adapter": ("max_steps: 9", {"shape": EIGHT, "gpu": "l4"}, "train an adapter"),
+    "no bfloat16": ("max_steps: 9", {"gpu": "v100-32gb"}, "has no bfloat16: set model.dtype: float32"),
+    "no warm-up": (COLD, {}, "no warm-up"),
+    "no warm-up, large": (COLD_EIGHT, {"shape": EIGHT}, "no warm-up"),
+    "no end": ("max_steps: 9", data("train_on_eos: none"), "never teaches the model to stop"),
+    "no assistant": ("max_steps: 9", data("roles_to_train: [user]"), "the model will not stop"),
+    "few held out": ("max_steps: 9", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 rows are held out"),
+    "many held out": ("max_steps: 9", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 rows are held out"),
+    "none held out": ("max_steps: 9", {"volume": DataVolume(900, 9000, 900, 0)}, "no rows are held out"),
+}
+
+
+@pytest.mark.parametrize(("keys", "more", "words"), ADVICE.values(), ids=ADVICE)
+def test_advice(keys, more, words):
+    assert words in " / ".join(plan(keys, **more).advice)
+
+
+QUIET = {
+    "a warm-up": "learning_rate: 1.0e-3, max_steps: 9, schedule: {warmup_ratio: 0.03}",
+    "a low rate": "learning_rate: 1.0e-5, max_steps: 9, schedule: {warmup_steps: 0}",
+    "nothing to split": "max_steps: 9, gradient_accumulation_steps: 1",
+    "checkpointing by itself": "max_steps: 9, gradient_checkpointing: auto",
+}
+
+
+@pytest.mark.parametrize("keys", QUIET.values(), ids=QUIET)
+def test_no_advice_where_there_is_nothing_to_say(keys):
+    assert plan(keys, volume=DataVolume(9000, 9000 * 4000, 900, 1000)).advice == ()
+
+
+def test_a_split_that_is_proposed_fits_and_keeps_the_batch():
+    before = plan("max_steps: 9, gradient_accumulation_steps: 6", gpu=40)
+    (text,) = before.advice
+    assert "micro_batch_size: 2 with gradient_accumulation_steps: 3" in text
+    after = plan("max_steps: 9, micro_batch_size: 2, gradient_accumulation_steps: 3", gpu=40)
+    assert after.global_batch == before.global_batch
+    assert after.memory.total <= 40 * GIB
