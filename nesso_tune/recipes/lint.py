@@ -27,6 +27,37 @@ class Finding:
     remedy: str
 
 
+@dataclass(frozen=True)
+class Exclusive:
+    """Keys of a section of which only one may be set."""
+
+    section: Path
+    keys: tuple[str, str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Inert:
+    """Keys of a section that do nothing while another key of it has a value."""
+
+    section: Path
+    key: str
+    value: str
+    inert: tuple[str, ...]
+    remedy: str
+
+
+# The rules that a JSON Schema can express; `json_schema.py` says them to editors.
+EXCLUSIVE = (
+    Exclusive(("train", "schedule"), ("warmup_ratio", "warmup_steps"), "keep one of the two"),
+    Exclusive(("train",), ("max_steps", "num_epochs"), "set one and null the other"),
+    Exclusive(("train",), ("global_batch_size", "gradient_accumulation_steps"), "set one and null the other"),
+)
+INERT = (
+    Inert(("train", "schedule"), "type", "constant", ("constant_ratio", "min_ratio"), "remove it, or set type: cosine"),
+)
+
+
 def lint(raw: Raw) -> list[Finding]:
     """All findings of all rules. A key counts as set when it is there and not null."""
     return [finding for rule in RULES for finding in rule(raw)]
@@ -41,21 +72,25 @@ def _get(raw: Any, *path: str | int) -> Any:
     return raw
 
 
-def _one_of(raw: Raw, section: Path, names: tuple[str, ...], remedy: str) -> Iterator[Finding]:
-    there = [name for name in names if _get(raw, *section, name) is not None]
-    if len(there) > 1:
-        first, *others = there
-        for other in others:
-            yield Finding((*section, other), f"contradicts {'.'.join(map(str, (*section, first)))}", remedy)
+def _exclusive(raw: Raw) -> Iterator[Finding]:
+    for rule in EXCLUSIVE:
+        first, other = rule.keys
+        if all(_get(raw, *rule.section, key) is not None for key in rule.keys):
+            yield Finding(
+                (*rule.section, other), f"contradicts {'.'.join(map(str, (*rule.section, first)))}", rule.remedy
+            )
+
+
+def _inert(raw: Raw) -> Iterator[Finding]:
+    for rule in INERT:
+        if _get(raw, *rule.section, rule.key) == rule.value:
+            for knob in rule.inert:
+                if _get(raw, *rule.section, knob) is not None:
+                    yield Finding((*rule.section, knob), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
 
 
 def _schedule(raw: Raw) -> Iterator[Finding]:
     here: Path = ("train", "schedule")
-    if _get(raw, *here, "type") == "constant":
-        for knob in ("constant_ratio", "min_ratio"):
-            if _get(raw, *here, knob) is not None:
-                yield Finding((*here, knob), "has no effect under type: constant", "remove it, or set type: cosine")
-    yield from _one_of(raw, here, ("warmup_ratio", "warmup_steps"), "keep one of the two")
     warmup, end = _get(raw, *here, "warmup_ratio"), _get(raw, *here, "constant_ratio")
     if isinstance(warmup, (int, float)) and isinstance(end, (int, float)) and warmup >= end > 0:
         yield Finding(
@@ -63,13 +98,6 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
             f"warms up to {warmup:g} of the run, but the decay should end at {end:g} (constant_ratio)",
             "make it smaller than constant_ratio",
         )
-
-
-def _length(raw: Raw) -> Iterator[Finding]:
-    yield from _one_of(raw, ("train",), ("max_steps", "num_epochs"), "set one and null the other")
-    yield from _one_of(
-        raw, ("train",), ("global_batch_size", "gradient_accumulation_steps"), "set one and null the other"
-    )
 
 
 def _validation(raw: Raw) -> Iterator[Finding]:
@@ -142,4 +170,6 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
         yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
 
 
-RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_schedule, _length, _validation, _model, _dpo, _sources)
+RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
+    _exclusive, _inert, _schedule, _validation, _model, _dpo, _sources,
+)  # fmt: skip
