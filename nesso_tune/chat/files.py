@@ -28,10 +28,40 @@ def base_folder(base: str, revision: str | None = None, weights: bool = False) -
         return folder
     if folder.exists():
         raise ModelError(base, "is a file, not a model folder", "name the folder that holds config.json")
-    if base.startswith((".", "/", "~")) or base.count("/") != 1 or base.endswith("/final"):
+    if not _is_hub_id(base):
         hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
         raise ModelError(f"model.base {base}", "no such folder", hint)
     return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])])
+
+
+def base_at_hand(base: str, revision: str | None = None) -> Path | None:
+    """The folder of a base that is here: a local one, or the hub's cache of it; None if nothing of it was fetched.
+
+    Raises:
+        ModelError: for a path that is no folder, unless a run is to make it.
+    """
+    if local_path(base).exists() or (not base.endswith("/final") and not _is_hub_id(base)):
+        return base_folder(base, revision)
+    if not _is_hub_id(base):
+        return None
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, OSError):
+        return None
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder that its tokenizer is made of; none if it has no tokenizer."""
+    found = {file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()}
+    files = sorted(file for file in found if file.name not in ("config.json", "generation_config.json"))
+    return files if any(file.name.endswith(("tokenizer.json", ".model", "vocab.json")) for file in files) else []
+
+
+def _is_hub_id(base: str) -> bool:
+    return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not base.endswith("/final")
 
 
 def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -30,9 +30,15 @@ def train(
     allow_changes: Annotated[
         str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the run that is continued.")
     ] = "",
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try everything in about a minute: tiny model, first rows, few steps.")
+    ] = False,
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
     loaded = load_all(recipes, settings)
+    if smoke:
+        _check_smoke_options(resume, overwrite, allow_changes)
+        loaded, resume, overwrite = _smoke(loaded), "never", True
     _check_bases(loaded)
     _check_beforehand(recipes, loaded)
     _say("loading the libraries")
@@ -53,6 +59,21 @@ def train(
             raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
         _say(f"{name}: {'model in' if result.trained else 'this run is finished: model in'} {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+
+
+def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:
+    given = {"--resume": resume != "auto", "--overwrite": overwrite, "--allow-changes": bool(allow_changes)}
+    for option in (name for name, is_given in given.items() if is_given):
+        raise RecipeError(option, "has no effect with --smoke, which always starts anew", "remove one of the two")
+
+
+def _smoke(recipes: list[Recipe]) -> list[Recipe]:
+    """The recipes cut down, each starting from the one before where the real ones do."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are imported: nothing is fetched
+    from nesso_tune.smoke import smoke_recipe
+
+    made: dict[str, str] = {}
+    return [smoke_recipe(recipe, made, _say) for recipe in recipes]
 
 
 def _check_beforehand(names: list[str], recipes: list[Recipe]) -> None:
@@ -81,14 +102,14 @@ def _check_bases(recipes: list[Recipe]) -> None:
     """
     made: list[Path] = []
     for recipe in recipes:
-        base = Path(recipe.model.base)
+        base = Path(recipe.model.base).resolve()
         local = recipe.model.base.startswith((".", "/", "~")) or recipe.model.base.count("/") != 1
         if base not in made and local and not local_path(recipe.model.base).exists():
             raise ModelError(
                 f"model.base {recipe.model.base}", "no such folder",
                 "run the recipe that makes it first, in the same command or before",
             )  # fmt: skip
-        made.append(Path(recipe.output_dir) / "final")
+        made.append((Path(recipe.output_dir) / "final").resolve())
 
 
 def _say(text: str) -> None:

@@ -82,18 +82,22 @@ def load_format(name: str) -> DataFormat:
     return read_spec(path, DataFormat)[0]
 
 
+def recognise(source: Source, rows: Sequence[Row], names: Sequence[str] = DETECTED) -> str | None:
+    """The shipped format that most of a source's first rows fit; None if none of them fits any."""
+    counted = [(sum(load_format(name).adapted(source).fits(row) for row in rows), -i) for i, name in enumerate(names)]
+    best, position = max(counted)
+    return names[-position] if best else None
+
+
 def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     """The format of a source: the named one, or the shipped one that most of its first rows fit.
 
     Raises:
         DataError: if the rows have not the columns of the named format, or fit none.
     """
-    names = DETECTED if source.format == "auto" else (source.format,)
-    formats = [load_format(name).adapted(source) for name in names]
-    counted = [(sum(fmt.fits(row) for row in rows), -i) for i, fmt in enumerate(formats)]
-    best, position = max(counted)
-    if best:
-        return formats[-position]
+    found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
+    if found is not None:
+        return load_format(found).adapted(source)
     columns = sorted({column for row in rows for column in row})
     has = f"its columns are {', '.join(columns) or 'none'}"
     if source.format == "auto":
@@ -101,7 +105,7 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
             source.path, f"its format is not recognised ({has})",
             "name the columns (messages_field, or prompt_field and response_field, …) or a format",
         )  # fmt: skip
-    fmt = formats[0]
+    fmt = load_format(source.format).adapted(source)
     for missing in (names for names in fmt.required if not any(find(row, names) for row in rows)):
         guess = closest(missing[0], columns)
         raise DataError(

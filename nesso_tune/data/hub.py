@@ -23,6 +23,15 @@ def hub_rows(source: Source) -> Iterator[Located]:
         yield dict(row), f"{source.path} row {number}"
 
 
+def is_cached(source: Source) -> bool:
+    """Whether a hub data set is in the local cache. Only to be asked where `HF_HUB_OFFLINE` is set."""
+    try:
+        _load(source.path, source.subset, source.split, source.revision)
+    except (DataError, RunEnvironmentError):
+        return False
+    return True
+
+
 @lru_cache(maxsize=8)
 def _load(path: str, subset: str | None, split: str, revision: str | None) -> Any:
     """The data set, fetched into the hub's cache unless it is there.

@@ -30,6 +30,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     """
     where = f"model.base {section.base}"
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
+    check_complete(section)
     options = {"attn_implementation": choose_attention(section.attention), "dtype": torch.float32}
     config = _config(folder, section, where)
     transformers_logging.disable_progress_bar()
@@ -45,6 +46,19 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     return model
 
 
+def check_complete(section: ModelSection) -> None:
+    """Raises ModelError if the base's folder lacks its configuration, or the weights that the recipe starts from."""
+    where = f"model.base {section.base}"
+    folder = base_folder(section.base, section.revision, weights=not section.random_init)
+    if not (folder / "config.json").is_file():
+        raise ModelError(where, "has no config.json", "name a folder that holds a whole model")
+    if not section.random_init and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            where, "has no weights (*.safetensors)",
+            "name a folder with weights, or set model.random_init: true to start from random ones",
+        )  # fmt: skip
+
+
 def base_hash(section: ModelSection) -> str:
     """Identifies the base's weights: SHA-256 over its configuration and weight files."""
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
@@ -56,8 +70,6 @@ def base_hash(section: ModelSection) -> str:
 
 
 def _config(folder: Path, section: ModelSection, where: str) -> Any:
-    if not (folder / "config.json").is_file():
-        raise ModelError(where, "has no config.json", "name a folder that holds a whole model")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -65,11 +77,6 @@ def _config(folder: Path, section: ModelSection, where: str) -> Any:
 
 
 def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[str, Any]) -> PreTrainedModel:
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            where, "has no weights (*.safetensors)",
-            "name a folder with weights, or set model.random_init: true to start from random ones",
-        )  # fmt: skip
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -51,7 +51,8 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    if plan.total_steps is not None and plan.total_steps < SHORT_RUN:
+    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN
+    if short or recipe.model.adapter is not None:
         return
     per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
     if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:

@@ -89,11 +89,20 @@ def _time(plan: Plan, sequence_len: int) -> list[str]:
         tokens = round(plan.volume.tokens / plan.volume.rows * plan.total_steps * plan.global_batch)
     work = (8 if plan.gradient_checkpointing else 6) * plan.parameters * tokens
     fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) / 3600 for share in USUAL)
-    hours = f"{fast:.2g} to {slow:.2g} hours" if slow >= 1 else f"{60 * fast:.2g} to {60 * slow:.2g} minutes"
-    gpu_hours = f"{fast * plan.processes:,.2g} to {slow * plan.processes:,.2g}"
+    hours = (
+        f"{_short(fast)} to {_short(slow)} hours"
+        if slow >= 1
+        else f"{_short(60 * fast)} to {_short(60 * slow)} minutes"
+    )
+    gpu_hours = f"{_short(fast * plan.processes)} to {_short(slow * plan.processes)}"
     return [
         f"{hours} ({gpu_hours} GPU hours) at {USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak, evaluation not counted"
     ]
+
+
+def _short(value: float) -> str:
+    """A number in two digits, e.g. `0.46`, `5.7`, `170`."""
+    return f"{float(f'{value:.2g}'):,g}"
 
 
 def size(count: int) -> str:

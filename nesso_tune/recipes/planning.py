@@ -33,7 +33,9 @@ def make_plan(
     train = recipe.train
     accumulation = _accumulation(recipe, world)
     global_batch = train.micro_batch_size * accumulation * world.processes
-    rate = auto_learning_rate(recipe.method, shape) if train.learning_rate == "auto" else train.learning_rate
+    rate = train.learning_rate
+    if rate == "auto":
+        rate = auto_learning_rate(recipe.method, shape, recipe.model.adapter is not None)
     epochs = recipe.num_epochs
     total = train.max_steps
     if total is None and volume is not None and epochs is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -28,8 +30,32 @@ def find_recipe(name: str | Path) -> Path:
     """The file a recipe name means: a path as it is, or a shipped recipe by its name (`quickstart/sft`)."""
     path = Path(name)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return path
+        return local_path(str(path))
     return next((p for p in (shipped("recipes") / f"{name}.yaml",) if p.is_file()), path)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the head of a shipped recipe says: its title, the command that runs it, the hardware, and what it costs."""
+
+    name: str
+    title: str
+    command: str
+    hardware: str
+    cost: str
+
+
+def catalogue() -> list[Entry]:
+    """All shipped recipes, by what their first comment says."""
+    entries = []
+    for name in shipped_recipes():
+        text = (shipped("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        head = [line[1:].rstrip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+        said = [line.strip() for line in head if not line.strip().startswith("yaml-language-server")]
+        command = next(line.strip() for line in head if line.startswith("   "))
+        facts = dict(line.split(": ", 1) for line in said if line.startswith(("Hardware: ", "Cost: ")))
+        entries.append(Entry(name, said[0].rstrip("."), command, facts["Hardware"], facts["Cost"]))
+    return entries
 
 
 def shipped_recipes() -> list[str]:

@@ -7,7 +7,7 @@ from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
 from nesso_tune.recipes.keys import key_paths, section_at
 from nesso_tune.recipes.names import FOREIGN
 from nesso_tune.recipes.schema import RECIPES
-from nesso_tune.recipes.shipped import shipped_recipes
+from nesso_tune.recipes.shipped import catalogue, shipped_recipes
 
 from .texts import DPO, SFT, problem, problems, read
 
@@ -17,8 +17,20 @@ IN_SOURCE = SFT + "      "  # and here in line 7
 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_load(name):
-    recipe = load_recipe(name)
-    assert recipe.method == name.rsplit("/", 1)[-1].split("-")[0]
+    assert load_recipe(name).method == ("dpo" if name.endswith("dpo") else "sft")
+
+
+def test_each_shipped_recipe_says_its_command_hardware_and_cost():
+    entries = catalogue()
+    assert {entry.name for entry in entries} >= {"sft", "dpo", "open-zagreus", "lora", "agentic", "sft-8b"}
+    for entry in entries:
+        assert entry.title, entry
+        assert entry.hardware, entry
+        assert entry.cost, entry
+        named = [word for word in entry.command.split() if word.endswith(".yaml") or "/" in word]
+        stems = [word.removeprefix("recipes/").removesuffix(".yaml") for word in named]
+        assert entry.name in stems, "the command runs this recipe"
+        assert set(stems) <= {other.name for other in entries}
 
 
 def test_the_reference_recipe_says_what_the_contract_says():
