@@ -16,7 +16,7 @@ LAYERS = [
     ("model",),
     ("training",),
     ("publish",),
-    ("run", "smoke"),
+    ("run", "smoke", "draft"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -28,7 +28,7 @@ def base_folder(base: str, revision: str | None = None, weights: bool = False) -
         return folder
     if folder.exists():
         raise ModelError(base, "is a file, not a model folder", "name the folder that holds config.json")
-    if not _is_hub_id(base):
+    if not is_hub_id(base):
         hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
         raise ModelError(f"model.base {base}", "no such folder", hint)
     return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])])
@@ -40,9 +40,9 @@ def base_at_hand(base: str, revision: str | None = None) -> Path | None:
     Raises:
         ModelError: for a path that is no folder, unless a run is to make it.
     """
-    if local_path(base).exists() or (not base.endswith("/final") and not _is_hub_id(base)):
+    if local_path(base).exists() or (not base.endswith("/final") and not is_hub_id(base)):
         return base_folder(base, revision)
-    if not _is_hub_id(base):
+    if not is_hub_id(base):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -60,7 +60,8 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files if any(file.name.endswith(("tokenizer.json", ".model", "vocab.json")) for file in files) else []
 
 
-def _is_hub_id(base: str) -> bool:
+def is_hub_id(base: str) -> bool:
+    """Whether a base that is no folder here may be one on the hub."""
     return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not base.endswith("/final")
 
 

@@ -32,4 +32,5 @@ def check(
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded.data.sequence_len)]))
+        closing = ["", f"next: nesso-tune preview {recipe}"]
+        print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded.data.sequence_len), *closing]))

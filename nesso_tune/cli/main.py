@@ -16,6 +16,7 @@ import typer
 
 from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
+from nesso_tune.cli.init import init
 from nesso_tune.cli.prepare import prepare
 from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (check, prepare, train, chat, schema):
+for verb in (init, check, prepare, train, chat, schema):
     app.command()(verb)
 
 

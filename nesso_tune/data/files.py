@@ -22,6 +22,11 @@ def is_local(path: str) -> bool:
     return local_path(path).exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
 
 
+def looks_like_data(path: str) -> bool:
+    """Whether a word on the command line can only mean data: a file of rows, a folder of them, or a pattern."""
+    return bool(GLOB & set(path)) or _holds_rows(path) or local_path(path).is_dir()
+
+
 def _looks_like_a_file(path: str) -> bool:
     named = path.lower().endswith((*SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".zst", ".zip", ".yaml", ".arrow"))
     return named or path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
@@ -70,6 +75,21 @@ def content_hash(files: list[Path]) -> str:
         except OSError as error:
             raise DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions") from None
     return digest.hexdigest()
+
+
+def is_lines(file: Path) -> bool:
+    """Whether a file is named as JSON lines."""
+    return file.suffix.lower() in (".jsonl", ".ndjson")
+
+
+def count_lines(files: list[Path]) -> int:
+    """Line breaks of all files."""
+    count = 0
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                count += chunk.count(b"\n")
+    return count
 
 
 def read_rows(file: Path) -> Iterator[Located]:

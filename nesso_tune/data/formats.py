@@ -84,7 +84,8 @@ def load_format(name: str) -> DataFormat:
 
 def recognise(source: Source, rows: Sequence[Row], names: Sequence[str] = DETECTED) -> str | None:
     """The shipped format that most of a source's first rows fit; None if none of them fits any."""
-    counted = [(sum(load_format(name).adapted(source).fits(row) for row in rows), -i) for i, name in enumerate(names)]
+    formats = [load_format(name).adapted(source) for name in names]
+    counted = [(sum(fmt.fits(row) for row in rows), -i) for i, fmt in enumerate(formats)]
     best, position = max(counted)
     return names[-position] if best else None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from nesso_tune.data.files import Located, content_hash, expand, is_local, read_rows
+from nesso_tune.data.files import Located, content_hash, count_lines, expand, is_lines, is_local, read_rows
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.hub import hub_fingerprint, hub_rows
 from nesso_tune.errors import Problem, RecipeError
@@ -20,6 +20,13 @@ def source_rows(source: Source) -> Iterator[Located]:
     else:
         rows = hub_rows(source)
     return islice(rows, source.max_rows)
+
+
+def count_rows(source: Source) -> int:
+    """Rows of a source of files: lines of JSON-lines files, else the rows counted one by one."""
+    files = expand(source.path)
+    count = count_lines(files) if all(map(is_lines, files)) else sum(1 for _ in source_rows(source))
+    return min(count, source.max_rows or count)
 
 
 def is_here(source: Source) -> bool:

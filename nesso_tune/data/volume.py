@@ -13,7 +13,7 @@ from nesso_tune.data.build import build_documents
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.prepare import cached_only, prepare_data
 from nesso_tune.data.read import read_items
-from nesso_tune.data.sources import source_rows
+from nesso_tune.data.sources import count_rows
 from nesso_tune.data.stated import stated_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.recipes.plan import DataVolume
@@ -72,7 +72,7 @@ def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> Dat
         return DataVolume(rows, rows * ROW, rows * LEARNED, exact=False, basis=STATED)
     sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
     read, kept, tokens, supervised = _sample(recipe, sampled, chat)
-    total = max(_row_count(source), read)  # a last line may lack its line break
+    total = max(count_rows(source), read)  # a last line may lack its line break
     ratio = source.weight * total / max(1, read)
     rows, all_tokens, learned = (round(ratio * n) for n in (kept, tokens, supervised))
     basis = SAMPLED if chat is not None else WITHOUT_TOKENIZER
@@ -103,19 +103,6 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
 def _size(turn: Message) -> int:
     said = len(turn.content) + sum(len(str(call)) for call in turn.tool_calls)
     return round(said / CHARACTERS) + TURN
-
-
-def _row_count(source: Source) -> int:
-    """Rows of a source: lines of JSON-lines files, else the rows counted one by one."""
-    files = expand(source.path)
-    if all(file.suffix.lower() in (".jsonl", ".ndjson") for file in files):
-        count = 0
-        for file in files:
-            with file.open("rb") as stream:
-                count += sum(chunk.count(b"\n") for chunk in iter(lambda s=stream: s.read(1 << 20), b""))  # type: ignore[misc]
-    else:
-        count = sum(1 for _ in source_rows(source))
-    return min(count, source.max_rows or count)
 
 
 def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -> DataVolume:

@@ -12,7 +12,7 @@ from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData
 
 ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
-FEW, MANY = 50, 20_000  # held-out rows below which a loss is noise, and above which it takes long
+FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
 SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
 COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
 

@@ -1,0 +1,139 @@
+"""What a data file holds: format, columns, languages, lengths. For `init`, which writes it into a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation
+from nesso_tune.data.convert import AUTO, language_of, to_conversation, to_pair
+from nesso_tune.data.files import is_local
+from nesso_tune.data.formats import Row, load_format, recognise
+from nesso_tune.data.guess import guess_fields
+from nesso_tune.data.languages import language_of_item
+from nesso_tune.data.read import Item
+from nesso_tune.data.sources import count_rows
+from nesso_tune.data.spread import spread_rows
+from nesso_tune.data.tools import Unusable
+from nesso_tune.errors import DataError
+from nesso_tune.recipes.sections import Source
+
+SAMPLE = 1000  # rows that are looked at
+NEARLY_ALL = 0.95
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What is in a source.
+
+    Attributes:
+        path: as it was given.
+        method: `sft` (conversations) or `dpo` (pairs).
+        format: name of the shipped format.
+        fields: further keys of the source that name its columns.
+        rows: how many there are; None for hub data.
+        usable: share of the looked-at rows that can be used.
+        dropped: why others cannot, with their number among the rows looked at.
+        languages: share of each language among the usable rows.
+        language: what the recipe should say: a code, `auto`, or None where each row says its own.
+        characters: length of every usable row that was looked at.
+        tools: share of rows that offer or call tools.
+    """
+
+    path: str
+    method: str
+    format: str
+    fields: dict[str, Any]
+    rows: int | None
+    usable: float
+    dropped: dict[str, int]
+    languages: dict[str, float]
+    language: str | None
+    characters: tuple[int, ...] = field(repr=False)
+    tools: float = 0.0
+
+
+def detect(path: str) -> Detected:
+    """Looks at a sample of a source's rows.
+
+    Raises:
+        DataError: if it cannot be read, its shape is not recognised, or none of its rows can be used.
+    """
+    plain = Source(path=path)
+    rows = spread_rows(plain, SAMPLE)
+    if not rows:
+        raise DataError(path, "holds no rows", "give a file with rows")
+    name, fields = _shape(plain, rows)
+    source = Source(path=path, format=name, **fields)
+    items, dropped = _items(source, rows)
+    if not items:
+        why = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+        raise DataError(path, f"looks like format {name}, but none of {len(rows)} rows can be used ({why})",
+                        "correct the data, or name its columns in a recipe (see docs/recipe.md)")  # fmt: skip
+    said = [item.language for item in items]
+    by_rows = sum(code != UNKNOWN_LANGUAGE for code in said) >= NEARLY_ALL * len(said)
+    codes = said if by_rows else [language_of_item(item) for item in items]
+    shares = {code: n / len(codes) for code, n in Counter(codes).most_common()}
+    return Detected(
+        path=path,
+        method="sft" if isinstance(items[0], Conversation) else "dpo",
+        format=name,
+        fields=fields,
+        rows=count_rows(plain) if is_local(path) else None,
+        usable=len(items) / len(rows),
+        dropped=dict(dropped.most_common()),
+        languages=shares,
+        language=None if by_rows else _one_language(shares) or AUTO,
+        characters=tuple(map(_characters, items)),
+        tools=sum(map(_has_tools, items)) / len(items),
+    )
+
+
+def _shape(source: Source, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
+    """The format of rows, and the columns it does not find by itself."""
+    name = recognise(source, rows)
+    if name is not None:
+        return name, {}
+    guessed = guess_fields(rows)
+    if guessed is not None:
+        return guessed
+    columns = ", ".join(sorted({column for row in rows for column in row})) or "none"
+    raise DataError(
+        source.path, f"its shape is not recognised (its columns are {columns})",
+        "rename the columns to those of a known shape (messages; prompt and response; prompt, chosen and rejected), or "
+        "name them in a recipe (prompt_field and response_field, …) or in a format file as in data_templates/formats/",
+    )  # fmt: skip
+
+
+def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Counter[str]]:
+    fmt = load_format(source.format).adapted(source)
+    convert = to_pair if fmt.kind == "preference" else to_conversation
+    items: list[Item] = []
+    dropped = Counter[str]()
+    for row in rows:
+        try:
+            items.append(convert(row, fmt, language_of(row, source), source.path))
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    return items, dropped
+
+
+def _one_language(shares: Mapping[str, float]) -> str | None:
+    """The language of nearly all rows whose language could be told."""
+    told = {code: share for code, share in shares.items() if code != UNKNOWN_LANGUAGE}
+    main = max(told, key=lambda code: told[code], default=None)
+    return main if main is not None and told[main] >= NEARLY_ALL * sum(told.values()) else None
+
+
+def _characters(item: Item) -> int:
+    if isinstance(item, Conversation):
+        return sum(len(m.content) for m in item.messages) + sum(len(str(tool)) for tool in item.tools)
+    prompt = sum(len(m.content) for m in item.prompt)
+    return prompt + max(len(item.chosen.content), len(item.rejected.content))
+
+
+def _has_tools(item: Item) -> bool:
+    turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
+    return bool(item.tools) or any(turn.tool_calls for turn in turns)

@@ -1,0 +1,206 @@
+"""A first recipe, made from a base and data files: values by the size of both, every choice with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nesso_tune.chat.tokenizer import CHAT_KEY
+from nesso_tune.data.detect import NEARLY_ALL, Detected
+from nesso_tune.recipes.json_schema import FILE
+from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
+from nesso_tune.recipes.schema import DEFAULT_EPOCHS
+from nesso_tune.recipes.shape import ModelShape
+
+CHARACTERS = 3.8  # a token of a large vocabulary, in Italian and English chat
+STEPS = 150  # a run should have at least about so many
+LARGEST_BATCH = {"sft": 256, "dpo": 128}
+SMALLEST_BATCH = 8
+LONGEST = 4096  # tokens of a row, unless much of the data is longer
+SMALL = 2e9  # parameters
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values of a first recipe that depend on base and data."""
+
+    sequence_len: int
+    validation_size: int | float
+    num_epochs: float
+    micro_batch_size: int
+    global_batch_size: int
+    learning_rate: float
+
+
+def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> Choices:
+    """Values by the size of base and data.
+
+    Rows are as long as 99 % of the data need, in powers of two; the global batch is the tuned one, or smaller, so that
+    the run has enough steps; the learning rate is that of models of this size.
+    """
+    lengths = sorted(n / CHARACTERS + 20 for part in data for n in part.characters)
+    most = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
+    rows = sum(part.rows or len(part.characters) for part in data)
+    context = (shape.context if shape and shape.context else LONGEST) or LONGEST
+    needed = 2 ** math.ceil(math.log2(max(most, 256)))
+    length = min(context, max(needed, LONGEST) if method == "sft" else needed)
+    epochs = DEFAULT_EPOCHS[method]
+    tokens = rows * sum(lengths) / len(lengths)
+    if method == "sft":  # packed rows; short ones where there is little data
+        while length > max(512, needed) and tokens * epochs / length < STEPS * SMALLEST_BATCH:
+            length //= 2
+    units = tokens / length if method == "sft" else rows
+    batch = 2 ** int(math.log2(max(1.0, units * epochs / STEPS)))
+    batch = min(LARGEST_BATCH[method], max(SMALLEST_BATCH, batch))
+    size = shape.parameters if shape else SMALL
+    micro = 1 if size > 4e9 else 2 if size > 1e9 else 4
+    return Choices(
+        sequence_len=length,
+        validation_size=0.1 if rows < 500 else int(float(f"{min(2000, max(50, 0.05 * rows)):.1g}")),
+        num_epochs=epochs,
+        micro_batch_size=min(micro, max(1, batch // 8)),
+        global_batch_size=batch,
+        learning_rate=auto_learning_rate(method, shape),
+    )
+
+
+def draft(
+    name: str, file: str, base: str, method: str, data: Sequence[Detected], shape: ModelShape | None, chat: str | None
+) -> str:
+    """The text of a recipe.
+
+    Args:
+        name: of the run.
+        file: of the recipe, for its own command.
+        base: hub id or folder.
+        method: `sft` or `dpo`.
+        data: what was found in its sources, all of this method.
+        shape: the base's; None where it is not known.
+        chat: name of the chat template; None where the base brings its own.
+    """
+    values = choose(method, data, shape)
+    kind = "supervised fine-tuning" if method == "sft" else "preference training"
+    lines = [
+        f"# yaml-language-server: $schema={FILE}",
+        f"# {name}: {kind} of {base}.",
+        "#",
+        f"#   nesso-tune check {file}",
+        f"#   nesso-tune train {file}",
+        "#",
+        "# Every key: docs/recipe.md, or your editor, which reads the schema named above.",
+        f"method: {method}",
+        f"output_dir: outputs/{name}",
+        "model:",
+        _noted(f"  base: {_text(base)}", _size(shape)),
+        *_chat(chat),
+        "data:",
+        _noted(f"  sequence_len: {values.sequence_len}", _length_note(method)),
+        _noted(f"  validation_size: {values.validation_size}", "rows held out for evaluation, in every language alike"),
+        "  sources:",
+        *(line for part in data for line in _source(part)),
+        "train:",
+        _noted(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
+        _noted(f"  micro_batch_size: {values.micro_batch_size}", "rows at a time on each GPU; see check --gpu NAME"),
+        _noted(f"  global_batch_size: {values.global_batch_size}", "rows a step over all GPUs"),
+        _noted(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
+        *_schedule(method),
+    ]  # fmt: skip
+    if method == "dpo":
+        beta = 0.5 if shape is None or shape.parameters < SMALL else 0.1
+        lines += [
+            "dpo:",
+            _noted(f"  beta: {beta}", "how strongly the model is held to where it starts from"),
+            _noted("  loss: {sigmoid: 1.0, sft: 0.2}", "the sft term keeps the chosen answers likely"),
+        ]
+    lines += [
+        _noted("checkpoint: {every_steps: 0.25, keep: 2}", "a quarter of the run"),
+        _noted("evaluation: {every_steps: 0.1, samples: 16}", "loss by language, and 16 answers to held-out prompts"),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def own_template(tokenizer_config: dict[str, Any]) -> bool:
+    """Whether a base was trained by nesso-tune and brings template and tokens along."""
+    return CHAT_KEY in tokenizer_config
+
+
+def _noted(line: str, note: str) -> str:
+    return f"{line:<34}  # {note}" if note else line
+
+
+def _size(shape: ModelShape | None) -> str:
+    if shape is None:
+        return "its size is not known here"
+    return f"{shape.parameters / 1e6:,.0f} M parameters, context {shape.context:,}"
+
+
+def _chat(chat: str | None) -> list[str]:
+    if chat is None:
+        return []  # tokens and template come with the base
+    return ["chat:", _noted(f"  template: {chat}", "or a file of your own; see data_templates/chat/")]
+
+
+def _length_note(method: str) -> str:
+    return "conversations are packed into rows of this length" if method == "sft" else "prompt and longer answer"
+
+
+def _rate_note(method: str, shape: ModelShape | None) -> str:
+    if shape is None:
+        return "a careful one, since the size of the base is not known here"
+    run = tuned_near(method, shape)
+    return f"for this size; tuned nearby: {run.learning_rate:g} ({run.source})"
+
+
+def _schedule(method: str) -> list[str]:
+    if method == "sft":
+        return ["  schedule: {type: cosine, warmup_ratio: 0.03, constant_ratio: 0.8, min_ratio: 0.3}"]
+    return ["  schedule: {type: cosine, warmup_ratio: 0.1}"]
+
+
+def _source(part: Detected) -> list[str]:
+    rows = f"{part.rows:,} rows" if part.rows is not None else "rows on the hub"
+    tools = f", {part.tools:.0%} with tools" if part.tools else ""
+    lines = [
+        _noted(f"    - path: {_text(part.path)}", rows + tools),
+        f"      format: {part.format}",
+        *(f"      {key}: {_value(value)}" for key, value in part.fields.items()),
+    ]
+    if part.language is None:
+        return [*lines, f"      # language: each row says its own, {languages_of(part)}"]
+    return [*lines, _noted(f"      language: {part.language}", f"by their words {languages_of(part)}")]
+
+
+def languages_of(part: Detected) -> str:
+    """The languages of a source and their shares, e.g. `it ~60%, en ~40%`."""
+    shown = [(code, share) for code, share in part.languages.items() if share >= 0.01]
+    return ", ".join(f"{code} ~{share:.0%}" for code, share in shown) if len(shown) > 1 else shown[0][0]
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_text(key)}: {_text(item)}" for key, item in value.items()) + "}"
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    """A text as YAML, quoted where it must be."""
+    plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "")
+    if plain.isalnum() and not plain.isdigit() and text[0].isalpha() and text.lower() not in ("null", "true", "false"):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _number(value: float) -> str:
+    """A number as YAML, e.g. `1.0e-3`."""
+    mantissa, _, exponent = f"{value:.1e}".partition("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def usable_note(part: Detected) -> str | None:
+    """A sentence if many rows cannot be used."""
+    if part.usable >= NEARLY_ALL:
+        return None
+    why = ", ".join(f"{reason} {n}" for reason, n in part.dropped.items())
+    return f"{part.path}: {1 - part.usable:.0%} of the rows cannot be used ({why})"
