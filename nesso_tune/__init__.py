@@ -26,6 +26,7 @@ _HOME = {
     "lr_multiplier": "nesso_tune.recipes.schedule",
     "make_plan": "nesso_tune.recipes.planning",
     "prepare_data": "nesso_tune.data.prepare",
+    "preview": "nesso_tune.publish.preview",
     "train": "nesso_tune.run",
 }
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         RecipeError,
         RunEnvironmentError,
     )
+    from nesso_tune.publish.preview import preview
     from nesso_tune.recipes.load import load_recipe
     from nesso_tune.recipes.planning import make_plan
     from nesso_tune.recipes.schedule import lr_multiplier

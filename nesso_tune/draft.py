@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nesso_tune.chat.tokenizer import CHAT_KEY
+from nesso_tune.data.convert import AUTO
 from nesso_tune.data.detect import NEARLY_ALL, Detected
 from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
@@ -89,7 +90,7 @@ def draft(
         f"#   nesso-tune check {file}",
         f"#   nesso-tune train {file}",
         "#",
-        "# Every key: docs/recipe.md, or your editor, which reads the schema named above.",
+        "# Every key: docs/recipe.md, `nesso-tune schema`, or your editor, which reads the schema named above.",
         f"method: {method}",
         f"output_dir: outputs/{name}",
         "model:",
@@ -169,7 +170,8 @@ def _source(part: Detected) -> list[str]:
     ]
     if part.language is None:
         return [*lines, f"      # language: each row says its own, {languages_of(part)}"]
-    return [*lines, _noted(f"      language: {part.language}", f"by their words {languages_of(part)}")]
+    shares = f": {languages_of(part)}" if part.language == AUTO else ""
+    return [*lines, _noted(f"      language: {part.language}", f"told by their words{shares}")]
 
 
 def languages_of(part: Detected) -> str:

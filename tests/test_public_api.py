@@ -5,7 +5,7 @@ import nesso_tune
 PUBLIC = [
     "Conversation", "DPORecipe", "DataError", "GateRefused", "Message", "ModelError", "NessoError", "NumericalError",
     "Preempted", "PreferencePair", "RecipeError", "RunEnvironmentError", "SFTRecipe", "encode_conversation",
-    "load_recipe", "load_tokenizer", "lr_multiplier", "make_plan", "prepare_data", "train",
+    "load_recipe", "load_tokenizer", "lr_multiplier", "make_plan", "prepare_data", "preview", "train",
 ]  # fmt: skip
 
 

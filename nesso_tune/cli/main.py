@@ -18,6 +18,7 @@ from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
 from nesso_tune.cli.init import init
 from nesso_tune.cli.prepare import prepare
+from nesso_tune.cli.preview import preview
 from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (init, check, prepare, train, chat, schema):
+for verb in (init, check, prepare, preview, train, chat, schema):
     app.command()(verb)
 
 

@@ -1,0 +1,34 @@
+"""`nesso-tune preview`: real rows as the model will see them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nesso_tune.cli.options import RecipeArgument, SetOption, load_all
+
+
+def preview(
+    recipe: RecipeArgument,
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows that are shown.")] = 2,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with every token instead.")] = None,
+) -> None:
+    """Show real rows as the model will see them: what is learned, control tokens, borders in the pack."""
+    from nesso_tune.publish.preview import preview as of
+
+    (loaded,) = load_all([recipe], settings)
+    view = of(loaded, count)
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(view.to_html(), encoding="utf-8")
+        print(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print(view.to_text(shutil.get_terminal_size().columns, colour))
+    print(f"next: nesso-tune train {recipe} --smoke", file=sys.stderr)
