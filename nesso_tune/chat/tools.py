@@ -7,6 +7,7 @@ that the data holds as structure and one that it holds as text have the same tok
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from nesso_tune.chat.template import ChatTemplate, ToolFormat
 from nesso_tune.conversation import Conversation, Message
 from nesso_tune.errors import RecipeError
+
+CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # in the Hermes manner
 
 
 def with_tools(conversation: Conversation, template: ChatTemplate) -> Conversation:
@@ -60,6 +63,20 @@ def _call(call: Mapping[str, Any]) -> str:
     name, arguments = (json.dumps(inner[key], ensure_ascii=False) for key in ("name", "arguments"))
     said = inner["arguments"] if isinstance(inner["arguments"], str) else arguments
     return f'{{"name": {name}, "arguments": {said}}}'
+
+
+def calls_in(text: str) -> list[dict[str, Any]]:
+    """The calls that an answer makes, as `{"name": …, "arguments": {…}}`; what is not whole JSON is no call."""
+    calls = []
+    for block in CALL.findall(text):
+        try:
+            call = json.loads(block)
+        except ValueError:
+            continue
+        if isinstance(call, dict) and isinstance(call.get("name"), str):
+            arguments = call.get("arguments")
+            calls.append({"name": call["name"], "arguments": arguments if isinstance(arguments, dict) else {}})
+    return calls
 
 
 def _format(template: ChatTemplate) -> ToolFormat:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,6 +24,7 @@ from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError
 
 Say = Callable[[str], None]
+UNBOUNDED = 1 << 30  # context of a model that states none
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Talker:
         sampling: Sampling = Sampling(),
         language: str = UNKNOWN_LANGUAGE,
         say: Say | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The model's next turn.
 
@@ -54,8 +57,9 @@ class Talker:
             sampling: how to draw it.
             language: chooses among default system messages by language.
             say: called with each piece of text as it is written.
+            tools: what it may call.
         """
-        ids = torch.tensor([self._prompt_ids(messages, language)], device=self._model.device)
+        ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
         settings = GenerationConfig(
             **{**self._model.generation_config.to_diff_dict(), "max_new_tokens": sampling.max_new_tokens}
         )
@@ -69,12 +73,19 @@ class Talker:
         )
         return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
-    def _prompt_ids(self, messages: Sequence[Message], language: str) -> list[int]:
+    def room(self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]] = ()) -> int:
+        """Tokens that the model's context leaves for an answer."""
+        context = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
+        return int(context) - len(self._prompt_ids(messages, language, tools))
+
+    def _prompt_ids(self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]]) -> list[int]:
         """By segments where the model carries its template's spec: typed control tokens then stay plain text."""
         if CHAT_KEY in self._tokenizer.init_kwargs:
-            return encoder_of(self._tokenizer).prompt(messages, language)
+            return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        ids = self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        ids = self._tokenizer.apply_chat_template(
+            turns, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+        )
         return list(ids)
 
 

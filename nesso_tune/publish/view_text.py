@@ -57,14 +57,13 @@ def _legend(colour: bool) -> Text:
 
 def _text(part: Part, colour: bool) -> Text:
     """The pieces of a document; a long one is cut in the middle, so that its end is seen."""
-    pieces, cut = part.pieces, 0
-    if part.tokens > HEAD + TAIL:
-        cut = len(pieces) - HEAD - TAIL
+    left_out = part.pieces[HEAD:-TAIL] if len(part.pieces) > HEAD + 2 * TAIL else ()
     out, open_now = Text(), False
-    for i, piece in enumerate(pieces):
-        if cut > 0 and HEAD <= i < HEAD + cut:
+    for i, piece in enumerate(part.pieces):
+        if HEAD <= i < HEAD + len(left_out):
             if i == HEAD:
-                out.append(f"{CLOSE if open_now else ''} … {cut} more … ", style=BORDER)
+                tokens = sum(len(one.ids) for one in left_out)
+                out.append(f"{CLOSE if open_now else ''} … {tokens} more tokens … ", style=BORDER)
                 open_now = False
             continue
         if not colour and piece.learned != open_now:

@@ -54,3 +54,21 @@ def test_a_base_model_cannot_chat(capsys, base):
     code, _, err = chat(capsys, base, "--prompt", "Ciao")
     assert code == 4
     assert "has no weights" in err
+
+
+def test_commands_and_tools_on_a_real_model(model, capsys, monkeypatch, tmp_path):
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "meteo", "description": "Il tempo", "parameters": {"type": "object"}}]')
+    monkeypatch.setattr("sys.stdin", io.StringIO("Ciao\n/system Sii breve.\nE poi?\n/history\n"))
+    code, out, err = chat(
+        capsys, model, "--max-new-tokens", "4", "--tools", tools, "--temperature", "0.7", "--top-p", "0.9"
+    )
+    assert code == 0
+    assert out.count("\n") == 2
+    assert "system: Sii breve.\nuser: Ciao\n" in err
+
+
+def test_an_option_without_effect_is_an_error(model, capsys):
+    code, _, err = chat(capsys, model, "--prompt", "Ciao", "--top-p", "0.5")
+    assert code == 2
+    assert "--top-p: has no effect on greedy answers" in err

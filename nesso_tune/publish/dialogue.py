@@ -1,0 +1,161 @@
+"""A conversation in the terminal: turns typed and streamed, commands that begin with a slash, tool calls shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nesso_tune.chat.tools import calls_in
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
+from nesso_tune.data.languages import detect_language
+from nesso_tune.data.tools import Tool, Unusable, read_tools
+from nesso_tune.errors import DataError
+from nesso_tune.publish.talk import Sampling, Talker
+
+Read = Callable[[str], str]  # shows a prompt, returns a line; raises EOFError at the end
+Write = Callable[[str], None]  # writes a piece of text as it is
+HELP = """\
+/system TEXT   a system message for what follows (without TEXT: none)
+/undo          takes back your last turn and its answer
+/reset         starts anew
+/history       what has been said
+/exit          ends; so do an empty line and Ctrl-D
+"""
+
+
+@dataclass
+class Dialogue:
+    """A conversation with a model, and how it is drawn.
+
+    Attributes:
+        talker: the model.
+        sampling: how answers are drawn.
+        system: system message; None leaves it to the model's default.
+        tools: what the model may call.
+        language: code that chooses a default system message; None tells it from the first turn.
+        turns: what has been said, without the system message.
+    """
+
+    talker: Talker
+    sampling: Sampling
+    system: str | None = None
+    tools: tuple[Tool, ...] = ()
+    language: str | None = None
+    turns: list[Message] = field(default_factory=list)
+
+    def say(self, turn: Message, write: Write | None = None) -> str:
+        """The model's answer to one more turn, kept with it. What no longer fits into its context is left out."""
+        self.turns.append(turn)
+        try:
+            answer = self.talker.answer(self._fitting(), self.sampling, self._language(), say=write, tools=self.tools)
+        except BaseException:  # an interrupted answer leaves the conversation as it was
+            self.turns.pop()
+            raise
+        self.turns.append(Message("assistant", answer))
+        return answer
+
+    def _language(self) -> str:
+        first = next((turn.content for turn in self.turns if turn.role == "user"), "")
+        return self.language or (detect_language(first) if first else UNKNOWN_LANGUAGE)
+
+    def _fitting(self) -> list[Message]:
+        """The system message and as many of the last turns as fit, beginning with the user's."""
+        system = [Message("system", self.system)] if self.system is not None else []
+        turns = list(self.turns)
+        language, wanted = self._language(), self.sampling.max_new_tokens
+        while len(turns) > 1 and self.talker.room([*system, *turns], language, self.tools) < wanted:
+            later = [i for i, turn in enumerate(turns) if i and turn.role == "user"]
+            if not later:
+                break
+            turns = turns[later[0] :]
+        return [*system, *turns]
+
+    def left_out(self) -> int:
+        """Turns at the beginning that the model no longer reads."""
+        kept = [turn for turn in self._fitting() if turn.role != "system"]
+        return len(self.turns) - len(kept)
+
+
+def converse(dialogue: Dialogue, read: Read, write: Write, note: Write) -> None:
+    """Talks until the input ends.
+
+    Args:
+        dialogue: with whom.
+        read: a line of input.
+        write: the model's words.
+        note: what is not said by anyone: help, calls, results that are asked for.
+    """
+    while True:
+        try:
+            said = read("> ").strip()
+        except EOFError:
+            return
+        if not said or said in ("/exit", "/quit"):
+            return
+        if said.startswith("/"):
+            _command(dialogue, said, note)
+        else:
+            _turn(dialogue, Message("user", said), read, write, note)
+
+
+def _turn(dialogue: Dialogue, turn: Message, read: Read, write: Write, note: Write) -> None:
+    """One turn, its answer, and the results of the tools that the answer calls."""
+    try:
+        answer = dialogue.say(turn, write)
+    except KeyboardInterrupt:
+        note("\n(stopped; your turn is taken back)\n")
+        return
+    write("\n")
+    if left_out := dialogue.left_out():
+        note(f"({left_out} turns at the beginning no longer fit into the model's context)\n")
+    calls = calls_in(answer)
+    for i, call in enumerate(calls):
+        arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call["arguments"].items())
+        note(f"  calls {call['name']}({arguments})\n")
+        try:
+            result = read(f"  result of {call['name']}, or empty> ").strip()
+        except EOFError:
+            return
+        if not result:
+            return
+        if i + 1 < len(calls):
+            dialogue.turns.append(Message("tool", result))
+        else:
+            _turn(dialogue, Message("tool", result), read, write, note)
+
+
+def _command(dialogue: Dialogue, said: str, note: Write) -> None:
+    name, _, text = said.partition(" ")
+    if name == "/system":
+        dialogue.system = text.strip() or None
+        note("(system message set)\n" if dialogue.system else "(no system message)\n")
+    elif name == "/reset":
+        dialogue.turns.clear()
+        note("(a new conversation)\n")
+    elif name == "/undo":
+        while dialogue.turns and dialogue.turns.pop().role != "user":
+            pass
+        note(f"({len(dialogue.turns)} turns left)\n")
+    elif name == "/history":
+        system = [Message("system", dialogue.system)] if dialogue.system is not None else []
+        note("".join(f"{turn.role}: {turn.content}\n" for turn in [*system, *dialogue.turns]))
+    else:
+        note(HELP)
+
+
+def read_tool_file(file: Path) -> tuple[Tool, ...]:
+    """The tools of a JSON file: a list of schemas, as a data set's `tools` column has them.
+
+    Raises:
+        DataError: if it is not one.
+    """
+    try:
+        parsed: Any = json.loads(file.read_text(encoding="utf-8"))
+        return read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
+    except OSError as error:
+        raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
+    except (ValueError, Unusable) as error:
+        raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None

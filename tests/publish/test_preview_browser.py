@@ -1,0 +1,76 @@
+"""The page in a real browser: colours as the labels say, nothing asked of the network, readable on a phone."""
+
+import shutil
+
+import pytest
+
+from nesso_tune import preview
+from tests.support.runs import recipe
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+COLOURS = """() => [...document.querySelectorAll('.text .t')].map(t => {
+  const style = getComputedStyle(t);
+  return [t.classList.contains('learned'), t.classList.contains('control'), style.backgroundColor, style.color];
+})"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def file(tmp_path, talks):
+    page = tmp_path / "p.html"
+    page.write_text(preview(recipe("sft", tmp_path / "run", [talks]), 2).to_html(), encoding="utf-8")
+    return page
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_say_what_is_learned_and_what_is_a_control(browser, file, scheme):
+    page = browser.new_page(color_scheme=scheme)
+    page.goto(file.as_uri())
+    tokens = page.evaluate(COLOURS)
+    assert len(tokens) > 50
+    backgrounds = {learned: {back for l, _, back, _ in tokens if l is learned} for learned in (True, False)}
+    assert len(backgrounds[True]) == 1
+    assert backgrounds[False] == {"rgba(0, 0, 0, 0)"}, "what is not learned has no background"
+    inks = {control: {ink for _, c, _, ink in tokens if c is control} for control in (True, False)}
+    assert len(inks[True]) == 1
+    assert not inks[True] & inks[False]
+    page.close()
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_wider_than_the_screen_and_nothing_is_fetched(browser, file, width):
+    page = browser.new_page(viewport={"width": width, "height": 844})
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(file.as_uri())
+    assert asked == [file.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert (
+        page.evaluate(
+            "Math.min(...[...document.querySelectorAll('.t')].map(t => parseFloat(getComputedStyle(t).fontSize)))"
+        )
+        >= 12
+    )
+    page.close()
+
+
+def test_borders_of_tokens_show_on_hover(browser, file):
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    first = page.locator(".text").first
+    shadow = "t => getComputedStyle(t).boxShadow"
+    assert first.locator(".t").nth(1).evaluate(shadow) == "none"
+    first.hover()
+    assert first.locator(".t").nth(1).evaluate(shadow) != "none"
+    assert "id" in first.locator(".t").first.get_attribute("title")
+    page.close()
