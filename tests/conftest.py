@@ -23,6 +23,18 @@ def base() -> str:
     return str(ROOT / "recipes" / "quickstart" / "base")
 
 
+@pytest.fixture(scope="session")
+def whole_base(base, tmp_path_factory) -> str:
+    """The same with (random) weights: what a pre-trained base looks like."""
+    from nesso_tune.model.standin import build_standin
+
+    folder = tmp_path_factory.mktemp("whole_base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((Path(base) / name).read_bytes())
+    build_standin(folder, json.loads((Path(base) / "config.json").read_text()))
+    return str(folder)
+
+
 @pytest.fixture
 def write_rows(tmp_path):
     """Writes rows as JSON lines; returns the path."""

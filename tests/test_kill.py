@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tests.support.runs import ROOT, command, metrics, recipe, steps, write_recipe
 
 
-def start(path):
-    """The run in a process of its own."""
+def start(*paths):
+    """The run, or a chain of them, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, "-m", "nesso_tune", "train", path], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "nesso_tune", "train", *paths], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
     )
 
 
@@ -56,3 +56,24 @@ def test_killed_and_started_again(tmp_path, request, method):
         assert steps(killed, key) == steps(tmp_path / "whole", key), key
     resumed = [line["step"] for line in metrics(killed) if line.get("event") == "resumed"]
     assert resumed == [10, 20]
+
+
+def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
+    first = recipe("sft", tmp_path / "sft", [talks], train={"max_steps": 3})
+    base = {"base": str(tmp_path / "sft" / "final"), "random_init": False}
+    plan = {"train": {"max_steps": 30}, "checkpoint": {"every_steps": 10}, "evaluation": None}
+    second = recipe("dpo", tmp_path / "dpo", [pairs], model=base, **plan)
+    paths = [write_recipe(tmp_path / "a.yaml", first), write_recipe(tmp_path / "b.yaml", second)]
+    kill_at(start(*paths), tmp_path / "dpo", 14)
+    model = tmp_path / "sft" / "final" / "model.safetensors"
+    before = model.stat().st_mtime_ns
+    done = command("train", *paths)
+    assert done.returncode == 0, done.stderr
+    assert "a.yaml: this run is finished" in done.stderr
+    assert "b.yaml: an unfinished run: it continues from checkpoint-10" in done.stderr
+    assert model.stat().st_mtime_ns == before, "the first is not repeated"
+    assert (tmp_path / "dpo" / "final" / "model.safetensors").is_file()
+    alone = recipe("dpo", tmp_path / "alone", [pairs], model=base, **plan)
+    assert command("train", write_recipe(tmp_path / "c.yaml", alone)).returncode == 0
+    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("alone", "dpo"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

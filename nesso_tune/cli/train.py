@@ -10,8 +10,10 @@ from typing import Annotated
 
 import typer
 
+from nesso_tune.chat.template import load_template
 from nesso_tune.cli.options import SetOption, load_all
-from nesso_tune.data.files import expand, is_local
+from nesso_tune.data.files import is_local
+from nesso_tune.data.peek import opened
 from nesso_tune.errors import ModelError, Preempted, RecipeError
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
@@ -59,6 +61,7 @@ def train(
             raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
         _say(f"{name}: {'model in' if result.trained else 'this run is finished: model in'} {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+    _say(f"next: nesso-tune chat {result.model_dir}")
 
 
 def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:
@@ -77,7 +80,8 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
 
 
 def _check_beforehand(names: list[str], recipes: list[Recipe]) -> None:
-    """What can be known of every recipe before the first one starts: batch sizes, files, separate run directories.
+    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates,
+    separate run directories.
 
     Raises:
         RecipeError, DataError: naming the recipe.
@@ -89,9 +93,11 @@ def _check_beforehand(names: list[str], recipes: list[Recipe]) -> None:
             raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
         folders[folder] = name
         make_plan(recipe, World(int(os.environ.get("WORLD_SIZE", "1"))))
+        if recipe.chat.template is not None:
+            load_template(recipe.chat.template)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
             if is_local(source.path):
-                expand(source.path)
+                opened(source, recipe.method)
 
 
 def _check_bases(recipes: list[Recipe]) -> None:

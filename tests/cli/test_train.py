@@ -50,6 +50,26 @@ def test_a_mistake_in_the_second_recipe_stops_before_the_first_starts(tmp_path, 
     assert not (tmp_path / "sft").exists()
 
 
+MISTAKES = {
+    "another kind of data": ("data.sources.0.path={talks}", 3, "holds conversations, but DPO needs"),
+    "no such column": ("data.sources.0.language_field=lingua", 3, "no column `lingua`"),
+    "no such format": ("data.sources.0.format=preferences", 2, "did you mean `preference`?"),
+    "no such file": ("data.sources.0.path=absent.jsonl", 3, "absent.jsonl: no such file"),
+    "no such template": ("chat.template=chatmll", 2, "did you mean `chatml`?"),
+    "the same folder": ("output_dir={first}", 2, "has the same output_dir"),
+    "a batch that does not divide": ("train.global_batch_size=3", 2, "is no multiple of"),
+}
+
+
+@pytest.mark.parametrize(("setting", "code", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_what_can_be_known_of_the_second_is_known_before_the_first(tmp_path, tune, chain, talks, setting, code, words):
+    setting = setting.format(talks=talks, first=tmp_path / "sft")
+    got, _, err = tune("train", *chain, "--set", f"b:{setting}")
+    assert got == code
+    assert words in err
+    assert not (tmp_path / "sft").exists()
+
+
 def test_a_base_that_nobody_makes_is_an_error_at_once(tune, chain):
     code, _, err = tune("train", chain[1])
     assert code == 4

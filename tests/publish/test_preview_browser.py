@@ -38,7 +38,7 @@ def test_colours_say_what_is_learned_and_what_is_a_control(browser, file, scheme
     page.goto(file.as_uri())
     tokens = page.evaluate(COLOURS)
     assert len(tokens) > 50
-    backgrounds = {learned: {back for l, _, back, _ in tokens if l is learned} for learned in (True, False)}
+    backgrounds = {learned: {back for yes, _, back, _ in tokens if yes is learned} for learned in (True, False)}
     assert len(backgrounds[True]) == 1
     assert backgrounds[False] == {"rgba(0, 0, 0, 0)"}, "what is not learned has no background"
     inks = {control: {ink for _, c, _, ink in tokens if c is control} for control in (True, False)}

@@ -1,0 +1,179 @@
+"""`nesso-tune init`: a recipe that loads, from a base and files."""
+
+import json
+import re
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from nesso_tune.cli.main import main
+from nesso_tune.draft import choose
+from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.bases import known_config
+from nesso_tune.recipes.document import read_document
+from nesso_tune.recipes.shape import shape_of
+from nesso_tune.recipes.shipped import shipped_recipes
+
+ZAGREUS, EIGHT = "mii-llm/zagreus-0.4B-ita", "meta-llama/Llama-3.1-8B"
+
+
+@pytest.fixture
+def init(capsys, tmp_path, monkeypatch):
+    """Runs `init` in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
+            main(["init", *map(str, arguments)])
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_a_recipe_from_ones_own_file(init, talks, tmp_path):
+    code, out, err = init("mine", "--base", ZAGREUS, "--data", talks)
+    assert (code, err) == (0, "")
+    assert out.rstrip().endswith("next: nesso-tune check mine.yaml")
+    assert "30 rows, format messages; it ~50%, en ~50%" in out
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert (recipe.method, recipe.output_dir, recipe.model.base) == ("sft", "outputs/mine", ZAGREUS)
+    assert recipe.data.sources[0].path == talks
+    assert (recipe.data.sources[0].format, recipe.data.sources[0].language) == ("messages", None)
+    assert recipe.train.learning_rate == pytest.approx(1e-3, rel=0.05)
+    assert recipe.chat.template == "chatml"
+
+
+def test_the_text_explains_itself_and_fits_the_schema_beside_it(init, talks, tmp_path):
+    init("mine", "--base", ZAGREUS, "--data", talks)
+    text = (tmp_path / "mine.yaml").read_text()
+    (named,) = re.findall(r"^# yaml-language-server: \$schema=(.+)$", text, re.MULTILINE)
+    schema = json.loads((tmp_path / named).read_text())
+    assert list(Draft202012Validator(schema).iter_errors(read_document(tmp_path / "mine.yaml").value)) == []
+    keys = [line for line in text.splitlines() if re.match(r" +\w+: \S", line)]
+    assert sum("  # " in line for line in keys) >= 8, "most values have their reason"
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_pairs_become_dpo_from_the_result_of_sft(init, talks, pairs, tmp_path):
+    init("first", "--base", ZAGREUS, "--data", talks)
+    code, out, _ = init("second", "--data", pairs, "--base", "outputs/first/final")
+    assert code == 0
+    assert out.rstrip().endswith("later: nesso-tune train first.yaml second.yaml, one after the other")
+    recipe = load_recipe(tmp_path / "second.yaml")
+    assert (recipe.method, recipe.data.sources[0].format) == ("dpo", "preference")
+    assert recipe.train.learning_rate == pytest.approx(1e-6, rel=0.1), "the size is that of the first one's base"
+    assert recipe.dpo.loss == {"sigmoid": 1.0, "sft": 0.2}
+    assert recipe.chat.template is None, "template and tokens come with the base"
+
+
+def test_several_files_after_one_option(init, talks, write_rows, chats, tmp_path):
+    more = write_rows(chats, "more words.jsonl")
+    code, _, _ = init("--data", talks, more, "both", "--base", ZAGREUS)
+    assert code == 0
+    assert [source.path for source in load_recipe(tmp_path / "both.yaml").data.sources] == [talks, more]
+
+
+def test_a_base_in_a_folder(init, talks, base, tmp_path):
+    code, out, _ = init("--base", base, "--data", talks)
+    assert code == 0
+    assert "sft.yaml: sft from" in out, "the method is the default name"
+    assert "(1.1 M parameters)" in out
+    assert load_recipe(tmp_path / "sft.yaml").data.sequence_len == 512, "the context of the base"
+
+
+def test_columns_that_had_to_be_found_are_named(init, write_rows, tmp_path):
+    rows = [{"domanda": f"Come si dice {i}?", "risposta": f"Si dice: {i}, credo."} for i in range(9)]
+    code, out, _ = init("mine", "--base", EIGHT, "--data", write_rows(rows))
+    assert code == 0
+    assert "prompt_field domanda" in out
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    source = recipe.data.sources[0]
+    assert (source.prompt_field, source.response_field, source.language) == ("domanda", "risposta", "it")
+    assert recipe.chat.template == "llama3"
+    assert recipe.train.learning_rate == pytest.approx(1e-5, rel=0.05)
+
+
+def test_without_a_base_the_default_is_said(init, talks):
+    code, _, err = init("--data", talks)
+    assert code == 0
+    assert err == f"no --base: {ZAGREUS}\n"
+
+
+def test_a_base_that_is_nearly_known(init, talks):
+    code, _, err = init("--base", "mii-llm/zagreus-0.4b-ita", "--data", talks)
+    assert code == 0
+    assert "did you mean mii-llm/zagreus-0.4B-ita?" in err
+
+
+FAULTS = {
+    "no data": ([], 3, "add --data FILE"),
+    "no such file": (["--data", "absent.jsonl"], 3, "absent.jsonl: no such file"),
+    "compressed": (["--data", "gz.jsonl"], 3, "is compressed; unpack it first"),
+    "no rows": (["--data", "empty.jsonl"], 3, "is empty"),
+    "an odd shape": (["--data", "odd.jsonl"], 3, "its shape is not recognised (its columns are a, b)"),
+    "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "make a recipe for each"),
+    "the other method": (["--data", "talks.jsonl", "--method", "dpo"], 3, "holds conversations, but DPO needs"),
+    "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "holds preference pairs, but SFT learns"),
+    "no method": (["--data", "talks.jsonl", "--method", "dop"], 2, "did you mean `dpo`?"),
+    "dpo from nothing": (["--data", "pairs.jsonl"], 4, "add --base outputs/NAME/final"),
+    "no such base": (["--data", "talks.jsonl", "--base", "./nowhere"], 4, "no such folder"),
+    "a folder without model": (["--data", "talks.jsonl", "--base", "folder"], 4, "has no config.json"),
+    "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
+    "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: is there already; give another NAME"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "words"), FAULTS.values(), ids=FAULTS)
+def test_faults(init, talks, pairs, tmp_path, arguments, code, words):
+    import gzip
+
+    (tmp_path / "gz.jsonl").write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n'))
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
+    (tmp_path / "there.yaml").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("x")
+    got, out, err = init(*arguments)
+    assert (got, out) == (code, "")
+    assert words in err
+    assert (tmp_path / "there.yaml").read_text() == "mine"
+    assert [path.name for path in tmp_path.glob("*.yaml")] == ["there.yaml"], "nothing is written"
+
+
+def test_the_list_has_every_recipe_with_its_command(init):
+    code, out, _ = init("--list")
+    assert code == 0
+    for name in shipped_recipes():
+        assert re.search(rf"^{re.escape(name)}$", out, re.MULTILINE)
+    assert out.count("command   ") == out.count("hardware  ") == out.count("cost      ") == len(shipped_recipes())
+    assert "nesso-tune train recipes/sft.yaml recipes/dpo.yaml" in out
+
+
+class Data:
+    """What `choose` reads of a detected source."""
+
+    def __init__(self, rows, characters):
+        self.rows, self.characters = rows, (characters,) * 100
+
+
+def test_values_follow_the_size_of_data_and_base():
+    small, large = (shape_of(known_config(base)) for base in (ZAGREUS, EIGHT))
+    few, many = Data(300, 800), Data(2_000_000, 2000)
+    assert choose("sft", [many], small).global_batch_size == 256
+    assert choose("sft", [few], small).global_batch_size == 8
+    assert choose("sft", [few], small).sequence_len < choose("sft", [many], small).sequence_len == 4096
+    assert choose("sft", [Data(10**6, 60_000)], small).sequence_len == 4096, "never beyond the context"
+    assert choose("sft", [Data(10**6, 60_000)], large).sequence_len == 16384
+    assert choose("dpo", [Data(60_000, 3000)], small).sequence_len == 1024
+    assert choose("dpo", [Data(60_000, 3000)], small).global_batch_size == 128
+    assert choose("sft", [many], small).learning_rate == pytest.approx(1e-3, rel=0.05)
+    assert choose("sft", [many], large).learning_rate == pytest.approx(1e-5, rel=0.05)
+    assert choose("sft", [many], None).learning_rate == 2e-5
+    assert choose("sft", [many], small).validation_size == 2000
+    assert choose("sft", [few], small).validation_size == 0.1
+    for method in ("sft", "dpo"):
+        for data in (few, many, Data(1, 1), Data(10**9, 10)):
+            for shape in (small, large, None):
+                values = choose(method, [data], shape)
+                assert values.global_batch_size % values.micro_batch_size == 0

@@ -1,0 +1,147 @@
+"""What `init` sees in a file: format, columns, languages."""
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from nesso_tune import DataError
+from nesso_tune.data.detect import detect
+from nesso_tune.data.guess import guess_fields
+from nesso_tune.data.spread import spread_rows
+from nesso_tune.recipes.sections import Source
+from tests.data.test_real import shared
+
+IT = [f"Qual è la capitale della regione numero {i}, per favore? Grazie mille." for i in range(30)]
+EN = [f"What is the capital of region number {i}, please? Thank you very much." for i in range(30)]
+
+
+def asked(texts, **more):
+    return [{"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": t}], **more} for t in texts]
+
+
+LANGUAGES = {
+    "each row says it": (asked(IT, lang="it") + asked(EN, lang="en"), None, {"it": 0.5, "en": 0.5}),
+    "one, told": (asked(IT), "it", {"it": 1.0}),
+    "two, told": (asked(IT) + asked(EN), "auto", {"it": 0.5, "en": 0.5}),
+    "nearly one": (asked(IT) + asked(EN[:1]), "it", {"it": 30 / 31, "en": 1 / 31}),
+    "nearly one, and rows that say nothing": (asked(IT) + asked(["42", "7 + 7"]), "it", {"it": 30 / 32, "und": 2 / 32}),
+    "some rows say it": (asked(IT, language="it") + asked(EN), "auto", {"it": 0.5, "en": 0.5}),
+    "none can be told": (asked(["42"] * 5), "auto", {"und": 1.0}),
+}
+
+
+@pytest.mark.parametrize(("rows", "says", "shares"), LANGUAGES.values(), ids=LANGUAGES)
+def test_languages(write_rows, rows, says, shares):
+    found = detect(write_rows(rows))
+    assert found.language == says
+    assert found.languages == pytest.approx(shares)
+    assert (found.method, found.format, found.rows, found.usable) == ("sft", "messages", len(rows), 1.0)
+
+
+def turns(role, text, *names):
+    return [{role: name, text: f"testo lungo {i}", "id": i} for i, name in enumerate(names)]
+
+
+SHAPES = {
+    "Italian keys": (
+        {"dialogo": turns("ruolo", "testo", "sistema", "utente", "assistente")}, "messages",
+        {"messages_field": "dialogo", "role_field": "ruolo", "content_field": "testo",
+         "roles": {"sistema": "system", "utente": "user", "assistente": "assistant"}},
+    ),
+    "speakers": (
+        {"chat": turns("speaker", "utterance", "Human", "Bot"), "n": 3}, "messages",
+        {"messages_field": "chat", "role_field": "speaker", "content_field": "utterance",
+         "roles": {"Human": "user", "Bot": "assistant"}},
+    ),
+    "Italian columns": ({"domanda": "a", "risposta": "b"}, "alpaca",
+                        {"prompt_field": "domanda", "response_field": "risposta"}),
+    "capitals": ({"Question": "a", "Answer": "b", "Id": "x"}, "alpaca",
+                 {"prompt_field": "Question", "response_field": "Answer"}),
+    "preferred": ({"query": "a", "preferred": "b", "dispreferred": "c"}, "preference",
+                  {"chosen_field": "preferred", "rejected_field": "dispreferred", "prompt_field": "query"}),
+    "whole dialogues": ({"better": turns("role", "content", "user"), "worse": turns("role", "content", "user")},
+                        "preference", {"chosen_field": "better", "rejected_field": "worse"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "name", "fields"), SHAPES.values(), ids=SHAPES)
+def test_columns_of_other_names_are_found(row, name, fields):
+    assert guess_fields([row] * 3) == (name, fields)
+
+
+NOTHING = [
+    {"text": "a"}, {"a": 1, "b": 2}, {"question": "a"}, {"answer": "b"}, {"chat": ["a", "b"]},
+    {"chat": turns("who", "what", "Anna", "Bruno")}, {"chosen": "a"}, {"premise": "a", "hypothesis": "b"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", NOTHING)
+def test_what_is_like_nothing_is_not_guessed(row, write_rows):
+    assert guess_fields([row] * 3) is None
+    with pytest.raises(DataError, match=r"its shape is not recognised \(its columns are .*prompt_field"):
+        detect(write_rows([row] * 3))
+
+
+def test_guessed_columns_load(write_rows, sft):
+    from nesso_tune import prepare_data
+
+    rows = [{"dialogo": turns("ruolo", "testo", "utente", "assistente")} for _ in range(4)]
+    found = detect(path := write_rows(rows))
+    source = {"path": path, "format": found.format, **found.fields}
+    assert prepare_data(sft(source)).report["rows_kept"] == 4
+
+
+def test_rows_that_cannot_be_used_are_counted(write_rows):
+    rows = asked(IT[:6]) + [{"messages": [{"role": "user", "content": "a"}]}] * 2
+    found = detect(write_rows(rows))
+    assert (found.usable, found.dropped) == (0.75, {"no_assistant_turn": 2})
+    with pytest.raises(DataError, match=r"looks like format messages, but none of 2 rows can be used"):
+        detect(write_rows(rows[-2:]))
+
+
+def test_tools_are_seen(write_rows):
+    calls = [{"name": "f", "arguments": {}}]
+    rows = asked(IT[:3]) + asked(IT[:1], tools=[{"name": "f"}])
+    rows[0]["messages"][1]["tool_calls"] = calls
+    assert detect(write_rows(rows)).tools == 0.5
+
+
+def test_a_sample_comes_from_all_over_a_file(tmp_path, monkeypatch):
+    rows = [{"i": i, "pad": "x" * (i % 50)} for i in range(5000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for large in (10**9, 1):  # read whole, and by place
+        monkeypatch.setattr("nesso_tune.data.spread.LARGE", large)
+        sample = [row["i"] for row in spread_rows(Source(path=str(path)), 100)]
+        assert len(sample) == pytest.approx(100, abs=2)
+        assert sample[0] == 0
+        assert max(sample) > 4900
+        assert max(b - a for a, b in pairwise(sample)) < 120
+    (tmp_path / "other.jsonl").write_text('{"i": 1}\n')
+    monkeypatch.setattr("nesso_tune.data.spread.LARGE", 10**9)
+    assert len(spread_rows(Source(path=str(tmp_path / "*.jsonl")), 10)) == 10
+
+
+REAL = {
+    "messages": ("bench/sft.jsonl", "", ("sft", "messages", None), {"it", "en"}),
+    "pairs": ("bench/pref.jsonl", "", ("dpo", "preference", None), {"it", "en"}),
+    "sharegpt pairs": ("data/pref_en.jsonl", "llamafactory", ("dpo", "preference", "en"), {"en"}),
+    "tools": ("data/toolcall.jsonl", "glaive", ("sft", "sharegpt", "en"), {"en"}),
+    "alpaca": ("data/sft_en.jsonl", "gsm8k", ("sft", "alpaca", "en"), {"en"}),
+    "roleplay": ("data/sft_en.jsonl", "gpteacher", ("sft", "alpaca", "en"), {"en"}),
+    "sharegpt": ("data/sft_multiturn.jsonl", "fastchat", ("sft", "sharegpt", "en"), {"en"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "prefix", "expected", "main"), REAL.values(), ids=REAL)
+def test_real_files(name, prefix, expected, main, tmp_path):
+    with open(shared(name), encoding="utf-8") as stream:
+        lines = [line for line in stream if json.loads(line).get("_source", "").startswith(prefix)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    found = detect(str(path))
+    assert (found.method, found.format, found.language) == expected
+    assert sum(found.languages[code] for code in main) > 0.95
+    assert found.usable > 0.95
+    assert found.rows == len(lines)

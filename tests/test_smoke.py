@@ -1,0 +1,150 @@
+"""`--smoke`: every shipped recipe runs here, offline, and leaves nothing but its own folder."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nesso_tune.cli.main import main
+from nesso_tune.errors import DataError, ModelError
+from nesso_tune.model.standin import build_standin, shrunk
+from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.bases import TABLE, known_config
+from nesso_tune.recipes.shipped import shipped_recipes
+from nesso_tune.smoke import LENGTH, ROWS, STEPS, smoke_recipe
+from tests.support.runs import metrics, recipe, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """An empty working directory, and a hub cache in which nothing is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+def command(capsys, *arguments):
+    try:
+        main([str(a) for a in arguments])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe(name, capsys, elsewhere):
+    run = elsewhere / f"{load_recipe(name).output_dir}-smoke"
+    code, _, err = command(capsys, "train", name, "--smoke")
+    assert code == 0, err
+    assert max(line["step"] for line in metrics(run)) == STEPS
+    assert [path.name for path in run.parent.iterdir() if path.is_dir()] == [run.name], "the real run is untouched"
+    code, out, err = command(capsys, "chat", run / "final", "--prompt", "Ciao!", "--max-new-tokens", "4")
+    assert code == 0, err
+    assert out.endswith("\n")
+
+
+def test_a_chain_starts_from_its_own_result_and_starts_anew_each_time(capsys, elsewhere):
+    for _ in range(2):
+        code, _, err = command(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke")
+        assert code == 0, err
+        assert "unfinished" not in err
+        assert "finished" not in err
+        assert "stand-in for outputs" not in err, "DPO starts from what SFT made"
+    noted = json.loads((elsewhere / "outputs/quickstart/dpo-smoke/manifest.json").read_text())
+    assert noted["recipe"]["model"]["base"] == "outputs/quickstart/sft-smoke/final"
+
+
+def test_only_size_and_length_are_cut_down(talks):
+    some = recipe(
+        "sft", "run", [talks], chat={"template": "llama3", "default_system": "Sii breve."}, seed=7,
+        data={"sequence_len": 9000, "validation_size": 5000, "roles_to_train": ["user"], "packing": False},
+        train={"max_steps": None, "num_epochs": 9, "micro_batch_size": 8, "global_batch_size": 64, "weight_decay": 0.3,
+               "schedule": {"type": "linear", "warmup_steps": 100}},
+    )  # fmt: skip
+    said = []
+    small = smoke_recipe(some, {}, said.append)
+    assert (small.output_dir, small.seed, small.chat) == ("run-smoke", 7, some.chat)
+    assert (small.data.sequence_len, small.data.packing, small.data.roles_to_train) == (LENGTH, False, ("user",))
+    assert small.data.sources[0].path == talks
+    assert small.data.sources[0].max_rows == ROWS
+    train = small.train
+    assert (train.max_steps, train.num_epochs, train.micro_batch_size, train.weight_decay) == (STEPS, None, 2, 0.3)
+    assert (train.schedule.type, train.schedule.warmup_steps) == ("linear", 1)
+    assert any(talks in line for line in said)
+    assert any("stand-in" in line for line in said)
+
+
+def test_bundled_rows_stand_in_for_what_is_not_at_hand(talks):
+    some = recipe("sft", "run", [talks, "someone/never-fetched", "someone/neither"])
+    said = []
+    small = smoke_recipe(some, {}, said.append)
+    names = [source.path.rsplit("/", 1)[-1] for source in small.data.sources]
+    assert names == ["talks.jsonl", "conversations.jsonl", "toolcalls.jsonl"]
+    assert sum("bundled rows stand in" in line for line in said) == 2
+
+
+def test_mistakes_of_the_real_run_are_mistakes_here(talks, base, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        smoke_recipe(recipe("sft", "run", ["absent/rows.jsonl"]), {}, print)
+    for model, says in (
+        ({"base": str(tmp_path / "nowhere")}, "no such folder"),
+        ({"base": base, "random_init": False}, "has no weights"),
+        ({"base": str(tmp_path)}, "has no config.json|empty"),
+    ):
+        with pytest.raises(ModelError, match=says):
+            smoke_recipe(recipe("sft", "run", [talks], model=model), {}, print)
+
+
+def test_options_that_would_do_nothing(capsys):
+    for option in (["--overwrite"], ["--resume", "never"], ["--allow-changes", "seed"]):
+        code, _, err = command(capsys, "train", "sft", "--smoke", *option)
+        assert code == 2
+        assert f"{option[0]}: has no effect with --smoke" in err
+
+
+def test_a_base_with_weights_keeps_its_tokenizer_and_shape(talks, base, tmp_path, capsys):
+    """A stand-in for a real folder: the same architecture, the same tokens, other weights."""
+    config = AutoConfig.for_model(**known_config("Qwen/Qwen3-0.6B-Base") | {"vocab_size": 1900, "num_hidden_layers": 3})
+    folder = tmp_path / "big"
+    with torch.device("cpu"):
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / base / name).read_bytes())
+    some = recipe("sft", "run", [talks], model={"base": str(folder), "random_init": False, "adapter": {"r": 4}})
+    code, _, err = command(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
+    assert code == 0, err
+    assert "(qwen3; its own tokenizer" in err
+    made = json.loads((tmp_path / "run-smoke/final/config.json").read_text())
+    assert (made["model_type"], made["vocab_size"], made["num_hidden_layers"]) == ("qwen3", 1900, 2)
+
+
+@pytest.mark.parametrize("name", sorted({config[0] for config in TABLE.values()}))
+def test_stand_ins_are_tiny_and_of_their_architecture(name, tmp_path):
+    config = next(known_config(base) for base in TABLE if TABLE[base][0] == name)
+    assert build_standin(tmp_path, shrunk(config, 100)) == name
+    weights = load_file(tmp_path / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) < 200_000
+    made = json.loads((tmp_path / "config.json").read_text())
+    grouped = config["num_key_value_heads"] < config["num_attention_heads"]
+    assert (made["num_key_value_heads"] < made["num_attention_heads"]) is grouped
+    assert made["tie_word_embeddings"] is config["tie_word_embeddings"]
+
+
+LONG = {"type": "longrope", "long_factor": [1.0] * 48}
+KINDS = ["sliding_attention"] * 5 + ["full_attention"]
+ODD = {
+    "unknown": {"model_type": "never-heard-of", "auto_map": {"AutoConfig": "x.Y"}},
+    "long rope": {"model_type": "phi3", "num_attention_heads": 32, "rope_scaling": LONG},
+    "layer kinds": {"model_type": "gemma3_text", "layer_types": KINDS, "sliding_window": 8},
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("config", ODD.values(), ids=ODD)
+def test_odd_architectures_have_one_too(config, tmp_path):
+    kind = build_standin(tmp_path, shrunk(config, 100))
+    assert kind in ("llama", config.get("model_type"))
+    AutoModelForCausalLM.from_pretrained(tmp_path)
