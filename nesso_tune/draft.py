@@ -16,7 +16,7 @@ from nesso_tune.recipes.schema import DEFAULT_EPOCHS
 from nesso_tune.recipes.shape import ModelShape
 
 CHARACTERS = 3.8  # a token of a large vocabulary, in Italian and English chat
-STEPS = 150  # a run should have at least about so many
+STEPS, FEW_STEPS, MOST_EPOCHS = 150, 60, 10  # steps a run should have, and passes over little data
 LARGEST_BATCH = {"sft": 256, "dpo": 128}
 SMALLEST_BATCH = 8
 LONGEST = 4096  # tokens of a row, unless much of the data is longer
@@ -55,6 +55,8 @@ def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> C
     units = tokens / length if method == "sft" else rows
     batch = 2 ** int(math.log2(max(1.0, units * epochs / STEPS)))
     batch = min(LARGEST_BATCH[method], max(SMALLEST_BATCH, batch))
+    if method == "sft" and units * epochs / batch < FEW_STEPS:  # little data is seen more often
+        epochs = float(min(MOST_EPOCHS, math.ceil(FEW_STEPS * batch / units)))
     size = shape.parameters if shape else SMALL
     micro = 1 if size > 4e9 else 2 if size > 1e9 else 4
     return Choices(

@@ -13,6 +13,7 @@ from nesso_tune.recipes.sections import SFTData
 
 ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
 FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
+FEW_STEPS = 30
 SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
 COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
 
@@ -115,6 +116,11 @@ def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
         )
 
 
+def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    if plan.total_steps is not None and plan.total_steps < FEW_STEPS and plan.global_batch > 1:
+        yield f"only {plan.total_steps} steps: lower train.global_batch_size, or raise train.num_epochs"
+
+
 def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
     data = recipe.data
     if plan.volume is None or recipe.evaluation is None:
@@ -132,4 +138,4 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield "more rows are held out for evaluation than trained on; lower data.validation_size"
 
 
-RULES = (_end_token, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _validation)
+RULES = (_end_token, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _few_steps, _validation)

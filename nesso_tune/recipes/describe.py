@@ -89,15 +89,15 @@ def _time(plan: Plan, sequence_len: int) -> list[str]:
         tokens = round(plan.volume.tokens / plan.volume.rows * plan.total_steps * plan.global_batch)
     work = (8 if plan.gradient_checkpointing else 6) * plan.parameters * tokens
     fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) / 3600 for share in USUAL)
-    hours = (
-        f"{_short(fast)} to {_short(slow)} hours"
-        if slow >= 1
-        else f"{_short(60 * fast)} to {_short(60 * slow)} minutes"
-    )
-    gpu_hours = f"{_short(fast * plan.processes)} to {_short(slow * plan.processes)}"
-    return [
-        f"{hours} ({gpu_hours} GPU hours) at {USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak, evaluation not counted"
-    ]
+    if slow >= 1:
+        took = f"{_short(fast)} to {_short(slow)} hours"
+    elif slow >= 1 / 60:
+        took = f"{_short(60 * fast)} to {_short(60 * slow)} minutes"
+    else:
+        took = "less than a minute"
+    if plan.processes > 1:
+        took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
+    return [f"{took} at {USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak, evaluation not counted"]
 
 
 def _short(value: float) -> str:

@@ -132,21 +132,21 @@ def data(keys):
 
 
 SPLIT = "micro_batch_size: 4 with gradient_accumulation_steps: 2"
-COLD = "learning_rate: 1.0e-3, max_steps: 9, schedule: {warmup_steps: 0}"
-COLD_EIGHT = "learning_rate: 1.0e-5, max_steps: 9, schedule: {warmup_ratio: 0}"
+COLD = "learning_rate: 1.0e-3, max_steps: 90, schedule: {warmup_steps: 0}"
+COLD_EIGHT = "learning_rate: 1.0e-5, max_steps: 90, schedule: {warmup_ratio: 0}"
 ADVICE = {
-    "faster split": ("max_steps: 9, gradient_accumulation_steps: 8", {}, SPLIT),
-    "not needed": ("max_steps: 9, gradient_checkpointing: true", {}, "gradient checkpointing is not needed"),
-    "too big": ("max_steps: 9", {"shape": EIGHT}, "a step needs about"),
-    "adapter": ("max_steps: 9", {"shape": EIGHT, "gpu": "l4"}, "train an adapter"),
-    "no bfloat16": ("max_steps: 9", {"gpu": "v100-32gb"}, "has no bfloat16: set model.dtype: float32"),
+    "faster split": ("max_steps: 90, gradient_accumulation_steps: 8", {}, SPLIT),
+    "not needed": ("max_steps: 90, gradient_checkpointing: true", {}, "gradient checkpointing is not needed"),
+    "too big": ("max_steps: 90", {"shape": EIGHT}, "a step needs about"),
+    "adapter": ("max_steps: 90", {"shape": EIGHT, "gpu": "l4"}, "train an adapter"),
+    "no bfloat16": ("max_steps: 90", {"gpu": "v100-32gb"}, "has no bfloat16: set model.dtype: float32"),
     "no warm-up": (COLD, {}, "no warm-up"),
     "no warm-up, large": (COLD_EIGHT, {"shape": EIGHT}, "no warm-up"),
-    "no end": ("max_steps: 9", data("train_on_eos: none"), "never teaches the model to stop"),
-    "no assistant": ("max_steps: 9", data("roles_to_train: [user]"), "the model will not stop"),
-    "few held out": ("max_steps: 9", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 rows are held out"),
-    "many held out": ("max_steps: 9", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 rows are held out"),
-    "none held out": ("max_steps: 9", {"volume": DataVolume(900, 9000, 900, 0)}, "no rows are held out"),
+    "no end": ("max_steps: 90", data("train_on_eos: none"), "never teaches the model to stop"),
+    "no assistant": ("max_steps: 90", data("roles_to_train: [user]"), "the model will not stop"),
+    "few held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 rows are held out"),
+    "many held out": ("max_steps: 90", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 rows are held out"),
+    "none held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 0)}, "no rows are held out"),
 }
 
 
@@ -156,10 +156,10 @@ def test_advice(keys, more, words):
 
 
 QUIET = {
-    "a warm-up": "learning_rate: 1.0e-3, max_steps: 9, schedule: {warmup_ratio: 0.03}",
-    "a low rate": "learning_rate: 1.0e-5, max_steps: 9, schedule: {warmup_steps: 0}",
-    "nothing to split": "max_steps: 9, gradient_accumulation_steps: 1",
-    "checkpointing by itself": "max_steps: 9, gradient_checkpointing: auto",
+    "a warm-up": "learning_rate: 1.0e-3, max_steps: 90, schedule: {warmup_ratio: 0.03}",
+    "a low rate": "learning_rate: 1.0e-5, max_steps: 90, schedule: {warmup_steps: 0}",
+    "nothing to split": "max_steps: 90, gradient_accumulation_steps: 1",
+    "checkpointing by itself": "max_steps: 90, gradient_checkpointing: auto",
 }
 
 
@@ -169,9 +169,9 @@ def test_no_advice_where_there_is_nothing_to_say(keys):
 
 
 def test_a_split_that_is_proposed_fits_and_keeps_the_batch():
-    before = plan("max_steps: 9, gradient_accumulation_steps: 6", gpu=40)
+    before = plan("max_steps: 90, gradient_accumulation_steps: 6", gpu=40)
     (text,) = before.advice
     assert "micro_batch_size: 2 with gradient_accumulation_steps: 3" in text
-    after = plan("max_steps: 9, micro_batch_size: 2, gradient_accumulation_steps: 3", gpu=40)
+    after = plan("max_steps: 90, micro_batch_size: 2, gradient_accumulation_steps: 3", gpu=40)
     assert after.global_batch == before.global_batch
     assert after.memory.total <= 40 * GIB

@@ -167,7 +167,7 @@ def test_advice_for_a_batch_far_from_the_tuned_one():
 def test_advice_on_data_and_context():
     text = SFT.replace("data:", "data:\n  packing: false")
     assert "one epoch (5 rows) is smaller than one global batch (8)" in advice("global_batch_size: 8", 5)
-    assert advice("global_batch_size: 8", 8, validation_rows=100) == ""
+    assert advice("global_batch_size: 8", 80, validation_rows=80) == ""
     assert "more rows are held out" in advice("", 50, validation_rows=51, text=text)
     assert advice("", 50, validation_rows=51) == ""  # packed rows say nothing about conversations
     long = SFT.replace("data:", "data:\n  sequence_len: 8192")
