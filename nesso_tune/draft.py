@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat.tokenizer import CHAT_KEY
 from nesso_tune.data.convert import AUTO
 from nesso_tune.data.detect import NEARLY_ALL, Detected
+from nesso_tune.errors import ModelError
 from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
@@ -69,64 +73,113 @@ def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> C
     )
 
 
-def draft(
-    name: str, file: str, base: str, method: str, data: Sequence[Detected], shape: ModelShape | None, chat: str | None
-) -> str:
+@dataclass(frozen=True)
+class Base:
+    """The base that a first recipe starts from.
+
+    Attributes:
+        name: hub id or folder.
+        shape: None where it is not known.
+        template: name of a chat template for it; None where it brings its own.
+        random_init: whether it is a folder without weights.
+    """
+
+    name: str
+    shape: ModelShape | None
+    template: str | None
+    random_init: bool = False
+
+
+def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected]) -> str:
     """The text of a recipe.
 
     Args:
         name: of the run.
         file: of the recipe, for its own command.
-        base: hub id or folder.
+        base: where it starts from.
         method: `sft` or `dpo`.
         data: what was found in its sources, all of this method.
-        shape: the base's; None where it is not known.
-        chat: name of the chat template; None where the base brings its own.
     """
-    values = choose(method, data, shape)
-    kind = "supervised fine-tuning" if method == "sft" else "preference training"
+    values = choose(method, data, base.shape)
     lines = [
-        f"# yaml-language-server: $schema={FILE}",
-        f"# {name}: {kind} of {base}.",
-        "#",
-        f"#   nesso-tune check {file}",
-        f"#   nesso-tune train {file}",
-        "#",
-        "# Every key: docs/recipe.md, `nesso-tune schema`, or your editor, which reads the schema named above.",
-        f"method: {method}",
-        f"output_dir: outputs/{name}",
-        "model:",
-        _noted(f"  base: {_text(base)}", _size(shape)),
-        *_chat(chat),
-        "data:",
-        _noted(f"  sequence_len: {values.sequence_len}", _length_note(method)),
-        _noted(f"  validation_size: {values.validation_size}", "rows held out for evaluation, in every language alike"),
-        "  sources:",
-        *(line for part in data for line in _source(part)),
-        "train:",
-        _noted(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
-        _noted(f"  micro_batch_size: {values.micro_batch_size}", "rows at a time on each GPU; see check --gpu NAME"),
-        _noted(f"  global_batch_size: {values.global_batch_size}", "rows a step over all GPUs"),
-        _noted(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
-        *_schedule(method),
-    ]  # fmt: skip
-    if method == "dpo":
-        beta = 0.5 if shape is None or shape.parameters < SMALL else 0.1
-        lines += [
-            "dpo:",
-            _noted(f"  beta: {beta}", "how strongly the model is held to where it starts from"),
-            _noted("  loss: {sigmoid: 1.0, sft: 0.2}", "the sft term keeps the chosen answers likely"),
-        ]
-    lines += [
+        *_head(name, file, base, method),
+        *_model(base),
+        *_data(values, method, data),
+        *_train(values, method, base.shape),
+        *(_dpo(base.shape) if method == "dpo" else []),
         _noted("checkpoint: {every_steps: 0.25, keep: 2}", "a quarter of the run"),
         _noted("evaluation: {every_steps: 0.1, samples: 16}", "loss by language, and 16 answers to held-out prompts"),
     ]
     return "\n".join(lines) + "\n"
 
 
-def own_template(tokenizer_config: dict[str, Any]) -> bool:
-    """Whether a base was trained by nesso-tune and brings template and tokens along."""
-    return CHAT_KEY in tokenizer_config
+def _head(name: str, file: str, base: Base, method: str) -> list[str]:
+    kind = "supervised fine-tuning" if method == "sft" else "preference training"
+    title, command = f"{name}: {kind} of {base.name}.", shlex.quote(file)
+    return [
+        f"# yaml-language-server: $schema={FILE}",
+        f"# {''.join(c if c.isprintable() else ' ' for c in title)}",
+        "#",
+        f"#   nesso-tune check {command}",
+        f"#   nesso-tune train {command}",
+        "#",
+        "# Every key: `nesso-tune schema`, or your editor, which reads the schema named above.",
+        f"method: {method}",
+        f"output_dir: {_text(f'outputs/{name}')}",
+    ]
+
+
+def _model(base: Base) -> list[str]:
+    lines = ["model:", _noted(f"  base: {_text(base.name)}", _size(base.shape))]
+    if base.random_init:
+        lines.append(_noted("  random_init: true", "the folder has no weights"))
+    if base.template is not None:  # otherwise tokens and template come with the base
+        lines += ["chat:", _noted(f"  template: {base.template}", "or a file of your own")]
+    return lines
+
+
+def _data(values: Choices, method: str, data: Sequence[Detected]) -> list[str]:
+    rows = "conversations are packed into rows of this length" if method == "sft" else "prompt and longer answer"
+    return [
+        "data:",
+        _noted(f"  sequence_len: {values.sequence_len}", rows),
+        _noted(f"  validation_size: {values.validation_size}", "rows held out for evaluation, in every language alike"),
+        "  sources:",
+        *(line for part in data for line in _source(part)),
+    ]
+
+
+def _train(values: Choices, method: str, shape: ModelShape | None) -> list[str]:
+    tail = ", constant_ratio: 0.8, min_ratio: 0.3" if method == "sft" else ""
+    return [
+        "train:",
+        _noted(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
+        _noted(f"  micro_batch_size: {values.micro_batch_size}", "rows at a time on each GPU; see check --gpu NAME"),
+        _noted(f"  global_batch_size: {values.global_batch_size}", "rows a step over all GPUs"),
+        _noted(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
+        f"  schedule: {{type: cosine, warmup_ratio: {0.03 if method == 'sft' else 0.1}{tail}}}",
+    ]
+
+
+def _dpo(shape: ModelShape | None) -> list[str]:
+    beta = 0.5 if shape is None or shape.parameters < SMALL else 0.1
+    return [
+        "dpo:",
+        _noted(f"  beta: {beta}", "how strongly the model is held to where it starts from"),
+        _noted("  loss: {sigmoid: 1.0, sft: 0.2}", "the sft term keeps the chosen answers likely"),
+    ]
+
+
+def own_template(tokenizer_config: Path) -> bool:
+    """Whether a base was trained by nesso-tune and brings template and tokens along.
+
+    Raises:
+        ModelError: if its tokenizer_config.json cannot be read.
+    """
+    try:
+        return CHAT_KEY in dict(json.loads(tokenizer_config.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise ModelError(str(tokenizer_config), "cannot be read", "fetch the model again") from None
 
 
 def _noted(line: str, note: str) -> str:
@@ -139,27 +192,11 @@ def _size(shape: ModelShape | None) -> str:
     return f"{shape.parameters / 1e6:,.0f} M parameters, context {shape.context:,}"
 
 
-def _chat(chat: str | None) -> list[str]:
-    if chat is None:
-        return []  # tokens and template come with the base
-    return ["chat:", _noted(f"  template: {chat}", "or a file of your own; see data_templates/chat/")]
-
-
-def _length_note(method: str) -> str:
-    return "conversations are packed into rows of this length" if method == "sft" else "prompt and longer answer"
-
-
 def _rate_note(method: str, shape: ModelShape | None) -> str:
     if shape is None:
         return "a careful one, since the size of the base is not known here"
     run = tuned_near(method, shape)
     return f"for this size; tuned nearby: {run.learning_rate:g} ({run.source})"
-
-
-def _schedule(method: str) -> list[str]:
-    if method == "sft":
-        return ["  schedule: {type: cosine, warmup_ratio: 0.03, constant_ratio: 0.8, min_ratio: 0.3}"]
-    return ["  schedule: {type: cosine, warmup_ratio: 0.1}"]
 
 
 def _source(part: Detected) -> list[str]:
@@ -191,9 +228,9 @@ def _value(value: Any) -> str:
 def _text(text: str) -> str:
     """A text as YAML, quoted where it must be."""
     plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "")
-    if plain.isalnum() and not plain.isdigit() and text[0].isalpha() and text.lower() not in ("null", "true", "false"):
+    if plain.isalnum() and text.isprintable() and text[0].isalpha() and text.lower() not in ("null", "true", "false"):
         return text
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(text, ensure_ascii=not text.isprintable())  # JSON texts are YAML
 
 
 def _number(value: float) -> str:

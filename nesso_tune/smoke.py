@@ -7,6 +7,8 @@ are cut down. Nothing of the real run is touched, and nothing is fetched.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,20 +17,22 @@ from typing import Any
 import torch
 import transformers
 
-from nesso_tune.chat.files import base_at_hand, tokenizer_files
+from nesso_tune.chat.files import base_at_hand, check_at_hand, tokenizer_files, unknown_base
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data import cache
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.hub import is_cached
+from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.model.standin import FALLBACK, build_standin, shrunk
-from nesso_tune.model.weights import check_complete
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
-from nesso_tune.recipes.shape import find_config
+from nesso_tune.recipes.shape import find_config, unsupported
 from nesso_tune.recipes.shipped import local_path, shipped
 
 Say = Callable[[str], None]
-STEPS, ROWS, LENGTH = 4, 200, 4096
+STEPS, LENGTH, LOWEST = 4, 4096, -1e300
+ROWS = {"sft": 200, "dpo": 40}  # of each source; every pair is scored once before the first step
+KIND = "standins"  # their place in the cache
 BUNDLED = {"sft": ("conversations", "toolcalls"), "dpo": ("pairs",)}  # rows under recipes/quickstart/data/
 LIMITS: dict[str, dict[str, Any]] = {  # what a number is cut down to
     "data": {"sequence_len": LENGTH},
@@ -49,28 +53,54 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
 
     Raises:
         ModelError, DataError: for a local base or data file that is wrong: the real run would fail too.
+        RunEnvironmentError: if a real run lies where the smoke run would be.
     """
-    raw = dump(recipe)
-    output = f"{recipe.output_dir.rstrip('/')}-smoke"
-    base = made.get(_path(recipe.model.base)) or _standin(recipe.model, recipe.chat, say)
+    raw, output = dump(recipe), f"{os.path.normpath(recipe.output_dir)}-smoke"
+    _check_free(Path(output))
+    base, own_tokenizer = made.get(_path(recipe.model.base)), True
+    if base is None:
+        base, own_tokenizer = _standin(recipe.model, recipe.chat, say)
     made[_path(f"{recipe.output_dir}/final")] = f"{output}/final"
-    on_gpu = torch.cuda.is_available()
     raw["output_dir"] = output
     raw["model"] |= {"base": base, "revision": None, "random_init": False, "trust_remote_code": False}
-    if not on_gpu:
+    if not torch.cuda.is_available():
         raw["model"] |= {"dtype": "float32", "attention": _without_flash(recipe.model.attention)}
+    if not own_tokenizer:  # the bundled one has not its tokens, and makes about twice as many of a text
+        raw["chat"]["pad_token"] = None
+        raw["data"]["sequence_len"] *= 2
     for section, limits in LIMITS.items():
         if raw[section] is not None:
             raw[section] |= {k: min(raw[section][k], most) for k, most in limits.items() if raw[section][k] is not None}
+    if recipe.data.too_long == "error":
+        raw["data"]["too_long"] = "drop"  # the length is another one
     raw["data"] |= _data(recipe, say)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
-    if raw["train"]["schedule"]["warmup_steps"] is not None:
-        raw["train"]["schedule"]["warmup_steps"] = min(1, raw["train"]["schedule"]["warmup_steps"])
+    _shorten_schedule(raw["train"]["schedule"])
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:
             raw[section]["every_steps"] = STEPS // 2
     raw["logging"] = {"every_steps": 1, "report_to": []}
+    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens, into {output}")
     return RECIPES[recipe.method].model_validate(raw)
+
+
+def _check_free(output: Path) -> None:
+    """Raises RunEnvironmentError if a folder holds a run that is no smoke run: its base would be a stand-in."""
+    try:
+        noted = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
+        base = noted["recipe"]["model"]["base"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if not base.endswith("-smoke/final") and Path(base).parent != cache.cache_root() / KIND:
+        raise RunEnvironmentError(
+            str(output), "holds a run that is no smoke run", "give that run, or this one, another output_dir"
+        )
+
+
+def _shorten_schedule(schedule: dict[str, Any]) -> None:
+    """Makes a warm-up in steps fit before the decay of a run of a few steps has ended."""
+    if schedule["warmup_steps"]:
+        schedule["warmup_steps"] = 1 if (schedule["constant_ratio"] or 1) * STEPS > 1 else 0
 
 
 def _without_flash(attention: str) -> str:
@@ -83,11 +113,13 @@ def _path(base: str) -> str:
 
 def _data(recipe: Recipe, say: Say) -> dict[str, Any]:
     """The keys of `data` that change: first rows of what is at hand, bundled rows for the rest."""
-    sources = _at_hand(recipe.data.sources, say)
+    sources = _at_hand(recipe.data.sources, recipe.method, say)
     if len(sources) < len(recipe.data.sources):
         folder = shipped("recipes") / "quickstart" / "data"
-        sources += [Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS) for name in BUNDLED[recipe.method]]
-    held = _at_hand(recipe.data.validation_sources, say)
+        sources += [
+            Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS[recipe.method]) for name in BUNDLED[recipe.method]
+        ]
+    held = _at_hand(recipe.data.validation_sources, recipe.method, say)
     size = 0.1 if recipe.data.validation_size and not held else 0
     return {
         "sources": [source.model_dump(mode="json") for source in sources],
@@ -96,7 +128,7 @@ def _data(recipe: Recipe, say: Say) -> dict[str, Any]:
     }
 
 
-def _at_hand(sources: Iterable[Source], say: Say) -> list[Source]:
+def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
     """The sources whose rows are here, each cut down to its first rows."""
     here = []
     for source in sources:
@@ -105,25 +137,33 @@ def _at_hand(sources: Iterable[Source], say: Say) -> list[Source]:
         elif not is_cached(source):
             say(f"smoke: {source.path} is not at hand: bundled rows stand in")
             continue
-        say(f"smoke: the first {ROWS} rows of {source.path}")
-        here.append(source.model_copy(update={"max_rows": min(ROWS, source.max_rows or ROWS)}))
+        rows = min(ROWS[method], source.max_rows or ROWS[method])
+        say(f"smoke: the first {rows} rows of {source.path}")
+        least = (
+            None if source.min_score is None else LOWEST
+        )  # files may be sorted; that it is a number is still checked
+        here.append(source.model_copy(update={"max_rows": rows, "weight": 1.0, "min_score": least}))
     return here
 
 
-def _standin(model: ModelSection, chat: ChatSection, say: Say) -> str:
-    """A folder with a tiny model like the base, with the base's tokenizer where that is at hand."""
+def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, bool]:
+    """A folder with a tiny model like the base, and whether the base's own tokenizer was at hand for it."""
+    check_at_hand(model)
     folder = base_at_hand(model.base, model.revision)
     config = find_config(model)
+    if config is not None and (reason := unsupported(config)) is not None:
+        raise ModelError(f"model.base {model.base}", reason, "use another base")
     if local_path(model.base).is_dir():
-        check_complete(model)
         chat_tokenizer(model, chat)
+    elif config is None and (note := unknown_base(model.base)):
+        say(f"smoke: {note}")
+    bundled = ModelSection(base=str(shipped("recipes") / "quickstart" / "base"))
     own = tokenizer_files(folder) if folder is not None else []
-    tokens_of = folder if own and folder is not None else shipped("recipes") / "quickstart" / "base"
-    files = own or tokenizer_files(tokens_of)
-    bundled = find_config(ModelSection(base=str(shipped("recipes") / "quickstart" / "base")))
-    assert bundled is not None
-    vocabulary = (config or bundled)["vocab_size"] if own else bundled["vocab_size"]
-    small = shrunk(config or {"model_type": FALLBACK, "tie_word_embeddings": True}, vocabulary)
+    files = own or tokenizer_files(Path(bundled.base))
+    rows = chat_tokenizer(model if own else bundled, ChatSection()).backend.get_vocab_size()
+    small = shrunk(
+        config or {"tie_word_embeddings": True}, max(rows, (config or {}).get("vocab_size", 0) if own else 0)
+    )
     contents = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
 
     def build(staging: Path) -> dict[str, Any]:
@@ -132,10 +172,10 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> str:
         return {"architecture": build_standin(staging, small)}
 
     key = cache.key_of([small, contents, transformers.__version__])
-    made, note, _ = cache.make("standins", key, build, lambda path, _: path)
-    kind = note["architecture"] if config else f"{FALLBACK}, since its own architecture is not known here"
-    if config and note["architecture"] != small["model_type"]:
-        kind = f"{note['architecture']} instead of {small['model_type']}"
+    made, noted, _ = cache.make(KIND, key, build, lambda path, _: path)
+    kind = noted["architecture"] if config else f"{FALLBACK}, since its own architecture is not known here"
+    if config and noted["architecture"] != small["model_type"]:
+        kind = f"{noted['architecture']} instead of {small['model_type']}"
     tokens = "its own tokenizer" if own else "the bundled tokenizer"
     say(f"smoke: a tiny stand-in for {model.base} ({kind}; {tokens}; random weights)")
-    return str(made)
+    return str(made), bool(own)

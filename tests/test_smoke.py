@@ -69,7 +69,7 @@ def test_only_size_and_length_are_cut_down(talks):
     assert (small.output_dir, small.seed, small.chat) == ("run-smoke", 7, some.chat)
     assert (small.data.sequence_len, small.data.packing, small.data.roles_to_train) == (LENGTH, False, ("user",))
     assert small.data.sources[0].path == talks
-    assert small.data.sources[0].max_rows == ROWS
+    assert small.data.sources[0].max_rows == ROWS["sft"]
     train = small.train
     assert (train.max_steps, train.num_epochs, train.micro_batch_size, train.weight_decay) == (STEPS, None, 2, 0.3)
     assert (train.schedule.type, train.schedule.warmup_steps) == ("linear", 1)
@@ -148,3 +148,74 @@ def test_odd_architectures_have_one_too(config, tmp_path):
     kind = build_standin(tmp_path, shrunk(config, 100))
     assert kind in ("llama", config.get("model_type"))
     AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_real_run_is_never_overwritten(talks, tmp_path):
+    from nesso_tune.errors import RunEnvironmentError
+    from nesso_tune.run import train
+
+    train(recipe("sft", tmp_path / "run-smoke", [talks], train={"max_steps": 1}, evaluation=None))
+    with pytest.raises(RunEnvironmentError, match="holds a run that is no smoke run"):
+        smoke_recipe(recipe("sft", tmp_path / "run", [talks]), {}, print)
+    assert (
+        smoke_recipe(recipe("sft", f"{tmp_path}/other/.", [talks]), {}, print).output_dir == f"{tmp_path}/other-smoke"
+    )
+
+
+ELSEWHERE = {"base": "a/b", "random_init": False}
+EARLY = {"max_steps": 10**4, "schedule": {"warmup_steps": 9, "constant_ratio": 0.2}}
+SETTINGS = {
+    "a long warm-up before an early end": {"train": EARLY},
+    "too long is an error": {"data": {"sequence_len": 64, "too_long": "error"}, "model": ELSEWHERE},
+    "a padding token of the base": {"chat": {"pad_token": "<|pad|>"}, "model": ELSEWHERE},
+    "nothing held out, nothing evaluated": {"data": {"validation_size": 0}, "evaluation": None},
+    "no end token": {"data": {"train_on_eos": "none", "packing": False}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sections", SETTINGS.values(), ids=SETTINGS)
+def test_recipes_that_are_right_run(talks, tmp_path, capsys, sections):
+    path = write_recipe(tmp_path / "r.yaml", recipe("sft", "run", [talks], **sections))
+    code, _, err = command(capsys, "train", path, "--smoke")
+    assert code == 0, err
+
+
+def test_sorted_and_sparse_sources_run(talks, tmp_path, capsys, write_rows, chats):
+    scored = write_rows([{**row, "score": 0.1} for row in chats], "scored.jsonl")
+    sources = [{"path": talks, "weight": 0.001}, {"path": scored, "min_score": 0.9, "score_field": "score"}]
+    some = recipe("sft", "run", [talks], data={"sources": sources})
+    code, _, err = command(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [({"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+     ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "multimodal"),
+     ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"), ([], "cannot be read")],
+)  # fmt: skip
+def test_what_version_1_does_not_train_is_refused(talks, tmp_path, base, capsys, config, says):
+    from nesso_tune.errors import ModelError
+
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_bytes((tmp_path / base / "tokenizer.json").read_bytes())
+    some = recipe("sft", "run", [talks], model={"base": str(folder)})
+    with pytest.raises(ModelError, match=says):
+        smoke_recipe(some, {}, print)
+    for verb in ("check", "train"):
+        code, _, err = command(capsys, verb, write_recipe(tmp_path / "r.yaml", some))
+        assert code == 4
+        assert says in err
+
+
+def test_a_mistyped_folder_is_not_taken_for_the_hub(talks, tmp_path, whole_base, capsys):
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "tiny").symlink_to(whole_base)
+    some = recipe("sft", "run", [talks], model={"base": "bases/tyny", "random_init": False})
+    path = write_recipe(tmp_path / "r.yaml", some)
+    for arguments in (["check", path], ["preview", path], ["train", path], ["train", path, "--smoke"]):
+        code, _, err = command(capsys, *arguments)
+        assert code == 4, arguments
+        assert "model.base bases/tyny: no such folder; did you mean bases/tiny?" in err

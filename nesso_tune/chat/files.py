@@ -2,36 +2,119 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from nesso_tune.chat.network import offline_if_unreachable
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
+from nesso_tune.recipes.bases import TABLE
+from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.sections import ModelSection
+from nesso_tune.recipes.shape import unsupported
 from nesso_tune.recipes.shipped import local_path
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
                    "generation_config.json", "chat_template*"]  # fmt: skip
 
 
-def base_folder(base: str, revision: str | None = None, weights: bool = False) -> Path:
+def base_folder(base: str, revision: str | None = None, weights: bool = False, where: str | None = None) -> Path:
     """The local folder with the base's tokenizer and configuration, and its weights if asked for.
+
+    Args:
+        base: folder or hub id.
+        revision: of a hub model.
+        weights: whether weights are needed too.
+        where: what errors call the base; the recipe's key by default.
 
     Raises:
         ModelError: if there is no such folder or hub model.
         RecipeError: for a revision of a local folder.
         RunEnvironmentError: if the hub cannot be reached and the files are not in its cache.
     """
-    folder = local_path(base)
+    folder, where = local_path(base), where or f"model.base {base}"
     if folder.is_dir():
         if revision is not None:
             raise RecipeError("model.revision", f"has no effect on the folder {base}", "remove it")
         if not any(folder.iterdir()):
-            raise ModelError(base, "the folder is empty", "name a folder with config.json, tokenizer.json and weights")
+            raise ModelError(where, "the folder is empty", "name a folder with config.json, tokenizer.json and weights")
         return folder
     if folder.exists():
-        raise ModelError(base, "is a file, not a model folder", "name the folder that holds config.json")
+        raise ModelError(where, "is a file, not a model folder", "name the folder that holds config.json")
     if not is_hub_id(base):
-        hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
-        raise ModelError(f"model.base {base}", "no such folder", hint)
-    return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])])
+        raise _no_such_folder(base, where)
+    return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])], where)
+
+
+def check_at_hand(model: ModelSection) -> None:
+    """What can be known of a base without the hub.
+
+    Raises:
+        ModelError: for a path that is no whole model, and for what could be a hub id but stands among folders here: it
+            is a path then, most likely misspelt.
+    """
+    base = model.base
+    if not local_path(base).exists():
+        if base.endswith("/final") or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
+            return
+        raise _no_such_folder(base, f"model.base {base}")
+    check_complete(base_folder(base, model.revision), model)
+
+
+def check_complete(folder: Path, model: ModelSection) -> None:
+    """Raises ModelError if a base's folder lacks its configuration, its tokenizer, or weights to start from."""
+    where = f"model.base {model.base}"
+    if not (folder / "config.json").is_file():
+        in_run = (folder / "final" / "config.json").is_file()
+        remedy = f"name {model.base.rstrip('/')}/final" if in_run else "name a folder that holds a whole model"
+        raise ModelError(where, "has no config.json", remedy)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        raise ModelError(where, "its config.json cannot be read", "fetch the model again")
+    if (reason := unsupported(config)) is not None:
+        raise ModelError(where, reason, "use another base")
+    if not tokenizer_files(folder):
+        raise ModelError(
+            where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
+        )
+    if not model.random_init and not has_weights(folder):
+        raise ModelError(
+            where, "has no weights (*.safetensors)",
+            "name a folder with weights, or set model.random_init: true to start from random ones",
+        )  # fmt: skip
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a model folder has weights in the one format that is read."""
+    return any(folder.glob("*.safetensors"))
+
+
+def unknown_base(base: str) -> str | None:
+    """What to say of a base that is not here: that a run makes it, or that it may be misspelt. None if it is here."""
+    if local_path(base).is_dir() or base in TABLE:
+        return None
+    if base.endswith("/final"):
+        return f"{base} is not there yet: an earlier recipe makes it"
+    return f"{base} is neither here nor a known base: its size is open{_near(base)}"
+
+
+def _near(base: str) -> str:
+    """A known base, or a folder beside it, whose name is nearly the same."""
+    parent = local_path(base).parent
+    folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    guess = closest(base, [*TABLE, *folders], 0.8)
+    exact = next((name for name in TABLE if name.lower() == base.lower()), guess)
+    return f"; did you mean {exact}?" if exact else ""
+
+
+def _no_such_folder(base: str, where: str) -> ModelError:
+    near = _near(base)
+    if near:
+        return ModelError(where, "no such folder", near.removeprefix("; "))
+    hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
+    return ModelError(where, "no such folder", hint)
 
 
 def base_at_hand(base: str, revision: str | None = None) -> Path | None:
@@ -44,6 +127,7 @@ def base_at_hand(base: str, revision: str | None = None) -> Path | None:
         return base_folder(base, revision)
     if not is_hub_id(base):
         return None
+    offline_if_unreachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -65,7 +149,8 @@ def is_hub_id(base: str) -> bool:
     return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not base.endswith("/final")
 
 
-def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _from_hub(repo: str, revision: str | None, patterns: list[str], where: str) -> Path:
+    offline_if_unreachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -75,7 +160,6 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    where = f"model.base {repo}"
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
@@ -83,7 +167,7 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except LocalEntryNotFoundError:
         raise RunEnvironmentError(
             where, "no such folder here, and the hub cannot be reached to look for it",
-            "check the path, or run `nesso-tune prepare` where there is a network",
+            f"check the name{_near(repo)}, or run `nesso-tune prepare` where there is a network",
         ) from None  # fmt: skip
     except (RepositoryNotFoundError, HFValidationError):
         raise ModelError(where, "no such folder here and no such model on the hub", "check the name") from None

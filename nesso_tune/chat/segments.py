@@ -42,8 +42,8 @@ def with_default_system(conversation: Conversation, default_system: DefaultSyste
     if default_system is None or (conversation.messages and conversation.messages[0].role == "system"):
         return conversation
     if isinstance(default_system, Mapping):
-        unknown = conversation.language == UNKNOWN_LANGUAGE  # then the first; of a language not listed, none
-        default_system = next(iter(default_system.values())) if unknown else default_system.get(conversation.language)
+        first = next(iter(default_system.values())) if conversation.language == UNKNOWN_LANGUAGE else None
+        default_system = default_system.get(conversation.language, first)  # of a language not listed, none
         if default_system is None:
             return conversation
     system = Message("system", default_system)

@@ -77,6 +77,12 @@ def load_template(name: str) -> ChatTemplate:
     if template.tools is not None:
         once += [(("tools", name), getattr(template.tools, name), f"{{{word}}}")
                  for name, word in (("offer", "tools"), ("call", "call"), ("result", "result"))]  # fmt: skip
+    for key in ("offer", "call", "result") if template.tools is not None else ():
+        if any(control for _, control in template.pieces(getattr(template.tools, key))):
+            raise RecipeError(
+                document.where(("tools", key)), f"`tools.{key}` holds a control token",
+                "write tags as plain text: answers are decoded without control tokens",
+            )  # fmt: skip
     for place, text, word in once:
         if text.count(word) > 1:
             key = ".".join(map(str, place))

@@ -95,17 +95,18 @@ class ChatTokenizer:
 def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
     """The base's tokenizer made ready for chat, by a recipe's sections. See `build_chat_tokenizer`."""
     folder = base_folder(model.base, model.revision)
-    return build_chat_tokenizer(folder, chat, where=f"model.base {model.base}")
+    where = f"model.base {model.base}"
+    return build_chat_tokenizer(folder, chat, where, trust_remote_code=model.trust_remote_code)
 
 
-def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTokenizer:
+def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str, trust_remote_code: bool = False) -> ChatTokenizer:
     """Reads a base's tokenizer and makes it ready for chat.
 
     Raises:
         ModelError: if there is no tokenizer, or its reserved slots do not suffice.
         RecipeError: if the end or padding token does not fit the template.
     """
-    tokenizer, config = _read_files(folder, where)
+    tokenizer, config = _read_files(folder, where, trust_remote_code)
     own = config.pop(CHAT_KEY, None)
     template = _own_or_named(own, chat, where)
     if chat.default_system == {}:
@@ -148,11 +149,11 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str) -> ChatTok
     )
 
 
-def _read_files(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_files(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of tokenizer.json, and bos, eos, context length and own template from the files beside it."""
     try:
         if not (folder / "tokenizer.json").is_file():
-            return _converted(folder, where)
+            return _converted(folder, where, trust_remote_code)
         tokenizer = _json(folder / "tokenizer.json")
         if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
             raise ValueError("tokenizer.json holds no vocabulary")
@@ -186,12 +187,12 @@ def _parsed(text: str, where: str) -> Tokenizer:
         raise ModelError(where, f"its tokenizer.json is damaged ({error})", "fetch the model again") from None
 
 
-def _converted(folder: Path, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _converted(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tokenizers in older file formats, converted by transformers."""
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with TemporaryDirectory() as converted:
             loaded.save_pretrained(converted)
             return _json(Path(converted) / "tokenizer.json"), _json(Path(converted) / "tokenizer_config.json")

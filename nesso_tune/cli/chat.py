@@ -25,7 +25,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 answers greedily.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the likeliest words to draw from.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the likeliest words to draw from.")] = 1.0,
 ) -> None:
     """Talk to a model."""
     from nesso_tune.publish.dialogue import Dialogue, converse, read_tool_file
@@ -33,6 +33,8 @@ def chat(
 
     if top_p < 1 and temperature == 0:
         raise RecipeError("--top-p", "has no effect on greedy answers", "set --temperature above 0, or remove it")
+    if prompt is not None and not prompt.strip():
+        raise RecipeError("--prompt", "is empty", "give it a text, or leave it out to talk")
     offered = read_tool_file(tools) if tools is not None else ()
     talker = load_talker(model)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

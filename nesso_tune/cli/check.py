@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import Annotated
 
 import typer
 
+from nesso_tune.chat.files import check_at_hand, unknown_base
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
 from nesso_tune.data.volume import find_volume
 from nesso_tune.recipes.describe import describe
@@ -27,10 +29,11 @@ def check(
 ) -> None:
     """Validate a recipe and show what it would do."""
     (loaded,) = load_all([recipe], settings)
+    check_at_hand(loaded.model)
     world = World(nodes * gpus_per_node, None if gpu is None else find_gpu(gpu))
     plan = make_plan(loaded, world, find_volume(loaded))
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
-        closing = ["", f"next: nesso-tune preview {recipe}"]
-        print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded.data.sequence_len), *closing]))
+        closing = ["", f"next: nesso-tune preview {shlex.quote(recipe)}"]
+        print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,18 +11,18 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.files import base_folder, is_hub_id
+from nesso_tune.chat.files import check_at_hand, has_weights, unknown_base
 from nesso_tune.data.detect import Detected, detect
-from nesso_tune.data.files import looks_like_data
-from nesso_tune.draft import draft, languages_of, own_template, usable_note
+from nesso_tune.data.files import expand, is_local, looks_like_data
+from nesso_tune.draft import Base, draft, languages_of, own_template, usable_note
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError
-from nesso_tune.recipes.bases import TABLE
+from nesso_tune.recipes.describe import in_short
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.recipes.shape import ModelShape, find_shape
+from nesso_tune.recipes.shape import find_shape
 from nesso_tune.recipes.shipped import catalogue, local_path
 
 DEFAULT_BASE = "mii-llm/zagreus-0.4B-ita"
@@ -29,7 +30,7 @@ DEFAULT_BASE = "mii-llm/zagreus-0.4B-ita"
 
 def init(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]", help="Name of the recipe: NAME.yaml is written.")
+        list[str] | None, typer.Argument(metavar="NAME", help="NAME.yaml is written; my-sft or my-dpo if left out.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="ID|FOLDER", help="Base model; for DPO the result of SFT.")
@@ -50,25 +51,38 @@ def init(
     own = [word for word in positional if not looks_like_data(word)]
     if len(own) > 1:
         raise RecipeError("init", f"takes one NAME, not {', '.join(own)}", "name data files with --data")
+    data = [path for path in dict.fromkeys(data) if path.strip()]
     if not data:
         raise DataError("init", "no data is named", "add --data FILE (jsonl, json, parquet, a folder or a hub id)")
-    found = [detect(path) for path in dict.fromkeys(data)]
+    found = [part for path in data for part in _detected(path)]
     kind = _method(method, found)
-    file = Path(own[0] if own else kind)
+    file = Path(own[0] if own else f"my-{kind}")
     file = file if file.suffix in (".yaml", ".yml") else file.with_name(f"{file.name}.yaml")
     if file.exists():
         raise RunEnvironmentError(str(file), "is there already", "give another NAME, or remove it")
-    base = base or _default_base(kind)
+    base = base.strip() if base else _default_base(kind)
     parent = _recipe_that_makes(base, file.parent)
-    shape, chat = _look_at(base) if parent is None else (find_shape(parent[1].model), None)
-    text = draft(file.stem, str(file), base, kind, found, shape, chat)
+    start = _look_at(base) if parent is None else Base(base, find_shape(parent[1].model), None)
+    text = draft(file.stem, str(file), start, kind, found)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
     (file.parent / FILE).write_text(schema, encoding="utf-8")
-    print("\n".join(_summary(file, kind, base, shape, found)))
+    print("\n".join(_summary(file, kind, start, found)))
+    if kind == "dpo" and start.template is not None:
+        print(f"note: {base} was not trained on conversations here; DPO usually starts from the result of SFT")
     if parent is not None:
-        print(f"later: nesso-tune train {parent[0]} {file}, one after the other")
+        print(f"later: nesso-tune train {shlex.quote(str(parent[0]))} {shlex.quote(str(file))}, one after the other")
+
+
+def _detected(path: str) -> list[Detected]:
+    """What a path holds: one source, or one for each file where the files of a folder or pattern are not alike."""
+    files = expand(path) if is_local(path) else []
+    if len(files) < 2:
+        return [detect(path)]
+    parts = [detect(str(file)) for file in files]
+    alike = {(part.method, part.format, str(part.fields), part.language) for part in parts}
+    return [detect(path)] if len(alike) == 1 else parts
 
 
 def _method(said: str | None, found: Sequence[Detected]) -> str:
@@ -104,28 +118,24 @@ def _default_base(method: str) -> str:
     return DEFAULT_BASE
 
 
-def _look_at(base: str) -> tuple[ModelShape | None, str | None]:
-    """The shape of a base, if it is known, and the name of a template for it, unless it brings its own.
+def _look_at(base: str) -> Base:
+    """What can be known of a base without fetching it.
 
     Raises:
         ModelError: for a path that is no model folder.
     """
-    folder = local_path(base)
-    shape = find_shape(ModelSection(base=base))
-    if folder.exists() or not (is_hub_id(base) or base.endswith("/final")):
-        folder = base_folder(base)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"--base {base}", "has no config.json", "name a folder that holds a whole model")
-        config = folder / "tokenizer_config.json"
-        if config.is_file() and own_template(json.loads(config.read_text(encoding="utf-8"))):
-            return shape, None
-    elif base.endswith("/final"):
-        return shape, None  # a run will make it
-    elif shape is None:
-        guess = closest(base, TABLE, 0.8)
-        near = f"; did you mean {guess}?" if guess else ""
-        print(f"{base}: not fetched yet and not in the table of known bases: its size is open{near}", file=sys.stderr)
-    return shape, "llama3" if base.startswith("meta-llama/Llama-3") else "chatml"
+    model = ModelSection(base=base, random_init=True)  # `draft` says so where there are no weights
+    check_at_hand(model)
+    shape = find_shape(model)
+    config = local_path(base) / "tokenizer_config.json"
+    if base.endswith("/final") and not local_path(base).exists():
+        return Base(base, shape, None)  # a run will make it
+    if config.is_file() and own_template(config):
+        return Base(base, shape, None)
+    if shape is None and (note := unknown_base(base)):
+        print(note, file=sys.stderr)
+    without_weights = local_path(base).is_dir() and not has_weights(local_path(base))
+    return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else "chatml", without_weights)
 
 
 def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:
@@ -142,17 +152,22 @@ def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:
     return None
 
 
-def _summary(file: Path, method: str, base: str, shape: ModelShape | None, found: Sequence[Detected]) -> list[str]:
-    size = f" ({shape.parameters / 1e6:,.1f} M parameters)" if shape else ""
-    lines = [f"{file}: {method} from {base}{size}"]
+def _summary(file: Path, method: str, base: Base, found: Sequence[Detected]) -> list[str]:
+    size = f" ({in_short(base.shape.parameters)} parameters)" if base.shape else ""
+    lines = [f"{file}: {method} from {base.name}{size}"]
     for part in found:
         rows = f"{part.rows:,} rows, " if part.rows is not None else ""
         tools = f", {part.tools:.0%} with tools" if part.tools else ""
-        columns = "".join(f", {key} {value}" for key, value in part.fields.items())
+        columns = "".join(f", {key} {_shown(value)}" for key, value in part.fields.items())
         lines.append(f"  {part.path}: {rows}format {part.format}{columns}; {languages_of(part)}{tools}")
         lines += [f"  note: {note}" for note in [usable_note(part)] if note]
+        lines += [f"  not used: {', '.join(part.unused)}"] if part.unused else []
     return [*lines, f"  {file.parent / FILE}: for editors, which then complete and check the recipe",
-            f"next: nesso-tune check {file}"]  # fmt: skip
+            f"next: nesso-tune check {shlex.quote(str(file))}"]  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return ", ".join(f"{a} = {b}" for a, b in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _entry_lines() -> list[str]:

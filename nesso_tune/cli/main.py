@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+from importlib.metadata import version
 
 import typer
 
@@ -35,8 +36,17 @@ for verb in (init, check, prepare, preview, train, chat, schema):
     app.command()(verb)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nesso-tune {version('nesso-tune')}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    show_version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Show the version."
+    ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (works after the verb too)."),
 ) -> None:
     """Read before the verb; `main` has already taken `--debug` out of the arguments."""
@@ -81,4 +91,6 @@ def _of_os(error: OSError) -> RunEnvironmentError:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
+        return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path")
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.cli.options import RecipeArgument, SetOption, load_all
+from nesso_tune.errors import RunEnvironmentError
 
 
 def preview(
@@ -25,10 +27,12 @@ def preview(
     (loaded,) = load_all([recipe], settings)
     view = of(loaded, count)
     if html is not None:
+        if html.is_dir():
+            raise RunEnvironmentError(str(html), "is a folder", "name a file, e.g. page.html")
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(view.to_html(), encoding="utf-8")
         print(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print(view.to_text(shutil.get_terminal_size().columns, colour))
-    print(f"next: nesso-tune train {recipe} --smoke", file=sys.stderr)
+    print(f"\nnext: nesso-tune train {shlex.quote(recipe)} --smoke")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from nesso_tune.chat.files import check_at_hand
 from nesso_tune.chat.template import load_template
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.data.files import is_local
@@ -38,11 +40,14 @@ def train(
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
     loaded = load_all(recipes, settings)
+    if resume not in ("auto", "never") and not Path(resume).exists():
+        raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
+    _check_folders(recipes, loaded)
     if smoke:
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
     _check_bases(loaded)
-    _check_beforehand(recipes, loaded)
+    _check_beforehand(loaded)
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     from nesso_tune.run import train as run_one
@@ -61,7 +66,11 @@ def train(
             raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
         _say(f"{name}: {'model in' if result.trained else 'this run is finished: model in'} {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
-    _say(f"next: nesso-tune chat {result.model_dir}")
+    if smoke:
+        _say(f"smoke: passed; the weights are random, so `nesso-tune chat {result.model_dir}` talks nonsense")
+        _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
+    else:
+        _say(f"next: nesso-tune chat {shlex.quote(str(result.model_dir))}")
 
 
 def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:
@@ -79,19 +88,23 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
     return [smoke_recipe(recipe, made, _say) for recipe in recipes]
 
 
-def _check_beforehand(names: list[str], recipes: list[Recipe]) -> None:
-    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates,
-    separate run directories.
-
-    Raises:
-        RecipeError, DataError: naming the recipe.
-    """
+def _check_folders(names: list[str], recipes: list[Recipe]) -> None:
+    """Raises RecipeError if two recipes have one run directory."""
     folders: dict[Path, str] = {}
     for name, recipe in zip(names, recipes, strict=True):
         folder = Path(recipe.output_dir).resolve()
         if folder in folders:
             raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
         folders[folder] = name
+
+
+def _check_beforehand(recipes: list[Recipe]) -> None:
+    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates.
+
+    Raises:
+        RecipeError, DataError: naming the key or the file.
+    """
+    for recipe in recipes:
         make_plan(recipe, World(int(os.environ.get("WORLD_SIZE", "1"))))
         if recipe.chat.template is not None:
             load_template(recipe.chat.template)
@@ -108,13 +121,14 @@ def _check_bases(recipes: list[Recipe]) -> None:
     """
     made: list[Path] = []
     for recipe in recipes:
-        base = Path(recipe.model.base).resolve()
-        local = recipe.model.base.startswith((".", "/", "~")) or recipe.model.base.count("/") != 1
-        if base not in made and local and not local_path(recipe.model.base).exists():
-            raise ModelError(
-                f"model.base {recipe.model.base}", "no such folder",
-                "run the recipe that makes it first, in the same command or before",
-            )  # fmt: skip
+        base = recipe.model.base
+        if Path(base).resolve() not in made:
+            check_at_hand(recipe.model)
+            if base.endswith("/final") and not local_path(base).exists():
+                raise ModelError(
+                    f"model.base {base}", "no such folder",
+                    "run the recipe that makes it first, in the same command or before",
+                )  # fmt: skip
         made.append((Path(recipe.output_dir) / "final").resolve())
 
 

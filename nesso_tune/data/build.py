@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,8 @@ from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
 from nesso_tune.data.documents import DocumentWriter, open_documents
-from nesso_tune.data.read import Item, read_items
+from nesso_tune.data.read import Drops, Item, read_items
+from nesso_tune.data.tools import Unusable
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import Source
@@ -24,6 +24,7 @@ REMEDIES = {  # of the reason why most rows were dropped, when nothing is left
     "too_long": "raise data.sequence_len",
     "nothing_to_learn": "check data.roles_to_train",
     "below_min_score": "lower min_score",
+    "unknown_role": "say what the data's roles are here, e.g. roles: {utente: user, assistente: assistant}",
 }
 
 
@@ -37,24 +38,24 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
         DataError: if a file cannot be read, has another format than named, or nothing usable is in them.
     """
     writer = DocumentWriter(folder, 1 if isinstance(recipe, SFTRecipe) else 3)
-    read, dropped, kept_by_source = 0, Counter[str](), []
+    read, dropped, kept_by_source = 0, Drops(), []
     for position, source in enumerate(sources):
-        reasons, count = Counter[str](), 0
+        reasons, count = Drops(), 0
         for entry, language, is_row in _entries(recipe, source, chat, reasons):
             count += is_row
             if entry is not None:
                 writer.add(entry, language, position)
         read += count
-        dropped += reasons
+        dropped.absorb(reasons)
         kept_by_source.append((source.path, count, dict(reasons)))
     names = writer.close()
     documents = open_documents(folder, names, writer.parts)
     if len(documents) == 0:
-        why = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common()) or "there are no rows"
+        why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
         main = dropped.most_common(1)[0][0] if dropped else ""
         raise DataError(
             ", ".join(source.path for source in sources),
-            f"none of {read:,} rows can be used ({why})",
+            f"none of {read:,} rows can be used ({why or 'there are no rows'})",
             REMEDIES.get(main, "correct the data, or the columns and the format that the recipe names"),
         )
     everything = np.arange(len(documents))
@@ -68,6 +69,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
         "rows_read": read,
         "rows_kept": counts["rows"],
         "dropped": dict(dropped.most_common()),
+        "examples_of_dropped": {reason: dropped.examples[reason] for reason, _ in dropped.most_common()},
         "tokens": counts["tokens"],
         "supervised_tokens": counts["supervised_tokens"],
         "languages": dict(sorted(languages.items())),
@@ -77,7 +79,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
 
 
 def _entries(
-    recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Counter[str]
+    recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Drops
 ) -> Iterator[tuple[Encoded | EncodedPair | None, str, int]]:
     """Every row of a source as (encoded or None, language, 1); drops are counted by reason."""
     rows = read_items(source, recipe.method, dropped)
@@ -96,17 +98,18 @@ def _encode(recipe: Recipe, chat: ChatTokenizer, items: list[Item]) -> Sequence[
     return chat.encoder.pairs([item for item in items if isinstance(item, PreferencePair)])
 
 
-def _fitted(
-    entry: Encoded | EncodedPair, recipe: Recipe, where: str, dropped: Counter[str]
-) -> Encoded | EncodedPair | None:
+def _fitted(entry: Encoded | EncodedPair, recipe: Recipe, where: str, dropped: Drops) -> Encoded | EncodedPair | None:
     """The entry if it can be trained on, cut if the recipe says so, or None with the reason counted."""
     limit = recipe.data.sequence_len
     if isinstance(entry, EncodedPair):
+        if entry.chosen == entry.rejected:  # one of them a call as text, say
+            dropped.note(Unusable("chosen_equals_rejected"), where)
+            return None
         length = len(entry.prompt) + max(len(entry.chosen), len(entry.rejected))
     else:
         length = len(entry.ids)
         if not any(entry.trained[1:]):
-            dropped["nothing_to_learn"] += 1
+            dropped.note(Unusable("nothing_to_learn"), where)
             return None
     if length <= limit:
         return entry
@@ -117,5 +120,5 @@ def _fitted(
     if isinstance(recipe, SFTRecipe) and isinstance(entry, Encoded) and recipe.data.too_long == "truncate":
         cut = entry.cut_to(limit, learn_end=recipe.data.train_on_eos == "last")
     if cut is None:
-        dropped["too_long"] += 1
+        dropped.note(Unusable("too_long", f"{length:,} tokens"), where)
     return cut

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message, PreferencePair
 from nesso_tune.data.formats import DataFormat, Row, find
-from nesso_tune.data.tools import Tool, Unusable, read_calls, read_tools
+from nesso_tune.data.tools import Tool, Unusable, read_calls, read_json, read_tools
 from nesso_tune.recipes.sections import Source
 
 AUTO = "auto"  # of a source's language
-LANGUAGE_NAMES = {"italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en"}
+LANGUAGE_NAMES = {
+    "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
+    "german": "de", "spanish": "es", "portuguese": "pt",
+}  # fmt: skip
+CODE = re.compile(r"[a-z]{2,3}")
 
 
 def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Conversation:
@@ -86,21 +91,22 @@ def language_of(row: Row, source: Source) -> str:
 
 
 def _code(said: str) -> str:
-    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`."""
+    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; `und` for what is no code, e.g. `Python`."""
     code = said.strip().lower().replace("_", "-").split("-")[0]
-    return LANGUAGE_NAMES.get(code, code)
+    code = LANGUAGE_NAMES.get(code, code)
+    return code if CODE.fullmatch(code) else UNKNOWN_LANGUAGE
 
 
 def _column(row: Row, names: Sequence[str]) -> Any:
     column = find(row, names)
     if column is None or row[column] is None:
-        raise Unusable("missing_field")
+        raise Unusable("missing_field", f"no {' or '.join(names)} in {', '.join(row) or 'an empty object'}")
     return row[column]
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise Unusable("content_not_text")
+        raise Unusable("content_not_text", type(value).__name__)
     try:
         value.encode()
     except UnicodeEncodeError:  # a lone surrogate
@@ -109,15 +115,16 @@ def _text(value: Any) -> str:
 
 
 def _messages(value: Any, fmt: DataFormat) -> list[Message]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = read_json(value, "no_messages")
     if not isinstance(value, list) or not value:
         raise Unusable("no_messages")
     messages: list[Message] = []
     for entry in value:
-        message = _message(entry, fmt)
-        if (
-            _is_call(entry, fmt) and messages and messages[-1].role == "assistant"
-        ):  # one turn: its words, then its calls
-            last = messages.pop()
+        message, last = _message(entry, fmt), messages[-1] if messages else None
+        of_one_turn = last is not None and last.role == "assistant" and last.train == message.train
+        if last is not None and of_one_turn and _is_call(entry, fmt):  # its words, then its calls
+            messages.pop()
             message = replace(last, tool_calls=(*last.tool_calls, *message.tool_calls))
         messages.append(message)
     return messages
@@ -132,9 +139,9 @@ def _message(entry: Any, fmt: DataFormat) -> Message:
         raise Unusable("train_not_true_or_false")
     if _is_call(entry, fmt):
         return Message("assistant", "", read_calls(_column(entry, fmt.content_field)), train=train)
-    role = fmt.roles.get(said) if isinstance(said, str) else None
+    role = fmt.role_of(said)
     if role is None:
-        raise Unusable("unknown_role")
+        raise Unusable("unknown_role", f"`{said}`")
     calls = read_calls(entry["tool_calls"]) if entry.get("tool_calls") else ()
     if calls and role != "assistant":
         raise Unusable("tool_call_not_by_assistant")

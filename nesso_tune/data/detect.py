@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 from nesso_tune.data.convert import AUTO, language_of, to_conversation, to_pair
 from nesso_tune.data.files import is_local
-from nesso_tune.data.formats import Row, load_format, recognise
-from nesso_tune.data.guess import guess_fields
+from nesso_tune.data.formats import Row, described, load_format, recognise
+from nesso_tune.data.guess import guess_fields, used_columns
 from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.read import Item
+from nesso_tune.data.read import Drops, Item
 from nesso_tune.data.sources import count_rows
 from nesso_tune.data.spread import spread_rows
 from nesso_tune.data.tools import Unusable
@@ -40,6 +40,7 @@ class Detected:
         language: what the recipe should say: a code, `auto`, or None where each row says its own.
         characters: length of every usable row that was looked at.
         tools: share of rows that offer or call tools.
+        unused: columns of its rows that nothing is made of.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Detected:
     language: str | None
     characters: tuple[int, ...] = field(repr=False)
     tools: float = 0.0
+    unused: tuple[str, ...] = ()
 
 
 def detect(path: str) -> Detected:
@@ -66,10 +68,11 @@ def detect(path: str) -> Detected:
     if not rows:
         raise DataError(path, "holds no rows", "give a file with rows")
     name, fields = _shape(plain, rows)
+    _check_labels(path, rows)
     source = Source(path=path, format=name, **fields)
     items, dropped = _items(source, rows)
     if not items:
-        why = ", ".join(f"{reason}: {n}" for reason, n in dropped.most_common())
+        why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
         raise DataError(path, f"looks like format {name}, but none of {len(rows)} rows can be used ({why})",
                         "correct the data, or name its columns in a recipe (see docs/recipe.md)")  # fmt: skip
     said = [item.language for item in items]
@@ -88,35 +91,46 @@ def detect(path: str) -> Detected:
         language=None if by_rows else _one_language(shares) or AUTO,
         characters=tuple(map(_characters, items)),
         tools=sum(map(_has_tools, items)) / len(items),
+        unused=tuple(sorted({column for row in rows for column in row} - used_columns(name, fields, rows))),
     )
 
 
 def _shape(source: Source, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
     """The format of rows, and the columns it does not find by itself."""
     name = recognise(source, rows)
-    if name is not None:
+    if name is not None and _items(source.model_copy(update={"format": name}), rows)[0]:
         return name, {}
     guessed = guess_fields(rows)
     if guessed is not None:
         return guessed
-    columns = ", ".join(sorted({column for row in rows for column in row})) or "none"
+    if name is not None:
+        return name, {}
     raise DataError(
-        source.path, f"its shape is not recognised (its columns are {columns})",
+        source.path, f"its shape is not recognised (its columns are {described(rows)})",
         "rename the columns to those of a known shape (messages; prompt and response; prompt, chosen and rejected), or "
-        "name them in a recipe (prompt_field and response_field, …) or in a format file as in data_templates/formats/",
+        "name them in a recipe (prompt_field and response_field, …)",
     )  # fmt: skip
 
 
-def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Counter[str]]:
+def _check_labels(path: str, rows: Sequence[Row]) -> None:
+    """Raises DataError for answers that are each marked good or bad: learning both alike would be a silent mistake."""
+    if sum(isinstance(row.get("label"), bool) and "completion" in row for row in rows) > len(rows) / 2:
+        raise DataError(
+            path, "each answer has a `label`, true or false (as for KTO, which is not in version 1)",
+            "keep the rows with label: true for SFT, or make pairs of a good and a bad answer for DPO",
+        )  # fmt: skip
+
+
+def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Drops]:
     fmt = load_format(source.format).adapted(source)
     convert = to_pair if fmt.kind == "preference" else to_conversation
     items: list[Item] = []
-    dropped = Counter[str]()
-    for row in rows:
+    dropped = Drops()
+    for i, row in enumerate(rows):
         try:
             items.append(convert(row, fmt, language_of(row, source), source.path))
-        except Unusable as reason:
-            dropped[str(reason)] += 1
+        except Unusable as why:
+            dropped.note(why, f"row {i + 1} of those looked at")
     return items, dropped
 
 
@@ -128,10 +142,15 @@ def _one_language(shares: Mapping[str, float]) -> str | None:
 
 
 def _characters(item: Item) -> int:
+    """Length of a conversation, or of a prompt and the longer answer, with the tools on offer and the calls."""
+
+    def of(*turns: Message) -> int:
+        return sum(len(turn.content) + sum(len(str(call)) + 40 for call in turn.tool_calls) for turn in turns)
+
+    offered = sum(len(str(tool)) for tool in item.tools)
     if isinstance(item, Conversation):
-        return sum(len(m.content) for m in item.messages) + sum(len(str(tool)) for tool in item.tools)
-    prompt = sum(len(m.content) for m in item.prompt)
-    return prompt + max(len(item.chosen.content), len(item.rejected.content))
+        return offered + of(*item.messages)
+    return offered + of(*item.prompt) + max(of(item.chosen), of(item.rejected))
 
 
 def _has_tools(item: Item) -> bool:

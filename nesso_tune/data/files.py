@@ -9,9 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.errors import DataError
+from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.shipped import local_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
+TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
+TO_LINES = (
+    "make JSON lines of it, e.g. python -c \"import pandas; pandas.read_csv('{file}').to_json('{stem}.jsonl', "
+    "orient='records', lines=True)\""
+)
 GLOB = frozenset("*?[")
 GZIP, ZIP, ZSTD = b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"
 Located = tuple[dict[str, Any], str]  # a row and where it stands (`file:line`)
@@ -23,8 +29,8 @@ def is_local(path: str) -> bool:
 
 
 def looks_like_data(path: str) -> bool:
-    """Whether a word on the command line can only mean data: a file of rows, a folder of them, or a pattern."""
-    return bool(GLOB & set(path)) or _holds_rows(path) or local_path(path).is_dir()
+    """Whether a word on the command line can only mean data: a file of rows, or a pattern."""
+    return bool(GLOB & set(path)) or _holds_rows(path) or path.lower().endswith(TABLES)
 
 
 def _looks_like_a_file(path: str) -> bool:
@@ -58,11 +64,14 @@ def expand(path: str) -> list[Path]:
         if files:
             return files
         raise DataError(path, "matches no file", "check the pattern; it is relative to the working directory")
-    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in SUFFIXES)[:5] if root.parent.is_dir() else []
-    there = (
-        f"{root.parent} has {', '.join(near)}" if near else "check the path; it is relative to the working directory"
-    )
-    raise DataError(path, "no such file", there)
+    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in SUFFIXES) if root.parent.is_dir() else []
+    if guess := closest(root.name, near):
+        remedy = f"did you mean {root.parent / guess}?"
+    elif near:
+        remedy = f"{root.parent} has {', '.join(near[:5])}{' …' if len(near) > 5 else ''}"
+    else:
+        remedy = "check the path; it is relative to the working directory"
+    raise DataError(path, "no such file", remedy)
 
 
 def content_hash(files: list[Path]) -> str:
@@ -83,13 +92,18 @@ def is_lines(file: Path) -> bool:
 
 
 def count_lines(files: list[Path]) -> int:
-    """Line breaks of all files."""
+    """Lines of all files that are not blank."""
     count = 0
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                count += chunk.count(b"\n")
+            count += sum(1 for line in stream if not line.isspace())
     return count
+
+
+def is_array(file: Path) -> bool:
+    """Whether a file holds one JSON array, whatever its name says."""
+    with file.open("rb") as stream:
+        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def read_rows(file: Path) -> Iterator[Located]:
@@ -101,13 +115,15 @@ def read_rows(file: Path) -> Iterator[Located]:
     if file.suffix.lower() == ".parquet":
         yield from _parquet(file)
         return
+    if file.suffix.lower() in TABLES:
+        raise DataError(str(file), f"{file.suffix} files are not read", TO_LINES.format(file=file, stem=file.stem))
     with file.open("rb") as stream:
         head = stream.read(4096)
     if head.startswith((GZIP, ZIP, ZSTD)):
         raise DataError(str(file), "is compressed", "unpack it first (gunzip, unzip, zstd -d)")
     if not head.removeprefix(b"\xef\xbb\xbf").strip():
         raise DataError(str(file), "is empty", "give a file with rows, or remove the source")
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+    if is_array(file):
         yield from _array(file)
     else:
         yield from _lines(file)
@@ -137,9 +153,13 @@ def _array(file: Path) -> Iterator[Located]:
     except UnicodeDecodeError:
         raise DataError(str(file), "is not UTF-8 text", "convert the file, e.g. with iconv -t UTF-8") from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{error.lineno}", f"is not JSON ({error.msg})", "correct the file") from None
-    except RecursionError:
-        raise DataError(str(file), "is nested too deeply", "correct the file") from None
+        several = "Extra data" in error.msg
+        remedy = (
+            'if every line is a list of messages, write {"messages": [...]} on each' if several else "correct the file"
+        )
+        raise DataError(f"{file}:{error.lineno}", f"is not JSON ({error.msg})", remedy) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
+        raise DataError(str(file), f"is not readable JSON ({_reason(error)})", "correct the file") from None
     for i, row in enumerate(rows):
         where = f"{file} row {i + 1}"
         yield _object(row, where), where
@@ -155,10 +175,21 @@ def _parquet(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield row, f"{file} row {number}"
+                    yield without_nulls(row), f"{file} row {number}"
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         what = str(error).partition("\n")[0]
         raise DataError(str(file), f"is not a readable Parquet file ({what})", "check the file") from None
+
+
+def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table without the nulls inside its columns: there every object has the keys of all others."""
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cleaned(item) for key, item in value.items() if item is not None}
+        return [cleaned(item) for item in value] if isinstance(value, list) else value
+
+    return {column: cleaned(value) for column, value in row.items()}
 
 
 def _object(row: Any, where: str) -> dict[str, Any]:
@@ -170,4 +201,6 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)

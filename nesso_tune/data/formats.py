@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -27,7 +29,7 @@ class DataFormat(Section):
     role_field: Names = ()
     content_field: Names = ()
     system_field: Names = ()
-    tools_field: Names = ("tools",)
+    tools_field: Names = ()
     prompt_field: Names = ()
     input_field: Names = ()
     response_field: Names = ()
@@ -41,8 +43,14 @@ class DataFormat(Section):
         """This format with the columns and roles that a source names instead."""
         named: dict[str, Any] = {f: (getattr(source, f),) for f in FIELDS if getattr(source, f) is not None}
         if source.roles is not None:
-            named["roles"] = source.roles
+            named["roles"] = {**self.roles, **source.roles}
         return self.model_copy(update=named)
+
+    def role_of(self, said: Any) -> Role | None:
+        """What a role of the data is called here; capitals do not count where the data's own word is not listed."""
+        if not isinstance(said, str):
+            return None
+        return self.roles.get(said) or self.roles.get(said.strip().lower())
 
     @property
     def required(self) -> tuple[Names, ...]:
@@ -59,6 +67,9 @@ class DataFormat(Section):
             return False
         if self.kind == "conversation":
             messages = row[find(row, self.messages_field) or ""]
+            if isinstance(messages, str) and messages.lstrip().startswith("["):
+                with suppress(ValueError):
+                    messages = json.loads(messages)
             if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
                 return False
             return find(messages[0], self.role_field) is not None and find(messages[0], self.content_field) is not None
@@ -99,17 +110,27 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
     if found is not None:
         return load_format(found).adapted(source)
-    columns = sorted({column for row in rows for column in row})
-    has = f"its columns are {', '.join(columns) or 'none'}"
+    raise _not_of_format(source, rows)
+
+
+def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
+    """What rows lack for the format that a source names, and what they look like instead."""
+    has = f"its columns are {described(rows)}"
     if source.format == "auto":
-        raise DataError(
+        return DataError(
             source.path, f"its format is not recognised ({has})",
             "name the columns (messages_field, or prompt_field and response_field, …) or a format",
         )  # fmt: skip
+    likes = recognise(Source(path=source.path), rows)
+    if likes not in (None, source.format):
+        what = f"its rows are not of format {source.format} ({has})"
+        pairs = " (preference pairs: for method: dpo)" if likes == "preference" else ""
+        return DataError(source.path, what, f"they look like format {likes}{pairs}: set format: {likes}, or auto")
+    columns = sorted({column for row in rows for column in row})
     fmt = load_format(source.format).adapted(source)
     for missing in (names for names in fmt.required if not any(find(row, names) for row in rows)):
         guess = closest(missing[0], columns)
-        raise DataError(
+        return DataError(
             source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
             f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
         )  # fmt: skip
@@ -117,4 +138,15 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     if fmt.kind == "conversation":
         inside = f"messages with {'/'.join(fmt.role_field)} and {'/'.join(fmt.content_field)} in them"
         remedy = "set role_field and content_field to the keys of a message"
-    raise DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)
+    return DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)
+
+
+def described(rows: Sequence[Row]) -> str:
+    """The columns of rows, and the keys of the objects that lists among them hold."""
+    shown = []
+    for column in sorted({column for row in rows for column in row}):
+        value = next((row[column] for row in rows if row.get(column)), None)
+        first = value[0] if isinstance(value, list) and value else None
+        keys = f" (a list of objects with {', '.join(map(str, first))})" if isinstance(first, Mapping) else ""
+        shown.append(f"{column}{keys}")
+    return ", ".join(shown) or "none"

@@ -6,19 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nesso_tune.data.formats import Row
+from nesso_tune.data.formats import Row, load_format
 
-PROMPTS = ("instruction", "prompt", "question", "query", "input", "user", "request", "domanda", "istruzione",
-           "richiesta", "prompt_it", "text", "source", "context")  # fmt: skip
+PROMPTS = ("instruction", "prompt", "question", "query", "request", "user", "input", "domanda", "istruzione",
+           "richiesta", "utente", "quesito")  # fmt: skip
+INPUTS = ("context", "contesto", "input", "ingresso", "passage", "brano", "document", "documento", "testo", "text")
 ANSWERS = ("output", "response", "answer", "completion", "reply", "assistant", "target", "risposta", "gpt", "solution",
-           "soluzione", "text_output")  # fmt: skip
-BETTER = ("chosen", "preferred", "better", "win", "winner", "accepted", "good", "scelta", "scelto", "preferita",
-          "migliore", "response_chosen")  # fmt: skip
-WORSE = ("rejected", "dispreferred", "worse", "lose", "loser", "refused", "bad", "rifiutata", "rifiutato", "scartata",
-         "peggiore", "response_rejected")  # fmt: skip
+           "uscita", "assistente", "soluzione")  # fmt: skip
+BETTER = ("chosen", "preferred", "better", "win", "winner", "accepted", "scelta", "scelto", "preferita", "migliore",
+          "response_chosen", "risposta_scelta", "risposta_preferita")  # fmt: skip
+WORSE = ("rejected", "dispreferred", "worse", "lose", "loser", "refused", "rifiutata", "rifiutato", "scartata",
+         "peggiore", "response_rejected", "risposta_rifiutata", "risposta_scartata")  # fmt: skip
+LANGUAGES = ("lingua", "lang_code", "language_code", "locale", "idioma")
+CONTENTS = ("content", "value", "text", "testo", "message", "messaggio", "utterance", "contenuto", "body", "corpo")
 ROLES = {
-    "system": ("system", "sistema", "developer", "context"),
-    "user": ("user", "human", "utente", "umano", "prompter", "customer", "client", "cliente", "person", "question"),
+    "system": ("system", "sistema", "developer"),
+    "user": ("user", "human", "utente", "umano", "prompter", "customer", "client", "cliente", "question"),
     "assistant": ("assistant", "assistente", "gpt", "bot", "model", "ai", "chatgpt", "agent", "answer", "chatbot"),
     "tool": ("tool", "observation", "function", "ipython", "strumento", "tool_response"),
 }
@@ -29,7 +32,20 @@ def guess_fields(rows: Sequence[Row]) -> Guess | None:
     """The format that rows are nearest to and the columns that it needs to be told; None if nothing is near."""
     columns = Counter(column for row in rows for column in row)
     common = [column for column, n in columns.items() if n >= len(rows) / 2]
-    return _messages(rows, common) or _preference(rows, common) or _instruction(rows, common)
+    found = _messages(rows, common) or _preference(rows, common) or _instruction(rows, common)
+    if found is None:
+        return None
+    language = _named([column for column in common if _is_text(rows, column)], LANGUAGES)
+    return found[0], {**found[1], **({"language_field": language} if language else {})}
+
+
+def used_columns(name: str, fields: Mapping[str, Any], rows: Sequence[Row]) -> set[str]:
+    """Columns that a format reads, with what a source names instead."""
+    fmt = load_format(name)
+    named = {value for key, value in fields.items() if key.endswith("_field")}
+    there = {column for row in rows for column in row}
+    own = {column for key in type(fmt).model_fields if key.endswith("_field") for column in getattr(fmt, key)}
+    return there & (own | named | {"language", "lang"})
 
 
 def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -44,15 +60,16 @@ def _messages(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
         entries = [entry for row in rows for entry in _list(row.get(column)) if isinstance(entry, Mapping)]
         if len(entries) < len(rows):
             continue
-        texts = {key for entry in entries for key, value in entry.items() if isinstance(value, str)}
-        kinds = {key: {entry.get(key) for entry in entries} for key in sorted(texts)}
-        role_key = next((key for key, said in kinds.items() if len(said) <= 8 and _roles(said) is not None), None)
-        others = sorted(texts - {role_key}, key=lambda key: -sum(len(str(entry.get(key, ""))) for entry in entries))
-        if role_key is None or not others:
+        texts = [key for key in {key: None for entry in entries for key in entry} if _is_text(entries, key)]
+        said = {key: {entry[key] for entry in entries if isinstance(entry.get(key), str)} for key in texts}
+        role_key = next((key for key in texts if len(said[key]) <= 8 and _roles(said[key]) is not None), None)
+        others = [key for key in texts if key != role_key]
+        content = _named(others, CONTENTS) or (others[0] if len(others) == 1 else None)
+        if role_key is None or content is None:
             continue
-        roles = _roles(kinds[role_key])
+        roles = _roles(said[role_key])
         return "messages", {
-            "messages_field": column, "role_field": role_key, "content_field": others[0], "roles": roles,
+            "messages_field": column, "role_field": role_key, "content_field": content, "roles": roles,
         }  # fmt: skip
     return None
 
@@ -61,11 +78,10 @@ def _list(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _roles(said: set[Any]) -> dict[str, str] | None:
-    """What each of these words is called here; None unless all are known and one is the assistant's."""
-    words = [word for word in said if isinstance(word, str)]
-    known = {word: role for word in words for role, names in ROLES.items() if word.strip().lower() in names}
-    return known if len(known) == len(said) and "assistant" in known.values() else None
+def _roles(said: set[str]) -> dict[str, str] | None:
+    """What each of these words is called here; None unless all are known, and both sides of a dialogue among them."""
+    known = {word: role for word in sorted(said) for role, names in ROLES.items() if word.strip().lower() in names}
+    return known if len(known) == len(said) and {"user", "assistant"} <= set(known.values()) else None
 
 
 def _preference(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
@@ -84,7 +100,10 @@ def _instruction(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
     prompt = _named([column for column in texts if column != answer], PROMPTS)
     if answer is None or prompt is None:
         return None
-    return "alpaca", {"prompt_field": prompt, "response_field": answer}
+    further = _named([column for column in texts if column not in (answer, prompt)], INPUTS)
+    return "alpaca", {
+        "prompt_field": prompt, "response_field": answer, **({"input_field": further} if further else {}),
+    }  # fmt: skip
 
 
 def _is_text(rows: Sequence[Row], column: str) -> bool:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from nesso_tune.data.files import Located
+from nesso_tune.chat.network import offline_if_unreachable
+from nesso_tune.data.files import Located, without_nulls
 from nesso_tune.errors import DataError, RunEnvironmentError
 from nesso_tune.recipes.sections import Source
 
@@ -20,7 +21,7 @@ def hub_rows(source: Source) -> Iterator[Located]:
     """Every row of a hub data set, with `id row N` as its place."""
     rows = _load(source.path, source.subset, source.split, source.revision)
     for number, row in enumerate(rows, 1):
-        yield dict(row), f"{source.path} row {number}"
+        yield without_nulls(dict(row)), f"{source.path} row {number}"
 
 
 def is_cached(source: Source) -> bool:
@@ -40,6 +41,7 @@ def _load(path: str, subset: str | None, split: str, revision: str | None) -> An
         DataError: if there is no such data set, subset or split.
         RunEnvironmentError: if the hub cannot be reached.
     """
+    offline_if_unreachable()
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
 from nesso_tune.data.files import Located
-from nesso_tune.data.formats import DataFormat, Row, choose_format
+from nesso_tune.data.formats import DataFormat, Row, choose_format, described, recognise
+from nesso_tune.data.guess import guess_fields
 from nesso_tune.data.sources import source_rows
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import Source
@@ -32,17 +33,26 @@ def opened(source: Source, method: str) -> tuple[DataFormat, Iterator[Located]]:
 def _format(source: Source, method: str, rows: Sequence[Row]) -> DataFormat:
     if not rows:
         raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
+    if source.format == "auto" and recognise(source, rows) is None and (guess := guess_fields(rows)) is not None:
+        name, keys = guess
+        said = ", ".join(f"{key}: {value}" for key, value in {"format": name, **keys}.items())
+        raise DataError(
+            source.path, f"its format is not recognised (its columns are {described(rows)})",
+            f"name its columns, it seems {said.replace(chr(39), '')}",
+        )  # fmt: skip
     fmt, field = choose_format(source, rows), source.language_field
     if field is not None and not any(field in row for row in rows):
         columns = sorted({column for row in rows for column in row})
         raise DataError(source.path, f"no column `{field}` (language_field)", f"its columns are {', '.join(columns)}")
-    _check_kind(source, method, fmt)
+    _check_kind(source, method, fmt, rows)
     return fmt
 
 
-def _check_kind(source: Source, method: str, fmt: DataFormat) -> None:
+def _check_kind(source: Source, method: str, fmt: DataFormat, rows: Sequence[Row]) -> None:
     wants_pairs = method == "dpo"
-    if (fmt.kind == "preference") == wants_pairs:
+    # the dialogue before two answers is no conversation to learn, unless someone names its column on purpose
+    before_answers = fmt.kind == "conversation" and source.messages_field is None and _has_pairs(rows)
+    if (fmt.kind == "preference") == wants_pairs and (wants_pairs or not before_answers):
         return
     if wants_pairs:
         raise DataError(
@@ -52,3 +62,7 @@ def _check_kind(source: Source, method: str, fmt: DataFormat) -> None:
     raise DataError(
         source.path, "holds preference pairs, but SFT learns from conversations", "use method: dpo, or another source"
     )
+
+
+def _has_pairs(rows: Sequence[Row]) -> bool:
+    return sum("chosen" in row and "rejected" in row for row in rows) > len(rows) / 2

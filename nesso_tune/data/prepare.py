@@ -58,6 +58,7 @@ class PreparedData:
         return DataVolume(
             len(self.train), self.report["train"]["tokens"], self.report["train"]["supervised_tokens"],
             len(self.validation.entries),
+            dropped={r: n / self.report["rows_read"] for r, n in self.report["dropped"].items()},
         )  # fmt: skip
 
 

@@ -18,7 +18,25 @@ from nesso_tune.recipes.sections import Source
 Item = Conversation | PreferencePair
 
 
-def read_items(source: Source, method: str, dropped: Counter[str]) -> Iterator[tuple[Item | None, str]]:
+class Drops(Counter[str]):
+    """Rows that cannot be used, counted by reason, with an example of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, str] = {}
+
+    def note(self, why: Unusable, where: str) -> None:
+        """Counts one row; the first of each reason is kept as its example."""
+        self[str(why)] += 1
+        self.examples.setdefault(str(why), f"{where}: {why.detail}" if why.detail else where)
+
+    def absorb(self, other: Drops) -> None:
+        """Adds the drops of another source."""
+        self.update(other)
+        self.examples = other.examples | self.examples
+
+
+def read_items(source: Source, method: str, dropped: Drops) -> Iterator[tuple[Item | None, str]]:
     """Every row of a source: the conversation (`sft`) or pair (`dpo`) that it holds, or None, and where it stands.
 
     Raises:
@@ -30,8 +48,8 @@ def read_items(source: Source, method: str, dropped: Counter[str]) -> Iterator[t
         try:
             _check_score(row, source, where)
             item: Item = convert(row, fmt, language_of(row, source), source.path)
-        except Unusable as reason:
-            dropped[str(reason)] += 1
+        except Unusable as why:
+            dropped.note(why, where)
             yield None, where
             continue
         if source.language == AUTO and item.language == UNKNOWN_LANGUAGE:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any
 
-from nesso_tune.data.files import Located, content_hash, count_lines, expand, is_lines, is_local, read_rows
+from nesso_tune.data.files import Located, content_hash, count_lines, expand, is_array, is_lines, is_local, read_rows
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.hub import hub_fingerprint, hub_rows
 from nesso_tune.errors import Problem, RecipeError
@@ -25,7 +25,8 @@ def source_rows(source: Source) -> Iterator[Located]:
 def count_rows(source: Source) -> int:
     """Rows of a source of files: lines of JSON-lines files, else the rows counted one by one."""
     files = expand(source.path)
-    count = count_lines(files) if all(map(is_lines, files)) else sum(1 for _ in source_rows(source))
+    lines = all(is_lines(file) and not is_array(file) for file in files)
+    count = count_lines(files) if lines else sum(1 for _ in source_rows(source))
     return min(count, source.max_rows or count)
 
 

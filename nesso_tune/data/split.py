@@ -27,11 +27,7 @@ def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]
     total = len(languages)
     if not size:
         return np.arange(total), np.zeros(0, dtype=np.int64)
-    if isinstance(size, int) and size >= total:
-        raise RecipeError(
-            "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
-            f"hold out fewer, e.g. {max(1, total // 20)}, or a share like 0.05",
-        )  # fmt: skip
+    check_size(size, total)
     codes, counts = np.unique(languages, return_counts=True)
     rng = np.random.default_rng([seed, 7])
     chosen = [
@@ -40,6 +36,15 @@ def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]
     ]
     held_out = np.sort(np.concatenate(chosen)).astype(np.int64)
     return np.setdiff1d(np.arange(total), held_out), held_out
+
+
+def check_size(size: int | float, total: int) -> None:
+    """Raises RecipeError if holding out `size` of `total` rows would leave nothing to train on."""
+    if isinstance(size, int) and size and size >= total:
+        raise RecipeError(
+            "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
+            f"hold out fewer, e.g. {max(1, total // 20)}, or a share like 0.05",
+        )  # fmt: skip
 
 
 def _shares(counts: Ints, size: int | float) -> list[int]:

@@ -8,7 +8,11 @@ from typing import Any
 
 
 class Unusable(Exception):
-    """A row that cannot be used. Its text is the reason, a word that drops are counted under."""
+    """A row that cannot be used. Its text is the reason, a word that drops are counted under; `detail` says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail
 
 
 Tool = Mapping[str, Any]
@@ -20,7 +24,7 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
     Raises:
         Unusable: if it is neither, or a tool has no name.
     """
-    listed = _parsed(value, "tools_not_readable")
+    listed = read_json(value, "tools_not_readable")
     if listed in (None, "", {}):
         return ()
     if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
@@ -28,7 +32,7 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
     functions = [tool.get("function", tool) for tool in listed]
     if not all(isinstance(f, Mapping) and isinstance(f.get("name"), str) and f["name"] for f in functions):
         raise Unusable("tool_without_name")
-    return tuple({"type": "function", "function": dict(function)} for function in functions)
+    return tuple(_writable({"type": "function", "function": dict(f)}, "tools_not_readable") for f in functions)
 
 
 def read_calls(value: Any) -> tuple[Tool, ...]:
@@ -37,7 +41,7 @@ def read_calls(value: Any) -> tuple[Tool, ...]:
     Raises:
         Unusable: if a call has no name, or its arguments are no JSON object.
     """
-    listed = _parsed(value, "tool_call_not_readable")
+    listed = read_json(value, "tool_call_not_readable")
     calls = listed if isinstance(listed, list) else [listed]
     return tuple(_call(call) for call in calls)
 
@@ -46,20 +50,33 @@ def _call(call: Any) -> Tool:
     inner = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise Unusable("tool_call_not_readable")
-    arguments = _parsed(inner.get("arguments", {}), "tool_call_not_readable")
+    said = inner["arguments"] if "arguments" in inner else inner.get("parameters", {})  # as Llama 3 calls them
+    arguments = read_json(said, "tool_call_not_readable")
     if arguments in (None, ""):
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise Unusable("tool_call_not_readable")
-    return {"name": inner["name"], "arguments": dict(arguments)}
+    return _writable({"name": inner["name"], "arguments": dict(arguments)}, "tool_call_not_readable")
 
 
-def _parsed(value: Any, reason: str) -> Any:
+def _writable(data: Tool, reason: str) -> Tool:
+    """The same, if it can be written as JSON and as UTF-8: no dates or bytes of a Parquet file, no lone surrogates."""
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise Unusable(reason) from None
+    return data
+
+
+def read_json(value: Any, reason: str) -> Any:
+    """What a JSON text says; anything else, and a blank text, as it is.
+
+    Raises:
+        Unusable: with the reason, if it is no JSON.
+    """
     if not isinstance(value, str) or not value.strip():
         return value
     try:
-        parsed = json.loads(value)
-        json.dumps(parsed, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):  # not JSON, or a lone surrogate in it
+        return json.loads(value)
+    except (ValueError, RecursionError):
         raise Unusable(reason) from None
-    return parsed

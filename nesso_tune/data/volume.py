@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +11,9 @@ from nesso_tune.conversation import Conversation, Message
 from nesso_tune.data.build import build_documents
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.prepare import cached_only, prepare_data
-from nesso_tune.data.read import read_items
+from nesso_tune.data.read import Drops, read_items
 from nesso_tune.data.sources import count_rows
+from nesso_tune.data.split import check_size
 from nesso_tune.data.stated import stated_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.recipes.plan import DataVolume
@@ -71,23 +71,26 @@ def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> Dat
         rows = round(source.weight * rows)
         return DataVolume(rows, rows * ROW, rows * LEARNED, exact=False, basis=STATED)
     sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
-    read, kept, tokens, supervised = _sample(recipe, sampled, chat)
+    read, kept, tokens, supervised, dropped = _sample(recipe, sampled, chat)
     total = max(count_rows(source), read)  # a last line may lack its line break
     ratio = source.weight * total / max(1, read)
     rows, all_tokens, learned = (round(ratio * n) for n in (kept, tokens, supervised))
     basis = SAMPLED if chat is not None else WITHOUT_TOKENIZER
-    return DataVolume(rows, all_tokens, learned, exact=False, basis=basis)
+    shares = {reason: n / max(1, read) for reason, n in dropped.items()}
+    return DataVolume(rows, all_tokens, learned, exact=False, basis=basis, dropped=shares)
 
 
-def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int]:
-    """Rows read, rows kept, tokens and supervised tokens."""
+def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int, dict[str, int]]:
+    """Rows read, rows kept, tokens, supervised tokens, and why rows were dropped."""
     if chat is not None:
         with TemporaryDirectory() as folder:
             report = build_documents(Path(folder), recipe, [source], chat)["report"]
-        return report["rows_read"], report["rows_kept"], report["tokens"], report["supervised_tokens"]
+        names = ("rows_read", "rows_kept", "tokens", "supervised_tokens", "dropped")
+        return tuple(report[name] for name in names)  # type: ignore[return-value]
+    dropped = Drops()
     read = kept = tokens = supervised = 0
     trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
-    for item, _ in read_items(source, recipe.method, Counter()):
+    for item, _ in read_items(source, recipe.method, dropped):
         read += 1
         if item is None:
             continue
@@ -97,7 +100,7 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
         if length <= recipe.data.sequence_len * (1 if recipe.method == "sft" else 2):
             kept, tokens = kept + 1, tokens + length
             supervised += sum(size for learned, size in sizes if learned)
-    return read, kept, tokens, supervised
+    return read, kept, tokens, supervised, dict(dropped)
 
 
 def _size(turn: Message) -> int:
@@ -108,9 +111,9 @@ def _size(turn: Message) -> int:
 def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -> DataVolume:
     rows = sum(v.rows for v in train)
     size = recipe.data.validation_size
-    validation = (
-        sum(v.rows for v in held) if held else min(rows, round(size * rows) if isinstance(size, float) else size)
-    )
+    if not held:
+        check_size(size, rows)
+    validation = sum(v.rows for v in held) if held else int(size * rows) if isinstance(size, float) else size
     share = 1.0 if held else (rows - validation) / max(1, rows)
     tokens = round(share * sum(v.tokens for v in train))
     supervised = round(share * sum(v.supervised_tokens for v in train))
@@ -118,4 +121,9 @@ def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -
     if isinstance(recipe, SFTRecipe) and isinstance(recipe.data, SFTData) and recipe.data.packing:
         trained = max(1, math.ceil(tokens / (FULL_ROWS * recipe.data.sequence_len)))
     weakest = max((v.basis for v in [*train, *held]), key=(SAMPLED, WITHOUT_TOKENIZER, STATED).index)
-    return DataVolume(trained, tokens, supervised, validation, exact=False, basis=weakest)
+    dropped: dict[str, float] = {}
+    for part in train:
+        for reason, lost in part.dropped.items():
+            dropped[reason] = dropped.get(reason, 0.0) + lost * part.rows / max(1, rows)
+    shown = {reason: lost for reason, lost in sorted(dropped.items(), key=lambda pair: -pair[1]) if lost >= 0.005}
+    return DataVolume(trained, tokens, supervised, validation, exact=False, basis=weakest, dropped=shown)

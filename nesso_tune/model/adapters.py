@@ -25,7 +25,7 @@ def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]
         r=section.r,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
+        target_modules=targets if targets == "all-linear" else [targets] if isinstance(targets, str) else list(targets),
         trainable_token_indices=None if not new_ids else new_ids if tied else names,
         task_type="CAUSAL_LM",
     )

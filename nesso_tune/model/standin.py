@@ -12,6 +12,9 @@ from transformers.utils import logging as transformers_logging
 HIDDEN, HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 16, 128, 2
 FALLBACK = "llama"  # stands in for an architecture that transformers does not know by itself
 LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern")  # one entry a layer
+FITTING = ("pad_token_id", "bos_token_id", "eos_token_id")  # ids that may lie beyond a small vocabulary
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "initializer_range", "tie_word_embeddings")  # fmt: skip
 DROPPED = ("auto_map", "quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version",
            "rope_scaling", "architectures")  # fmt: skip
 
@@ -36,6 +39,9 @@ def shrunk(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:
         "initializer_range": HIDDEN**-0.5,
         "max_window_layers": LAYERS,
     }
+    for key in FITTING:
+        if isinstance(small.get(key), int) and small[key] >= vocabulary:
+            small[key] = None
     rope = config.get("rope_parameters")
     if isinstance(rope, dict) and any(isinstance(value, (list, dict)) for value in rope.values()):
         small.pop("rope_parameters")
@@ -56,6 +62,7 @@ def build_standin(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
     try:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     except Exception:  # an architecture of its own code, or one with more to it than sizes
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"model_type": FALLBACK}))
+        plain = {key: value for key, value in config.items() if key in SIZES} | {"model_type": FALLBACK}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
     model.save_pretrained(folder)
     return str(model.config.model_type)

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.files import base_folder, check_complete
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.errors import ModelError
+from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.recipes.sections import ModelSection
 
@@ -30,15 +30,18 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     """
     where = f"model.base {section.base}"
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
-    check_complete(section)
-    options = {"attn_implementation": choose_attention(section.attention), "dtype": torch.float32}
+    check_complete(folder, section)
     config = _config(folder, section, where)
     transformers_logging.disable_progress_bar()
-    if section.random_init:
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
-    else:
-        model = _pretrained(folder, section, where, options)
+    kernel = choose_attention(section.attention)
+    try:
+        model = _made(folder, section, where, config, kernel, seed)
+    except _NoSuchKernel:
+        if section.attention != "auto":
+            raise RecipeError(
+                "model.attention", f"{section.base} has no {kernel} attention", "set attention: auto or eager"
+            ) from None
+        model = _made(folder, section, where, config, "eager", seed)
     _fit_vocabulary(model, chat, section, where)
     model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
     model.config.bos_token_id = chat.bos_token_id
@@ -46,17 +49,22 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     return model
 
 
-def check_complete(section: ModelSection) -> None:
-    """Raises ModelError if the base's folder lacks its configuration, or the weights that the recipe starts from."""
-    where = f"model.base {section.base}"
-    folder = base_folder(section.base, section.revision, weights=not section.random_init)
-    if not (folder / "config.json").is_file():
-        raise ModelError(where, "has no config.json", "name a folder that holds a whole model")
-    if not section.random_init and not any(folder.glob("*.safetensors")):
-        raise ModelError(
-            where, "has no weights (*.safetensors)",
-            "name a folder with weights, or set model.random_init: true to start from random ones",
-        )  # fmt: skip
+class _NoSuchKernel(Exception):
+    """The model's own code does not support an attention kernel."""
+
+
+def _made(folder: Path, section: ModelSection, where: str, config: Any, kernel: str, seed: int) -> PreTrainedModel:
+    """The model with one attention kernel, from its weights or from random ones."""
+    options = {"attn_implementation": kernel, "dtype": torch.float32}
+    if not section.random_init:
+        return _pretrained(folder, section, where, options)
+    torch.manual_seed(seed)
+    try:
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
+    except ValueError as error:
+        if "does not support" in str(error):
+            raise _NoSuchKernel from None
+        raise ModelError(where, f"cannot be made ({_first_line(error)})", "use another base") from None
 
 
 def base_hash(section: ModelSection) -> str:
@@ -86,6 +94,8 @@ def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[s
             **options,
         )
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged file
+        if "does not support" in str(error) and "attention" in str(error).lower():
+            raise _NoSuchKernel from None
         raise ModelError(where, f"cannot be loaded ({_first_line(error)})", "fetch the model again") from None
     lacking = sorted(info["missing_keys"])
     if lacking:

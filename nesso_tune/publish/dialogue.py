@@ -93,7 +93,7 @@ def converse(dialogue: Dialogue, read: Read, write: Write, note: Write) -> None:
             said = read("> ").strip()
         except EOFError:
             return
-        if not said or said in ("/exit", "/quit"):
+        if not said or said in ("/exit", "/quit", "exit", "quit"):
             return
         if said.startswith("/"):
             _command(dialogue, said, note)
@@ -143,7 +143,7 @@ def _command(dialogue: Dialogue, said: str, note: Write) -> None:
         system = [Message("system", dialogue.system)] if dialogue.system is not None else []
         note("".join(f"{turn.role}: {turn.content}\n" for turn in [*system, *dialogue.turns]))
     else:
-        note(HELP)
+        note(HELP if name == "/help" else f"{name} is no command:\n{HELP}")
 
 
 def read_tool_file(file: Path) -> tuple[Tool, ...]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nesso_tune.chat.encoding import IGNORED
-from nesso_tune.chat.files import base_folder, is_hub_id
+from nesso_tune.chat.files import base_folder, check_at_hand
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.publish.view import Part, ViewRow, pieces_of
@@ -61,9 +62,10 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
     row_of = _packed if recipe.method == "sft" else _pair
     report = data.report
     facts = {
-        "rows": f"{len(shown)} of {len(data.train):,} an epoch",
+        "rows": f"{len(shown)} of {len(data.train):,} {'packed rows' if recipe.method == 'sft' else 'pairs'} an epoch",
         "tokens": f"{report['train']['tokens']:,} an epoch, {report['train']['supervised_tokens']:,} of them learned",
         "fill": f"{report['packing']['fill']:.1%} of each row" if recipe.method == "sft" else "one pair a row",
+        "dropped": ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items()) or "none",
         "template": f"ends turns with {data.chat.template.eos_token}",
     }
     return Preview(recipe.output_dir, tuple(row_of(recipe, data, i) for i in shown), facts, notes)
@@ -72,21 +74,24 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
 def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe, with the bundled tokenizer where its own is not at hand: the same masks over other tokens."""
     base = recipe.model.base
-    try:
-        if base.endswith("/final") and not local_path(base).exists():
-            raise RunEnvironmentError(base, "is not there yet", "train the recipe that makes it")
-        base_folder(base, recipe.model.revision)
+    check_at_hand(recipe.model.model_copy(update={"random_init": True}))  # weights are not needed yet
+    if local_path(base).exists():
         return recipe, ()
-    except RunEnvironmentError:
-        if not is_hub_id(base) and not base.endswith("/final"):
-            raise
+    with suppress(RunEnvironmentError):
+        if not base.endswith("/final"):
+            base_folder(base, recipe.model.revision)
+            return recipe, ()
     bundled = str(shipped("recipes") / "quickstart" / "base")
     model = recipe.model.model_copy(update={"base": bundled, "revision": None})
     note = (
         f"the tokenizer of {base} is not at hand: a small bundled one stands in. What is learned is the same; tokens, "
         "their number and the packing are not"
     )
-    return recipe.model_copy(update={"model": model}), (note,)
+    data = recipe.data.model_copy(  # the bundled tokenizer makes about twice as many tokens of a text
+        update={"sequence_len": 2 * recipe.data.sequence_len, "too_long": "drop"}
+    )
+    chat = recipe.chat.model_copy(update={"pad_token": None})
+    return recipe.model_copy(update={"model": model, "data": data, "chat": chat}), (note,)
 
 
 def _packed(recipe: Recipe, data: PreparedData, number: int) -> ViewRow:

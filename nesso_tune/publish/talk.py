@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.files import base_folder, is_hub_id
 from nesso_tune.chat.tokenizer import CHAT_KEY, encoder_of
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError
@@ -107,13 +107,13 @@ def load_talker(model: str) -> Talker:
     Raises:
         ModelError: if there is none, or if it has no chat template.
     """
-    folder = Path(model)
+    folder, here = Path(model), Path(model).exists()
     if (folder / "final").is_dir():
         folder = folder / "final"
-    elif not folder.is_dir() and (folder.name == "final" or folder.exists()):
+    elif not folder.is_dir() and (here or not is_hub_id(model) or folder.parent.is_dir()):
         raise ModelError(model, "no such model folder", "train it first, or name a folder with config.json and weights")
     else:
-        folder = base_folder(model, weights=True)
+        folder = base_folder(model, weights=True, where=model)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     where = str(model)

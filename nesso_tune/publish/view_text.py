@@ -21,7 +21,7 @@ def lines(
 ) -> Iterator[str]:
     """Rows as lines of at most `width` cells, with ANSI colours or, without, with marks."""
     for note in notes:
-        yield from _printed([Text(f"note: {note}", style="yellow")], width, colour)
+        yield from _printed([Text(f"note: {made_visible(note)}", style="yellow")], width, colour)
     yield from _printed(
         [_legend(colour), *(Text(f"{name:<9} {value}") for name, value in facts.items())], width, colour
     )
@@ -37,7 +37,8 @@ def lines(
 
 def _title(part: Part, i: int, count: int) -> str:
     name = f"{i} of {count}" if part.name == "conversation" else part.name
-    return f"{name} · {part.language} · {part.source} · {part.tokens} tokens, {part.learned} learned"
+    title = f"{name} · {part.language} · {part.source} · {part.tokens} tokens, {part.learned} learned"
+    return made_visible(title).replace("\n", " ")
 
 
 def _border(title: str, width: int, line: str) -> Text:
@@ -83,11 +84,13 @@ def _style(piece: Piece) -> str:
 
 
 def visible(piece: Piece) -> str:
-    """The text of a piece with what cannot be seen made visible."""
-    shown = (
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in piece.text
-    )
-    return "".join(shown).replace("\n", "↵\n")
+    """The text of a piece with what cannot be seen made visible, line breaks too."""
+    return made_visible(piece.text).replace("\n", "↵\n")
+
+
+def made_visible(text: str) -> str:
+    """A text in which what cannot be seen, or would move the cursor, is written as an escape; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printed(blocks: Iterable[Text], width: int, colour: bool) -> Iterator[str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.memory import estimate_memory
 from nesso_tune.recipes.plan import Plan
-from nesso_tune.recipes.presets import batch_advice, tuned_near
+from nesso_tune.recipes.presets import far_batch, tuned_near
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData
 
@@ -41,26 +42,53 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield f"{gpu.name} has no bfloat16: set model.dtype: float32"
     if memory is None or memory.total <= gpu.memory:
         return
-    ways = ["lower train.micro_batch_size"] if plan.micro_batch > 1 else []
-    ways += ["set train.gradient_checkpointing: true"] if plan.gradient_checkpointing is False else []
-    ways += ["lower data.sequence_len"] if plan.micro_batch == 1 and plan.gradient_checkpointing else []
+    fixed = memory.state + memory.working > gpu.memory  # what no shorter or smaller batch changes
+    ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
+    ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
+    ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
     whole = plan.processes == 1 or recipe.distributed.fsdp == "none"
-    ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
-    ways += ["train an adapter (model.adapter: {type: lora})"] if recipe.model.adapter is None else []
+    if recipe.model.adapter is None:
+        ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
+        ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
+    ways = ways or ["take a GPU with more memory, or a smaller base"]
     needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
 
 
 def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
     short = plan.total_steps is not None and plan.total_steps < SHORT_RUN
-    if short or recipe.model.adapter is not None:
+    if short or plan.shape is None or recipe.model.adapter is not None:
         return
     per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
     if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:
-        per_row = round(plan.volume.tokens / plan.volume.rows)
-    text = batch_advice(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
-    if text:
-        yield text
+        per_row = max(1, round(plan.volume.tokens / plan.volume.rows))
+    batch = far_batch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
+    if batch is None:
+        return
+    unit = "tokens" if recipe.method == "sft" else "pairs"
+    rows = f"{plan.global_batch:,} rows, " if recipe.method == "sft" else ""
+    wanted = 2 ** max(0, round(math.log2(batch.run.batch / per_row)))
+    fits = wanted % (plan.micro_batch * plan.processes) == 0 and (plan.volume is None or wanted < plan.volume.rows)
+    yield (
+        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} a step ({batch.run.source}); "
+        f"this run has {rows}{plan.global_batch * per_row:,} {unit}: consider {batch.rate:.1e}"
+        + (f", or {_batch_of(recipe, plan, wanted)}" if fits else "")
+    )
+
+
+def _batch_of(recipe: Recipe, plan: Plan, rows: int) -> str:
+    """How this recipe says a global batch of `rows`."""
+    if recipe.train.gradient_accumulation_steps is None:
+        return f"train.global_batch_size: {rows}"
+    return f"train.gradient_accumulation_steps: {rows // (plan.micro_batch * plan.processes)} (global batch {rows})"
+
+
+def _smaller_batch(recipe: Recipe) -> str:
+    """The key of this recipe that makes its global batch smaller."""
+    if recipe.train.global_batch_size is not None:
+        return "train.global_batch_size"
+    accumulates = (recipe.train.gradient_accumulation_steps or 1) > 1
+    return "train.gradient_accumulation_steps" if accumulates else "train.micro_batch_size"
 
 
 def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -69,7 +97,8 @@ def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
     run = None if plan.shape is None else tuned_near(recipe.method, plan.shape)
     high = COLD_START if run is None else min(COLD_START, run.learning_rate / 2)
     if cold and plan.learning_rate >= high:
-        yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03"
+        instead = " instead of warmup_steps" if schedule.warmup_steps == 0 else ""
+        yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03{instead}"
 
 
 def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -94,10 +123,12 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
     room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= ROOMY * gpu.memory]
     if room:
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
+        follows = recipe.train.global_batch_size is not None
+        with_rest = f", {rest} accumulation follows" if follows else f" with gradient_accumulation_steps: {rest}"
         yield (
-            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro} with "
-            f"gradient_accumulation_steps: {rest} (about {total(micro, checkpointing) / GIB:.0f} of "
-            f"{gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x {plan.accumulation}"
+            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} (about "
+            f"{total(micro, checkpointing) / GIB:.0f} of {gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x "
+            f"{plan.accumulation}"
         )
 
 
@@ -112,13 +143,15 @@ def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if rows and rows < plan.global_batch:
         yield (
             f"one epoch ({rows} rows) is smaller than one global batch ({plan.global_batch}): "
-            "every step sees rows more than once; lower train.global_batch_size"
+            f"every step sees rows more than once; lower {_smaller_batch(recipe)}"
         )
 
 
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    if plan.total_steps is not None and plan.total_steps < FEW_STEPS and plan.global_batch > 1:
-        yield f"only {plan.total_steps} steps: lower train.global_batch_size, or raise train.num_epochs"
+    if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
+        return
+    lower = f"lower {_smaller_batch(recipe)}, or " if plan.global_batch > 1 else ""
+    yield f"only {plan.total_steps} steps: {lower}raise train.num_epochs"
 
 
 def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:

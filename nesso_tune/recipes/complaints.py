@@ -94,8 +94,30 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
     wanted = _alternatives(items)
     choices = [c for one in items if one["type"] == "literal_error" for c in _choices(one)]
     guess = closest(str(value), choices) if choices else None
-    remedy = f"did you mean `{guess}`?" if guess else f"write {' or '.join(wanted)}"
+    remedy = f"did you mean `{guess}`?" if guess else _meant(path, value, wanted, model)
     return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_shown(value)}", remedy)
+
+
+def _meant(path: Path, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
+    """What someone who wrote this value most likely meant."""
+    if isinstance(value, str):
+        number = value.strip().replace(",", ".")
+        if any(word.startswith("a number") or word == "a whole number" for word in wanted) and _is_number(number):
+            return f"write {number}, without quotes and with a decimal point"
+        section = section_at(model, path) if "a section of keys" in wanted else None
+        required = [name for name, field in section.model_fields.items() if field.is_required()] if section else []
+        if len(required) == 1:
+            name = path[-1] if isinstance(path[-1], str) else "-"
+            return f"write `{name}{':' if name != '-' else ''} {{{required[0]}: {value}}}`"
+    return f"write {' or '.join(wanted)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _choices(item: Mapping[str, Any]) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from nesso_tune.recipes.curve import curve
 from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.plan import DataVolume, Plan
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.sections import SFTData
 
 USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
 
 
-def describe(plan: Plan, sequence_len: int) -> list[str]:
-    """The plan as lines of a name and what it is."""
+def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[str]:
+    """The plan as lines of a name and what it is; `base_note` says why the size of the base is not known."""
+    sequence_len = recipe.data.sequence_len
     unit = f"rows of {sequence_len} tokens" if plan.method == "sft" else f"pairs of up to {sequence_len} tokens"
     lines = [
         _line("method", plan.method),
@@ -19,11 +22,15 @@ def describe(plan: Plan, sequence_len: int) -> list[str]:
             f"{plan.micro_batch} x {plan.accumulation} accumulation x {plan.processes} process(es)"
             f" = {plan.global_batch} {unit}",
         ),
-        *_data(plan.volume),
+        *_data(plan.volume, _row_name(recipe)),
         _line("steps", _steps(plan)),
     ]
     if plan.parameters:
-        lines.append(_line("model", f"{plan.parameters / 1e6:,.1f} M parameters"))
+        lines.append(_line("model", f"{in_short(plan.parameters)} parameters"))
+    else:
+        lines.append(_line("model", base_note or f"the size of {recipe.model.base} is not known here"))
+    if plan.gpu and plan.memory is None:
+        lines.append(_line("memory", f"cannot be said for {plan.gpu.name}: the size of the base is not known"))
     lines += [_line(name, text) for name, text in zip(("memory", ""), _memory(plan), strict=False)]
     lines += [_line("time", text) for text in _time(plan, sequence_len)]
     if plan.checkpoint_bytes and plan.final_bytes:
@@ -44,22 +51,32 @@ def _line(name: str, text: str) -> str:
     return f"{name:<15}{text}"
 
 
-def _data(volume: DataVolume | None) -> list[str]:
+def _row_name(recipe: Recipe) -> str:
+    if recipe.method == "dpo":
+        return "pairs"
+    return "packed rows" if isinstance(recipe.data, SFTData) and recipe.data.packing else "conversations"
+
+
+def _data(volume: DataVolume | None, name: str) -> list[str]:
     if volume is None:
         return [_line("data", "not at hand: `nesso-tune prepare` fetches and counts it")]
     about = "" if volume.exact else "~"
     counts = (
-        f"{about}{volume.rows:,} rows an epoch, {about}{volume.tokens:,} tokens, "
-        f"{about}{volume.supervised_tokens:,} supervised; {about}{volume.validation_rows:,} rows held out"
-    )
-    return [_line("data", counts), *([_line("", f"(~ {volume.basis})")] if volume.basis else [])]
+        f"{about}{volume.rows:,} {name} an epoch, {about}{volume.tokens:,} tokens, {about}{volume.supervised_tokens:,} "
+        f"supervised; {about}{volume.validation_rows:,} {name.removeprefix('packed ')} held out"
+    ).replace("rows held", "conversations held")
+    lines = [_line("data", counts), *([_line("", f"(~ {volume.basis})")] if volume.basis else [])]
+    if volume.dropped:
+        lost = ", ".join(f"{about}{share:.0%} {reason}" for reason, share in volume.dropped.items())
+        lines.append(_line("", f"dropped: {lost}; `nesso-tune prepare` shows examples"))
+    return lines
 
 
 def _steps(plan: Plan) -> str:
     if plan.total_steps is None:
         return f"{plan.epochs:g} epochs"
     about = "" if plan.volume is None or plan.volume.exact else "~"
-    epochs = f" ({about}{plan.epochs:.3g} epochs)" if plan.epochs else ""
+    epochs = f" ({about}{_short(plan.epochs)} epochs)" if plan.epochs else ""
     every = f"; log every {plan.log_every}, save every {plan.save_every}"
     if plan.evaluate_every:
         every += f", evaluate every {plan.evaluate_every}"
@@ -98,6 +115,11 @@ def _time(plan: Plan, sequence_len: int) -> list[str]:
     if plan.processes > 1:
         took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
     return [f"{took} at {USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak, evaluation not counted"]
+
+
+def in_short(parameters: int) -> str:
+    """A number of weights as people say it, e.g. `437.8 M`, `8.03 B`."""
+    return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} M"
 
 
 def _short(value: float) -> str:

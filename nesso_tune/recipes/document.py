@@ -61,10 +61,15 @@ def read_document(path: Path) -> Document:
         raw = path.read_bytes()
     except FileNotFoundError:
         raise RecipeError(str(path), "no such file", "check the path") from None
+    except IsADirectoryError:
+        inside = " (this is a run: its recipe is recipe.yaml in it)" if (path / "recipe.yaml").is_file() else ""
+        raise RecipeError(str(path), f"is a folder{inside}", "name a YAML file") from None
     except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "name a readable YAML file") from None
-    if len(raw) > MAX_BYTES:
-        raise RecipeError(str(path), f"{len(raw):,} bytes are too many for a recipe", "name the YAML file") from None
+    if len(raw) > MAX_BYTES or path.suffix in (".jsonl", ".parquet"):
+        raise RecipeError(
+            str(path), f"{len(raw):,} bytes of data are no recipe", f"make one: nesso-tune init --data {path}"
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.recipes.complaints import complaints
 from nesso_tune.recipes.document import OVERRIDE, Document, KeyPath, parse_document, read_document
+from nesso_tune.recipes.lint import EXCLUSIVE
 from nesso_tune.recipes.names import FOREIGN, closest
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
@@ -22,12 +24,15 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
     Args:
         path: a YAML file, or the name of a shipped recipe (`quickstart/sft`).
-        overrides: values by dotted key, e.g. `{"train.learning_rate": 5e-4}`; list items by position.
+        overrides: values by dotted key, e.g. `{"train.learning_rate": 5e-4}`; list items by position. Of two keys that
+            exclude each other (`train.max_steps`, `train.num_epochs`) the overridden one displaces the file's.
 
     Raises:
         RecipeError: with every mistake of the file at once, each with file, line and remedy.
     """
     file = find_recipe(path)
+    if not file.exists() and file.with_name(f"{file.name}.yaml").is_file():
+        file = file.with_name(f"{file.name}.yaml")
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
         guess = closest(str(path), shipped_recipes())
         remedy = f"did you mean `{guess}`?" if guess else f"shipped recipes are {', '.join(shipped_recipes())}"
@@ -35,6 +40,7 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     document = read_document(file)
     for key, value in (overrides or {}).items():
         _override(document, key, value)
+    _displace(document, overrides or {})
     return validate(document)
 
 
@@ -52,7 +58,7 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
         parsed = parse_document(text, f"{OVERRIDE} {key}")
         if parsed.problems:
             raise RecipeError(parsed.problems)
-        out[key.strip()] = parsed.value
+        out[re.sub(r"\[(\d+)\]", r".\1", key.strip())] = parsed.value  # sources[0].path is sources.0.path
     return out
 
 
@@ -100,6 +106,18 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
     said = next((key for key in raw if FOREIGN.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{said}`" if said else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
+
+
+def _displace(document: Document, overrides: Mapping[str, Any]) -> None:
+    """An override of one of two exclusive keys displaces the other one, where only the file has it."""
+    for rule in EXCLUSIVE:
+        names = {key: ".".join(map(str, (*rule.section, key))) for key in rule.keys}
+        for key, other in (rule.keys, rule.keys[::-1]):
+            section: Any = document.value
+            for part in rule.section:
+                section = section.get(part) if isinstance(section, dict) else None
+            if overrides.get(names[key]) is not None and names[other] not in overrides and isinstance(section, dict):
+                section.pop(other, None)
 
 
 def _override(document: Document, key: str, value: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nesso_tune.recipes.gpus import Gpu
@@ -31,6 +32,7 @@ class DataVolume:
         validation_rows: rows held out.
         exact: counted in prepared data, not estimated.
         basis: what an estimate rests on, in words.
+        dropped: share of the rows that cannot be used, by reason.
     """
 
     rows: int
@@ -39,6 +41,7 @@ class DataVolume:
     validation_rows: int = 0
     exact: bool = True
     basis: str = ""
+    dropped: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

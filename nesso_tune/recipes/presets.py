@@ -64,27 +64,28 @@ def tuned_near(method: str, shape: ModelShape) -> TunedRun:
     return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
 
 
-def batch_advice(method: str, shape: ModelShape | None, learning_rate: float, rows: int, per_row: int) -> str | None:
-    """A sentence if the global batch is far from what such a learning rate was tuned for.
+@dataclass(frozen=True)
+class FarBatch:
+    """A tuned run of another batch, and the learning rate that would go with this one."""
+
+    run: TunedRun
+    rate: float
+
+
+def far_batch(method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int) -> FarBatch | None:
+    """The tuned run of such a model and rate, if its batch is far from this one; None if it is near, or the rate is.
 
     The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
 
     Args:
         method: `sft` or `dpo`.
-        shape: the model's; None says nothing.
+        shape: the model's.
         learning_rate: the peak.
         rows: packed rows (SFT) or pairs (DPO) a step.
         per_row: tokens of a row (SFT); 1 for pairs.
     """
-    if shape is None:
-        return None
-    run, batch = tuned_near(method, shape), rows * per_row
-    ratio = batch / run.batch
+    run = tuned_near(method, shape)
+    ratio = rows * per_row / run.batch
     if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
         return None
-    unit, here = ("tokens", f"{rows:,} rows, {batch:,} tokens") if method == "sft" else ("pairs", f"{batch:,} pairs")
-    better, wanted = learning_rate * math.sqrt(ratio), 2 ** max(0, round(math.log2(run.batch / per_row)))
-    return (
-        f"learning rate {learning_rate:g} was tuned for {run.batch:,} {unit} a step ({run.source}); this run has "
-        f"{here}: consider {better:.1e}, or train.global_batch_size: {wanted:,}"
-    )
+    return FarBatch(run, learning_rate * math.sqrt(ratio))

@@ -13,6 +13,7 @@ from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shipped import local_path
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "gpt2")  # where config.json does not say
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ def find_config(model: ModelSection) -> dict[str, Any] | None:
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape that a config.json describes.
+    """The shape of a dense decoder that a config.json describes.
 
     Raises:
         KeyError, TypeError, ValueError: if a size is missing or not a positive number, or the model is not dense.
     """
-    if any(config.get(name) for name in EXPERTS):
-        raise ValueError("a mixture of experts")
+    if (reason := unsupported(config)) is not None:
+        raise ValueError(reason)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     sizes = vocabulary, hidden, intermediate, layers, heads = [int(config[name]) for name in names]
     if min(sizes) < 1:
@@ -89,10 +90,19 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=bool(config.get("tie_word_embeddings", config.get("model_type") in TIED_BY_DEFAULT)),
         context=int(config.get("max_position_embeddings") or 0),
         biases={"qwen2": head_dim * (heads + 2 * kv_heads), "qwen3": 2 * head_dim}.get(config.get("model_type", ""), 0),
     )
+
+
+def unsupported(config: dict[str, Any]) -> str | None:
+    """Why a model is not in version 1, by its config.json; None if it is a dense decoder of text."""
+    if any(config.get(name) for name in EXPERTS):
+        return "is a mixture of experts; version 1 trains dense decoders"
+    if any(isinstance(config.get(name), dict) for name in ("text_config", "vision_config", "audio_config")):
+        return "is multimodal; version 1 trains decoders of text"
+    return "is an encoder-decoder; version 1 trains decoders" if config.get("is_encoder_decoder") else None
 
 
 def _config_file(model: ModelSection) -> Path | None:

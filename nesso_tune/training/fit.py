@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,8 @@ class _Beginning(TrainerCallback):
         if self._run.checkpoint is not None:
             return load_reference(self._run.path, self._start)
         rows = [*in_order(self._data.stream.documents, self._data.stream.entries, None), *self._data.validation]
+        if trainer.is_world_process_zero():
+            print(f"scoring {len(rows):,} pairs with the reference, once", file=sys.stderr, flush=True)
         reference = compute_reference(trainer, rows, trainer.data_collator, trainer.args.per_device_eval_batch_size)
         if trainer.is_world_process_zero():
             save_reference(self._run.path, reference, self._start)

@@ -56,9 +56,11 @@ class RunDir:
         return replace(self, lock=None)
 
     def close(self) -> None:
-        """Lets others in."""
+        """Lets others in; a folder in which nothing came about is removed again."""
         if self.lock is not None:
             self.lock.release()
+            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+                shutil.rmtree(self.path, ignore_errors=True)
 
 
 def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, allowed: tuple[str, ...] = ()) -> RunDir:
@@ -132,7 +134,7 @@ def _continue(
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
         raise RecipeError(
-            Problem(str(path), f"its run has {key}: {old!r}, the recipe now says {new!r}", _remedy(key))
+            Problem(str(path), f"its run has {key}: {_said(old)}, the recipe now says {_said(new)}", _remedy(key))
             for key, (old, new) in refused.items()
         )
     if manifest.get("finished") and manifest.get("final") == _sizes(path / FINAL):
@@ -169,6 +171,11 @@ def _chosen(checkpoint: Path, run: Path) -> Path:
     if checkpoint.resolve().parent != run.resolve():
         raise RunEnvironmentError(str(checkpoint), f"is not in {run}", "name a checkpoint of this run")
     return checkpoint
+
+
+def _said(value: Any) -> str:
+    """A value as YAML says it."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _remedy(key: str) -> str:

@@ -63,6 +63,15 @@ def test_default_system_by_language(shipped, messages, language):
     assert rendered["input_ids"] == segments_of(messages, tokenizer, language or "und")[0]
 
 
+def test_a_default_system_for_undetermined_languages(base):
+    systems = {"it": "Sii breve.", "und": "Be brief."}
+    chat = chat_tokenizer(ModelSection(base=base), ChatSection(default_system=systems))
+    for language in ("und", "it", "fr"):
+        rendered = jinja_of([{"role": "user", "content": "x"}], chat.load(), language=language)["input_ids"]
+        turns = (Message("user", "x"),)
+        assert chat.encoder.conversations([Conversation(turns, language=language)])[0].ids == rendered
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_any_default_system_survives_jinja(text):
@@ -107,6 +116,12 @@ control_tokens: {"<|a|>": start, "<|b|>": end}
 eos_token: "<|b|>"
 pad_token: "<|b|>"
 """
+TOOLS = """\
+tools:
+  offer: "<tools>{tools}"
+  call: "<call>{call}"
+  result: "{result}"
+"""
 BAD = {
     "typo": (GOOD + "seperator: x\n", r":6: unknown key `seperator`"),
     "no role": (GOOD.replace("{role}", "role"), r":1: `header` must be .*"),
@@ -120,6 +135,12 @@ BAD = {
     "not yaml": ('header: "', r":1: "),
     "a list": ("- header\n", r":1: "),
     "empty": ("", r":1: "),
+    "two tools": (
+        GOOD + TOOLS.replace("{tools}", "{tools}{tools}"),
+        r":7: `tools.offer` holds \{tools\} more",
+    ),
+    "no call": (GOOD + TOOLS.replace("{call}", "x"), r":8: .*call"),
+    "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` holds a control token"),
     "wrong type": (GOOD + "bos: maybe\n", r":6: `bos` must be true or false"),
 }
 

@@ -19,10 +19,10 @@ train: {{num_epochs: 4, learning_rate: 1.0e-3, schedule: {{constant_ratio: 0.5, 
 
 
 @pytest.fixture
-def recipe(base, chats, write_rows, tmp_path):
+def recipe(whole_base, chats, write_rows, tmp_path):
     """A recipe file over ten conversations."""
     path = tmp_path / "mine.yaml"
-    path.write_text(TEXT.format(run=tmp_path / "run", base=base, rows=write_rows(chats)))
+    path.write_text(TEXT.format(run=tmp_path / "run", base=whole_base, rows=write_rows(chats)))
     return str(path)
 
 
@@ -48,8 +48,8 @@ def test_the_plan_is_printed(check, recipe, tmp_path):
     assert (code, err) == (0, "")
     assert out.startswith(f"{recipe}: valid\n")
     assert lines["global batch"] == "1 x 1 accumulation x 1 process(es) = 1 rows of 256 tokens"
-    assert lines["data"].startswith("~8 rows an epoch")
-    assert lines["data"].endswith("~2 rows held out")
+    assert lines["data"].startswith("~8 conversations an epoch")
+    assert lines["data"].endswith("~2 conversations held out")
     assert lines["steps"].startswith("~32 (~4 epochs); log every 10, save every 8, evaluate every 4")
     assert lines["learning rate"] == "warm-up over 1 steps to 0.001, cosine to step 16, then constant 0.0002 to step 32"
     assert "step 0" in out

@@ -77,9 +77,10 @@ def test_several_files_after_one_option(init, talks, write_rows, chats, tmp_path
 def test_a_base_in_a_folder(init, talks, base, tmp_path):
     code, out, _ = init("--base", base, "--data", talks)
     assert code == 0
-    assert "sft.yaml: sft from" in out, "the method is the default name"
+    assert "my-sft.yaml: sft from" in out, "the method is the default name"
     assert "(1.1 M parameters)" in out
-    assert load_recipe(tmp_path / "sft.yaml").data.sequence_len == 512, "the context of the base"
+    assert load_recipe(tmp_path / "my-sft.yaml").data.sequence_len == 512, "the context of the base"
+    assert load_recipe(tmp_path / "my-sft.yaml").model.random_init, "it has no weights"
 
 
 def test_columns_that_had_to_be_found_are_named(init, write_rows, tmp_path):
@@ -106,6 +107,44 @@ def test_a_base_that_is_nearly_known(init, talks):
     assert "did you mean mii-llm/zagreus-0.4B-ita?" in err
 
 
+@pytest.mark.parametrize("name", ["run: v2", "null", "2024", 'a "b" c', "è#1", "tab\there"])
+def test_any_name_makes_a_recipe_that_loads(init, talks, tmp_path, name):
+    code, _, err = init(name, "--base", ZAGREUS, "--data", talks)
+    assert code == 0, err
+    assert load_recipe(tmp_path / f"{name}.yaml").output_dir == f"outputs/{name}"
+
+
+def test_data_cannot_write_into_the_recipe(init, write_rows, chats, tmp_path):
+    rows = [{**row, "language": "it\nmodel: x"} for row in chats]
+    path = write_rows(rows, 'odd "name" \u2028: #1.jsonl')
+    code, _, err = init("mine", "--base", ZAGREUS, "--data", path)
+    assert code == 0, err
+    assert load_recipe(tmp_path / "mine.yaml").data.sources[0].path == path
+
+
+def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, chats, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name, rows in {"a": chats, "b": [{"prompt": "Chi sei?", "response": "Sono Nesso."}] * 4}.items():
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert init("mine", "--base", ZAGREUS, "--data", "data")[0] == 0
+    sources = load_recipe(tmp_path / "mine.yaml").data.sources
+    assert [(source.path, source.format) for source in sources] == [
+        ("data/a.jsonl", "messages"),
+        ("data/b.jsonl", "alpaca"),
+    ]
+
+
+def test_a_folder_can_have_the_name_of_a_recipe(init, talks, tmp_path):
+    (tmp_path / "mine").mkdir()
+    assert init("mine", "--base", ZAGREUS, "--data", talks)[0] == 0
+    assert (tmp_path / "mine.yaml").is_file()
+
+
+def test_dpo_from_a_base_that_cannot_chat_is_noted(init, pairs, whole_base):
+    _, out, _ = init("mine", "--base", whole_base, "--data", pairs)
+    assert "DPO usually starts from the result of SFT" in out
+
+
 FAULTS = {
     "no data": ([], 3, "add --data FILE"),
     "no such file": (["--data", "absent.jsonl"], 3, "absent.jsonl: no such file"),
@@ -119,6 +158,10 @@ FAULTS = {
     "dpo from nothing": (["--data", "pairs.jsonl"], 4, "add --base outputs/NAME/final"),
     "no such base": (["--data", "talks.jsonl", "--base", "./nowhere"], 4, "no such folder"),
     "a folder without model": (["--data", "talks.jsonl", "--base", "folder"], 4, "has no config.json"),
+    "a damaged base": (["--data", "talks.jsonl", "--base", "damaged"], 4, "cannot be read"),
+    "a run directory": (["--data", "talks.jsonl", "--base", "run"], 4, "has no config.json; name run/final"),
+    "blank data": (["--data", " "], 3, "add --data FILE"),
+    "a table": (["--data", "t.csv"], 3, ".csv files are not read"),
     "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
     "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: is there already; give another NAME"),
 }
@@ -132,6 +175,12 @@ def test_faults(init, talks, pairs, tmp_path, arguments, code, words):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
     (tmp_path / "there.yaml").write_text("mine")
+    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    (tmp_path / "damaged").mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / "damaged" / name).write_text("{")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("x")
     got, out, err = init(*arguments)

@@ -59,6 +59,31 @@ def test_conversations(fmt, row, turns):
     assert (conversation.language, conversation.source) == ("it", "x.jsonl")
 
 
+def test_roles_of_a_source_are_added_to_the_known_ones_and_capitals_do_not_count():
+    fmt = MESSAGES.adapted(Source(path="x", roles={"Doc": "assistant", "ai": "user"}))
+    row = {"messages": [{"role": role, "content": "x"} for role in ("System", "ai", "Doc", "Utente", "ASSISTENTE")]}
+    roles = [m.role for m in to_conversation(row, fmt, "it", "").messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_messages_as_json_text():
+    row = {"messages": json.dumps(said("a", "b"))}
+    assert turns_of(to_conversation(row, MESSAGES, "it", "")) == TURNS
+    with pytest.raises(Unusable, match="no_messages"):
+        to_conversation({"messages": "[{"}, MESSAGES, "it", "")
+
+
+def test_why_not_is_said_with_what_was_found():
+    for row, detail in (
+        ({"messages": said("a", "b", role="narrator")}, "`narrator`"),
+        ({"messages": said("a", 3)}, "int"),
+        ({"text": "a"}, "no messages or conversation or conversations or dialogue or turns in text"),
+    ):
+        with pytest.raises(Unusable) as why:
+            to_conversation(row, MESSAGES, "it", "")
+        assert why.value.detail == detail
+
+
 def test_names_and_train_flags_are_kept():
     row = {
         "messages": [
@@ -107,6 +132,18 @@ UNUSABLE = {
         {"messages": said("a", "b", tool_calls='[{"name": "\\ud800"}]')},
         "tool_call_not_readable",
     ),
+    "call with bytes": (
+        {"messages": said("a", "b", tool_calls=[{"name": "f", "arguments": {"a": b"x"}}])},
+        "tool_call_not_readable",
+    ),
+    "call with a surrogate inside": (
+        {"messages": said("a", "b", tool_calls=[{"name": "f", "arguments": {"a": "\ud800"}}])},
+        "tool_call_not_readable",
+    ),
+    "tools with a surrogate": (
+        {"messages": said("a", "b"), "tools": [{"name": "f", "description": "\udfff"}]},
+        "tools_not_readable",
+    ),
     "tools that are no JSON": ({"messages": said("a", "b"), "tools": "[{"}, "tools_not_readable"),
     "tools that are numbers": ({"messages": said("a", "b"), "tools": [1]}, "tools_not_readable"),
     "tool without name": ({"messages": said("a", "b"), "tools": [{"description": "x"}]}, "tool_without_name"),
@@ -146,6 +183,11 @@ CALLS = {
     "openai": (MESSAGES, {"messages": said("q", None, tool_calls=[{"id": "1", "type": "function", "function": {
         "name": "f", "arguments": json.dumps(CALL["arguments"])}}])}, [("", (CALL,))]),
     "flat": (MESSAGES, {"messages": said("q", "w", tool_calls=[CALL])}, [("w", (CALL,))]),
+    "parameters": (MESSAGES, {"messages": said("q", "", tool_calls=[{"function": {"name": "f", "parameters":
+                   CALL["arguments"]}}])}, [("", (CALL,))]),
+    "not learned alike": (SHAREGPT, {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "w"},
+                          {"from": "function_call", "value": json.dumps(CALL), "train": False}]},
+                          [("w", ()), ("", (CALL,))]),
     "no arguments": (MESSAGES, {"messages": said("q", "", tool_calls=[{"name": "f"}])},
                      [("", ({"name": "f", "arguments": {}},))]),
 }  # fmt: skip
@@ -237,6 +279,11 @@ def test_language_codes(said, code):
     assert language_of({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
     if isinstance(said, str) and said:
         assert language_of({"lang": "xx"}, Source(path="x", language=said)) == code
+
+
+@pytest.mark.parametrize("said", ["Python", "it\nmodel: x", "0", "x", "klingon"])
+def test_what_is_no_code_is_no_language(said):
+    assert language_of({"lang": said}, Source(path="x")) == "und"
 
 
 def test_a_language_that_is_no_text_is_unusable():

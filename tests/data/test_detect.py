@@ -70,9 +70,41 @@ def test_columns_of_other_names_are_found(row, name, fields):
     assert guess_fields([row] * 3) == (name, fields)
 
 
+def test_ids_and_context_are_told_from_texts():
+    long_id = "3f2504e0-4f89-11d3-9a0c-0305e82c3301"
+    turns_with_ids = [{"who": "user", "body": "Ciao", "id": long_id}, {"who": "assistant", "body": "Sì", "id": long_id}]
+    assert guess_fields([{"dialog": turns_with_ids}])[1]["content_field"] == "body"
+    row = {"contesto": "c", "domanda": "q", "risposta": "r", "lingua": "it", "fonte": "wiki"}
+    assert guess_fields([row])[1] == {
+        "prompt_field": "domanda", "response_field": "risposta", "input_field": "contesto", "language_field": "lingua",
+    }  # fmt: skip
+
+
+def test_columns_that_nothing_is_made_of_are_named(write_rows):
+    rows = [{"domanda": "Come va?", "risposta": "Va bene, grazie.", "fonte": "wiki", "voto": 3}] * 3
+    assert detect(write_rows(rows)).unused == ("fonte", "voto")
+    assert detect(write_rows(asked(IT[:3], source="x"))).unused == ("source",)
+
+
+def test_answers_marked_good_or_bad_are_not_learned_alike(write_rows):
+    rows = [{"prompt": "q", "completion": "a", "label": i % 2 == 0} for i in range(4)]
+    with pytest.raises(DataError, match=r"KTO, which is not in version 1\); keep the rows with label: true"):
+        detect(write_rows(rows))
+
+
+def test_lengths_hold_the_calls_and_the_tools(write_rows):
+    call = [{"name": "f", "arguments": {"a": "x" * 5000}}]
+    rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": call}]}]
+    assert detect(write_rows(rows)).characters[0] > 5000
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f", "description": "x" * 5000}]}]
+    assert detect(write_rows(pairs)).characters[0] > 5000
+
+
 NOTHING = [
     {"text": "a"}, {"a": 1, "b": 2}, {"question": "a"}, {"answer": "b"}, {"chat": ["a", "b"]},
-    {"chat": turns("who", "what", "Anna", "Bruno")}, {"chosen": "a"}, {"premise": "a", "hypothesis": "b"},
+    {"source": "wikipedia", "risposta": "a"}, {"chat": turns("who", "what", "Anna", "Bruno")}, {"chosen": "a"},
+    {"prompt": turns("role", "content", "user"), "completion": turns("role", "content", "assistant")},
+    {"dialog": [{"role": "user", "content": [{"type": "text"}]}]}, {"premise": "a", "hypothesis": "b"},
 ]  # fmt: skip
 
 

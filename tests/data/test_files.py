@@ -9,6 +9,8 @@ from pyarrow import parquet
 
 from nesso_tune import DataError
 from nesso_tune.data.files import content_hash, expand, is_local, read_rows
+from nesso_tune.data.sources import count_rows
+from nesso_tune.recipes.sections import Source
 
 ROWS = [{"a": "è"}, {"a": "b\nc"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -44,7 +46,7 @@ BAD = {
     "latin-1": (LINES + b'{"a": "\xe8"}', r"x.jsonl:3: is not UTF-8 text; convert the file"),
     "utf-16": ('{"a": 1}\n{"a": 2}\n'.encode("utf-16"), r"x.jsonl:1: is not (UTF-8 text|JSON)"),
     "nested without end": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"x.jsonl:1: is not JSON"),
-    "array nested without end": (b"[" * 200_000, r"x.jsonl: is nested too deeply"),
+    "array nested without end": (b"[" * 200_000, r"x.jsonl: is not readable JSON .it is nested too deeply"),
     "empty": (b"", "x.jsonl: is empty; give a file with rows"),
     "blank": (BOM + b" \n\n", "x.jsonl: is empty"),
     "gzip": (gzip.compress(LINES), "x.jsonl: is compressed; unpack it first"),
@@ -115,7 +117,7 @@ def test_compressed_files_in_a_folder_are_not_passed_over(tmp_path):
 
 def test_missing_files(tmp_path):
     (tmp_path / "here.jsonl").write_bytes(LINES)
-    with pytest.raises(DataError, match=r"there.jsonl: no such file; .* has here.jsonl"):
+    with pytest.raises(DataError, match=r"there.jsonl: no such file; did you mean .*here.jsonl"):
         expand(f"{tmp_path}/there.jsonl")
     with pytest.raises(DataError, match=r"\*.parquet: matches no file"):
         expand(f"{tmp_path}/*.parquet")
@@ -141,3 +143,29 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
     two.write_bytes(LINES.replace(b"b", b"d"))
     assert content_hash([one]) != content_hash([two])
     assert content_hash([one, two]) != content_hash([two, one])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.xlsx"])
+def test_tables_are_refused_with_a_command_that_converts_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"prompt,response\na,b\n")
+    with pytest.raises(DataError, match=r"files are not read; make JSON lines of it, e.g. python -c"):
+        list(read_rows(tmp_path / name))
+
+
+def test_rows_are_counted_as_they_are_read(tmp_path):
+    contents = {
+        "plain": '{"a": 1}\n{"a": 2}\n', "no last break": '{"a": 1}\n{"a": 2}',
+        "blank lines": '{"a": 1}\n\n \n{"a": 2}\n', "an array": '[{"a": 1},\n{"a": 2}]', "one": '{"a": 1}',
+    }  # fmt: skip
+    for name, content in contents.items():
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(content)
+        assert count_rows(Source(path=str(file))) == len(list(read_rows(file))), name
+
+
+def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
+    calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w", "tool_calls": calls}]
+    parquet.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "x.parquet")
+    ((row, _),) = read_rows(tmp_path / "x.parquet")
+    assert row == {"messages": turns}

@@ -55,7 +55,7 @@ WRONG = {
     "typo": ({"format": "messages"}, {"mesages": []}, r"no column `messages` or .*; did you mean "),
     "far off": ({"format": "preference"}, {"x": 1}, r"no column `chosen`.*; name the column"),
     "columns without messages": (
-        {"format": "messages"}, SHAREGPT, r"have the columns of format messages, but not messages with role",
+        {"format": "messages"}, SHAREGPT, r"are not of format messages .* they look like format sharegpt: set",
     ),
     "columns of other rows": ({"format": "messages"}, {"messages": "text"}, r"have the columns"),
     "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but not both filled with text"),

@@ -185,7 +185,10 @@ def test_weights_change_what_an_epoch_holds(sft, chats, write_rows):
 def test_nothing_usable_is_an_error_with_the_reasons(sft, write_rows, tmp_path):
     answers = [("assistant", ""), ("assistant", " "), ("narrator", "x")]
     path = write_rows([{"messages": [{"role": role, "content": text}]} for role, text in answers])
-    with pytest.raises(DataError, match=r"none of 3 rows can be used \(empty_answer: 2, unknown_role: 1\); correct"):
+    with pytest.raises(
+        DataError,
+        match=r"none of 3 rows .*\(empty_answer: 2, e.g. .*:1; unknown_role: 1, e.g. .*:3: `narrator`\); correct",
+    ):
         prepare_data(sft(path))
     (tmp_path / "no_rows.json").write_text("[]")
     with pytest.raises(DataError, match="holds no rows"):
@@ -229,3 +232,12 @@ def test_nothing_heavy_is_loaded(sft, chats, write_rows):
     done = subprocess.run([sys.executable, "-c", code, str(recipe)], capture_output=True, text=True, check=True,
                           cwd=Path(__file__).parents[2])  # fmt: skip
     assert done.stdout == "[]\n"
+
+
+def test_answers_that_are_one_text_in_two_forms_are_no_pair(dpo, write_rows):
+    call = {"name": "f", "arguments": {"a": 1}}
+    text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    row = {"prompt": "q", "rejected": text, "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    report = prepare_data(dpo(write_rows([row, {"prompt": "q", "chosen": "a", "rejected": "b"}]))).report
+    assert report["dropped"] == {"chosen_equals_rejected": 1}
+    assert report["examples_of_dropped"]["chosen_equals_rejected"].endswith("rows.jsonl:1")

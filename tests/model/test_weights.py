@@ -122,3 +122,21 @@ def test_base_hash_follows_the_content(trained):
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     assert base_hash(section) != before
+
+
+def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
+    from nesso_tune.model.standin import build_standin, shrunk
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    gptj = {"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 128}
+    assert build_standin(folder, shrunk(gptj, 1900)) == "gptj"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", folder / name)
+    section = ModelSection(base=str(folder))
+    model = load_model(section, chat_tokenizer(section, ChatSection()), 1)
+    assert model.config._attn_implementation == "eager"
+    wanted = section.model_copy(update={"attention": "sdpa"})
+    chat = chat_tokenizer(wanted, ChatSection())
+    with pytest.raises(RecipeError, match="has no sdpa attention; set attention: auto or eager"):
+        load_model(wanted, chat, 1)

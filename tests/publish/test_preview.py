@@ -104,6 +104,7 @@ def test_the_command_line(tmp_path, talks, capsys):
             main(["preview", file, *arguments])
         assert not end.value.code
         out, err = capsys.readouterr()
-        assert "next: nesso-tune train" in err
+        assert "next: nesso-tune train" in out
+        assert not err
     assert "p.html: 1 rows" in out
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")

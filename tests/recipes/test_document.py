@@ -106,5 +106,5 @@ def test_a_file_in_another_encoding(recipe_file, content, line):
 
 
 def test_a_data_file_given_as_a_recipe(recipe_file):
-    with pytest.raises(RecipeError, match="too many for a recipe"):
+    with pytest.raises(RecipeError, match="bytes of data are no recipe; make one: nesso-tune init --data"):
         load_recipe(recipe_file(b"a: 1\n" * 500_000))

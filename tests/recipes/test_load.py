@@ -91,9 +91,9 @@ MISTAKES = {
     "in a choice of types": (SFT + "chat: {default_system: {it: 3}}", 7, ["`chat.default_system.it` must be text"]),
     "a wrong weight": (DPO + "dpo: {loss: {sigmoid: -1}}", 7, ["`dpo.loss.sigmoid`", "above 0"]),
     "a wrong role": (IN_SOURCE + "roles: {utente: usr}", 7, ["`data.sources.0.roles.utente`", "did you mean `user`?"]),
-    "misspelt in a source": (IN_SOURCE + "langage: it", 7, ["did you mean `data.sources.language`?"]),
+    "misspelt in a source": (IN_SOURCE + "langage: it", 7, ["did you mean `data.sources.0.language`?"]),
     "misspelt in a validation source": (
-        SFT + "  validation_sources: [{path: v, langage: it}]", 7, ["did you mean `data.validation_sources.language`?"],
+        SFT + "  validation_sources: [{path: v, langage: it}]", 7, ["mean `data.validation_sources.0.language`?"],
     ),
 }  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_a_file_or_a_name_that_is_not_there(tmp_path):
         RecipeError, match="no such file and no shipped recipe of this name; did you mean `quickstart/sft`"
     ):
         load_recipe("quickstart/sfx")
-    with pytest.raises(RecipeError, match=r"cannot be read \(Is a directory\)"):
+    with pytest.raises(RecipeError, match=r"is a folder; name a YAML file"):
         load_recipe(tmp_path)
 
 

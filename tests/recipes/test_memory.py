@@ -155,6 +155,35 @@ def test_advice(keys, more, words):
     assert words in " / ".join(plan(keys, **more).advice)
 
 
+BATCH = "global_batch_size: 8, max_steps: 2000"
+FOLLOWED = {  # what advice says when the recipe is written another way
+    "split of a global batch": (BATCH, {}, "train.micro_batch_size: 4, 2 accumulation follows"),
+    "rate, global batch": (BATCH, {}, "or train.global_batch_size: 256"),
+    "rate, accumulation": ("gradient_accumulation_steps: 8, max_steps: 2000", {},
+                           "or train.gradient_accumulation_steps: 256 (global batch 256)"),
+    "rate, a batch that does not fit": ("micro_batch_size: 3, max_steps: 2000", {}, "consider 1.1e-04"),
+    "few steps": ("gradient_accumulation_steps: 8, num_epochs: 1", {"volume": DataVolume(80, 8000, 80, 30)},
+                  "lower train.gradient_accumulation_steps, or raise train.num_epochs"),
+    "warm-up in steps": (COLD, {}, "set train.schedule.warmup_ratio: 0.03 instead of warmup_steps"),
+    "state alone too big": ("max_steps: 90", {"shape": EIGHT}, "shard over more GPUs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keys", "more", "words"), FOLLOWED.values(), ids=FOLLOWED)
+def test_advice_can_be_followed_as_it_is_said(keys, more, words):
+    assert words in " / ".join(plan(keys, **more).advice)
+
+
+def test_no_advice_that_cannot_help():
+    said = " / ".join(plan("max_steps: 90", shape=EIGHT).advice)
+    assert "sequence_len" not in said, "weights and optimizer alone are too many"
+    assert plan("max_steps: 9", gpu=80).advice == (), "someone asked for nine steps"
+    random = SFT.replace("base: b", "base: b, random_init: true")
+    assert "adapter" not in " / ".join(plan("max_steps: 90", shape=EIGHT, text=random).advice)
+    none = DataVolume(1, 0, 0, 0)
+    assert plan("max_steps: 5000, learning_rate: 1.0e-3", volume=none).advice, "a volume of nothing is no fault of ours"
+
+
 QUIET = {
     "a warm-up": "learning_rate: 1.0e-3, max_steps: 90, schedule: {warmup_ratio: 0.03}",
     "a low rate": "learning_rate: 1.0e-5, max_steps: 90, schedule: {warmup_steps: 0}",

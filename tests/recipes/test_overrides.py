@@ -69,13 +69,15 @@ def test_a_wrong_override_is_told_as_such(override, overrides, words):
     assert words in said
 
 
-def test_a_contradiction_with_the_file(override):
-    said = fault(override, {"train.max_steps": 5}, SFT + "train: {num_epochs: 2}\n")
-    assert "r.yaml:7: `train.num_epochs` contradicts train.max_steps; set one and null the other" in said
-    assert (
-        override({"train.max_steps": 5, "train.num_epochs": None}, SFT + "train: {num_epochs: 2}\n").train.max_steps
-        == 5
-    )
+def test_one_of_two_exclusive_keys_displaces_the_other_of_the_file(override):
+    text = SFT + "train: {num_epochs: 2, gradient_accumulation_steps: 4, schedule: {warmup_steps: 3}}\n"
+    train = override({"train.max_steps": 5}, text).train
+    assert (train.max_steps, train.num_epochs, train.gradient_accumulation_steps) == (5, None, 4)
+    train = override({"train.global_batch_size": 8, "train.schedule.warmup_ratio": 0.1}, text).train
+    assert (train.num_epochs, train.gradient_accumulation_steps, train.schedule.warmup_steps) == (2, None, None)
+    assert override({"train.max_steps": None}, text).train.num_epochs == 2
+    said = fault(override, {"train.max_steps": 5, "train.num_epochs": 1}, SFT)
+    assert "`train.num_epochs` contradicts train.max_steps; set one and null the other" in said
 
 
 def test_the_method_can_be_set(override):
