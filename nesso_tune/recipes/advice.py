@@ -124,7 +124,7 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if room:
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
         follows = recipe.train.global_batch_size is not None
-        with_rest = f", {rest} accumulation follows" if follows else f" with gradient_accumulation_steps: {rest}"
+        with_rest = f", accumulation becomes {rest}" if follows else f" with gradient_accumulation_steps: {rest}"
         yield (
             f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} (about "
             f"{total(micro, checkpointing) / GIB:.0f} of {gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x "

@@ -157,7 +157,7 @@ def test_advice(keys, more, words):
 
 BATCH = "global_batch_size: 8, max_steps: 2000"
 FOLLOWED = {  # what advice says when the recipe is written another way
-    "split of a global batch": (BATCH, {}, "train.micro_batch_size: 4, 2 accumulation follows"),
+    "split of a global batch": (BATCH, {}, "train.micro_batch_size: 4, accumulation becomes 2"),
     "rate, global batch": (BATCH, {}, "or train.global_batch_size: 256"),
     "rate, accumulation": ("gradient_accumulation_steps: 8, max_steps: 2000", {},
                            "or train.gradient_accumulation_steps: 256 (global batch 256)"),
