@@ -162,7 +162,7 @@ def _check_same_run(run: RunDir, noted: dict[str, Any], facts: dict[str, Any]) -
     """
     names = {
         "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
-        "global_batch": "the global batch", "world_size": "the number of processes",
+        "global_batch": "the global batch",
     }  # fmt: skip
     if run.finished:  # a finished model does not depend on how many would continue it
         names = {key: names[key] for key in ("data", "tokenizer", "base")}

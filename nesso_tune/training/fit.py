@@ -37,7 +37,7 @@ from nesso_tune.training.progress import ProgressBar
 from nesso_tune.training.reference import compute_reference, load_reference, save_reference
 from nesso_tune.training.rundir import RunDir
 from nesso_tune.training.tally import Tally
-from nesso_tune.training.trainer import Track
+from nesso_tune.training.trainer import Track, processes_of
 
 Trainer = sft.ConversationTrainer | dpo.PairTrainer
 
@@ -117,8 +117,10 @@ class _Beginning(TrainerCallback):
             )  # fmt: skip
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
-            changed = {"changed": self._run.changed} if self._run.changed else {}
-            track.log.write({"step": state.global_step, "event": "resumed", **changed})
+            facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}
+            before, now = processes_of(self._run.checkpoint), trainer.accelerator.num_processes
+            facts |= {"processes": [before, now]} if before != now else {}
+            track.log.write({"step": state.global_step, "event": "resumed", **facts})
         if isinstance(trainer, dpo.PairTrainer):
             trainer.reference = self._reference(trainer)
         track.line_tokens = int(trainer.sum_over_processes(torch.tensor(float(track.tokens))))

@@ -7,7 +7,6 @@ an update (`_clip_grad_norm`). Taken over from TRL: telemetry, which is off.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nesso_tune.errors import NumericalError
@@ -185,12 +185,34 @@ class TrackedTrainer(_Base):
         moments = ckpt.read_tensors(folder, "optimizer.safetensors")
         ckpt.load_optimizer_state(self.model_wrapped, self.optimizer.optimizer, moments)
         self._set_schedule(self.state.global_step)
-        own = folder / f"counters-{self.accelerator.process_index}.json"
-        counts, track = json.loads(own.read_text(encoding="utf-8")), self.track
+        counts, track = own_share(folder, self.accelerator.process_index, self.accelerator.num_processes), self.track
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
         track.seconds = counts["seconds"]
         track.tally.restore(counts["tally"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            set_random_states(ckpt.read_data(Path(checkpoint), f"rng-{self.accelerator.process_index}.json"))
+        if checkpoint is None:
+            return
+        folder, rank = Path(checkpoint), self.accelerator.process_index
+        if processes_of(folder) == self.accelerator.num_processes:
+            set_random_states(ckpt.read_data(folder, f"rng-{rank}.json"))
+        else:  # no state belongs to this process: another one, but the same at every such resume
+            set_seed(self.args.seed + 1_000_003 * self.state.global_step + rank)
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint."""
+    return len(list(checkpoint.glob("counters-*.json")))
+
+
+def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
+    """The counters that a process goes on with: its own, or, at another number of processes, all on the first one."""
+    written = processes_of(checkpoint)
+    each = [ckpt.read_data(checkpoint, f"counters-{i}.json") for i in range(written)]
+    if written == processes:
+        return dict(each[rank])
+    names = ("tokens", "supervised_tokens")
+    whole = {name: sum(counts[name] for counts in each) if rank == 0 else 0 for name in names}
+    tallies = torch.tensor([counts["tally"] for counts in each], dtype=torch.float64).sum(dim=0)
+    tally = tallies if rank == 0 else torch.zeros_like(tallies)
+    return {**whole, "seconds": max(counts["seconds"] for counts in each), "tally": tally.tolist()}

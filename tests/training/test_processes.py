@@ -1,6 +1,7 @@
 """Two processes give what one gives: FSDP2 on gloo, the same rows in the same steps, files that either reads."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -8,15 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nesso_tune import RecipeError, load_recipe
 from nesso_tune.run import train
-from tests.support.runs import ROOT, recipe, steps, write_recipe
+from tests.support.runs import ROOT, metrics, recipe, steps, write_recipe
 
 
-def two(*arguments, module="tests.support.fsdp_on_cpu"):
-    """Runs the command line on two CPU processes."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+def two(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables):
+    """Runs the command line on two CPU processes, or on another number of them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
     torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
     return subprocess.run(
         [*torchrun, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
     )
@@ -53,3 +61,41 @@ def test_full_shard_that_would_quietly_be_something_else_stops(tmp_path, talks):
     done = two("train", write_recipe(tmp_path / "some.yaml", some), module="nesso_tune")
     assert done.returncode != 0
     assert "full_shard was asked for" in done.stderr
+
+
+def rows_read(file):
+    return [int(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_goes_on_at_another_number_of_processes(tmp_path, request, method, first, second):
+    source = request.getfixturevalue("talks" if method == "sft" else "pairs")
+    batch = {"micro_batch_size": 1, "global_batch_size": 4, "gradient_accumulation_steps": None}
+    sections = {"train": {**batch, "max_steps": 6}, "checkpoint": {"every_steps": 3}, "evaluation": {"every_steps": 2}}
+    whole = recipe(method, tmp_path / "whole", [source], **sections)
+    train(whole)
+    path = write_recipe(tmp_path / "r.yaml", recipe(method, tmp_path / "run", [source], **sections))
+    logs = [tmp_path / name for name in ("first", "second")]
+    for log, processes in zip(logs, (first, second), strict=True):
+        done = two("train", path, module="tests.support.recording", processes=processes, ROWS_READ=str(log))
+        assert done.returncode == 0, done.stderr[-3000:]
+        if log == logs[0]:  # as if it had been killed after step 3
+            shutil.rmtree(tmp_path / "run" / "final")
+            shutil.rmtree(tmp_path / "run" / "checkpoint-6")
+    assert sorted(rows_read(logs[0])) == list(range(24)), "each row of the run once"
+    assert sorted(rows_read(logs[1])) == list(range(12, 24)), "none twice, none left out"
+    resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
+    assert resumed["processes"] == [first, second]
+    for key in ("loss", "loss/it", "eval_loss", "tokens", "supervised_tokens", "learning_rate"):
+        assert steps(tmp_path / "run", key) == pytest.approx(steps(tmp_path / "whole", key), abs=1e-5), key
+
+
+def test_another_global_batch_is_refused(tmp_path, talks):
+    batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
+    some = recipe("sft", tmp_path / "run", [talks], train={**batch, "max_steps": 4})
+    path = write_recipe(tmp_path / "r.yaml", some)
+    assert two("train", path).returncode == 0
+    shutil.rmtree(tmp_path / "run" / "final")
+    with pytest.raises(RecipeError, match=r"the global batch changed \(4 -> 2\)"):
+        train(load_recipe(path))
