@@ -23,12 +23,18 @@ def start(*paths):
 
 def kill_at(process, run, step):
     """SIGKILL as soon as a step is in metrics.jsonl."""
+    when_at(process, run, step, signal.SIGKILL)
+    process.wait()
+
+
+def when_at(process, run, step, number):
+    """Sends a signal (or none) as soon as a step is in metrics.jsonl."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it was killed"
         if (run / "metrics.jsonl").exists() and max(steps(run), default=0) >= step:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
+            if number is not None:
+                process.send_signal(number)
             return
         time.sleep(0.005)
     pytest.fail("the run did not come that far")
@@ -77,3 +83,59 @@ def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
     assert command("train", write_recipe(tmp_path / "c.yaml", alone)).returncode == 0
     a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("alone", "dpo"))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_asked_to_stop_it_saves_where_it_is_and_ends_with_75(tmp_path, talks, number):
+    sections = {"train": {"max_steps": 40}, "checkpoint": {"every_steps": 30}, "evaluation": None}
+    paths = {
+        name: write_recipe(tmp_path / f"{name}.yaml", recipe("sft", tmp_path / name, [talks], **sections))
+        for name in ("whole", "stopped")
+    }
+    stopped = tmp_path / "stopped"
+    process = start(paths["stopped"])
+    when_at(process, stopped, 5, number)
+    assert process.wait(60) == 75
+    assert not (stopped / "final").exists()
+    (saved,) = stopped.glob("checkpoint-*")
+    step = int(saved.name.rsplit("-", 1)[-1])
+    assert 5 <= step < 30
+    assert metrics(stopped)[-1] == {"step": step, "event": "preempted"}
+    for path in paths.values():
+        done = command("train", path)
+        assert done.returncode == 0, done.stderr
+    a, b = (load_file(tmp_path / name / "final" / "model.safetensors") for name in paths)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, talks):
+    batch = {"max_steps": 400, "micro_batch_size": 1, "global_batch_size": 2}
+    some = recipe("sft", tmp_path / "run", [talks], train=batch, checkpoint={"every_steps": 399}, evaluation=None)
+    path = write_recipe(tmp_path / "r.yaml", some)
+    launch = ["-m", "nesso_tune", "launch", path, "--gpus-per-node", "2", "--set", "distributed.fsdp=none"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, *launch], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    when_at(process, tmp_path / "run", 5, None)
+    second = [pid for pid in workers(process.pid) if b"RANK=1" in environment_of(pid)]
+    os.kill(second[0], signal.SIGTERM)
+    assert process.wait(60) == 75, "the launcher passes the code of the run on"
+    (saved,) = (tmp_path / "run").glob("checkpoint-*")
+    assert {file.name for file in saved.glob("rng-*")} == {"rng-0.json", "rng-1.json"}
+
+
+def workers(pid):
+    """All processes below one."""
+    found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    below: dict[int, list[int]] = {}
+    for child, parent in (map(int, line.split()) for line in found.splitlines()):
+        below.setdefault(parent, []).append(child)
+    out, queue = [], [pid]
+    while queue:
+        queue += (children := below.get(queue.pop(), []))
+        out += children
+    return out
+
+
+def environment_of(pid):
+    with open(f"/proc/{pid}/environ", "rb") as stream:
+        return stream.read().split(b"\0")

@@ -15,7 +15,7 @@ LAYERS = [
     ("data",),
     ("model",),
     ("training",),
-    ("publish",),
+    ("publish", "launch"),
     ("run", "smoke", "draft"),
     ("cli",),
 ]

@@ -12,17 +12,20 @@ import os
 import sys
 import traceback
 from importlib.metadata import version
+from pathlib import Path
 
 import typer
 
 from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
 from nesso_tune.cli.init import init
+from nesso_tune.cli.launch import launch
 from nesso_tune.cli.prepare import prepare
 from nesso_tune.cli.preview import preview
 from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError
+from nesso_tune.launch.slurm import EXIT_FILE
 
 app = typer.Typer(
     name="nesso-tune",
@@ -32,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (init, check, prepare, preview, train, chat, schema):
+for verb in (init, check, prepare, preview, train, launch, chat, schema):
     app.command()(verb)
 
 
@@ -54,6 +57,20 @@ def options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command line and exits with its code."""
+    try:
+        _main(arguments)
+    except SystemExit as end:
+        _note(end.code if isinstance(end.code, int) else 0)
+        raise
+
+
+def _note(code: int) -> None:
+    """Leaves the exit code where `launch` looks for it: launchers of several processes turn every one into 1."""
+    if code and os.environ.get("RANK", "0") == "0" and (file := os.environ.get(EXIT_FILE)):
+        Path(file).write_text(str(code), encoding="utf-8")
+
+
+def _main(arguments: list[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another

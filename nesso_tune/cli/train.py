@@ -133,4 +133,5 @@ def _check_bases(recipes: list[Recipe]) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # one voice, not one a process
+        print(text, file=sys.stderr, flush=True)

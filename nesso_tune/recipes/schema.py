@@ -10,7 +10,16 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.sections import ChatSection, Count, DPOData, ModelSection, NonEmpty, Section, SFTData
+from nesso_tune.recipes.sections import (
+    ChatSection,
+    ClusterSection,
+    Count,
+    DPOData,
+    ModelSection,
+    NonEmpty,
+    Section,
+    SFTData,
+)
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a share of the run
@@ -141,6 +150,8 @@ class BaseRecipe(Section):
     """The optimisation."""
     distributed: DistributedSection = DistributedSection()
     """How several processes share the work."""
+    cluster: ClusterSection | None = None
+    """Where `nesso-tune launch --slurm` sends the run."""
     checkpoint: CheckpointSection = CheckpointSection()
     """Checkpoints."""
     evaluation: EvaluationSection | None = EvaluationSection()

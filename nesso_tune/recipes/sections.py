@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # stands in one line of a script
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SlurmOption = Annotated[str, Field(pattern=r"^--[^\r\n]+$")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # a billion is a mistake that should not become an overflow
 
 
@@ -153,3 +156,34 @@ class DPOData(DataSection):
     """Longest prompt plus answer in tokens."""
     too_long: Literal["drop", "error"] = "drop"
     """What happens to a pair whose prompt and longer answer exceed sequence_len."""
+
+
+class ClusterSection(Section):
+    """Where `nesso-tune launch --slurm` sends the run; training itself does not read it."""
+
+    nodes: Count = 1
+    """Machines."""
+    gpus_per_node: Count = 1
+    """GPUs, and so processes, on each machine."""
+    cpus_per_gpu: Count = 8
+    """CPU cores for each process; also its number of threads."""
+    partition: Line | None = None
+    """Slurm partition."""
+    account: Line | None = None
+    """Slurm account."""
+    time: Line | None = None
+    """Longest time of a job, e.g. 24:00:00."""
+    save_before_s: Count = 300
+    """Seconds before the time is up at which the run is asked to save and to go on in a new job."""
+    modules: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """Environment modules that are loaded."""
+    container: Line | None = None
+    """Container image that the run is started in (srun --container-image)."""
+    env: dict[VariableName, str] = {}
+    """Environment variables of the job. No secrets: they stand in the job's file."""
+    python: Line = "python"
+    """The interpreter on the nodes that has nesso-tune."""
+    offline: bool = True
+    """The nodes have no network: base and data must be in the cache before."""
+    extra: Annotated[tuple[SlurmOption, ...], Field(strict=False)] = ()
+    """Further lines for sbatch, e.g. --exclusive."""

@@ -21,7 +21,7 @@ from transformers import (
 
 from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
-from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.errors import Preempted, RunEnvironmentError
 from nesso_tune.model.adapters import lora_config
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
@@ -36,6 +36,7 @@ from nesso_tune.training.pace import Pace
 from nesso_tune.training.progress import ProgressBar
 from nesso_tune.training.reference import compute_reference, load_reference, save_reference
 from nesso_tune.training.rundir import RunDir
+from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.tally import Tally
 from nesso_tune.training.trainer import Track, processes_of
 
@@ -59,6 +60,7 @@ def fit(
 
     Raises:
         NumericalError: if a gradient is not finite, or the DPO reference is not the policy it starts from.
+        Preempted: if the run was asked to stop; a checkpoint is saved.
     """
     languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
     chat = data.chat
@@ -97,7 +99,12 @@ def fit(
             plan.steps,
         )  # fmt: skip
     trainer.add_callback(_Beginning(trainer, data, run, facts["start"], shards(recipe, plan.processes)))
-    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    with StopRequest() as request:
+        trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if stop.stopped_at is not None:
+        log.write({"step": stop.stopped_at, "event": "preempted"})
+        raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")
     return trainer
 
 

@@ -19,7 +19,7 @@ from nesso_tune.training.checkpoint import MANIFEST, PREFIX, checkpoints, read_m
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html")
 # A finished or running model does not depend on these; they may change between sessions.
-FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed")
+FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster")
 
 
 @dataclass

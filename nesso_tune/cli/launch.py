@@ -1,0 +1,130 @@
+"""`nesso-tune launch`: starts a run on the GPUs of this machine, or writes the Slurm job of many."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nesso_tune.chat.files import base_at_hand, has_weights
+from nesso_tune.cli.options import SetOption, load_all
+from nesso_tune.data.files import is_local
+from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
+from nesso_tune.launch.command import Machines, local_command, train_words
+from nesso_tune.launch.slurm import EXIT_FILE, sbatch_text
+from nesso_tune.recipes.plan import World
+from nesso_tune.recipes.planning import make_plan
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.sections import ClusterSection
+
+
+def launch(
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="As for `train`: run in order.")],
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines of the job (with --slurm).")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs, and so processes, on each machine; here: all there are.")
+    ] = None,
+    slurm: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an sbatch file instead.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
+    time: Annotated[str | None, typer.Option(help="Longest time of the job, e.g. 24:00:00.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Send the sbatch file.")] = False,
+    show: Annotated[
+        bool, typer.Option("--print", help="Show the command, or the sbatch file, and do nothing.")
+    ] = False,
+) -> None:
+    """Start a run on several GPUs: here, or by Slurm on many machines."""
+    loaded = load_all(recipes, settings)
+    cluster = (loaded[0].cluster or ClusterSection()).model_copy(
+        update={k: v for k, v in {"partition": partition, "account": account, "time": time}.items() if v is not None}
+    )
+    if slurm is None:
+        _check_only_slurm({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,
+                           "--submit": submit or None})  # fmt: skip
+        _check_plans(loaded, machines := Machines(1, gpus_per_node or _gpus_here()))
+        command = local_command(machines, train_words(recipes, settings))
+        if show:
+            print(shlex.join(command))
+            return
+        raise typer.Exit(_run(command))
+    machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
+    _check_plans(loaded, machines)
+    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, train_words(recipes, settings))
+    if show:
+        print(text, end="")
+        return
+    if cluster.offline:
+        _check_fetched(recipes, loaded)
+    slurm.parent.mkdir(parents=True, exist_ok=True)
+    slurm.write_text(text, encoding="utf-8")
+    print(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
+    if submit:
+        _submit(slurm)
+    else:
+        print(f"next: sbatch {shlex.quote(str(slurm))}")
+
+
+def _check_only_slurm(given: dict[str, object]) -> None:
+    for option in (name for name, value in given.items() if value is not None):
+        raise RecipeError(option, "has no effect without --slurm FILE", "add it, or remove the option")
+
+
+def _check_plans(recipes: list[Recipe], machines: Machines) -> None:
+    """Raises RecipeError if a global batch does not divide by the processes."""
+    for recipe in recipes:
+        make_plan(recipe, World(machines.processes))
+
+
+def _gpus_here() -> int:
+    """GPUs of this machine; one process where there is none."""
+    import torch
+
+    count: int = torch.cuda.device_count()
+    return max(1, count)
+
+
+def _run(command: list[str]) -> int:
+    """Runs the launcher; its processes note their own exit code, which launchers turn into 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        noted = Path(folder) / "code"
+        code = subprocess.run(command, env={**os.environ, EXIT_FILE: str(noted)}, check=False).returncode
+        return int(noted.read_text()) if code and noted.is_file() else code
+
+
+def _check_fetched(names: list[str], recipes: list[Recipe]) -> None:
+    """Raises RunEnvironmentError if the nodes, which have no network, would lack a base or data."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # only what is here counts
+    from nesso_tune.data.hub import is_cached
+
+    missing: list[Problem] = []
+    for name, recipe in zip(names, recipes, strict=True):
+        base = recipe.model.base
+        folder = base_at_hand(base, recipe.model.revision)
+        lacking = (
+            [] if base.endswith("/final") or (folder and has_weights(folder)) or recipe.model.random_init else [base]
+        )
+        sources = (*recipe.data.sources, *recipe.data.validation_sources)
+        lacking += [source.path for source in sources if not is_local(source.path) and not is_cached(source)]
+        remedy = f"run `nesso-tune prepare {shlex.quote(name)}` on the login node, or set cluster.offline: false"
+        missing += [
+            Problem(name, f"{what} is not in the cache, and the nodes have no network", remedy) for what in lacking
+        ]
+    if missing:
+        raise RunEnvironmentError(missing)
+
+
+def _submit(file: Path) -> None:
+    if shutil.which("sbatch") is None:
+        raise RunEnvironmentError("sbatch", "is not on this machine", f"run `sbatch {file}` on the login node")
+    done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RunEnvironmentError("sbatch", f"refused the job ({done.stderr.strip()})", "correct the cluster section")
+    print(done.stdout.strip(), file=sys.stdout)

@@ -1,0 +1,70 @@
+"""The commands that start a run: on this machine, and on each machine of a job."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MODULE = "nesso_tune"
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where a run is to go: the only source of how many processes there are.
+
+    Attributes:
+        nodes: machines.
+        gpus_per_node: GPUs, and so processes, on each of them.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+
+    @property
+    def processes(self) -> int:
+        """Processes of the whole run."""
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the machines of a job find each other. Each part may be a variable of the shell.
+
+    Attributes:
+        rank: of this machine.
+        address: of the first one.
+        port: on that one.
+    """
+
+    rank: str
+    address: str
+    port: str
+
+
+def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
+    """`train RECIPE… --set …`, as it stands behind `-m nesso_tune`."""
+    return ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
+
+
+def accelerate_words(machines: Machines, meeting: Meeting | None = None, module: str = MODULE) -> list[str]:
+    """The `accelerate launch` before those words, without the interpreter.
+
+    What it may decide is only who runs where: precision, sharding and compilation are the recipe's, and every knob of
+    accelerate's own for them is set to nothing, so that no configuration file of the user's can say otherwise.
+    """
+    words = ["-m", "accelerate.commands.launch", "--num_machines", str(machines.nodes)]
+    words += ["--num_processes", str(machines.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    if machines.processes > 1:
+        words.append("--multi_gpu")
+    if meeting is not None:
+        words += ["--machine_rank", meeting.rank, "--main_process_ip", meeting.address]
+        words += ["--main_process_port", meeting.port]
+    elif machines.processes > 1:
+        words += ["--main_process_port", "0"]  # any free one
+    return [*words, "-m", module]
+
+
+def local_command(machines: Machines, words: Sequence[str]) -> list[str]:
+    """The command that starts a run on this machine."""
+    return [sys.executable, *accelerate_words(machines), *words]

@@ -1,0 +1,94 @@
+"""A Slurm job from one source: nodes, GPUs, processes, threads and rendezvous cannot disagree.
+
+The numbers stand once, in the `#SBATCH` lines and two variables written from the same values; everything else is
+computed from those variables, and the job ends at once if Slurm gave it other machines.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+from nesso_tune.launch.command import Machines, Meeting, accelerate_words
+from nesso_tune.recipes.sections import ClusterSection
+
+EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # where the first process notes its exit code; launchers turn every one into 1
+PREEMPTED = 75  # what a run ends with that has saved and wants to go on
+MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
+
+
+def sbatch_text(
+    name: str, machines: Machines, cluster: ClusterSection, words: Sequence[str], module: str = "nesso_tune"
+) -> str:
+    """The text of an sbatch file.
+
+    Args:
+        name: of the job.
+        machines: nodes and GPUs.
+        cluster: what the cluster wants to know besides.
+        words: `train RECIPE…`.
+        module: what is started; `nesso_tune`.
+    """
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "# Written by `nesso-tune launch --slurm`: write it again rather than edit a number here.",
+            *(f"#SBATCH {option}" for option in _options(name, machines, cluster)),
+            "",
+            "set -euo pipefail",
+            f"NODES={machines.nodes} GPUS_PER_NODE={machines.gpus_per_node} CPUS_PER_GPU={cluster.cpus_per_gpu}",
+            'if [ "$SLURM_NNODES" -ne "$NODES" ]; then',
+            '  echo "this job was written for $NODES nodes and got $SLURM_NNODES: write it again with --nodes" >&2',
+            "  exit 2",
+            "fi",
+            *(f"module load {shlex.quote(module)}" for module in cluster.modules),
+            *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()),
+            *(["export HF_HUB_OFFLINE=1"] if cluster.offline else []),
+            "export OMP_NUM_THREADS=$CPUS_PER_GPU",
+            'MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            "MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            f"export MAIN_ADDRESS MAIN_PORT {EXIT_FILE}=/tmp/nesso-tune-$SLURM_JOB_ID.code",
+            "",
+            f'rm -f "${EXIT_FILE}"',
+            "code=0",
+            f"{_srun(cluster)} bash -c {shlex.quote(_inner(cluster, machines, words, module))} || code=$?",
+            f'if [ "$code" -ne 0 ] && [ -s "${EXIT_FILE}" ]; then code=$(cat "${EXIT_FILE}"); fi',
+            f'if [ "$code" -eq {PREEMPTED} ]; then  # saved before the time ran out: the job goes on in a new one',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            'exit "$code"',
+            "",
+        ]
+    )
+
+
+def _options(name: str, machines: Machines, cluster: ClusterSection) -> list[str]:
+    job = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-") or "nesso-tune"
+    options = [
+        f"--job-name={job}",
+        f"--nodes={machines.nodes}",
+        "--ntasks-per-node=1",
+        f"--gpus-per-node={machines.gpus_per_node}",
+        f"--cpus-per-task={machines.gpus_per_node * cluster.cpus_per_gpu}",
+        f"--output={job}-%j.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=USR1@{cluster.save_before_s}",
+    ]
+    named = {"time": cluster.time, "partition": cluster.partition, "account": cluster.account}
+    options += [f"--{option}={value}" for option, value in named.items() if value is not None]
+    return [*options, *cluster.extra]
+
+
+def _srun(cluster: ClusterSection) -> str:
+    """One task a node; if one ends badly, all are ended."""
+    container = f" --container-image={shlex.quote(cluster.container)}" if cluster.container else ""
+    return f'srun --kill-on-bad-exit=1 --ntasks="$NODES" --ntasks-per-node=1{container}'
+
+
+def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], module: str) -> str:
+    """What runs on each node. Its own number and the meeting point come from the job's variables."""
+    launcher = " ".join(w if w.startswith("$") else shlex.quote(w) for w in accelerate_words(machines, MEETING, module))
+    # the launcher would die of USR1; the processes of the run set a handler of their own
+    return f"trap '' USR1; exec {shlex.quote(cluster.python)} {launcher} {shlex.join(words)}"
