@@ -25,6 +25,7 @@ from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.fit import fit
+from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
 from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
@@ -103,6 +104,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
 
 def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
+    check_launcher(recipe, plan, os.environ)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)

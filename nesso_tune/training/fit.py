@@ -99,13 +99,22 @@ def fit(
             plan.steps,
         )  # fmt: skip
     trainer.add_callback(_Beginning(trainer, data, run, facts["start"], shards(recipe, plan.processes)))
+    _train_until_asked(trainer, plan, run)
+    return trainer
+
+
+def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir) -> None:
+    """Trains to the end.
+
+    Raises:
+        Preempted: if a signal asked to stop; a checkpoint of that step is saved.
+    """
     with StopRequest() as request:
         trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
         trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if stop.stopped_at is not None:
-        log.write({"step": stop.stopped_at, "event": "preempted"})
+        trainer.track.log.write({"step": stop.stopped_at, "event": "preempted"})
         raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")
-    return trainer
 
 
 class _Beginning(TrainerCallback):
