@@ -27,7 +27,7 @@ from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
-from nesso_tune.training.processes import come_together, from_first, is_first, part, wait_for_all, world
+from nesso_tune.training.processes import come_together, contact, from_first, is_first, part, wait_for_all, world
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -79,8 +79,9 @@ def train(
                 say(text)
         data = prepare_data(recipe)
         come_together(recipe.distributed.timeout_s)
-        run: RunDir = from_first(None if opened is None else opened.shared())
-        return _finished(recipe, run, data) if run.finished else _train(recipe, run, data)
+        with contact():
+            run: RunDir = from_first(None if opened is None else opened.shared())
+            return _finished(recipe, run, data) if run.finished else _train(recipe, run, data)
     finally:
         part()
         if opened is not None:

@@ -123,6 +123,39 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert {file.name for file in saved.glob("rng-*")} == {"rng-0.json", "rng-1.json"}
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_ends_the_run_and_the_run_goes_on_later(tmp_path, talks, rank):
+    batch = {"max_steps": 60, "micro_batch_size": 1, "global_batch_size": 2}
+    some = recipe("sft", tmp_path / "run", [talks], train=batch, checkpoint={"every_steps": 3}, evaluation=None)
+    path = write_recipe(tmp_path / "r.yaml", some)
+    launch = [
+        sys.executable,
+        "-m",
+        "nesso_tune",
+        "launch",
+        path,
+        "--gpus-per-node",
+        "2",
+        "--set",
+        "distributed.fsdp=none",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(launch, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    when_at(process, tmp_path / "run", 5, None)
+    (victim,) = [pid for pid in workers(process.pid) if f"RANK={rank}".encode() in environment_of(pid)]
+    os.kill(victim, signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"rank      : {rank}" in said, "the launcher names who died"
+    if rank == 1:
+        assert "process 0 on " in said
+        assert "lost contact with another process" in said
+    done = subprocess.run(launch, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "it continues from checkpoint-" in done.stderr
+    assert sorted(steps(tmp_path / "run")) == list(range(1, 61))
+
+
 def workers(pid):
     """All processes below one."""
     found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout

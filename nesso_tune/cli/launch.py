@@ -57,7 +57,8 @@ def launch(
         raise typer.Exit(_run(command))
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     _check_plans(loaded, machines)
-    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, train_words(recipes, settings))
+    words, timeout_s = train_words(recipes, settings), max(recipe.distributed.timeout_s for recipe in loaded)
+    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, timeout_s)
     if show:
         print(text, end="")
         return

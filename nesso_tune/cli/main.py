@@ -97,7 +97,8 @@ def _main(arguments: list[str] | None) -> None:
 def _end(error: NessoError, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    if int(os.environ.get("RANK", "0")) == 0:  # one message, not one a process
+    first = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0") == "0"
+    if first:  # one message, not one a process; of what befalls a machine, one a machine
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 

@@ -35,11 +35,13 @@ class Meeting:
         rank: of this machine.
         address: of the first one.
         port: on that one.
+        timeout_s: seconds in which all must have come.
     """
 
     rank: str
     address: str
     port: str
+    timeout_s: int = 1800
 
 
 def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
@@ -59,7 +61,7 @@ def accelerate_words(machines: Machines, meeting: Meeting | None = None, module:
         words.append("--multi_gpu")
     if meeting is not None:
         words += ["--machine_rank", meeting.rank, "--main_process_ip", meeting.address]
-        words += ["--main_process_port", meeting.port]
+        words += ["--main_process_port", meeting.port, "--rdzv_conf", f"timeout={meeting.timeout_s}"]
     elif machines.processes > 1:
         words += ["--main_process_port", "0"]  # any free one
     return [*words, "-m", module]

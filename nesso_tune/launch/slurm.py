@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nesso_tune.launch.command import Machines, Meeting, accelerate_words
 from nesso_tune.recipes.sections import ClusterSection
@@ -19,7 +20,7 @@ MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
 def sbatch_text(
-    name: str, machines: Machines, cluster: ClusterSection, words: Sequence[str], module: str = "nesso_tune"
+    name: str, machines: Machines, cluster: ClusterSection, words: Sequence[str], timeout_s: int = 1800
 ) -> str:
     """The text of an sbatch file.
 
@@ -28,7 +29,7 @@ def sbatch_text(
         machines: nodes and GPUs.
         cluster: what the cluster wants to know besides.
         words: `train RECIPE…`.
-        module: what is started; `nesso_tune`.
+        timeout_s: seconds in which the machines must have found each other.
     """
     return "\n".join(
         [
@@ -52,7 +53,7 @@ def sbatch_text(
             "",
             f'rm -f "${EXIT_FILE}"',
             "code=0",
-            f"{_srun(cluster)} bash -c {shlex.quote(_inner(cluster, machines, words, module))} || code=$?",
+            f"{_srun(cluster)} bash -c {shlex.quote(_inner(cluster, machines, words, timeout_s))} || code=$?",
             f'if [ "$code" -ne 0 ] && [ -s "${EXIT_FILE}" ]; then code=$(cat "${EXIT_FILE}"); fi',
             f'if [ "$code" -eq {PREEMPTED} ]; then  # saved before the time ran out: the job goes on in a new one',
             '  scontrol requeue "$SLURM_JOB_ID"',
@@ -87,8 +88,9 @@ def _srun(cluster: ClusterSection) -> str:
     return f'srun --kill-on-bad-exit=1 --ntasks="$NODES" --ntasks-per-node=1{container}'
 
 
-def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], module: str) -> str:
+def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], timeout_s: int) -> str:
     """What runs on each node. Its own number and the meeting point come from the job's variables."""
-    launcher = " ".join(w if w.startswith("$") else shlex.quote(w) for w in accelerate_words(machines, MEETING, module))
+    launch = accelerate_words(machines, replace(MEETING, timeout_s=timeout_s))
+    launcher = " ".join(word if word.startswith("$") else shlex.quote(word) for word in launch)
     # the launcher would die of USR1; the processes of the run set a handler of their own
     return f"trap '' USR1; exec {shlex.quote(cluster.python)} {launcher} {shlex.join(words)}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,8 +15,13 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list
 
+from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.recipes.gpus import Gpu
 from nesso_tune.recipes.plan import World
+
+# What gloo and NCCL say when another process is gone or does not answer in time.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "timeout",
+        "Timed out", "timed out", "NCCL communicator was aborted", "remote process exited")  # fmt: skip
 
 
 def world_size() -> int:
@@ -42,9 +50,39 @@ def come_together(timeout_s: int) -> None:
             pass it on for CPU processes, so their group is formed here.
     """
     timeout = timedelta(seconds=timeout_s)
-    if world_size() > 1 and not torch.cuda.is_available() and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timeout)
-    PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+    try:
+        if world_size() > 1 and not torch.cuda.is_available() and not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=timeout)
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
+    except (dist.DistError, RuntimeError) as error:
+        meeting = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        raise RunEnvironmentError(
+            here(), f"the {world_size()} processes did not come together at {meeting} ({_first_line(error)})",
+            "see whether each was started, and whether that address and port are reachable from every machine",
+        ) from None  # fmt: skip
+
+
+def here() -> str:
+    """This process and its machine, as errors call them."""
+    return f"process {os.environ.get('RANK', '0')} on {socket.gethostname()}"
+
+
+@contextmanager
+def contact() -> Iterator[None]:
+    """Turns the loss of another process, or a collective operation that does not end in time, into one clear error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not any(sign in str(error) for sign in LOST):
+            raise
+        raise RunEnvironmentError(
+            here(), f"lost contact with another process ({_first_line(error)})",
+            "that process's message, or the launcher's, says why; the same command continues from the last checkpoint",
+        ) from None  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def from_first(value: Any) -> Any:

@@ -54,6 +54,7 @@ def check_consistent(text, nodes, gpus, cpus):
     assert (after(words, "--num_machines"), after(words, "--num_processes")) == (str(nodes), str(nodes * gpus))
     assert f"NODES={nodes} GPUS_PER_NODE={gpus} CPUS_PER_GPU={cpus}\n" in text
     assert after(words, "--machine_rank") == "$SLURM_NODEID"
+    assert after(words, "--rdzv_conf") == "timeout=1800"
     assert "export OMP_NUM_THREADS=$CPUS_PER_GPU\n" in text
     assert ("--multi_gpu" in words) is (nodes * gpus > 1)
 
