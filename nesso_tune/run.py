@@ -27,7 +27,16 @@ from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
-from nesso_tune.training.processes import come_together, contact, from_first, is_first, part, wait_for_all, world
+from nesso_tune.training.processes import (
+    check_shared,
+    come_together,
+    contact,
+    from_first,
+    is_first,
+    part,
+    wait_for_all,
+    world,
+)
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -81,6 +90,7 @@ def train(
         come_together(recipe.distributed.timeout_s)
         with contact():
             run: RunDir = from_first(None if opened is None else opened.shared())
+            check_shared(run.path)
             return _finished(recipe, run, data) if run.finished else _train(recipe, run, data)
     finally:
         part()

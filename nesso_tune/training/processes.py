@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.recipes.gpus import Gpu
 from nesso_tune.recipes.plan import World
 
+SEEN_AFTER_S = 5
 # What gloo and NCCL say when another process is gone or does not answer in time.
 LOST = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "timeout",
         "Timed out", "timed out", "NCCL communicator was aborted", "remote process exited")  # fmt: skip
@@ -91,6 +95,33 @@ def from_first(value: Any) -> Any:
         return value
     (shared,) = broadcast_object_list([value], from_process=0)
     return shared
+
+
+def check_shared(folder: Path) -> None:
+    """Makes sure that all processes see one and the same folder: checkpoints are written by one and read by all.
+
+    Raises:
+        RunEnvironmentError: on all of them, naming the machines that do not.
+    """
+    if world_size() == 1:
+        return
+    mark = folder / f".shared-{from_first(uuid4().hex if is_first() else None)}"
+    if is_first():
+        mark.touch()
+    wait_for_all()
+    for _ in range(SEEN_AFTER_S * 10):  # network file systems may show a new file a moment later
+        if mark.exists():
+            break
+        time.sleep(0.1)
+    blind = [host for host, sees in gather_object([(socket.gethostname(), mark.exists())]) if not sees]
+    wait_for_all()
+    if is_first():
+        mark.unlink(missing_ok=True)
+    if blind:
+        raise RunEnvironmentError(
+            str(folder), f"is not the same folder on all machines (not on {', '.join(sorted(set(blind)))})",
+            "set output_dir on a file system that they share",
+        )  # fmt: skip
 
 
 def wait_for_all() -> None:

@@ -59,7 +59,7 @@ class RunDir:
         """Lets others in; a folder in which nothing came about is removed again."""
         if self.lock is not None:
             self.lock.release()
-            if [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
                 shutil.rmtree(self.path, ignore_errors=True)
 
 

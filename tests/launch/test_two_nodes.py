@@ -1,0 +1,135 @@
+"""Two machines, simulated: network namespaces with a cable between them. Needs root and iproute2; skipped elsewhere."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nesso_tune.launch.command import Machines, Meeting, accelerate_words, train_words
+from nesso_tune.run import train
+from tests.support.runs import ROOT, recipe, steps, write_recipe
+from tests.test_kill import environment_of, when_at, workers
+
+NODES = ("nessoa", "nessob")
+ADDRESSES = ("10.97.0.1", "10.97.0.2")
+
+
+def ip(*words, check=True):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=check)
+
+
+def remove_nodes():
+    for node in NODES:
+        ip("netns", "del", node, check=False)
+
+
+@pytest.fixture
+def nodes():
+    """Two namespaces, each with an address at its end of a cable."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2")
+    remove_nodes()
+    if ip("netns", "add", NODES[0], check=False).returncode:
+        pytest.skip("network namespaces cannot be made here")
+    ip("netns", "add", NODES[1])
+    ip("link", "add", "cablea", "netns", NODES[0], "type", "veth", "peer", "name", "cableb", "netns", NODES[1])
+    for node, cable, address in zip(NODES, ("cablea", "cableb"), ADDRESSES, strict=True):
+        ip("-n", node, "addr", "add", f"{address}/24", "dev", cable)
+        ip("-n", node, "link", "set", cable, "up")
+        ip("-n", node, "link", "set", "lo", "up")
+    yield NODES
+    remove_nodes()
+
+
+def start(path, rank, timeout_s=60, own_disk=None):
+    """The run's part on one node, as the Slurm job starts it; on `own_disk` it sees a folder of its own."""
+    meeting = Meeting(str(rank), ADDRESSES[0], "29611", timeout_s)
+    words = [*accelerate_words(Machines(2, 1), meeting), *train_words([path])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+                   "GLOO_SOCKET_IFNAME": ("cablea", "cableb")[rank]}  # fmt: skip
+    return subprocess.Popen(
+        ["ip", "netns", "exec", NODES[rank], *_alone_on(own_disk), sys.executable, *words],
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def _alone_on(folder):
+    """Words before a command that give it another file system at a folder."""
+    if folder is None:
+        return []
+    return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+
+
+def some(tmp_path, name, talks, steps=40, timeout_s=60):
+    batch = {"max_steps": steps, "micro_batch_size": 1, "global_batch_size": 2}
+    sharing = {"fsdp": "none", "timeout_s": timeout_s}
+    return recipe(
+        "sft",
+        tmp_path / name,
+        [talks],
+        train=batch,
+        distributed=sharing,
+        checkpoint={"every_steps": 3},
+        evaluation=None,
+    )
+
+
+def ended(processes, within):
+    """Exit codes and messages of all parts, which must end within some seconds."""
+    began = time.monotonic()
+    said = [process.communicate(timeout=within)[1] for process in processes]
+    assert time.monotonic() - began < within
+    return [process.returncode for process in processes], said
+
+
+def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks):
+    train(one := some(tmp_path, "one", talks, steps=5))
+    path = write_recipe(tmp_path / "two.yaml", some(tmp_path, "two", talks, steps=5))
+    codes, said = ended([start(path, 0), start(path, 1)], 120)
+    assert codes == [0, 0], said
+    assert steps(tmp_path / "two") == pytest.approx(steps(one.output_dir), abs=1e-5)
+
+
+def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks))
+    parts = [start(path, 0), start(path, 1)]
+    when_at(parts[0], tmp_path / "run", 5, None)
+    (victim,) = [pid for pid in workers(parts[1].pid) if b"RANK=1" in environment_of(pid)]
+    os.kill(victim, signal.SIGKILL)
+    codes, said = ended(parts, 60)
+    assert all(codes)
+    assert "process 0 on " in said[0]
+    assert "lost contact with another process" in said[0]
+    codes, said = ended([start(path, 0), start(path, 1)], 120)
+    assert codes == [0, 0], said
+    assert "it continues from checkpoint-" in said[0]
+
+
+def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, steps=4000, timeout_s=10))
+    parts = [start(path, 0), start(path, 1)]
+    when_at(parts[0], tmp_path / "run", 5, None)
+    ip("-n", NODES[0], "link", "set", "cablea", "down")
+    codes, said = ended(parts, 60)
+    assert all(codes)
+    assert "lost contact with another process" in said[0]
+
+
+def test_a_node_that_never_comes(nodes, tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, timeout_s=5))
+    codes, _ = ended([start(path, 0, timeout_s=5)], 60)
+    assert all(codes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks):
+    (tmp_path / "disk").mkdir()
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "disk/run", talks))
+    codes, said = ended([start(path, 0), start(path, 1, own_disk=tmp_path / "disk")], 60)
+    assert all(codes)
+    assert "is not the same folder on all machines" in said[0]
+    assert "set output_dir on a file system that they share" in said[0]
