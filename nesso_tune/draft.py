@@ -239,6 +239,13 @@ def _number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
+    """About which share of the rows is longer than the length that is chosen for them."""
+    length = choose(method, data, shape).sequence_len
+    sizes = [n / CHARACTERS + 20 for part in data for n in part.characters]
+    return sum(size > length for size in sizes) / len(sizes)
+
+
 def usable_note(part: Detected) -> str | None:
     """A sentence if many rows cannot be used."""
     if part.usable >= NEARLY_ALL:

@@ -87,6 +87,8 @@ def train(
             for text in _opening(opened, recipe):
                 say(text)
         data = prepare_data(recipe)
+        if opened is not None and data.report["dropped"]:
+            say(_dropped(data.report))
         come_together(recipe.distributed.timeout_s)
         with contact():
             run: RunDir = from_first(None if opened is None else opened.shared())
@@ -96,6 +98,11 @@ def train(
         part()
         if opened is not None:
             opened.close()
+
+
+def _dropped(report: dict[str, Any]) -> str:
+    lost = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
+    return f"{report['rows_kept']:,} of {report['rows_read']:,} rows kept; dropped: {lost}"
 
 
 def _opening(run: RunDir, recipe: Recipe) -> list[str]:

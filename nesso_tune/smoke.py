@@ -80,7 +80,8 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
         if raw[section] is not None:
             raw[section]["every_steps"] = STEPS // 2
     raw["logging"] = {"every_steps": 1, "report_to": []}
-    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens, into {output}")
+    longer = "" if own_tokenizer else " (the bundled tokenizer makes about twice as many)"
+    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{longer}, into {output}")
     return RECIPES[recipe.method].model_validate(raw)
 
 

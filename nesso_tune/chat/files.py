@@ -102,6 +102,8 @@ def unknown_base(base: str) -> str | None:
 
 def _near(base: str) -> str:
     """A known base, or a folder beside it, whose name is nearly the same."""
+    if base in TABLE:
+        return ""
     parent = local_path(base).parent
     folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
     guess = closest(base, [*TABLE, *folders], 0.8)

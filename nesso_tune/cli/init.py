@@ -14,7 +14,7 @@ import typer
 from nesso_tune.chat.files import check_at_hand, has_weights, unknown_base
 from nesso_tune.data.detect import Detected, detect
 from nesso_tune.data.files import expand, is_local, looks_like_data
-from nesso_tune.draft import Base, draft, languages_of, own_template, usable_note
+from nesso_tune.draft import Base, draft, languages_of, own_template, share_too_long, usable_note
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.describe import in_short
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
@@ -69,6 +69,9 @@ def init(
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
     (file.parent / FILE).write_text(schema, encoding="utf-8")
     print("\n".join(_summary(file, kind, start, found)))
+    if (lost := share_too_long(kind, found, start.shape)) >= 0.05:
+        longest = "the longest that the base can read" if start.shape else "sequence_len"
+        print(f"note: about {lost:.0%} of the rows are longer than {longest}, and are dropped")
     if kind == "dpo" and start.template is not None:
         print(f"note: {base} was not trained on conversations here; DPO usually starts from the result of SFT")
     if parent is not None:

@@ -31,6 +31,7 @@ def tables(report: dict[str, Any]) -> list[str]:
         f"rows      {report['rows_read']:,} read, {report['rows_kept']:,} kept; dropped: {lost}",
         f"packing   {report['packing']['rows']:,} rows an epoch, {report['packing']['fill']:.1%} full",
         f"cache     {'found' if report['cache_hit'] else 'made'}, fingerprint {report['fingerprint']}",
+        *(f"          {reason}, e.g. {where}" for reason, where in report["examples_of_dropped"].items()),
         "",
         f"{'':<28}{'rows':>12}{'tokens':>14}{'supervised':>14}",
     ]

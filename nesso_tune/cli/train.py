@@ -64,7 +64,8 @@ def train(
             )
         except KeyboardInterrupt:
             raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
-        _say(f"{name}: {'model in' if result.trained else 'this run is finished: model in'} {result.model_dir}")
+        done = "" if result.trained else "this run is finished (--overwrite trains it again): "
+        _say(f"{name}: {done}model in {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
     if smoke:
         _say(f"smoke: passed; the weights are random, so `nesso-tune chat {result.model_dir}` talks nonsense")

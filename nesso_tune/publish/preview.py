@@ -14,6 +14,7 @@ from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.publish.view import Part, ViewRow, pieces_of
 from nesso_tune.publish.view_html import page
 from nesso_tune.publish.view_text import lines
+from nesso_tune.recipes.describe import row_name
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import local_path, shipped
 from nesso_tune.training.collate import ConversationCollator, PairCollator
@@ -62,7 +63,7 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
     row_of = _packed if recipe.method == "sft" else _pair
     report = data.report
     facts = {
-        "rows": f"{len(shown)} of {len(data.train):,} {'packed rows' if recipe.method == 'sft' else 'pairs'} an epoch",
+        "rows": f"{len(shown)} of {len(data.train):,} {row_name(recipe)} an epoch",
         "tokens": f"{report['train']['tokens']:,} an epoch, {report['train']['supervised_tokens']:,} of them learned",
         "fill": f"{report['packing']['fill']:.1%} of each row" if recipe.method == "sft" else "one pair a row",
         "dropped": ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items()) or "none",
@@ -85,7 +86,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     model = recipe.model.model_copy(update={"base": bundled, "revision": None})
     note = (
         f"the tokenizer of {base} is not at hand: a small bundled one stands in. What is learned is the same; tokens, "
-        "their number and the packing are not"
+        "their number and the packing are not, and rows may be twice as long"
     )
     data = recipe.data.model_copy(  # the bundled tokenizer makes about twice as many tokens of a text
         update={"sequence_len": 2 * recipe.data.sequence_len, "too_long": "drop"}

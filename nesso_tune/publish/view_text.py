@@ -58,13 +58,15 @@ def _legend(colour: bool) -> Text:
 
 def _text(part: Part, colour: bool) -> Text:
     """The pieces of a document; a long one is cut in the middle, so that its end is seen."""
-    left_out = part.pieces[HEAD:-TAIL] if len(part.pieces) > HEAD + 2 * TAIL else ()
+    start, end = _left_out(part.pieces)
     out, open_now = Text(), False
     for i, piece in enumerate(part.pieces):
-        if HEAD <= i < HEAD + len(left_out):
-            if i == HEAD:
-                tokens = sum(len(one.ids) for one in left_out)
-                out.append(f"{CLOSE if open_now else ''} … {tokens} more tokens … ", style=BORDER)
+        if start <= i < end:
+            if i == start:
+                cut = part.pieces[start:end]
+                tokens, learned = (sum(len(one.ids) for one in some) for some in (cut, [p for p in cut if p.learned]))
+                inside = f", {learned} of them learned" if learned else ""
+                out.append(f"{CLOSE if open_now else ''} … {tokens} more tokens{inside}: see --html … ", style=BORDER)
                 open_now = False
             continue
         if not colour and piece.learned != open_now:
@@ -75,6 +77,21 @@ def _text(part: Part, colour: bool) -> Text:
         out.append(CLOSE)
     out.rstrip()
     return out
+
+
+def _left_out(pieces: Sequence[Piece]) -> tuple[int, int]:
+    """Bounds of what is not shown of a long document: best the middle of what is not learned."""
+    if len(pieces) <= HEAD + TAIL:
+        return 0, 0
+    longest, begin = (0, 0), 0
+    for i in range(len(pieces) + 1):
+        if i == len(pieces) or pieces[i].learned:
+            longest = max(longest, (begin, i), key=lambda run: run[1] - run[0])
+            begin = i + 1
+    start, end = longest[0] + TAIL, longest[1] - TAIL
+    if len(pieces) - (end - start) <= 2 * HEAD and end > start:
+        return start, end
+    return HEAD, max(HEAD, len(pieces) - TAIL)
 
 
 def _style(piece: Piece) -> str:

@@ -15,6 +15,7 @@ from nesso_tune.recipes.sections import SFTData
 ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
 FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
 FEW_STEPS = 30
+MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
 SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
 COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
 
@@ -83,12 +84,14 @@ def _batch_of(recipe: Recipe, plan: Plan, rows: int) -> str:
     return f"train.gradient_accumulation_steps: {rows // (plan.micro_batch * plan.processes)} (global batch {rows})"
 
 
-def _smaller_batch(recipe: Recipe) -> str:
-    """The key of this recipe that makes its global batch smaller."""
-    if recipe.train.global_batch_size is not None:
-        return "train.global_batch_size"
-    accumulates = (recipe.train.gradient_accumulation_steps or 1) > 1
-    return "train.gradient_accumulation_steps" if accumulates else "train.micro_batch_size"
+def _smaller_batch(recipe: Recipe) -> str | None:
+    """What makes the global batch of this recipe smaller; None where it is as small as it can be."""
+    train = recipe.train
+    if train.global_batch_size is not None:
+        return "lower train.global_batch_size" if train.global_batch_size > 1 else None
+    if (train.gradient_accumulation_steps or 1) > 1:
+        return "lower train.gradient_accumulation_steps"
+    return "lower train.micro_batch_size" if train.micro_batch_size > 1 else None
 
 
 def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -141,17 +144,29 @@ def _context(recipe: Recipe, plan: Plan) -> Iterator[str]:
 def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
     rows = plan.volume.rows if plan.volume else 0
     if rows and rows < plan.global_batch:
+        ways = [_smaller_batch(recipe), "use fewer GPUs" if plan.processes > 1 else None, "give more data"]
         yield (
             f"one epoch ({rows} rows) is smaller than one global batch ({plan.global_batch}): "
-            f"every step sees rows more than once; lower {_smaller_batch(recipe)}"
+            f"every step sees rows more than once; {next(way for way in ways if way)}"
         )
+
+
+def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    lost = plan.volume.dropped.get("too_long", 0.0) if plan.volume else 0.0
+    if lost < MUCH:
+        return
+    room = plan.shape is None or not plan.shape.context or recipe.data.sequence_len < plan.shape.context
+    ways = ["raise data.sequence_len"] if room else ["take a base of longer context"]
+    ways += ["set data.too_long: truncate"] if isinstance(recipe.data, SFTData) else []
+    length = recipe.data.sequence_len
+    yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
 
 
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
         return
-    lower = f"lower {_smaller_batch(recipe)}, or " if plan.global_batch > 1 else ""
-    yield f"only {plan.total_steps} steps: {lower}raise train.num_epochs"
+    lower = _smaller_batch(recipe)
+    yield f"only {plan.total_steps} steps: {f'{lower}, or ' if lower else ''}raise train.num_epochs"
 
 
 def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -159,9 +174,15 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if plan.volume is None or recipe.evaluation is None:
         return
     held = plan.volume.validation_rows
-    where = "data.validation_size" if not data.validation_sources else "data.validation_sources"
-    if held == 0:
+    where, size = (
+        "data.validation_size" if not data.validation_sources else "data.validation_sources",
+        data.validation_size,
+    )
+    little = isinstance(size, float) and not data.validation_sources and held / size < LITTLE
+    if held == 0 and not size:
         yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
+    elif little:
+        yield f"{held} rows held out are few, and so is the data: read the evaluation with care"
     elif held < FEW:
         yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
     elif held > MANY:
@@ -171,4 +192,4 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield "more rows are held out for evaluation than trained on; lower data.validation_size"
 
 
-RULES = (_end_token, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _few_steps, _validation)
+RULES = (_end_token, _too_long, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _few_steps, _validation)

@@ -22,7 +22,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
             f"{plan.micro_batch} x {plan.accumulation} accumulation x {plan.processes} process(es)"
             f" = {plan.global_batch} {unit}",
         ),
-        *_data(plan.volume, _row_name(recipe)),
+        *_data(plan.volume, row_name(recipe)),
         _line("steps", _steps(plan)),
     ]
     if plan.parameters:
@@ -51,7 +51,8 @@ def _line(name: str, text: str) -> str:
     return f"{name:<15}{text}"
 
 
-def _row_name(recipe: Recipe) -> str:
+def row_name(recipe: Recipe) -> str:
+    """What a row of this recipe is."""
     if recipe.method == "dpo":
         return "pairs"
     return "packed rows" if isinstance(recipe.data, SFTData) and recipe.data.packing else "conversations"

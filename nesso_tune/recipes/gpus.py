@@ -56,7 +56,10 @@ def find_gpu(name: str) -> Gpu:
         RecipeError: if the table does not have it, with the names that it has.
     """
     wanted = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
-    same_kind = [known for known in TABLE if known.rsplit("-", 1)[0] == wanted]
+    plain = wanted.replace("-", "")
+    same_kind = [
+        known for known in TABLE if plain in (known.replace("-", ""), known.rsplit("-", 1)[0].replace("-", ""))
+    ]
     if wanted not in TABLE and len(same_kind) == 1:  # `h200` alone says enough
         wanted = same_kind[0]
     if wanted not in TABLE:

@@ -62,10 +62,11 @@ def _generate(
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
+    context = getattr(model.config, "max_position_embeddings", None) or longest + max_new_tokens
     out = model.generate(
         input_ids=ids,
         attention_mask=mask,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max(1, min(max_new_tokens, context - longest)),
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=pad,

@@ -137,7 +137,13 @@ def _continue(
             Problem(str(path), f"its run has {key}: {_said(old)}, the recipe now says {_said(new)}", _remedy(key))
             for key, (old, new) in refused.items()
         )
-    if manifest.get("finished") and manifest.get("final") == _sizes(path / FINAL):
+    finished = manifest.get("finished") and manifest.get("final") == _sizes(path / FINAL)
+    if finished and changed:
+        raise RecipeError(
+            str(path), f"its run is finished: a change of {', '.join(changed)} would do nothing",
+            "train it again with --overwrite, or set another output_dir",
+        )  # fmt: skip
+    if finished:
         return RunDir(path, finished=True, lock=lock)
     if resume == "never":
         raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
@@ -179,7 +185,7 @@ def _said(value: Any) -> str:
 
 
 def _remedy(key: str) -> str:
-    if key.startswith(("data.", "model.base", "method")):
+    if key.startswith(("data.", "model.base", "method", "seed", "chat.")):
         return "undo it, set another output_dir, or start anew with --overwrite"
     return f"undo it, set another output_dir, --overwrite, or accept it with --allow-changes {key}"
 

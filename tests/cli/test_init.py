@@ -134,6 +134,12 @@ def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, c
     ]
 
 
+def test_rows_beyond_the_context_are_noted(init, write_rows, base):
+    rows = [{"prompt": "a", "response": "x " * 4000}] * 3 + [{"prompt": "a", "response": "b"}]
+    _, out, _ = init("mine", "--base", base, "--data", write_rows(rows))
+    assert "note: about 75% of the rows are longer than the longest that the base can read, and are dropped" in out
+
+
 def test_a_folder_can_have_the_name_of_a_recipe(init, talks, tmp_path):
     (tmp_path / "mine").mkdir()
     assert init("mine", "--base", ZAGREUS, "--data", talks)[0] == 0

@@ -83,3 +83,21 @@ def test_without_colours_what_is_learned_has_marks():
     coloured = "\n".join(lines([row("ciao")], {}, [], 80, colour=True))
     assert "\x1b[32mciao" in coloured
     assert "⟦" not in coloured
+
+
+def test_a_long_document_is_cut_where_nothing_is_learned():
+    from nesso_tune.publish.view import Piece
+
+    def pieces(text, count, learned):
+        return tuple(Piece(f"{text}{i} ", (i,), i, learned, False) for i in range(count))
+
+    offer, call, result, answer = (
+        pieces(*p) for p in (("o", 900, False), ("c", 40, True), ("r", 50, False), ("a", 9, True))
+    )
+    part = Part("conversation", "it", "x", offer + call + result + answer)
+    text = "\n".join(lines([ViewRow(0, (part,))], {}, [], 200, colour=False))
+    assert "780 more tokens: see --html" in text.replace("\n", " ")
+    assert all(f"c{i} " in text.replace("\n", " ") for i in range(40))
+    learned = Part("conversation", "it", "x", pieces("l", 900, True))
+    text = "\n".join(lines([ViewRow(0, (learned,))], {}, [], 200, colour=False)).replace("\n", " ")
+    assert "540 more tokens, 540 of them learned: see --html" in text

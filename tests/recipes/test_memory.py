@@ -146,8 +146,13 @@ ADVICE = {
     "no assistant": ("max_steps: 90", data("roles_to_train: [user]"), "the model will not stop"),
     "few held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 rows are held out"),
     "many held out": ("max_steps: 90", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 rows are held out"),
-    "none held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 0)}, "no rows are held out"),
-}
+    "none held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 0), **data("validation_size: 0")},
+                      "no rows are held out"),
+    "little data": ("max_steps: 90", {"volume": DataVolume(9, 900, 90, 1)}, "1 rows held out are few, and so is"),
+    "too long": ("max_steps: 90", {"volume": DataVolume(9, 900, 90, 50, dropped={"too_long": 0.9}),
+                 **data("sequence_len: 1024")}, "90% of the rows are longer than data.sequence_len 1024 "
+                 "and are dropped: raise data.sequence_len, or set data.too_long: truncate"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("keys", "more", "words"), ADVICE.values(), ids=ADVICE)

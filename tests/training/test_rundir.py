@@ -129,6 +129,23 @@ def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
     assert train(some).trained is False, "a finished run of the same recipe is done"
 
 
+def test_an_accepted_change_of_a_finished_run_would_do_nothing(some):
+    train(some)
+    changed = some.model_copy(update={"train": some.train.model_copy(update={"max_steps": 9})})
+    with pytest.raises(
+        RecipeError, match=r"its run is finished: a change of train.max_steps would do nothing; train it"
+    ):
+        train(changed, allow_changes=("train.max_steps",))
+
+
+def test_what_decides_the_data_is_not_offered_to_be_accepted(some):
+    train(some)
+    with pytest.raises(RecipeError) as error:
+        train(some.model_copy(update={"seed": 7}))
+    assert "its run has seed: 42, the recipe now says 7" in str(error.value)
+    assert "--allow-changes" not in str(error.value)
+
+
 def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
     """The manifest comes first; until it is there, the folder holds nothing but a lock and a staged file."""
     run = open_run(some)
