@@ -18,6 +18,7 @@ import typer
 
 from nesso_tune.cli.chat import chat
 from nesso_tune.cli.check import check
+from nesso_tune.cli.doctor import doctor
 from nesso_tune.cli.init import init
 from nesso_tune.cli.launch import launch
 from nesso_tune.cli.prepare import prepare
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (init, check, prepare, preview, train, launch, chat, schema):
+for verb in (init, check, prepare, preview, train, launch, chat, schema, doctor):
     app.command()(verb)
 
 

@@ -60,6 +60,10 @@ def come_together(timeout_s: int) -> None:
         PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+        if "EADDRINUSE" in str(error):
+            raise RunEnvironmentError(
+                meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
+            ) from None
         raise RunEnvironmentError(
             here(), f"the {world_size()} processes did not come together at {meeting} ({_first_line(error)})",
             "see whether each was started, and whether that address and port are reachable from every machine",

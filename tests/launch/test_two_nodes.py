@@ -14,7 +14,7 @@ from nesso_tune.run import train
 from tests.support.runs import ROOT, recipe, steps, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
-NODES = ("nessoa", "nessob")
+NODES = (f"nessoa{os.getpid()}", f"nessob{os.getpid()}")  # other runs of these tests have nodes of their own
 ADDRESSES = ("10.97.0.1", "10.97.0.2")
 
 
@@ -47,13 +47,18 @@ def nodes():
 
 def start(path, rank, timeout_s=60, own_disk=None):
     """The run's part on one node, as the Slurm job starts it; on `own_disk` it sees a folder of its own."""
+    return part(train_words([path]), rank, timeout_s, _alone_on(own_disk))
+
+
+def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), **streams):
+    """One node's part of a command."""
     meeting = Meeting(str(rank), ADDRESSES[0], "29611", timeout_s)
-    words = [*accelerate_words(Machines(2, 1), meeting), *train_words([path])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+    words = [*accelerate_words(Machines(2, 1), meeting), *verb]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
                    "GLOO_SOCKET_IFNAME": ("cablea", "cableb")[rank]}  # fmt: skip
     return subprocess.Popen(
-        ["ip", "netns", "exec", NODES[rank], *_alone_on(own_disk), sys.executable, *words],
-        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
+        ["ip", "netns", "exec", NODES[rank], *before, sys.executable, *words],
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **streams,
     )  # fmt: skip
 
 
@@ -133,3 +138,22 @@ def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks)
     assert all(codes)
     assert "is not the same folder on all machines" in said[0]
     assert "set output_dir on a file system that they share" in said[0]
+
+
+def named(node):
+    """Words before a command that give the machine it runs on a name."""
+    return ["unshare", "-u", "sh", "-c", 'hostname "$0" && exec "$@"', node]
+
+
+def test_the_doctor_sees_both_machines_and_the_one_that_differs(nodes, tmp_path):
+    (folder := tmp_path / "trl-0.0.1.dist-info").mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
+    alike = [part(["doctor"], rank, 60, named(node), stdout=subprocess.PIPE) for rank, node in enumerate(NODES)]
+    out, said = alike[0].communicate(timeout=120)
+    assert (alike[0].returncode, alike[1].wait(60)) == (0, 0), said
+    assert "processes     2 on 2 machine(s)" in out
+    assert f"process 0 to {NODES[1]} (process 1): " in out
+    odd = [part(["doctor"], 0, 60, named(NODES[0])), part(["doctor"], 1, 60, named(NODES[1]), f"{tmp_path}:{ROOT}")]
+    codes, said = ended(odd, 120)
+    assert all(codes)
+    assert f"{NODES[1]}: trl: is 0.0.1, not trl<" in said[0]

@@ -1,0 +1,37 @@
+"""`nesso-tune doctor`: looks at the environment before a run does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nesso_tune.errors import Problem, RunEnvironmentError
+
+
+def doctor(
+    folder: Annotated[Path, typer.Option("--output-dir", help="Where runs will be written.")] = Path("outputs"),
+    timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
+) -> None:
+    """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""
+    from nesso_tune.launch.machine import examine
+    from nesso_tune.launch.preflight import meet
+    from nesso_tune.training.processes import is_first, part, world_size
+
+    machine = examine(folder)
+    facts, problems = list(machine.facts), list(machine.problems)
+    if world_size() > 1:
+        machines, met, found = meet(machine, timeout)
+        facts += met
+        # What every process of a machine finds is one fault of that machine.
+        every = dict.fromkeys((one.host, problem) for one in machines for problem in one.problems)
+        problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in every] + found
+    if is_first():
+        for name, value in facts:
+            print(f"{name:<14}{value}")
+    part()
+    if problems:
+        raise RunEnvironmentError(problems)
+    if is_first():
+        print("nothing is wrong here")

@@ -1,0 +1,142 @@
+"""doctor, on this machine and under launchers: real processes, real sockets."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nesso_tune.errors import Problem
+from nesso_tune.launch import machine
+from nesso_tune.launch.machine import Machine, examine
+from nesso_tune.launch.preflight import compare, machines_of, slow
+from tests.support.runs import ROOT
+
+ALONE = [sys.executable, "-m", "nesso_tune", "doctor"]
+
+
+def doctor(*words, command=ALONE, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+                   **variables}  # fmt: skip
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
+    )
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def lonely(rank, port):
+    """What a launcher tells one of two processes, where the other never comes."""
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
+def test_this_machine_is_fit_for_a_run():
+    done = doctor()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("nothing is wrong here\n")
+    for word in ("torch", "driver", "GPUs", "attention", "runs", "hub cache", "port"):
+        assert f"\n{word} " in done.stdout
+
+
+def test_a_package_of_another_version_is_named_with_the_command(tmp_path):
+    (folder := tmp_path / "trl-0.0.1.dist-info").mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
+    done = doctor(PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert done.returncode == 5
+    assert done.stderr.startswith("trl: is 0.0.1, not trl<")
+    assert "pip install 'trl<" in done.stderr
+
+
+def test_a_torch_without_cuda_beside_gpus(tmp_path):
+    (fake := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '580.95.05, NVIDIA A100-SXM-64GB'\n")
+    fake.chmod(0o755)
+    done = doctor(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert "580.95.05" in done.stdout
+    if machine.torch.version.cuda is None:
+        assert done.returncode == 5
+        assert "is built without CUDA, and there are 1 GPUs" in done.stderr
+
+
+def test_a_full_disk_is_a_problem(tmp_path, monkeypatch):
+    assert not [p for p in examine(tmp_path).problems if "left" in p.what]
+    monkeypatch.setattr(machine, "LEAST_DISK", 1 << 60)
+    assert [p.where for p in examine(tmp_path / "not" / "made").problems if "(runs)" in p.what] == [str(tmp_path)]
+
+
+def test_the_launchers_port_is_seen(tmp_path, monkeypatch, port):
+    monkeypatch.setattr(machine, "LAUNCHERS_PORT", port)
+    assert dict(examine(tmp_path).facts)["port"] == f"{port} is free"
+    with socket.socket() as holder:
+        holder.bind(("", port))
+        holder.listen()
+        assert f"{port} is in use" in dict(examine(tmp_path).facts)["port"]
+
+
+def test_two_processes_meet_and_are_timed():
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0", "-m", "nesso_tune", "doctor"]  # fmt: skip
+    done = doctor(command=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("nothing is wrong here") == 1, "one voice"
+    assert "processes     2 on 1 machine(s)" in done.stdout
+    assert "all-reduce    64 MiB in" in done.stdout
+    assert "(process 1): " in done.stdout
+
+
+def test_a_process_that_does_not_come_is_named_in_time(port):
+    began = time.monotonic()
+    done = doctor("--timeout", "3", **lonely(0, port))
+    assert done.returncode == 5
+    assert "machine 1 (process 1): did not come within 3 s; see whether it is up" in done.stderr
+    assert time.monotonic() - began < 30
+
+
+def test_a_first_machine_that_cannot_be_reached(port):
+    done = doctor("--timeout", "3", **lonely(1, port))
+    assert done.returncode == 5
+    assert f"127.0.0.1:{port + 1}: cannot be reached from {socket.gethostname()} (process 1)" in done.stderr
+
+
+def test_a_port_in_use(port):
+    with socket.socket() as holder:
+        holder.bind(("", port + 1))
+        holder.listen()
+        done = doctor("--timeout", "3", **lonely(0, port))
+    assert done.returncode == 5
+    assert f"127.0.0.1:{port + 1}: is in use; give the launcher another port" in done.stderr
+
+
+def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert machines_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
+    (fake := tmp_path / "scontrol").write_text("#!/bin/sh\necho lrdn01; echo lrdn02\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "lrdn[01-02]")
+    assert machines_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]
+
+
+def test_the_machine_that_differs_is_named_once():
+    def of(host, torch="2.13.0", gpus=("A100",)):
+        return Machine(host, {"torch": torch}, gpus, (), ())
+
+    machines = [of("a"), of("a"), of("b", torch="2.12.0"), of("b", torch="2.12.0"), of("c"), of("c", gpus=("H100",))]
+    assert compare(machines) == [
+        Problem("b", "torch is 2.12.0, elsewhere 2.13.0", "make the machines alike"),
+        Problem("c", "GPUs is H100, elsewhere A100", "make the machines alike"),
+    ]
+    assert compare([of("a"), of("b")]) == []
+
+
+def test_the_slow_link_is_named():
+    links = [("b", 20.0), ("c", 21.0), ("d", 3.0)]
+    assert [problem.where for problem in slow(links)] == ["d"]
+    assert slow(links[:2]) == slow([]) == []
