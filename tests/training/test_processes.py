@@ -1,4 +1,4 @@
-"""Two processes give what one gives: FSDP2 on gloo, the same rows in the same steps, files that either reads."""
+"""Several processes give what one gives: FSDP2 on gloo, the same rows in the same steps, files that either reads."""
 
 import os
 import shutil
@@ -25,19 +25,22 @@ def two(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables
     )
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.parametrize("fsdp", ["full_shard", "none"])
-def test_two_processes_equal_one(tmp_path, request, method, fsdp):
+@pytest.mark.parametrize(
+    ("method", "fsdp", "processes", "micro"),
+    [("sft", "full_shard", 2, 2), ("sft", "none", 2, 2), ("dpo", "full_shard", 2, 2), ("dpo", "none", 2, 2),
+     ("sft", "full_shard", 4, 1), ("dpo", "full_shard", 4, 2)],
+)  # fmt: skip
+def test_several_processes_equal_one(tmp_path, request, method, fsdp, processes, micro):
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")
     runs = []
-    for name, micro in (("one", 4), ("two", 2)):
-        batch = {"micro_batch_size": micro, "global_batch_size": 8, "gradient_accumulation_steps": None}
+    for name, rows in (("one", 4), ("several", micro)):
+        batch = {"micro_batch_size": rows, "global_batch_size": 8, "gradient_accumulation_steps": None}
         sections = {"distributed": {"fsdp": fsdp}, "data": {"validation_size": 3}, "train": batch}
         some = recipe(method, tmp_path / name, [source], **sections)
         if name == "one":
             train(some)
         else:
-            done = two("train", write_recipe(tmp_path / "two.yaml", some))
+            done = two("train", write_recipe(tmp_path / "several.yaml", some), processes=processes)
             assert done.returncode == 0, done.stderr[-3000:]
         runs.append(tmp_path / name)
     one, both = runs
