@@ -1,5 +1,6 @@
 """A run that is killed between two checkpoints and started again ends with the same bits."""
 
+import json
 import os
 import signal
 import subprocess
@@ -27,12 +28,19 @@ def kill_at(process, run, step):
     process.wait()
 
 
+def last_step(run):
+    """The last step in a metrics.jsonl that is being written: its last line may not be whole yet."""
+    file = run / "metrics.jsonl"
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    return max((line["step"] for line in map(json.loads, whole) if "loss" in line), default=0)
+
+
 def when_at(process, run, step, number):
     """Sends a signal (or none) as soon as a step is in metrics.jsonl."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, "it ended before it was killed"
-        if (run / "metrics.jsonl").exists() and max(steps(run), default=0) >= step:
+        if last_step(run) >= step:
             if number is not None:
                 process.send_signal(number)
             return
