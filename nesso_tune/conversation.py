@@ -42,6 +42,11 @@ class Conversation:
         object.__setattr__(self, "messages", tuple(self.messages))
         object.__setattr__(self, "tools", tuple(self.tools or ()))
 
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """All messages."""
+        return self.messages
+
 
 @dataclass(frozen=True)
 class PreferencePair:
@@ -57,3 +62,8 @@ class PreferencePair:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt", tuple(self.prompt))
         object.__setattr__(self, "tools", tuple(self.tools or ()))
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """All messages: the prompt's, and both answers."""
+        return (*self.prompt, self.chosen, self.rejected)

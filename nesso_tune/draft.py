@@ -13,13 +13,13 @@ from typing import Any
 from nesso_tune.chat.tokenizer import CHAT_KEY
 from nesso_tune.data.convert import AUTO
 from nesso_tune.data.detect import NEARLY_ALL, Detected
+from nesso_tune.data.volume import CHARACTERS
 from nesso_tune.errors import ModelError
 from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
 from nesso_tune.recipes.shape import ModelShape
 
-CHARACTERS = 3.8  # a token of a large vocabulary, in Italian and English chat
 STEPS, FEW_STEPS, MOST_EPOCHS = 150, 60, 10  # steps a run should have, and passes over little data
 LARGEST_BATCH = {"sft": 256, "dpo": 128}
 SMALLEST_BATCH = 8
@@ -45,7 +45,7 @@ def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> C
     Rows are as long as 99 % of the data need, in powers of two; the global batch is the tuned one, or smaller, so that
     the run has enough steps; the learning rate is that of models of this size.
     """
-    lengths = sorted(n / CHARACTERS + 20 for part in data for n in part.characters)
+    lengths = sorted(_tokens(data))
     most = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
     rows = sum(part.rows or len(part.characters) for part in data)
     context = (shape.context if shape and shape.context else LONGEST) or LONGEST
@@ -239,10 +239,15 @@ def _number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
+def _tokens(data: Sequence[Detected]) -> list[float]:
+    """About how many tokens each row has, control tokens with it."""
+    return [n / CHARACTERS + 20 for part in data for n in part.characters]
+
+
 def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
     """About which share of the rows is longer than the length that is chosen for them."""
     length = choose(method, data, shape).sequence_len
-    sizes = [n / CHARACTERS + 20 for part in data for n in part.characters]
+    sizes = _tokens(data)
     return sum(size > length for size in sizes) / len(sizes)
 
 

@@ -22,6 +22,11 @@ class Problem:
         return f"{self.where}: {self.what}; {self.remedy}"
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, short enough for a line of ours; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class NessoError(Exception):
     """Base of all errors that a user can cause and mend. `exit_code` is what the command line ends with."""
 

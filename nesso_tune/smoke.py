@@ -27,7 +27,7 @@ from nesso_tune.model.standin import FALLBACK, build_standin, shrunk
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.recipes.shape import find_config, unsupported
-from nesso_tune.recipes.shipped import local_path, shipped
+from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path, shipped
 
 Say = Callable[[str], None]
 STEPS, LENGTH, LOWEST = 4, 4096, -1e300
@@ -65,9 +65,9 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
     raw["model"] |= {"base": base, "revision": None, "random_init": False, "trust_remote_code": False}
     if not torch.cuda.is_available():
         raw["model"] |= {"dtype": "float32", "attention": _without_flash(recipe.model.attention)}
-    if not own_tokenizer:  # the bundled one has not its tokens, and makes about twice as many of a text
+    if not own_tokenizer:  # the bundled one has not its tokens
         raw["chat"]["pad_token"] = None
-        raw["data"]["sequence_len"] *= 2
+        raw["data"]["sequence_len"] *= BUNDLED_TOKENS
     for section, limits in LIMITS.items():
         if raw[section] is not None:
             raw[section] |= {k: min(raw[section][k], most) for k, most in limits.items() if raw[section][k] is not None}
@@ -140,9 +140,8 @@ def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
             continue
         rows = min(ROWS[method], source.max_rows or ROWS[method])
         say(f"smoke: the first {rows} rows of {source.path}")
-        least = (
-            None if source.min_score is None else LOWEST
-        )  # files may be sorted; that it is a number is still checked
+        # files may be sorted by score; that it is a number is still checked
+        least = None if source.min_score is None else LOWEST
         here.append(source.model_copy(update={"max_rows": rows, "weight": 1.0, "min_score": least}))
     return here
 
@@ -158,7 +157,7 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, boo
         chat_tokenizer(model, chat)
     elif config is None and (note := unknown_base(model.base)):
         say(f"smoke: {note}")
-    bundled = ModelSection(base=str(shipped("recipes") / "quickstart" / "base"))
+    bundled = ModelSection(base=bundled_base())
     own = tokenizer_files(folder) if folder is not None else []
     files = own or tokenizer_files(Path(bundled.base))
     rows = chat_tokenizer(model if own else bundled, ChatSection()).backend.get_vocab_size()

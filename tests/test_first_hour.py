@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nesso_tune.cli.main import main
 from nesso_tune.recipes import load_recipe
 from tests.data.test_real import shared
+from tests.support.runs import main_here
 
 
 @pytest.fixture
@@ -16,12 +16,7 @@ def user(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def run(*arguments):
-        try:
-            main([str(argument) for argument in arguments])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
+        code, out, err = main_here(capsys, *arguments)
         assert code == 0, err
         return out, err
 

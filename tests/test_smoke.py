@@ -7,14 +7,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nesso_tune.cli.main import main
 from nesso_tune.errors import DataError, ModelError
 from nesso_tune.model.standin import build_standin, shrunk
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.bases import TABLE, known_config
 from nesso_tune.recipes.shipped import shipped_recipes
 from nesso_tune.smoke import LENGTH, ROWS, STEPS, smoke_recipe
-from tests.support.runs import metrics, recipe, write_recipe
+from tests.support.runs import main_here, metrics, recipe, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -25,30 +24,21 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-def command(capsys, *arguments):
-    try:
-        main([str(a) for a in arguments])
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    return code, *capsys.readouterr()
-
-
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe(name, capsys, elsewhere):
     run = elsewhere / f"{load_recipe(name).output_dir}-smoke"
-    code, _, err = command(capsys, "train", name, "--smoke")
+    code, _, err = main_here(capsys, "train", name, "--smoke")
     assert code == 0, err
     assert max(line["step"] for line in metrics(run)) == STEPS
     assert [path.name for path in run.parent.iterdir() if path.is_dir()] == [run.name], "the real run is untouched"
-    code, out, err = command(capsys, "chat", run / "final", "--prompt", "Ciao!", "--max-new-tokens", "4")
+    code, out, err = main_here(capsys, "chat", run / "final", "--prompt", "Ciao!", "--max-new-tokens", "4")
     assert code == 0, err
     assert out.endswith("\n")
 
 
 def test_a_chain_starts_from_its_own_result_and_starts_anew_each_time(capsys, elsewhere):
     for _ in range(2):
-        code, _, err = command(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke")
+        code, _, err = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke")
         assert code == 0, err
         assert "unfinished" not in err
         assert "finished" not in err
@@ -100,7 +90,7 @@ def test_mistakes_of_the_real_run_are_mistakes_here(talks, base, tmp_path):
 
 def test_options_that_would_do_nothing(capsys):
     for option in (["--overwrite"], ["--resume", "never"], ["--allow-changes", "seed"]):
-        code, _, err = command(capsys, "train", "sft", "--smoke", *option)
+        code, _, err = main_here(capsys, "train", "sft", "--smoke", *option)
         assert code == 2
         assert f"{option[0]}: has no effect with --smoke" in err
 
@@ -114,7 +104,7 @@ def test_a_base_with_weights_keeps_its_tokenizer_and_shape(talks, base, tmp_path
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tmp_path / base / name).read_bytes())
     some = recipe("sft", "run", [talks], model={"base": str(folder), "random_init": False, "adapter": {"r": 4}})
-    code, _, err = command(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
+    code, _, err = main_here(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
     assert code == 0, err
     assert "(qwen3; its own tokenizer" in err
     made = json.loads((tmp_path / "run-smoke/final/config.json").read_text())
@@ -176,7 +166,7 @@ SETTINGS = {
 @pytest.mark.parametrize("sections", SETTINGS.values(), ids=SETTINGS)
 def test_recipes_that_are_right_run(talks, tmp_path, capsys, sections):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", "run", [talks], **sections))
-    code, _, err = command(capsys, "train", path, "--smoke")
+    code, _, err = main_here(capsys, "train", path, "--smoke")
     assert code == 0, err
 
 
@@ -184,7 +174,7 @@ def test_sorted_and_sparse_sources_run(talks, tmp_path, capsys, write_rows, chat
     scored = write_rows([{**row, "score": 0.1} for row in chats], "scored.jsonl")
     sources = [{"path": talks, "weight": 0.001}, {"path": scored, "min_score": 0.9, "score_field": "score"}]
     some = recipe("sft", "run", [talks], data={"sources": sources})
-    code, _, err = command(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
+    code, _, err = main_here(capsys, "train", write_recipe(tmp_path / "r.yaml", some), "--smoke")
     assert code == 0, err
 
 
@@ -205,7 +195,7 @@ def test_what_version_1_does_not_train_is_refused(talks, tmp_path, base, capsys,
     with pytest.raises(ModelError, match=says):
         smoke_recipe(some, {}, print)
     for verb in ("check", "train"):
-        code, _, err = command(capsys, verb, write_recipe(tmp_path / "r.yaml", some))
+        code, _, err = main_here(capsys, verb, write_recipe(tmp_path / "r.yaml", some))
         assert code == 4
         assert says in err
 
@@ -216,6 +206,6 @@ def test_a_mistyped_folder_is_not_taken_for_the_hub(talks, tmp_path, whole_base,
     some = recipe("sft", "run", [talks], model={"base": "bases/tyny", "random_init": False})
     path = write_recipe(tmp_path / "r.yaml", some)
     for arguments in (["check", path], ["preview", path], ["train", path], ["train", path, "--smoke"]):
-        code, _, err = command(capsys, *arguments)
+        code, _, err = main_here(capsys, *arguments)
         assert code == 4, arguments
         assert "model.base bases/tyny: no such folder; did you mean bases/tiny?" in err

@@ -72,8 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _leave(code: int) -> None:
     """Ends one of several processes without taking libraries apart.
 
-    A thread of gloo's that is still there when its objects go aborts the process (seen once in some hundred runs:
-    "terminate called without an active exception"), and the launcher then calls a finished run failed.
+    A thread of gloo's that is still there when its objects go aborts the process (seen once: "terminate
+    called without an active exception"), and the launcher then calls a finished run failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

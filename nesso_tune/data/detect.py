@@ -154,5 +154,4 @@ def _characters(item: Item) -> int:
 
 
 def _has_tools(item: Item) -> bool:
-    turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
-    return bool(item.tools) or any(turn.tool_calls for turn in turns)
+    return bool(item.tools) or any(turn.tool_calls for turn in item.turns)

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
-from nesso_tune.conversation import Conversation, Message
+from nesso_tune.conversation import Message
 from nesso_tune.data.build import build_documents
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.prepare import cached_only, prepare_data
@@ -94,8 +94,7 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
         read += 1
         if item is None:
             continue
-        turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen, item.rejected)
-        sizes = [(turn.role in trained, _size(turn)) for turn in turns]
+        sizes = [(turn.role in trained, _size(turn)) for turn in item.turns]
         length = sum(size for _, size in sizes)
         if length <= recipe.data.sequence_len * (1 if recipe.method == "sft" else 2):
             kept, tokens = kept + 1, tokens + length

@@ -17,10 +17,12 @@ from packaging.requirements import Requirement
 
 from nesso_tune.errors import Problem
 from nesso_tune.model.attention import choose_attention
+from nesso_tune.recipes.describe import size
+from nesso_tune.recipes.gpus import GIB
 
 PACKAGE = "nesso-tune"
 LAUNCHERS_PORT = 29500  # what torchrun and accelerate take unless they are told another
-LEAST_DISK = LEAST_SHARED_MEMORY = 1 << 30
+LEAST_DISK = LEAST_SHARED_MEMORY = GIB
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,10 @@ def _disk_problems(folder: Path, gpus: int) -> list[Problem]:
         if not os.access(place, os.W_OK):
             problems.append(Problem(str(place), f"cannot be written ({what})", "check its permissions"))
         elif (free := shutil.disk_usage(place).free) < LEAST_DISK:
-            problems.append(Problem(str(place), f"has {_size(free)} left ({what})", "free some space"))
+            problems.append(Problem(str(place), f"has {size(free)} left ({what})", "free some space"))
     shared = Path("/dev/shm")
     if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < LEAST_SHARED_MEMORY:
-        problems.append(Problem("/dev/shm", f"has {_size(free)}: NCCL's processes exchange data through it",
+        problems.append(Problem("/dev/shm", f"has {size(free)}: NCCL's processes exchange data through it",
                                 "start the container with --shm-size=8g, or --ipc=host"))  # fmt: skip
     return problems
 
@@ -127,8 +129,8 @@ def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> lis
         *((name, versions[name]) for name in shown),
         ("GPUs", kinds or "none: training computes on the CPU"),
         ("attention", str(choose_attention("auto"))),
-        ("runs", f"{_size(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
-        ("hub cache", f"{_size(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
+        ("runs", f"{size(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
+        ("hub cache", f"{size(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
         ("port", f"{LAUNCHERS_PORT} is {_port_state()}"),
     ]
 
@@ -147,7 +149,3 @@ def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB"

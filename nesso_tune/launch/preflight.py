@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 
 from nesso_tune.errors import Problem, RunEnvironmentError
 from nesso_tune.launch.machine import Machine
-from nesso_tune.training.processes import come_together, contact, from_first, world_size
+from nesso_tune.training.processes import check_port, come_together, contact, from_first, world_size
 
 MESSAGE = 16 << 20  # numbers of one test message: 64 MiB in float32
 ROUNDS = 5
@@ -60,10 +60,7 @@ def _meeting(timeout_s: int, rank: int) -> dist.TCPStore:
             address, port, world_size(), serves, timedelta(seconds=timeout_s), wait_for_workers=False
         )  # fmt: skip
     except (dist.DistError, RuntimeError) as error:
-        if "EADDRINUSE" in str(error):
-            raise RunEnvironmentError(
-                f"{address}:{port}", "is in use", "give the launcher another port, e.g. --main_process_port"
-            ) from None
+        check_port(f"{address}:{port}", error)
         raise RunEnvironmentError(
             f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (process {rank})",
             "see whether the first machine's part runs, and whether a firewall or another network stands between",

@@ -11,11 +11,11 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
+from nesso_tune.errors import Preempted
 from nesso_tune.launch.command import Machines, Meeting, accelerate_words
 from nesso_tune.recipes.sections import ClusterSection
 
 EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # where the first process notes its exit code; launchers turn every one into 1
-PREEMPTED = 75  # what a run ends with that has saved and wants to go on
 MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
@@ -55,7 +55,7 @@ def sbatch_text(
             "code=0",
             f"{_srun(cluster)} bash -c {shlex.quote(_inner(cluster, machines, words, timeout_s))} || code=$?",
             f'if [ "$code" -ne 0 ] && [ -s "${EXIT_FILE}" ]; then code=$(cat "${EXIT_FILE}"); fi',
-            f'if [ "$code" -eq {PREEMPTED} ]; then  # saved before the time ran out: the job goes on in a new one',
+            f'if [ "$code" -eq {Preempted.exit_code} ]; then  # saved before the time ran out: it goes on in a new job',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             'exit "$code"',

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.files import base_folder, check_complete
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.errors import ModelError, RecipeError, first_line
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.recipes.sections import ModelSection
 
@@ -64,7 +64,7 @@ def _made(folder: Path, section: ModelSection, where: str, config: Any, kernel: 
     except ValueError as error:
         if "does not support" in str(error):
             raise _NoSuchKernel from None
-        raise ModelError(where, f"cannot be made ({_first_line(error)})", "use another base") from None
+        raise ModelError(where, f"cannot be made ({first_line(error)})", "use another base") from None
 
 
 def base_hash(section: ModelSection) -> str:
@@ -81,7 +81,7 @@ def _config(folder: Path, section: ModelSection, where: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(where, f"its config.json cannot be used ({_first_line(error)})", "fetch it again") from None
+        raise ModelError(where, f"its config.json cannot be used ({first_line(error)})", "fetch it again") from None
 
 
 def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -96,7 +96,7 @@ def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[s
     except Exception as error:  # transformers and safetensors raise many kinds for a damaged file
         if "does not support" in str(error) and "attention" in str(error).lower():
             raise _NoSuchKernel from None
-        raise ModelError(where, f"cannot be loaded ({_first_line(error)})", "fetch the model again") from None
+        raise ModelError(where, f"cannot be loaded ({first_line(error)})", "fetch the model again") from None
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise ModelError(
@@ -141,7 +141,3 @@ def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> Generatio
         do_sample=False,
         max_new_tokens=min(ANSWER_TOKENS, context // 2),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

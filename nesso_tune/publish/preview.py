@@ -16,7 +16,7 @@ from nesso_tune.publish.view_html import page
 from nesso_tune.publish.view_text import lines
 from nesso_tune.recipes.describe import row_name
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import local_path, shipped
+from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 
 
@@ -82,15 +82,13 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         if not base.endswith("/final"):
             base_folder(base, recipe.model.revision)
             return recipe, ()
-    bundled = str(shipped("recipes") / "quickstart" / "base")
-    model = recipe.model.model_copy(update={"base": bundled, "revision": None})
+    model = recipe.model.model_copy(update={"base": bundled_base(), "revision": None})
     note = (
         f"the tokenizer of {base} is not at hand: a small bundled one stands in. What is learned is the same; tokens, "
         "their number and the packing are not, and rows may be twice as long"
     )
-    data = recipe.data.model_copy(  # the bundled tokenizer makes about twice as many tokens of a text
-        update={"sequence_len": 2 * recipe.data.sequence_len, "too_long": "drop"}
-    )
+    length = BUNDLED_TOKENS * recipe.data.sequence_len
+    data = recipe.data.model_copy(update={"sequence_len": length, "too_long": "drop"})
     chat = recipe.chat.model_copy(update={"pad_token": None})
     return recipe.model_copy(update={"model": model, "data": data, "chat": chat}), (note,)
 

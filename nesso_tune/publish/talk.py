@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from nesso_tune.chat.files import base_folder, is_hub_id
 from nesso_tune.chat.tokenizer import CHAT_KEY, encoder_of
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
-from nesso_tune.errors import ModelError
+from nesso_tune.errors import ModelError, first_line
 
 Say = Callable[[str], None]
 UNBOUNDED = 1 << 30  # context of a model that states none
@@ -123,7 +123,7 @@ def load_talker(model: str) -> Talker:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         weights = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise ModelError(where, f"cannot be loaded ({str(error).splitlines()[0]})", "check the folder") from None
+        raise ModelError(where, f"cannot be loaded ({first_line(error)})", "check the folder") from None
     if tokenizer.chat_template is None:
         raise ModelError(where, "has no chat template: it is a base model", "train it on conversations first")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -174,10 +174,7 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if plan.volume is None or recipe.evaluation is None:
         return
     held = plan.volume.validation_rows
-    where, size = (
-        "data.validation_size" if not data.validation_sources else "data.validation_sources",
-        data.validation_size,
-    )
+    where, size = "data.validation_sources" if data.validation_sources else "data.validation_size", data.validation_size
     little = isinstance(size, float) and not data.validation_sources and held / size < LITTLE
     if held == 0 and not size:
         yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"

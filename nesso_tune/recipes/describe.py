@@ -91,7 +91,7 @@ def _memory(plan: Plan) -> list[str]:
     needs = f"about {memory.total / GIB:.1f} GiB on each GPU"
     if plan.gpu:
         needs = f"about {memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.0f} GiB on each {plan.gpu.name}"
-    how = {True: "with", False: "without", None: "with"}[plan.gradient_checkpointing] + " gradient checkpointing"
+    how = f"{'without' if plan.gradient_checkpointing is False else 'with'} gradient checkpointing"
     undecided = "; --gpu NAME tells whether that is needed" if plan.gradient_checkpointing is None else ""
     parts = {"weights and optimizer": memory.state, "activations": memory.activations, "logits": memory.logits,
              "gathered weights and CUDA": memory.working}  # fmt: skip

@@ -8,12 +8,21 @@ from itertools import takewhile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
+BUNDLED_TOKENS = 2
 
 
 def shipped(kind: str) -> Path:
     """The folder of shipped `recipes` or `data_templates`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+def bundled_base() -> str:
+    """The quickstart's base, whose small tokenizer stands in for one that is not at hand.
+
+    It makes about twice as many tokens of a text as one with a large vocabulary: `BUNDLED_TOKENS`.
+    """
+    return str(shipped("recipes") / "quickstart" / "base")
 
 
 def local_path(text: str) -> Path:

@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.errors import RunEnvironmentError, first_line
 from nesso_tune.recipes.gpus import Gpu
 from nesso_tune.recipes.plan import World
 
@@ -60,14 +60,19 @@ def come_together(timeout_s: int) -> None:
         PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
     except (dist.DistError, RuntimeError) as error:
         meeting = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        if "EADDRINUSE" in str(error):
-            raise RunEnvironmentError(
-                meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
-            ) from None
+        check_port(meeting, error)
         raise RunEnvironmentError(
-            here(), f"the {world_size()} processes did not come together at {meeting} ({_first_line(error)})",
+            here(), f"the {world_size()} processes did not come together at {meeting} ({first_line(error)})",
             "see whether each was started, and whether that address and port are reachable from every machine",
         ) from None  # fmt: skip
+
+
+def check_port(meeting: str, error: Exception) -> None:
+    """Raises RunEnvironmentError if processes could not come together because another program has their port."""
+    if "EADDRINUSE" in str(error):
+        raise RunEnvironmentError(
+            meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
+        ) from None
 
 
 def here() -> str:
@@ -84,13 +89,9 @@ def contact() -> Iterator[None]:
         if world_size() == 1 or not any(sign in str(error) for sign in LOST):
             raise
         raise RunEnvironmentError(
-            here(), f"lost contact with another process ({_first_line(error)})",
+            here(), f"lost contact with another process ({first_line(error)})",
             "that process's message, or the launcher's, says why; the same command continues from the last checkpoint",
         ) from None  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def from_first(value: Any) -> Any:

@@ -4,9 +4,8 @@ import io
 
 import pytest
 
-from nesso_tune.cli.main import main
 from nesso_tune.run import train
-from tests.support.runs import recipe
+from tests.support.runs import main_here, recipe
 
 
 @pytest.fixture
@@ -16,12 +15,7 @@ def model(tmp_path, talks):
 
 
 def chat(capsys, *arguments):
-    try:
-        main(["chat", *map(str, arguments)])
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    return code, *capsys.readouterr()
+    return main_here(capsys, "chat", *arguments)
 
 
 def test_prompt_prints_the_answer_alone(model, capsys):

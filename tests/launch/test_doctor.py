@@ -111,7 +111,7 @@ def test_a_port_in_use(port):
         holder.listen()
         done = doctor("--timeout", "3", **lonely(0, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port + 1}: is in use; give the launcher another port" in done.stderr
+    assert f"127.0.0.1:{port + 1}: is in use; give torchrun another --master_port" in done.stderr
 
 
 def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):

@@ -3,16 +3,16 @@
 import re
 import shlex
 import subprocess
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nesso_tune.cli.main import main
 from nesso_tune.launch.command import Machines, train_words
 from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.recipes.sections import ClusterSection
-from tests.support.runs import recipe, write_recipe
+from tests.support.runs import main_here, recipe, write_recipe
 
 
 @pytest.fixture
@@ -20,15 +20,7 @@ def launch(capsys, tmp_path, monkeypatch):
     """Runs `launch`; returns exit code, stdout and stderr."""
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def run(*arguments):
-        try:
-            main(["launch", *map(str, arguments)])
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        return code, *capsys.readouterr()
-
-    return run
+    return partial(main_here, capsys, "launch")
 
 
 def options(text):

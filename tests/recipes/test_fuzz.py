@@ -13,7 +13,7 @@ from nesso_tune.recipes.load import parse_overrides, validate
 from nesso_tune.recipes.names import FOREIGN
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
 
-from .texts import DPO, SFT
+from .texts import DPO, SFT, with_value
 
 OURS = sorted({path[-1] for model in (SFTRecipe, DPORecipe) for path in key_paths(model)})
 KEYS = st.sampled_from(OURS) | st.sampled_from(sorted(FOREIGN)) | st.text(max_size=8) | st.integers() | st.booleans()
@@ -80,12 +80,7 @@ def test_any_data_under_our_keys(data):
 @settings(max_examples=300)
 @given(st.sampled_from(sorted(key_paths(DPORecipe))), VALUES, st.sampled_from([SFT, DPO]))
 def test_any_value_for_each_key(path, value, recipe):
-    document = parse_document(recipe, "r.yaml")
-    node = document.value
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-        node = node[0] if isinstance(node, list) else node
-    node[path[-1]] = value
+    document = with_value(recipe, path, value)
     survives(validate, document)
 
 

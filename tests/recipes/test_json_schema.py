@@ -19,7 +19,7 @@ from nesso_tune.recipes.shipped import find_recipe, shipped, shipped_recipes
 
 from .test_fuzz import VALUES
 from .test_load import MISTAKES
-from .texts import DPO, SFT
+from .texts import DPO, SFT, with_value
 
 SCHEMA = recipe_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)
@@ -78,12 +78,7 @@ def test_null_contradicts_nothing():
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(key_paths(DPORecipe) | key_paths(SFTRecipe))), VALUES, st.sampled_from([SFT, DPO]))
 def test_it_accepts_whatever_the_reader_accepts(path, value, recipe):
-    document = parse_document(recipe, "r.yaml")
-    node = document.value
-    for part in path[:-1]:
-        node = node.setdefault(part, {})
-        node = node[0] if isinstance(node, list) else node
-    node[path[-1]] = value
+    document = with_value(recipe, path, value)
     try:
         validate(document)
     except RecipeError:

@@ -34,3 +34,14 @@ def problem(text):
     found = problems(text)
     assert len(found) == 1, [str(one) for one in found]
     return str(found[0])
+
+
+def with_value(recipe, path, value):
+    """The document of a recipe's text with one key set; in a list, that of its first entry."""
+    document = parse_document(recipe, "r.yaml")
+    node = document.value
+    for part in path[:-1]:
+        node = node.setdefault(part, {})
+        node = node[0] if isinstance(node, list) else node
+    node[path[-1]] = value
+    return document

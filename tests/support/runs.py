@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nesso_tune.cli.main import main
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.model.weights import load_model
 from nesso_tune.recipes.schema import RECIPES
@@ -53,6 +54,16 @@ def command(*arguments, cwd=ROOT, **environment):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         timeout=300,
     )
+
+
+def main_here(capsys, *arguments):
+    """Runs the command line in this process; returns exit code, stdout and stderr."""
+    try:
+        main([str(argument) for argument in arguments])
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    return code, *capsys.readouterr()
 
 
 def metrics(run):
