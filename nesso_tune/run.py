@@ -18,7 +18,7 @@ from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.publish.card import model_card
-from nesso_tune.publish.final import plain_state, save_final
+from nesso_tune.publish.final import save_final, whole_model
 from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.planning import make_plan
@@ -32,6 +32,7 @@ from nesso_tune.training.processes import (
     come_together,
     contact,
     from_first,
+    idle_gpus,
     is_first,
     part,
     wait_for_all,
@@ -109,6 +110,10 @@ def _opening(run: RunDir, recipe: Recipe) -> list[str]:
     lines = list(run.notes)
     if run.checkpoint is not None:
         lines.append(f"an unfinished run: it continues from {run.checkpoint.name}")
+    if not run.finished and (idle := idle_gpus()):
+        lines.append(
+            f"{idle} GPUs of this machine are idle: `nesso-tune launch` uses all, CUDA_VISIBLE_DEVICES hides some"
+        )
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
         lines.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
     return lines
@@ -134,7 +139,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
         write_start(run, recipe, facts)
     wait_for_all()
     trainer = fit(model, data, recipe, plan, run, facts)
-    state = plain_state(trainer.model_wrapped, trainer.accelerator.unwrap_model(trainer.model_wrapped))
+    bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
     metrics = last_metrics(run.metrics)
     if is_first():
         card = model_card(recipe, plan, data.report, metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -11,17 +12,21 @@ import typer
 from nesso_tune.chat.files import check_at_hand, unknown_base
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
 from nesso_tune.data.volume import find_volume
+from nesso_tune.launch.command import Machines, gpus_of_this_machine
 from nesso_tune.recipes.describe import describe
 from nesso_tune.recipes.gpus import find_gpu
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
+from nesso_tune.recipes.sections import ClusterSection
 
 
 def check(
     recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - typer copies it
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs (processes) on each machine.")] = 1,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; else those of the cluster section.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="GPUs (processes) on each machine; else those of the cluster section.")
+    ] = None,
     gpu: Annotated[
         str | None, typer.Option(metavar="NAME", help="Kind of GPU, e.g. a100-80gb: does a step fit into its memory?")
     ] = None,
@@ -30,10 +35,24 @@ def check(
     """Validate a recipe and show what it would do."""
     (loaded,) = load_all([recipe], settings)
     check_at_hand(loaded.model)
-    world = World(nodes * gpus_per_node, None if gpu is None else find_gpu(gpu))
+    cluster = loaded.cluster or ClusterSection()
+    machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
+    world = World(machines.processes, None if gpu is None else find_gpu(gpu))
     plan = make_plan(loaded, world, find_volume(loaded))
+    plan = replace(plan, advice=(*_idle(machines, loaded.cluster), *plan.advice))
     if as_json:
         print(json.dumps(plan.to_dict(), indent=2))
     else:
         closing = ["", f"next: nesso-tune preview {shlex.quote(recipe)}"]
         print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing]))
+
+
+def _idle(machines: Machines, cluster: ClusterSection | None) -> list[str]:
+    """Which GPUs would do nothing: some of the cluster's, or of this machine where the recipe names no other."""
+    if cluster is not None:
+        idle = Machines(cluster.nodes, cluster.gpus_per_node).processes - machines.processes
+        return [f"{idle} of the cluster section's {idle + machines.processes} GPUs would be idle"] if idle > 0 else []
+    there = gpus_of_this_machine()
+    if machines.processes >= there:
+        return []
+    return [f"{there - machines.processes} of this machine's {there} GPUs would be idle: `nesso-tune launch` uses all"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 MODULE = "nesso_tune"
+DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder a GPU
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,13 @@ class Meeting:
     address: str
     port: str
     timeout_s: int = 1800
+
+
+def gpus_of_this_machine() -> int:
+    """GPUs that a run on this machine could use, without asking a library: what the driver lists, or a part of it."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
+    return there if chosen is None else min(there, len([name for name in chosen.split(",") if name.strip()]))
 
 
 def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.sections import LoraSection
+
+
+def adapt(model: PreTrainedModel, section: LoraSection, new_ids: list[int], seed: int) -> PeftModel:
+    """Puts an adapter into `model`, in place, and freezes everything else; seeded, so the same on every process.
+
+    Returns:
+        peft's view of the model, which can merge the adapter. Training goes on with `model` itself: its blocks, names
+        and tables stay where trainers and FSDP look for them.
+    """
+    torch.manual_seed(seed)
+    adapted: PeftModel = get_peft_model(model, lora_config(section, model, new_ids))  # type: ignore[assignment]
+    return adapted
 
 
 def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]) -> LoraConfig:

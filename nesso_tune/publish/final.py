@@ -4,33 +4,47 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.training.checkpoint import as_environment_error, model_state, readable
+from nesso_tune.model.adapters import adapt
+from nesso_tune.model.weights import load_model
+from nesso_tune.recipes.sections import ModelSection
+from nesso_tune.training.checkpoint import as_environment_error, readable
+from nesso_tune.training.processes import is_first
+from nesso_tune.training.state import State, set_weights, weights_of
 
 
-def plain_state(trained: nn.Module, model: Any) -> dict[str, Tensor]:
-    """Canonical weights of the trained model, whole on the first process; an adapter is merged into its base.
+def whole_model(
+    trained: nn.Module, model: PreTrainedModel, section: ModelSection, chat: ChatTokenizer, seed: int
+) -> tuple[PreTrainedModel, State]:
+    """The model to publish and its canonical weights, whole on the first process (elsewhere none).
+
+    An adapter is merged into a fresh copy of its base, so that it matters nowhere how the trained one is spread.
 
     Args:
         trained: the model as it was trained, wrapped and maybe sharded. Every process takes part.
         model: the same without its wrapper.
+        section, chat, seed: what it was made of.
     """
-    return model_state(model.merge_and_unload() if hasattr(model, "merge_and_unload") else trained)
+    state = weights_of(trained)
+    if section.adapter is None or not is_first():
+        return model, state
+    fresh = load_model(section, chat, seed)
+    adapted = adapt(fresh, section.adapter, chat.new_ids, seed)
+    set_weights(fresh, state)
+    merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
+    return merged, weights_of(merged.requires_grad_(True))
 
 
-def save_final(
-    state: dict[str, Tensor], model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str
-) -> None:
+def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:
     """Writes weights, tokenizer, template, generation config and card; runs with plain transformers.
 
     Args:
-        state: weights from `plain_state`.
+        state: weights from `whole_model`.
         model: the model, for its configuration.
         chat: the chat-ready tokenizer.
         card: README.md.

@@ -47,7 +47,7 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
     ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
     ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
-    whole = plan.processes == 1 or recipe.distributed.fsdp == "none"
+    whole = not recipe.distributed.shards(plan.processes)
     if recipe.model.adapter is None:
         ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
         ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from nesso_tune.recipes.curve import curve
 from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.plan import DataVolume, Plan
-from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.schema import DistributedSection, Recipe
 from nesso_tune.recipes.sections import SFTData
 
 USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
@@ -22,6 +22,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
             f"{plan.micro_batch} x {plan.accumulation} accumulation x {plan.processes} process(es)"
             f" = {plan.global_batch} {unit}",
         ),
+        _line("weights", _sharing(plan, recipe.distributed)),
         *_data(plan.volume, row_name(recipe)),
         _line("steps", _steps(plan)),
     ]
@@ -45,6 +46,15 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     if plan.advice:
         lines += ["", *(f"advice: {text}" for text in plan.advice)]
     return lines
+
+
+def _sharing(plan: Plan, distributed: DistributedSection) -> str:
+    if plan.processes == 1:
+        return "whole: one process has nobody to share them with"
+    if not distributed.shards(plan.processes):
+        return f"whole on each of {plan.processes} processes (DDP)"
+    files = "in shards" if distributed.state_dict == "sharded" else "as whole files"
+    return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), checkpoints {files}"
 
 
 def _line(name: str, text: str) -> str:

@@ -16,6 +16,21 @@ SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
 INSTRUCTION_FIELDS = ("input_field", "response_field")
 PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+# What a Slurm job is told once, from these keys: said a second time it could disagree.
+_COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
+JOB_OPTIONS = {
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
+                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _COUNTED),
+    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
+    "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
+    "signal": "use cluster.save_before_s",
+    **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name"), "remove it"),
+}  # fmt: skip
+JOB_VARIABLES = {
+    "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
+    **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
+                     "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "remove it"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,6 +134,25 @@ def _model(raw: Raw) -> Iterator[Finding]:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
 
 
+def _distributed(raw: Raw) -> Iterator[Finding]:
+    if _get(raw, "distributed", "fsdp") == "none" and _get(raw, "distributed", "state_dict") == "sharded":
+        yield Finding(
+            ("distributed", "state_dict"), "has no effect under fsdp: none: nothing is sharded",
+            "remove it, or set fsdp: full_shard",
+        )  # fmt: skip
+
+
+def _cluster(raw: Raw) -> Iterator[Finding]:
+    extra, env = _get(raw, "cluster", "extra"), _get(raw, "cluster", "env")
+    for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
+        name = str(option).removeprefix("--").replace("=", " ").split(" ")[0]
+        if name in JOB_OPTIONS:
+            yield Finding(("cluster", "extra", i), f"--{name} is written from elsewhere", JOB_OPTIONS[name])
+    for name in env if isinstance(env, Mapping) else ():
+        if name in JOB_VARIABLES:
+            yield Finding(("cluster", "env", name), "is set by the job itself", JOB_VARIABLES[name])
+
+
 def _dpo(raw: Raw) -> Iterator[Finding]:
     losses = _get(raw, "dpo", "loss")
     names = set(losses) if isinstance(losses, Mapping) else {"sigmoid"}
@@ -171,5 +205,5 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _model, _dpo, _sources,
+    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _dpo, _sources,
 )  # fmt: skip

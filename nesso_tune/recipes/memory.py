@@ -45,10 +45,10 @@ def estimate_memory(
 ) -> Memory:
     """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length."""
     bfloat16 = recipe.model.dtype == "bfloat16"
-    sharded = processes > 1 and recipe.distributed.fsdp != "none"
+    sharded = recipe.distributed.shards(processes)
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
-    trained = shape.parameters if adapter is None else adapter_parameters(adapter, shape)
+    trained = trained_parameters(adapter, shape)
     frozen = 0 if adapter is None else shape.parameters
     compute = 2 if bfloat16 else 0  # a float32 computation takes the weights as they are
     if sharded:  # of the blocks two are gathered at a time, of the embeddings all for the whole step
@@ -77,6 +77,11 @@ def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
     wide = queries + keys + 2 * shape.intermediate_size
     inner = 26 * shape.hidden_size + 4 * wide if bfloat16 else 24 * shape.hidden_size + 8 * wide
     return inner + 4 * shape.heads + 8
+
+
+def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:
+    """Weights that the optimizer changes."""
+    return shape.parameters if adapter is None else adapter_parameters(adapter, shape)
 
 
 def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:

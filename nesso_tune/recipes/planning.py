@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.advice import ROOMY, advise
-from nesso_tune.recipes.memory import Memory, estimate_memory
+from nesso_tune.recipes.memory import Memory, estimate_memory, trained_parameters
 from nesso_tune.recipes.plan import DataVolume, Plan, SchedulePlan, World
 from nesso_tune.recipes.presets import auto_learning_rate
 from nesso_tune.recipes.schedule import check_schedule
@@ -61,7 +61,7 @@ def make_plan(
         evaluate_every=None if evaluation is None else _interval(evaluation.every_steps, total),
         save_every=_interval(recipe.checkpoint.every_steps, total),
         shape=shape,
-        checkpoint_bytes=shape.parameters * 12 if shape and recipe.model.adapter is None else None,
+        checkpoint_bytes=None if shape is None else 12 * trained_parameters(recipe.model.adapter, shape),
         final_bytes=shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4) if shape else None,
         gpu=world.gpu,
         gradient_checkpointing=checkpointing,

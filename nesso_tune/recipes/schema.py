@@ -98,10 +98,15 @@ class DistributedSection(Section):
 
     fsdp: Literal["auto", "full_shard", "none"] = "auto"
     """full_shard spreads weights, gradients and optimizer over all processes (FSDP2); auto does so with several."""
-    state_dict: Literal["full"] = "full"
-    """How checkpoints are written: full gathers the state into files that any number of processes reads."""
+    state_dict: Literal["full", "sharded"] = "full"
+    """How checkpoints are written: full gathers the state in one process, sharded writes each process's share at once;
+    any number of processes reads both."""
     timeout_s: Count = 1800
     """Seconds after which a collective operation that does not finish ends the run."""
+
+    def shards(self, processes: int) -> bool:
+        """Whether weights, gradients and optimizer are spread over the processes; one process has nothing to share."""
+        return processes > 1 and self.fsdp != "none"
 
 
 class CheckpointSection(Section):

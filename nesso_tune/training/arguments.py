@@ -3,50 +3,61 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from transformers import PreTrainedModel
 from trl import DPOConfig, SFTConfig
 
-from nesso_tune.errors import RecipeError, RunEnvironmentError
+from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
+from nesso_tune.training.sharding import fsdp_arguments
 
 
-def sft_arguments(recipe: SFTRecipe, plan: Plan, blocks: list[str]) -> SFTConfig:
+def sft_arguments(recipe: SFTRecipe, plan: Plan, model: PreTrainedModel) -> SFTConfig:
     """Arguments of SFT: rows come prepared and collated, so TRL neither tokenises nor packs nor truncates."""
-    return SFTConfig(
-        **_shared(recipe, plan, blocks),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        packing=False,
-        padding_free=False,
-        max_length=None,
+    return _on_one_device(
+        SFTConfig(
+            **_shared(recipe, plan, model),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            packing=False,
+            padding_free=False,
+            max_length=None,
+        )
     )
 
 
-def dpo_arguments(recipe: DPORecipe, plan: Plan, blocks: list[str]) -> DPOConfig:
+def dpo_arguments(recipe: DPORecipe, plan: Plan, model: PreTrainedModel) -> DPOConfig:
     """Arguments of DPO: pairs come prepared, and the reference's log-probabilities come with them."""
     dpo = recipe.dpo
-    return DPOConfig(
-        **_shared(recipe, plan, blocks),
-        beta=dpo.beta,
-        loss_type=list(dpo.loss),
-        loss_weights=list(dpo.loss.values()),
-        label_smoothing=dpo.label_smoothing,
-        ld_alpha=dpo.ld_alpha,
-        max_length=None,
-        precompute_ref_log_probs=True,
+    return _on_one_device(
+        DPOConfig(
+            **_shared(recipe, plan, model),
+            beta=dpo.beta,
+            loss_type=list(dpo.loss),
+            loss_weights=list(dpo.loss.values()),
+            label_smoothing=dpo.label_smoothing,
+            ld_alpha=dpo.ld_alpha,
+            max_length=None,
+            precompute_ref_log_probs=True,
+        )
     )
 
 
-def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
+Arguments = TypeVar("Arguments", SFTConfig, DPOConfig)
+
+
+def _on_one_device(arguments: Arguments) -> Arguments:
+    """One process, one GPU: on a machine with several, transformers would split its rows over all of them."""
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+def _shared(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
     checkpointing = bool(plan.gradient_checkpointing)
-    sharded = shards(recipe, plan.processes)
-    if sharded and recipe.model.adapter is not None:
-        raise RecipeError(
-            "distributed.fsdp", "adapters are not trained under full_shard yet", "set distributed.fsdp: none"
-        )
+    sharded = recipe.distributed.shards(plan.processes)
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise RunEnvironmentError("model.dtype", "this GPU has no bfloat16", "set model.dtype: float32")
     return {
@@ -77,7 +88,7 @@ def _shared(recipe: Recipe, plan: Plan, blocks: list[str]) -> dict[str, Any]:
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "no",
-        **(_fsdp(blocks, checkpointing) if sharded else {}),
+        **(fsdp_arguments(model, checkpointing) if sharded else {}),
     }
 
 
@@ -86,27 +97,3 @@ def check_trackers(recipe: Recipe) -> None:
     for tracker in recipe.logging.report_to:
         if find_spec(tracker) is None:
             raise RunEnvironmentError("logging.report_to", f"{tracker} is not installed", f"pip install {tracker}")
-
-
-def shards(recipe: Recipe, processes: int) -> bool:
-    """Whether weights, gradients and optimizer are spread over the processes; one process has nothing to share."""
-    return processes > 1 and recipe.distributed.fsdp != "none"
-
-
-def _fsdp(blocks: list[str], checkpointing: bool) -> dict[str, Any]:
-    """FSDP2 FULL_SHARD: every transformer block is one unit, gathered for its turn and freed after it."""
-    if not blocks:
-        raise RecipeError(
-            "distributed.fsdp", "this model does not name its transformer blocks", "set distributed.fsdp: none"
-        )
-    return {
-        "fsdp": True,
-        "fsdp_config": {
-            "version": 2,
-            "reshard_after_forward": True,
-            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": blocks,
-            "state_dict_type": "FULL_STATE_DICT",
-            "activation_checkpointing": checkpointing,
-        },
-    }

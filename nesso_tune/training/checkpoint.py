@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, verified before they are used, independent of wrappers.
 
-Layout of `checkpoint-N/`: `model.safetensors` and `optimizer.safetensors` (canonical parameter names, through
-`torch.distributed.checkpoint.state_dict`), `counters-RANK.json`, `rng-RANK.json`, `trainer_state.json`, and last of all
-`manifest.json` with size and SHA-256 of every file. The schedule needs no file: it is a function of the step.
+Layout of `checkpoint-N/`: `model.safetensors` and `optimizer.safetensors`, or both in `shard-RANK-….safetensors` (see
+`state.py`), `counters-RANK.json`, `rng-RANK.json`, `trainer_state.json`, and last of all `manifest.json` with size and
+SHA-256 of every file. The schedule needs no file: it is a function of the step.
 """
 
 from __future__ import annotations
@@ -16,80 +16,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 
 from nesso_tune.errors import RunEnvironmentError
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
-SEPARATOR = "|"  # no parameter name has one
-
-
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights by canonical name, gathered on the CPU of the main process; tied weights once."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return _without_ties(model, get_model_state_dict(model, options=options))
-
-
-def load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Sets all weights; `state` must hold each of them, tied ones once.
-
-    Raises:
-        RunEnvironmentError: if weights are missing or unknown.
-    """
-    ties = {name for names in _ties(model) for name in names[1:]}
-    whole = dict(state) | {n: state[names[0]] for names in _ties(model) for n in names[1:] if names[0] in state}
-    options = StateDictOptions(full_state_dict=True, strict=False)
-    result = set_model_state_dict(model, whole, options=options)
-    wrong = sorted((set(result.missing_keys) - ties) | set(result.unexpected_keys))
-    if wrong:
-        raise RunEnvironmentError(
-            "checkpoint", f"its weights are not those of this model (first: {wrong[0]})",
-            "continue with the recipe that wrote it, or start anew with --overwrite",
-        )  # fmt: skip
-
-
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's moments and step counts as `parameter|moment`, gathered on the CPU of the main process.
-
-    Learning rate, betas and the like are not kept: they follow from the recipe and the step.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})  # the first process has it
-    return {
-        f"{name}{SEPARATOR}{moment}": value.contiguous()
-        for name, moments in state.items()
-        for moment, value in moments.items()
-    }
-
-
-def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Sets what `optimizer_state` gave."""
-    options = StateDictOptions(full_state_dict=True)
-    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
-    state: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        parameter, _, moment = name.rpartition(SEPARATOR)
-        state.setdefault(parameter, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
 class CheckpointWriter:
-    """Writes one checkpoint: files into a staging folder, the manifest last, then one rename."""
+    """Writes one checkpoint: files into a staging folder, the manifest last, then one rename.
+
+    Every process has one, and notes the files that it wrote itself.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
         self.final = run / f"{PREFIX}{step}"
         self.staging = run / f".{PREFIX}{step}.partial"
+        self._written: list[Path] = []
 
     def begin(self) -> None:
         """Makes an empty staging folder (main process)."""
@@ -100,20 +47,30 @@ class CheckpointWriter:
         """Adds a file of tensors."""
         with as_environment_error(self.staging / name):
             save_file(tensors, self.staging / name)
+        self._written.append(self.staging / name)
 
     def data(self, name: str, data: Any) -> None:
         """Adds a file of plain data."""
         (self.staging / name).write_text(json.dumps(data), encoding="utf-8")
+        self._written.append(self.staging / name)
 
-    def finish(self, facts: dict[str, Any]) -> Path:
-        """Writes the manifest with `facts` and renames the folder into place (main process)."""
-        files = sorted(path for path in self.staging.iterdir() if path.is_file())
-        listed = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        body = {**facts, "files": listed}
-        self.data(MANIFEST, {**body, "self": _hash_of(body)})
-        for path in [*files, self.staging / MANIFEST]:
+    def adopt(self, pattern: str) -> None:
+        """Counts files that a library wrote for this process as its own."""
+        self._written += self.staging.glob(pattern)
+
+    def note(self) -> dict[str, dict[str, Any]]:
+        """{name: size and SHA-256} of this process's files, which are safe on the disk then."""
+        for path in self._written:
             readable(path)
             _sync(path)
+        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in self._written}
+
+    def finish(self, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
+        """Writes the manifest with `facts` and what all noted, and renames the folder into place (main process)."""
+        body = {**facts, "files": files}
+        self.data(MANIFEST, {**body, "self": _hash_of(body)})
+        readable(self.staging / MANIFEST)
+        _sync(self.staging / MANIFEST)
         _sync(self.staging)
         shutil.rmtree(self.final, ignore_errors=True)
         self.staging.rename(self.final)
@@ -181,25 +138,6 @@ def readable(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _ties(model: nn.Module) -> list[list[str]]:
-    """Groups of names that are one tensor, as the model itself declares them."""
-    by_tensor: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(_canonical(name))
-    return [names for names in by_tensor.values() if len(names) > 1]
-
-
-def _canonical(name: str) -> str:
-    for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
-
-
-def _without_ties(model: nn.Module, state: dict[str, Any]) -> dict[str, Tensor]:
-    repeated = {name for names in _ties(model) for name in names[1:]}
-    return {name: value.contiguous() for name, value in state.items() if name not in repeated}
 
 
 def _hash_of(data: Any) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 
 import datasets
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -21,13 +20,13 @@ from transformers import (
 
 from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
-from nesso_tune.errors import Preempted, RunEnvironmentError
-from nesso_tune.model.adapters import lora_config
+from nesso_tune.errors import Preempted
+from nesso_tune.model.adapters import adapt
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
-from nesso_tune.training.arguments import dpo_arguments, sft_arguments, shards
+from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 from nesso_tune.training.evaluation import Evaluator
 from nesso_tune.training.metrics import MetricsLog
@@ -36,6 +35,7 @@ from nesso_tune.training.pace import Pace
 from nesso_tune.training.progress import ProgressBar
 from nesso_tune.training.reference import compute_reference, load_reference, save_reference
 from nesso_tune.training.rundir import RunDir
+from nesso_tune.training.sharding import check_sharded, in_shards
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.tally import Tally
 from nesso_tune.training.trainer import Track, processes_of
@@ -71,14 +71,14 @@ def fit(
     else:
         collate = PairCollator(chat.pad_id, languages)
         kind, names, loss_over, arguments = dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments  # type: ignore[assignment]
-    adapter = recipe.model.adapter
+    if recipe.model.adapter is not None:
+        adapt(model, recipe.model.adapter, chat.new_ids, recipe.seed)
     trainer: Trainer = kind(
         model=model,
-        args=arguments(recipe, plan, sorted(model._no_split_modules or [])),  # type: ignore[arg-type]
+        args=arguments(recipe, plan, model),  # type: ignore[arg-type]
         data_collator=collate,
         train_dataset=_sample(data),
         processing_class=data.tokenizer,
-        peft_config=None if adapter is None else lora_config(adapter, model, chat.new_ids),
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it
@@ -91,6 +91,7 @@ def fit(
         log=log,
         evaluate=None,
         keep=recipe.checkpoint.keep,
+        in_shards=in_shards(recipe, plan.processes),
         facts=facts,
     )
     if recipe.evaluation is not None:
@@ -98,7 +99,7 @@ def fit(
             recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
             plan.steps,
         )  # fmt: skip
-    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], shards(recipe, plan.processes)))
+    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
     _train_until_asked(trainer, plan, run)
     return trainer
 
@@ -126,11 +127,8 @@ class _Beginning(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, track = self._trainer, self._trainer.track
-        if self._sharded and not any(isinstance(p, DTensor) for p in trainer.model_wrapped.parameters()):
-            raise RunEnvironmentError(
-                "distributed.fsdp", "full_shard was asked for, but the weights are not sharded on these devices",
-                "set distributed.fsdp: none, or use GPUs",
-            )  # fmt: skip
+        if self._sharded:
+            check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
             facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}

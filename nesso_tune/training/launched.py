@@ -66,7 +66,7 @@ def _of_fsdp(recipe: Recipe, environment: Mapping[str, str]) -> list[tuple[str, 
     if _yes(environment.get("FSDP_OFFLOAD_PARAMS")):
         found.append(("fsdp_offload_params: true", "nothing of offloading"))
     kind = environment.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    if kind != "FULL_STATE_DICT":
+    if kind != f"{recipe.distributed.state_dict.upper()}_STATE_DICT" and "FSDP_STATE_DICT_TYPE" in environment:
         found.append((f"fsdp_state_dict_type: {kind}", f"distributed.state_dict: {recipe.distributed.state_dict}"))
     return found
 

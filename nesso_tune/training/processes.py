@@ -46,6 +46,11 @@ def world() -> World:
     return World(world_size(), Gpu(torch.cuda.get_device_name(), memory, bfloat16=torch.cuda.is_bf16_supported()))
 
 
+def idle_gpus() -> int:
+    """GPUs of this machine that no process of the run has."""
+    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def come_together(timeout_s: int) -> None:
     """Forms the process group. Data is prepared before: no collective operation then waits for a slow disk.
 

@@ -1,8 +1,8 @@
 """What SFT and DPO share of a trainer: every override of transformers' and TRL's trainers stands here.
 
-Taken over from transformers: data order (`get_train_dataloader`), schedule (`create_scheduler`), checkpoints
-(`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds (`log`), and the finite check before
-an update (`_clip_grad_norm`). Taken over from TRL: telemetry, which is off.
+Taken over from transformers: data order (`get_train_dataloader`), set-up of FSDP (`_prepare_for_training`), schedule
+(`create_scheduler`), checkpoints (`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds
+(`log`), and the finite check before an update (`_clip_grad_norm`). Taken over from TRL: telemetry, which is off.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -23,9 +24,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from nesso_tune.errors import NumericalError
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training import checkpoint as ckpt
+from nesso_tune.training import state
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.randomness import random_states, set_random_states
+from nesso_tune.training.sharding import tied_tables_together
 from nesso_tune.training.tally import Tally
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
@@ -41,6 +44,7 @@ class Track:
     log: MetricsLog
     evaluate: Evaluate | None
     keep: int
+    in_shards: bool  # each process writes its own share of a checkpoint's tensors
     facts: dict[str, Any]  # what a checkpoint's manifest records of the run
     tokens: int = 0
     supervised_tokens: int = 0
@@ -79,6 +83,10 @@ class TrackedTrainer(_Base):
             num_workers=0,
         )
         return self.accelerator.prepare(loader)
+
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        with tied_tables_together(self.model):
+            return super()._prepare_for_training(*arguments, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
         """The plan's schedule, a function of the step."""
@@ -150,21 +158,34 @@ class TrackedTrainer(_Base):
         if main:
             writer.begin()
         self.accelerator.wait_for_everyone()
-        rank = self.accelerator.process_index
+        rank, counts = self.accelerator.process_index, self._counters()
         writer.data(f"rng-{rank}.json", random_states())
-        weights = ckpt.model_state(self.model_wrapped)
-        moments = ckpt.optimizer_state(self.model_wrapped, self.optimizer.optimizer)
-        counts = self._counters()
         writer.data(f"counters-{rank}.json", counts)
-        self.accelerator.wait_for_everyone()
+        self._save_tensors(writer)
         if main:
-            writer.tensors("model.safetensors", weights)
-            writer.tensors("optimizer.safetensors", moments)
             self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
-            writer.finish({**track.facts, "step": self.state.global_step, "counters": counts})
+            writer.adopt(TRAINER_STATE_NAME)
+        noted = gather_object([writer.note()])
+        if main:
+            files = {name: facts for own in noted for name, facts in own.items()}
+            writer.finish({**track.facts, "step": self.state.global_step, "counters": counts}, files)
             ckpt.prune(Path(self.args.output_dir), track.keep)
         self.accelerator.wait_for_everyone()
         track.paused += time.monotonic() - began
+
+    def _save_tensors(self, writer: ckpt.CheckpointWriter) -> None:
+        wrapped, optimizer = self.model_wrapped, self.optimizer.optimizer
+        if self.track.in_shards:
+            state.save_shards(writer.staging, wrapped, optimizer)
+            writer.adopt(state.shards_of(self.accelerator.process_index))
+            return
+        weights = state.weights_of(wrapped)
+        if self.accelerator.is_main_process:
+            writer.tensors(ckpt.WEIGHTS, weights)
+        del weights  # never both in memory
+        moments = state.moments_of(wrapped, optimizer)
+        if self.accelerator.is_main_process:
+            writer.tensors(ckpt.MOMENTS, moments)
 
     def _counters(self) -> dict[str, Any]:
         track = self.track
@@ -176,14 +197,20 @@ class TrackedTrainer(_Base):
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        ckpt.load_model_state(model or self.model, ckpt.read_tensors(Path(resume_from_checkpoint), "model.safetensors"))
+        folder, model = Path(resume_from_checkpoint), model or self.model
+        if state.is_sharded(folder):
+            state.load_shards(folder, model)
+        else:
+            state.set_weights(model, ckpt.read_tensors(folder, ckpt.WEIGHTS))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        moments = ckpt.read_tensors(folder, "optimizer.safetensors")
-        ckpt.load_optimizer_state(self.model_wrapped, self.optimizer.optimizer, moments)
+        folder, optimizer = Path(checkpoint), self.optimizer.optimizer
+        if state.is_sharded(folder):
+            state.load_shards(folder, self.model_wrapped, optimizer)
+        else:
+            state.set_moments(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
         self._set_schedule(self.state.global_step)
         counts, track = own_share(folder, self.accelerator.process_index, self.accelerator.num_processes), self.track
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from nesso_tune.cli.main import main
+from nesso_tune.launch import command as launch_command
 
 TEXT = """\
 method: sft
@@ -140,3 +141,51 @@ def test_python_m_ends_with_the_same_code_and_words():
         [sys.executable, "-m", "nesso_tune", "check", "nope.yaml"], capture_output=True, text=True, env={**os.environ}
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "nope.yaml: no such file; check the path\n")
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A machine whose driver lists four GPUs."""
+    for i in range(4):
+        (tmp_path / "gpus" / str(i)).mkdir(parents=True)
+    monkeypatch.setattr(launch_command, "DRIVER", tmp_path / "gpus")
+
+
+CLUSTER = ("--set", "cluster={nodes: 2, gpus_per_node: 8}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "advice"),
+    [
+        ([], 1, "3 of this machine's 4 GPUs would be idle: `nesso-tune launch` uses all"),
+        (["--gpus-per-node", "4"], 4, None),
+        (CLUSTER, 16, None),
+        ([*CLUSTER, "--gpus-per-node", "4"], 8, "8 of the cluster section's 16 GPUs would be idle"),
+    ],
+)
+def test_idle_gpus_are_told(check, recipe, driver, monkeypatch, arguments, processes, advice):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code, out, err = check(recipe, "--set", "train.schedule={}", *arguments)
+    assert (code, err) == (0, "")
+    assert f"accumulation x {processes} process(es)" in out
+    assert ("would be idle" in out) is (advice is not None)
+    assert advice is None or f"advice: {advice}\n" in out
+
+
+def test_hidden_gpus_are_not_idle(check, recipe, driver, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert "would be idle" not in check(recipe)[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "says"),
+    [
+        ([], 1, "whole: one process has nobody to share them with"),
+        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints as whole files"),
+        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints in shards"),
+        (["distributed.fsdp=none"], 4, "whole on each of 4 processes (DDP)"),
+    ],
+)
+def test_the_plan_says_how_weights_are_shared(check, recipe, settings, processes, says):
+    flags = [word for setting in ["train.schedule={}", *settings] for word in ("--set", setting)]
+    assert lines_of(check(recipe, "--gpus-per-node", str(processes), *flags)[1])["weights"] == says

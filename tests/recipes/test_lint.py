@@ -50,12 +50,19 @@ FIRES = {
     "score of what": (source("min_score: 1"), "data.sources.1.min_score", "needs score_field"),
     "score for what": (source("score_field: q"), "data.sources.1.score_field", "without min_score"),
     "two languages": (source("language: it, language_field: l"), "data.sources.1.language_field", "beside language"),
+    "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
+    "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
+                        "--gres is written from elsewhere"),
+    "time said twice": ('cluster: {extra: ["--time 1:00:00"]}', "cluster.extra.0", "--time"),
+    "threads said twice": ("cluster: {env: {OMP_NUM_THREADS: '4'}}", "cluster.env.OMP_NUM_THREADS", "by the job"),
     "in a validation source": (
         "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",
     ),
 }  # fmt: skip
 
 SILENT = {
+    "shards": "distributed: {state_dict: sharded}",
+    "job": "cluster: {extra: [--exclusive, --mail-type=END], env: {NCCL_DEBUG: INFO}}",
     "nothing": "{}",
     "cosine": schedule("type: cosine, constant_ratio: 0.8, min_ratio: 0.3, warmup_ratio: 0.03"),
     "unset knobs": schedule(
