@@ -28,9 +28,14 @@ def first_line(error: Exception) -> str:
 
 
 class NessoError(Exception):
-    """Base of all errors that a user can cause and mend. `exit_code` is what the command line ends with."""
+    """Base of all errors that a user can cause and mend.
+
+    `exit_code` is what the command line ends with. `speaks` says whether this one of several processes prints the
+    message; None leaves it to the command line.
+    """
 
     exit_code = 1
+    speaks: bool | None = None
 
     def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
         """Takes either one problem as three texts, or the problems themselves."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def whole_base(base, tmp_path_factory) -> str:
         (folder / name).write_bytes((Path(base) / name).read_bytes())
     build_standin(folder, json.loads((Path(base) / "config.json").read_text()))
     return str(folder)
+
+
+@pytest.fixture
+def port():
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -91,6 +91,8 @@ def _main(arguments: list[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a lost process is said by us, once and in a line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -115,7 +117,9 @@ def _end(error: NessoError, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     first = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0") == "0"
-    if first:  # one message, not one a process; of what befalls a machine, one a machine
+    if (
+        first if error.speaks is None else error.speaks
+    ):  # one message, not one a process; of what befalls a machine, one a machine
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)
 

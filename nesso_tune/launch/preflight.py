@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -17,76 +12,13 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-from nesso_tune.errors import Problem, RunEnvironmentError
+from nesso_tune.errors import Problem
 from nesso_tune.launch.machine import Machine
-from nesso_tune.training.processes import check_port, come_together, contact, from_first, world_size
+from nesso_tune.training.processes import come_together, contact, from_first, world_size
 
 MESSAGE = 16 << 20  # numbers of one test message: 64 MiB in float32
 ROUNDS = 5
 SLOW = 0.5  # of the median: below it a link is named
-
-
-def all_present(timeout_s: int) -> dist.TCPStore:
-    """Waits until every process has said its name.
-
-    Returns:
-        Where they met; to be kept until all have gone on.
-
-    Raises:
-        RunEnvironmentError: naming those that did not come and, where it is known, their machines.
-    """
-    until, rank = time.monotonic() + timeout_s, int(os.environ["RANK"])
-    store = _meeting(timeout_s, rank)
-    store.set(f"doctor/{rank}", socket.gethostname())
-    names = [f"doctor/{other}" for other in range(world_size())]
-    while not store.check(names) and time.monotonic() < until:
-        time.sleep(0.1)
-    absent = [other for other, name in enumerate(names) if not store.check([name])]
-    if absent:
-        raise RunEnvironmentError([
-            Problem(machine, f"did not come within {timeout_s} s", "see whether it is up and its part was started")
-            for machine in machines_of(absent)
-        ])  # fmt: skip
-    return store
-
-
-def _meeting(timeout_s: int, rank: int) -> dist.TCPStore:
-    """The launcher's own store, or one beside the port that the process group will want."""
-    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]) + (0 if launchers else 1)
-    serves = rank == 0 and not launchers
-    try:
-        return dist.TCPStore(
-            address, port, world_size(), serves, timedelta(seconds=timeout_s), wait_for_workers=False
-        )  # fmt: skip
-    except (dist.DistError, RuntimeError) as error:
-        check_port(f"{address}:{port}", error)
-        raise RunEnvironmentError(
-            f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (process {rank})",
-            "see whether the first machine's part runs, and whether a firewall or another network stands between",
-        ) from None  # fmt: skip
-
-
-def machines_of(ranks: Sequence[int]) -> list[str]:
-    """The machines of some processes, as Slurm calls them, else by number."""
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = slurm_nodes()
-    found: dict[int, list[int]] = {}
-    for rank in ranks:
-        found.setdefault(rank // each, []).append(rank)
-    return [
-        f"{nodes[node] if node < len(nodes) else f'machine {node}'} (process {', '.join(map(str, of))})"
-        for node, of in found.items()
-    ]
-
-
-def slurm_nodes() -> list[str]:
-    """Names of the job's machines, in the order of their numbers; empty outside Slurm."""
-    packed = os.environ.get("SLURM_JOB_NODELIST")
-    if not packed or shutil.which("scontrol") is None:
-        return []
-    said = subprocess.run(["scontrol", "show", "hostnames", packed], capture_output=True, text=True, check=False)
-    return said.stdout.split()
 
 
 def compare(machines: Sequence[Machine]) -> list[Problem]:
@@ -116,7 +48,6 @@ def meet(machine: Machine, timeout_s: int) -> tuple[list[Machine], list[tuple[st
     Raises:
         RunEnvironmentError: if a process is missing or lost.
     """
-    store = all_present(timeout_s)
     come_together(timeout_s)
     with contact():
         machines = gather_object([machine])
@@ -128,7 +59,6 @@ def meet(machine: Machine, timeout_s: int) -> tuple[list[Machine], list[tuple[st
     facts = [("processes", f"{n} on {len({m.host for m in machines})} machine(s)"),
              ("all-reduce", f"64 MiB in {reduce_s * 1e3:.0f} ms, {rate:.1f} GB/s")]  # fmt: skip
     facts += [("link", f"process 0 to {name}: {speed:.1f} GB/s") for name, speed in links]
-    del store
     return machines, facts, [*compare(machines), *slow(links)]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from nesso_tune.errors import RunEnvironmentError, first_line
 from nesso_tune.recipes.gpus import Gpu
 from nesso_tune.recipes.plan import World
+from nesso_tune.training.rollcall import RollCall, call_roll
 
 SEEN_AFTER_S = 5
 # What gloo and NCCL say when another process is gone or does not answer in time.
@@ -51,33 +53,31 @@ def idle_gpus() -> int:
     return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
+_roll: RollCall | None = None  # of this process, for as long as it lives
+
+
 def come_together(timeout_s: int) -> None:
     """Forms the process group. Data is prepared before: no collective operation then waits for a slow disk.
 
     Args:
-        timeout_s: seconds after which a collective operation that does not finish ends the run. Accelerate does not
-            pass it on for CPU processes, so their group is formed here.
+        timeout_s: seconds in which all must have come, and after which a collective operation that does not finish
+            ends the run (accelerate would not pass it on for CPU processes).
+
+    Raises:
+        RunEnvironmentError: naming the processes that did not come, or what else is in the way.
     """
-    timeout = timedelta(seconds=timeout_s)
-    try:
-        if world_size() > 1 and not torch.cuda.is_available() and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=timeout)
-        PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
-    except (dist.DistError, RuntimeError) as error:
-        meeting = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-        check_port(meeting, error)
-        raise RunEnvironmentError(
-            here(), f"the {world_size()} processes did not come together at {meeting} ({first_line(error)})",
-            "see whether each was started, and whether that address and port are reachable from every machine",
-        ) from None  # fmt: skip
-
-
-def check_port(meeting: str, error: Exception) -> None:
-    """Raises RunEnvironmentError if processes could not come together because another program has their port."""
-    if "EADDRINUSE" in str(error):
-        raise RunEnvironmentError(
-            meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
-        ) from None
+    global _roll
+    on_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=timeout_s)
+    if world_size() > 1 and not dist.is_initialized():
+        _roll = _roll or call_roll(world_size(), timeout_s)
+        try:
+            dist.init_process_group(
+                "nccl" if on_gpu else "gloo", store=_roll.group_store(), rank=int(os.environ["RANK"]),
+                world_size=world_size(), timeout=timeout,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise _deaf("cannot connect to the others, though all are there", error) from None
+    PartialState(cpu=not on_gpu, timeout=timeout)
 
 
 def here() -> str:
@@ -87,16 +87,43 @@ def here() -> str:
 
 @contextmanager
 def contact() -> Iterator[None]:
-    """Turns the loss of another process, or a collective operation that does not end in time, into one clear error."""
+    """Turns the loss of another process, or a collective operation that does not end in time, into one clear error.
+
+    The processes that live say so; the others are named, by the first of those that live.
+    """
     try:
         yield
     except RuntimeError as error:
         if world_size() == 1 or not any(sign in str(error) for sign in LOST):
             raise
-        raise RunEnvironmentError(
-            here(), f"lost contact with another process ({first_line(error)})",
-            "that process's message, or the launcher's, says why; the same command continues from the last checkpoint",
-        ) from None  # fmt: skip
+        raise _lost(error) from None
+
+
+def _deaf(what: str, error: Exception) -> RunEnvironmentError:
+    remedy = (
+        "name the network that connects the machines in NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs), or raise "
+        "distributed.timeout_s"
+    )
+    return RunEnvironmentError(here(), f"{what} ({first_line(error)})", remedy)
+
+
+def _lost(error: Exception) -> RunEnvironmentError:
+    with suppress(ValueError):  # of a thread that is not the main one
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would come before this has been said
+    again = "its own message, or the launcher's, says why; the same command continues from the last checkpoint"
+    silent = None if _roll is None else _roll.silent()
+    if silent == []:
+        return _deaf("all processes live, but they do not hear each other", error)
+    if _roll is None or silent is None:
+        gone = "the first process" if _roll is None else _roll.keeper
+        beside = _roll is not None and not _roll.launchers and _roll.hosts[0] == socket.gethostname()
+        speaks = os.environ.get("LOCAL_RANK", "0") == ("1" if beside else "0")  # one on each machine
+    else:
+        gone = ", ".join(_roll.called(rank) for rank in silent)
+        speaks = int(os.environ["RANK"]) == min(set(range(world_size())) - set(silent))
+    lost = RunEnvironmentError(here(), f"lost contact with {gone} ({first_line(error)})", again)
+    lost.speaks = speaks
+    return lost
 
 
 def from_first(value: Any) -> Any:

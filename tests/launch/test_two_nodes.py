@@ -45,21 +45,26 @@ def nodes():
     remove_nodes()
 
 
-def start(path, rank, timeout_s=60, own_disk=None):
+def start(path, rank, timeout_s=60, own_disk=None, **options):
     """The run's part on one node, as the Slurm job starts it; on `own_disk` it sees a folder of its own."""
-    return part(train_words([path]), rank, timeout_s, _alone_on(own_disk))
+    return part(train_words([path]), rank, timeout_s, [*named(NODES[rank]), *_alone_on(own_disk)], **options)
 
 
-def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), **streams):
-    """One node's part of a command."""
+def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), network=None, **streams):
+    """One node's part of a command; `network`: the interface that gloo takes, if not the cable."""
     meeting = Meeting(str(rank), ADDRESSES[0], "29611", timeout_s)
     words = [*accelerate_words(Machines(2, 1), meeting), *verb]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
-                   "GLOO_SOCKET_IFNAME": ("cablea", "cableb")[rank]}  # fmt: skip
+                   "GLOO_SOCKET_IFNAME": network or ("cablea", "cableb")[rank]}  # fmt: skip
     return subprocess.Popen(
         ["ip", "netns", "exec", NODES[rank], *before, sys.executable, *words],
         cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **streams,
     )  # fmt: skip
+
+
+def named(node):
+    """Words before a command that give the machine it runs on a name."""
+    return ["unshare", "-u", "sh", "-c", 'hostname "$0" && exec "$@"', node]
 
 
 def _alone_on(folder):
@@ -107,8 +112,7 @@ def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
     os.kill(victim, signal.SIGKILL)
     codes, said = ended(parts, 60)
     assert all(codes)
-    assert "process 0 on " in said[0]
-    assert "lost contact with another process" in said[0]
+    assert f"process 0 on {NODES[0]}: lost contact with process 1 on {NODES[1]} (" in said[0]
     codes, said = ended([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
     assert "it continues from checkpoint-" in said[0]
@@ -121,7 +125,25 @@ def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, tal
     ip("-n", NODES[0], "link", "set", "cablea", "down")
     codes, said = ended(parts, 60)
     assert all(codes)
-    assert "lost contact with another process" in said[0]
+    assert f"process 0 on {NODES[0]}: lost contact with process 1 on {NODES[1]} (" in said[0]
+    assert f"process 1 on {NODES[1]}: lost contact with the launcher on {ADDRESSES[0]} (" in said[1]
+
+
+def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, timeout_s=5))
+    parts = [start(path, rank, network="lo") for rank in range(2)]
+    until = time.monotonic() + 60
+    while all(part.poll() is None for part in parts) and time.monotonic() < until:
+        time.sleep(0.2)
+    (first,) = [part for part in parts if part.poll() is not None]  # gloo lets the other try for five times as long
+    said = first.communicate()[1]
+    assert first.returncode
+    assert "cannot connect to the others, though all are there (" in said
+    assert "name the network that connects the machines in NCCL_SOCKET_IFNAME" in said
+    for part in parts:
+        for pid in workers(part.pid):
+            os.kill(pid, signal.SIGKILL)
+        part.wait(30)
 
 
 def test_a_node_that_never_comes(nodes, tmp_path, talks):
@@ -138,11 +160,6 @@ def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks)
     assert all(codes)
     assert "is not the same folder on all machines" in said[0]
     assert "set output_dir on a file system that they share" in said[0]
-
-
-def named(node):
-    """Words before a command that give the machine it runs on a name."""
-    return ["unshare", "-u", "sh", "-c", 'hostname "$0" && exec "$@"', node]
 
 
 def test_the_doctor_sees_both_machines_and_the_one_that_differs(nodes, tmp_path):

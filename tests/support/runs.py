@@ -66,6 +66,12 @@ def main_here(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+def lonely(rank, port):
+    """What a launcher tells one of two processes, where the other never comes."""
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+
+
 def metrics(run):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

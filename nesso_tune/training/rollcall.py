@@ -1,0 +1,137 @@
+"""Who is there: processes that do not come are named, and so are those that are lost later."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from threading import Thread
+
+import torch.distributed as dist
+
+from nesso_tune.errors import Problem, RunEnvironmentError
+
+ANSWER_S = 3  # seconds in which a process that lives says so after a loss
+
+
+class RollCall:
+    """The store where processes say their names, and the names of all.
+
+    Attributes:
+        store: of the launcher, or of the first process.
+        hosts: the machine of each process.
+        launchers: whether the store is the launcher's; else it goes with the first process.
+    """
+
+    def __init__(self, store: dist.Store, hosts: Sequence[str], launchers: bool) -> None:
+        self.store, self.hosts, self.launchers = store, tuple(hosts), launchers
+        self._asked = self._formed = 0
+
+    def group_store(self) -> dist.Store:
+        """A part of the store for one more process group: each run of a chain has its own."""
+        self._formed += 1
+        return dist.PrefixStore(f"group/{self._formed}", self.store)
+
+    def silent(self) -> list[int] | None:
+        """After a loss: the processes that do not answer. None if the store itself does not."""
+        self._asked += 1
+        found: list[list[int]] = []
+
+        def ask() -> None:
+            with suppress(dist.DistError, RuntimeError):
+                self.store.set(f"alive/{self._asked}/{_rank()}", "")
+                found.append(_absent(self.store, f"alive/{self._asked}", len(self.hosts), ANSWER_S))
+
+        # over a cut cable the store's client waits for ever, whatever its timeout
+        asking = Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWER_S + 1)
+        return found[0] if found else None
+
+    @property
+    def keeper(self) -> str:
+        """Who is gone when the store is."""
+        return f"the launcher on {os.environ['MASTER_ADDR']}" if self.launchers else self.called(0)
+
+    def called(self, rank: int) -> str:
+        """A process and its machine, as errors call them."""
+        return f"process {rank} on {self.hosts[rank]}"
+
+
+def call_roll(processes: int, timeout_s: int) -> RollCall:
+    """Waits until every process has said its name.
+
+    Raises:
+        RunEnvironmentError: naming those that did not come within the time and, where it is known, their machines.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = _rank() == 0 and not launchers
+    try:
+        store = dist.TCPStore(
+            address, port, processes, serves, timedelta(seconds=timeout_s), wait_for_workers=False
+        )  # fmt: skip
+    except (dist.DistError, RuntimeError) as error:
+        raise _no_store(f"{address}:{port}", error) from None
+    own = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    own.set(f"here/{_rank()}", socket.gethostname())
+    absent = _absent(own, "here", processes, timeout_s)
+    if absent:
+        nobody = RunEnvironmentError([
+            Problem(machine, f"did not come within {timeout_s} s", "see whether it is up and its part was started")
+            for machine in machines_of(absent)
+        ])  # fmt: skip
+        nobody.speaks = _rank() == min(set(range(processes)) - set(absent))
+        raise nobody
+    return RollCall(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
+
+
+def _no_store(meeting: str, error: Exception) -> RunEnvironmentError:
+    if "EADDRINUSE" in str(error):
+        return RunEnvironmentError(
+            meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
+        )
+    return RunEnvironmentError(
+        meeting, f"cannot be reached from {socket.gethostname()} (process {_rank()})",
+        "see whether the first machine's part runs, and whether a firewall or another network stands between",
+    )  # fmt: skip
+
+
+def _absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
+    """The processes that have not written their key when the time is up."""
+    until = time.monotonic() + timeout_s
+    keys = [f"{key}/{rank}" for rank in range(processes)]
+    while not store.check(keys) and time.monotonic() < until:
+        time.sleep(0.1)
+    return [rank for rank in range(processes) if not store.check([keys[rank]])]
+
+
+def machines_of(ranks: Sequence[int]) -> list[str]:
+    """The machines of processes that never said their names: as Slurm calls them, else by number."""
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    nodes = _slurm_nodes()
+    found: dict[int, list[int]] = {}
+    for rank in ranks:
+        found.setdefault(rank // each, []).append(rank)
+    return [
+        f"{nodes[node] if node < len(nodes) else f'machine {node}'} (process {', '.join(map(str, of))})"
+        for node, of in found.items()
+    ]
+
+
+def _slurm_nodes() -> list[str]:
+    """Names of the job's machines, in the order of their numbers; empty outside Slurm."""
+    packed = os.environ.get("SLURM_JOB_NODELIST")
+    if not packed or shutil.which("scontrol") is None:
+        return []
+    said = subprocess.run(["scontrol", "show", "hostnames", packed], capture_output=True, text=True, check=False)
+    return said.stdout.split()
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
