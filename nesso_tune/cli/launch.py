@@ -7,7 +7,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.launch.command import Machines, local_command, train_words
-from nesso_tune.launch.slurm import EXIT_FILE, sbatch_text
+from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
@@ -54,7 +53,7 @@ def launch(
         if show:
             print(shlex.join(command))
             return
-        raise typer.Exit(_run(command))
+        raise typer.Exit(subprocess.run(command, check=False).returncode)
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     _check_plans(loaded, machines)
     words, timeout_s = train_words(recipes, settings), max(recipe.distributed.timeout_s for recipe in loaded)
@@ -90,14 +89,6 @@ def _gpus_here() -> int:
 
     count: int = torch.cuda.device_count()
     return max(1, count)
-
-
-def _run(command: list[str]) -> int:
-    """Runs the launcher; its processes note their own exit code, which launchers turn into 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        noted = Path(folder) / "code"
-        code = subprocess.run(command, env={**os.environ, EXIT_FILE: str(noted)}, check=False).returncode
-        return int(noted.read_text()) if code and noted.is_file() else code
 
 
 def _check_fetched(names: list[str], recipes: list[Recipe]) -> None:

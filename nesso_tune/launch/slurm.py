@@ -48,7 +48,7 @@ def sbatch_text(
             *(["export HF_HUB_OFFLINE=1"] if cluster.offline else []),
             "export OMP_NUM_THREADS=$CPUS_PER_GPU",
             'MAIN_ADDRESS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-            "MAIN_PORT=$((20000 + SLURM_JOB_ID % 20000))",
+            "MAIN_PORT=$((20000 + 2 * (SLURM_JOB_ID % 10000)))",
             f"export MAIN_ADDRESS MAIN_PORT {EXIT_FILE}=/tmp/nesso-tune-$SLURM_JOB_ID.code",
             "",
             f'rm -f "${EXIT_FILE}"',

@@ -45,7 +45,7 @@ class RollCall:
         def ask() -> None:
             with suppress(dist.DistError, RuntimeError):
                 self.store.set(f"alive/{self._asked}/{_rank()}", "")
-                found.append(_absent(self.store, f"alive/{self._asked}", len(self.hosts), ANSWER_S))
+                found.append(absent(self.store, f"alive/{self._asked}", len(self.hosts), ANSWER_S))
 
         # over a cut cable the store's client waits for ever, whatever its timeout
         asking = Thread(target=ask, daemon=True)
@@ -72,37 +72,42 @@ def call_roll(processes: int, timeout_s: int) -> RollCall:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = _rank() == 0 and not launchers
-    try:
-        store = dist.TCPStore(
-            address, port, processes, serves, timedelta(seconds=timeout_s), wait_for_workers=False
-        )  # fmt: skip
-    except (dist.DistError, RuntimeError) as error:
-        raise _no_store(f"{address}:{port}", error) from None
+    store = open_store(address, port, _rank(), processes, timeout_s, serves=serves)
     own = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     own.set(f"here/{_rank()}", socket.gethostname())
-    absent = _absent(own, "here", processes, timeout_s)
-    if absent:
+    missing = absent(own, "here", processes, timeout_s)
+    if missing:
         nobody = RunEnvironmentError([
             Problem(machine, f"did not come within {timeout_s} s", "see whether it is up and its part was started")
-            for machine in machines_of(absent)
+            for machine in machines_of(missing)
         ])  # fmt: skip
-        nobody.speaks = _rank() == min(set(range(processes)) - set(absent))
+        nobody.speaks = _rank() == min(set(range(processes)) - set(missing))
         raise nobody
     return RollCall(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
 
 
-def _no_store(meeting: str, error: Exception) -> RunEnvironmentError:
-    if "EADDRINUSE" in str(error):
-        return RunEnvironmentError(
-            meeting, "is in use", "give torchrun another --master_port, accelerate another --main_process_port"
-        )
-    return RunEnvironmentError(
-        meeting, f"cannot be reached from {socket.gethostname()} (process {_rank()})",
-        "see whether the first machine's part runs, and whether a firewall or another network stands between",
-    )  # fmt: skip
+def open_store(address: str, port: int, rank: int, members: int, timeout_s: int, *, serves: bool) -> dist.Store:
+    """The store at an address, which one member serves.
+
+    Raises:
+        RunEnvironmentError: if it cannot be reached, or something else has its port.
+    """
+    limit = timedelta(seconds=timeout_s)
+    try:
+        return dist.TCPStore(address, port, members, serves, limit, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            raise RunEnvironmentError(
+                f"{address}:{port}", "is in use",
+                "give torchrun another --master_port, accelerate another --main_process_port",
+            ) from None  # fmt: skip
+        raise RunEnvironmentError(
+            f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (number {rank})",
+            "see whether the first machine's part runs, and whether a firewall or another network stands between",
+        ) from None  # fmt: skip
 
 
-def _absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
+def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
     """The processes that have not written their key when the time is up."""
     until = time.monotonic() + timeout_s
     keys = [f"{key}/{rank}" for rank in range(processes)]
@@ -114,7 +119,7 @@ def _absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> li
 def machines_of(ranks: Sequence[int]) -> list[str]:
     """The machines of processes that never said their names: as Slurm calls them, else by number."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = _slurm_nodes()
+    nodes = slurm_nodes()
     found: dict[int, list[int]] = {}
     for rank in ranks:
         found.setdefault(rank // each, []).append(rank)
@@ -124,7 +129,7 @@ def machines_of(ranks: Sequence[int]) -> list[str]:
     ]
 
 
-def _slurm_nodes() -> list[str]:
+def slurm_nodes() -> list[str]:
     """Names of the job's machines, in the order of their numbers; empty outside Slurm."""
     packed = os.environ.get("SLURM_JOB_NODELIST")
     if not packed or shutil.which("scontrol") is None:

@@ -50,10 +50,10 @@ def start(path, rank, timeout_s=60, own_disk=None, **options):
     return part(train_words([path]), rank, timeout_s, [*named(NODES[rank]), *_alone_on(own_disk)], **options)
 
 
-def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), network=None, **streams):
+def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), network=None, module="nesso_tune", **streams):
     """One node's part of a command; `network`: the interface that gloo takes, if not the cable."""
     meeting = Meeting(str(rank), ADDRESSES[0], "29611", timeout_s)
-    words = [*accelerate_words(Machines(2, 1), meeting), *verb]
+    words = [*accelerate_words(Machines(2, 1), meeting, module), *verb]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
                    "GLOO_SOCKET_IFNAME": network or ("cablea", "cableb")[rank]}  # fmt: skip
     return subprocess.Popen(
@@ -74,9 +74,9 @@ def _alone_on(folder):
     return ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
 
 
-def some(tmp_path, name, talks, steps=40, timeout_s=60):
+def some(tmp_path, name, talks, steps=40, timeout_s=60, **sharing):
     batch = {"max_steps": steps, "micro_batch_size": 1, "global_batch_size": 2}
-    sharing = {"fsdp": "none", "timeout_s": timeout_s}
+    sharing = {"fsdp": "none", "timeout_s": timeout_s, **sharing}
     return recipe(
         "sft",
         tmp_path / name,
@@ -96,10 +96,15 @@ def ended(processes, within):
     return [process.returncode for process in processes], said
 
 
-def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks):
-    train(one := some(tmp_path, "one", talks, steps=5))
-    path = write_recipe(tmp_path / "two.yaml", some(tmp_path, "two", talks, steps=5))
-    codes, said = ended([start(path, 0), start(path, 1)], 120)
+@pytest.mark.parametrize(
+    ("module", "sharing"),
+    [("tests.support.fsdp_on_cpu", {"fsdp": "full_shard", "state_dict": "sharded"}), ("nesso_tune", {"fsdp": "none"})],
+    ids=["sharded", "DDP"],
+)
+def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks, module, sharing):
+    train(one := some(tmp_path, "one", talks, steps=5, **sharing))
+    path = write_recipe(tmp_path / "two.yaml", some(tmp_path, "two", talks, steps=5, **sharing))
+    codes, said = ended([start(path, rank, module=module) for rank in range(2)], 120)
     assert codes == [0, 0], said
     assert steps(tmp_path / "two") == pytest.approx(steps(one.output_dir), abs=1e-5)
 
@@ -146,10 +151,18 @@ def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):
         part.wait(30)
 
 
-def test_a_node_that_never_comes(nodes, tmp_path, talks):
+@pytest.mark.parametrize(
+    ("alone", "says"),
+    [(0, "machine 1: did not come within 5 s; see whether it is up and its part was started\n"),
+     (1, f"{ADDRESSES[0]}:29612: cannot be reached from ")],
+    ids=["the second", "the first"],
+)  # fmt: skip
+def test_a_node_that_never_comes(nodes, tmp_path, talks, alone, says):
     path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, timeout_s=5))
-    codes, _ = ended([start(path, 0, timeout_s=5)], 60)
-    assert all(codes)
+    codes, (said,) = ended([start(path, alone, timeout_s=5)], 60)
+    assert codes == [5]
+    assert says in said
+    assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 
 

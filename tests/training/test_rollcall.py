@@ -39,7 +39,7 @@ def test_a_process_that_does_not_come_is_named_in_time(path, port):
 def test_a_first_machine_that_cannot_be_reached(path, port):
     done = command("train", path, **lonely(1, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (process 1)" in done.stderr
+    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (number 1)" in done.stderr
 
 
 def test_a_port_in_use(path, port):

@@ -1,0 +1,89 @@
+"""`accelerate launch` whose endings take one line: `python -m nesso_tune.launch.accelerate` takes its arguments.
+
+Machines that do not come are named, a process that was killed too; its exit code is that of the run. What a run says
+itself needs no second message, so accelerate's traceback is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+from argparse import Namespace
+from subprocess import CalledProcessError
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from nesso_tune.errors import Problem, RunEnvironmentError, first_line
+from nesso_tune.training.rollcall import absent, open_store, slurm_nodes
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Launches, and exits with the code of the run."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    wanted = launch_command_parser().parse_args(arguments)
+    try:
+        store = _machines_come(wanted)  # kept: others may still be looking into it
+        launch_command(wanted)
+        del store
+    except ChildFailedError as error:
+        sys.exit(_code(error))
+    except CalledProcessError as error:  # how accelerate says that its only process failed
+        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+    except dist.DistError as error:
+        what = f"the machines do not find each other ({first_line(error)})"
+        remedy = "see whether each part was started, and whether a firewall stands between"
+        _end(RunEnvironmentError(socket.gethostname(), what, remedy))
+    except RunEnvironmentError as error:
+        _end(error)
+
+
+def _machines_come(wanted: Namespace) -> dist.Store | None:
+    """Waits, beside the port that accelerate will want, until every machine has come.
+
+    Raises:
+        RunEnvironmentError: naming those that have not within the time.
+    """
+    number = int(wanted.num_machines or 1)
+    if number == 1 or not wanted.main_process_ip:
+        return None
+    rank, port = int(wanted.machine_rank), int(wanted.main_process_port) + 1
+    timeout_s = int(dict(pair.split("=") for pair in wanted.rdzv_conf.split(",") if pair).get("timeout", 1800))
+    store = open_store(wanted.main_process_ip, port, rank, number, timeout_s, serves=rank == 0)
+    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+    store.set(f"machine/{attempt}/{rank}", socket.gethostname())
+    names = slurm_nodes()
+    missing = absent(store, f"machine/{attempt}", number, timeout_s)
+    if missing:
+        raise RunEnvironmentError([
+            Problem(names[i] if i < len(names) else f"machine {i}", f"did not come within {timeout_s} s",
+                    "see whether it is up and its part was started")
+            for i in missing
+        ])  # fmt: skip
+    return store
+
+
+def _code(error: ChildFailedError) -> int:
+    """The exit code of a failed run: that of a process that ended by itself, if one did."""
+    codes = {rank: int(failure.exitcode) for rank, failure in sorted(error.failures.items())}
+    for rank in (rank for rank, code in codes.items() if code == -signal.SIGKILL):
+        print(
+            f"process {rank} on {socket.gethostname()}: was killed (SIGKILL); if nobody did it, the machine ran out of "
+            "memory: lower train.micro_batch_size or data.sequence_len",
+            file=sys.stderr,
+        )
+    own = [code for code in codes.values() if code > 0]
+    return own[0] if own else 128 - next(iter(codes.values()))
+
+
+def _end(error: RunEnvironmentError) -> None:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
