@@ -100,9 +100,11 @@ cluster:
 YAML
 }
 
-submit() {  # NAME: prints the job's number
-  (cd "$WORK" && on $A "$PYTHON" -m nesso_tune launch "$1.yaml" --slurm "$1.sbatch" --submit) | tee /dev/stderr |
-    sed -n 's/^Submitted batch job //p'
+submit() {  # NAME: says what launch says, on stderr, and prints the job's number
+  local said
+  said=$(cd "$WORK" && on $A "$PYTHON" -m nesso_tune launch "$1.yaml" --slurm "$1.sbatch" --submit)
+  echo "$said" >&2
+  sed -n 's/^Submitted batch job //p' <<< "$said"
 }
 
 wait_for() {  # JOB: until it is over; a job that was queued again starts at once instead of in two minutes
@@ -132,7 +134,7 @@ grep -v "tok/s" "$WORK"/short-"$job".log
 test -f "$WORK/short/final/model.safetensors"
 
 echo; echo "# a job that is signalled ahead of its time limit, saves, is queued again, and completes"
-recipe long 6000 00:02:00 60
+recipe long 2500 00:02:00 60
 job=$(submit long); wait_for "$job"
 grep -v "tok/s" "$WORK"/long-"$job".log
 grep -c '"event": "resumed"' "$WORK/long/metrics.jsonl"

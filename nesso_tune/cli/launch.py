@@ -35,6 +35,9 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     time: Annotated[str | None, typer.Option(help="Longest time of the job, e.g. 24:00:00.")] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="As for `train`.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="As for `train`; not with --slurm.")] = False,
+    allow_changes: Annotated[str, typer.Option(metavar="KEY,...", help="As for `train`.")] = "",
     submit: Annotated[bool, typer.Option("--submit", help="Send the sbatch file.")] = False,
     show: Annotated[
         bool, typer.Option("--print", help="Show the command, or the sbatch file, and do nothing.")
@@ -45,18 +48,21 @@ def launch(
     cluster = (loaded[0].cluster or ClusterSection()).model_copy(
         update={k: v for k, v in {"partition": partition, "account": account, "time": time}.items() if v is not None}
     )
+    words = train_words(recipes, settings, _flags(resume, overwrite, allow_changes))
     if slurm is None:
         _check_only_slurm({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,
                            "--submit": submit or None})  # fmt: skip
         _check_plans(loaded, machines := Machines(1, gpus_per_node or _gpus_here()))
-        command = local_command(machines, train_words(recipes, settings))
+        command = local_command(machines, words)
         if show:
             print(shlex.join(command))
             return
         raise typer.Exit(subprocess.run(command, check=False).returncode)
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     _check_plans(loaded, machines)
-    words, timeout_s = train_words(recipes, settings), max(recipe.distributed.timeout_s for recipe in loaded)
+    if overwrite:  # the job is queued again when its time is up
+        raise RecipeError("--overwrite", "would remove what the job itself saved", "remove the run directory by hand")
+    timeout_s = max(recipe.distributed.timeout_s for recipe in loaded)
     text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, timeout_s)
     if show:
         print(text, end="")
@@ -70,6 +76,12 @@ def launch(
         _submit(slurm)
     else:
         print(f"next: sbatch {shlex.quote(str(slurm))}")
+
+
+def _flags(resume: str, overwrite: bool, allow_changes: str) -> list[str]:
+    flags = [] if resume == "auto" else ["--resume", resume]
+    flags += ["--overwrite"] if overwrite else []
+    return [*flags, "--allow-changes", allow_changes] if allow_changes else flags
 
 
 def _check_only_slurm(given: dict[str, object]) -> None:

@@ -112,6 +112,7 @@ FAULTS = {
     "a batch that does not divide": (["recipes/dpo.yaml", "--slurm", "x", "--nodes", 3], 2, "is no multiple of"),
     "nodes without slurm": (["recipes/sft.yaml", "--nodes", 3], 2, "--nodes: has no effect without --slurm FILE"),
     "submit without slurm": (["recipes/sft.yaml", "--submit"], 2, "--submit: has no effect without --slurm"),
+    "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "what the job itself saved"),
     "a line break": (["recipes/sft.yaml", "--slurm", "x", "--set", 'cluster.account="a\\nb"'], 2, "cluster.account"),
     "an odd variable": (["recipes/sft.yaml", "--slurm", "x", "--set", "cluster.env={A-B: c}"], 2, "cluster.env"),
 }
@@ -122,6 +123,15 @@ def test_faults(launch, arguments, code, says):
     got, out, err = launch(*arguments)
     assert (got, out) == (code, "")
     assert says in err
+
+
+def test_flags_of_train_are_passed_on(launch):
+    code, out, _ = launch("recipes/sft.yaml", "--overwrite", "--allow-changes", "seed,logging", "--print",
+                          "--gpus-per-node", 2)  # fmt: skip
+    assert code == 0
+    assert out.endswith("train recipes/sft.yaml --overwrite --allow-changes seed,logging\n")
+    _, out, _ = launch("recipes/sft.yaml", "--resume", "never", "--slurm", "x", "--print")
+    assert inner(out)[-4:] == ["train", "recipes/sft.yaml", "--resume", "never"]
 
 
 def test_submit_needs_slurm(launch, tmp_path, talks, monkeypatch):

@@ -71,8 +71,12 @@ def test_several_processes_equal_one(tmp_path, request, method, processes, micro
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, both = tmp_path / "one", tmp_path / "several"
-    for key in ("loss", "loss/it", "eval_loss", "eval_loss/en", "tokens", "supervised_tokens"):
+    keys = ("loss", "loss/it", "eval_loss", "eval_loss/en", "tokens", "supervised_tokens", "stop_rate", "exact_match")
+    for key in keys:
+        assert len(steps(one, key)) in (2, 4), key
         assert steps(both, key) == pytest.approx(steps(one, key), abs=1e-5), key
+    answers = [[line for line in metrics(run) if line.get("event") == "answer"] for run in (one, both)]
+    assert answers[0] == answers[1]
     check_gradients(*(load_file(f"{run}.gradients") for run in (one, both)))
     a, b = (load_file(run / "final" / "model.safetensors") for run in (one, both))
     for name in a:
@@ -100,6 +104,21 @@ def check_files(alone, checkpoint, sharing, processes):
         assert {name for shard in shards for name in load_file(shard) if "|" not in name} == weights
     else:
         assert set(load_file(checkpoint / "model.safetensors")) == weights
+
+
+def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
+    """SFT, then DPO from its result, in one command: the second forms a process group of its own."""
+    batch = {"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 2, "gradient_accumulation_steps": None}
+    for name, processes in (("one", 1), ("two", 2)):
+        sft = recipe("sft", tmp_path / name / "sft", [talks], distributed=FULL, train=batch, evaluation=None)
+        base = {"base": str(tmp_path / name / "sft" / "final"), "random_init": False}
+        dpo = recipe("dpo", tmp_path / name / "dpo", [pairs], distributed=FULL, train=batch, model=base,
+                     evaluation=None)  # fmt: skip
+        paths = [write_recipe(tmp_path / f"{name}-{some.method}.yaml", some) for some in (sft, dpo)]
+        done = several("train", *paths, processes=processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for method in ("sft", "dpo"):
+        assert steps(tmp_path / "two" / method) == pytest.approx(steps(tmp_path / "one" / method), abs=1e-5)
 
 
 def test_full_shard_that_would_quietly_be_something_else_stops(tmp_path, talks):
