@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -51,6 +53,16 @@ def _drops(model: PreTrainedModel) -> bool:
     """Whether something in the model is dropped at random."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
+
+
+def set_precision(trainer: Any) -> None:
+    """Blocks compute in bfloat16; gradients are summed over the processes, and losses come out, in float32.
+
+    Accelerate's own policy would round all three: log-probabilities of whole answers then are off by up to 0.5.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and trainer.args.bf16:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
 def in_shards(recipe: Recipe, processes: int) -> bool:

@@ -28,7 +28,7 @@ from nesso_tune.training import state
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.randomness import random_states, set_random_states
-from nesso_tune.training.sharding import tied_tables_together
+from nesso_tune.training.sharding import set_precision, tied_tables_together
 from nesso_tune.training.tally import Tally
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
@@ -85,6 +85,7 @@ class TrackedTrainer(_Base):
         return self.accelerator.prepare(loader)
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        set_precision(self)
         with tied_tables_together(self.model):
             return super()._prepare_for_training(*arguments, **options)
 
