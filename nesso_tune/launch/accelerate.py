@@ -21,6 +21,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from nesso_tune.errors import Problem, RunEnvironmentError, first_line
 from nesso_tune.training.rollcall import absent, open_store, slurm_nodes
 
+ABOVE = "what a library printed above may say why"
+HINTS = {
+    "SIGKILL": "if nobody did it, the machine ran out of memory: lower train.micro_batch_size or data.sequence_len",
+    "SIGBUS": "shared memory may have run out: `nesso-tune doctor` looks at it",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Launches, and exits with the code of the run."""
@@ -70,12 +76,13 @@ def _machines_come(wanted: Namespace) -> dist.Store | None:
 def _code(error: ChildFailedError) -> int:
     """The exit code of a failed run: that of a process that ended by itself, if one did."""
     codes = {rank: int(failure.exitcode) for rank, failure in sorted(error.failures.items())}
-    for rank in (rank for rank, code in codes.items() if code == -signal.SIGKILL):
-        print(
-            f"process {rank} on {socket.gethostname()}: was killed (SIGKILL); if nobody did it, the machine ran out of "
-            "memory: lower train.micro_batch_size or data.sequence_len",
-            file=sys.stderr,
-        )
+    for rank, code in codes.items():
+        if code < 0 and code != -signal.SIGTERM:  # with that one the launcher ends those that are left
+            name = signal.Signals(-code).name
+            problem = Problem(
+                f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, ABOVE)
+            )
+            print(problem, file=sys.stderr)
     own = [code for code in codes.values() if code > 0]
     return own[0] if own else 128 - next(iter(codes.values()))
 
