@@ -63,7 +63,7 @@ def launch(
     if overwrite:  # the job is queued again when its time is up
         raise RecipeError("--overwrite", "would remove what the job itself saved", "remove the run directory by hand")
     timeout_s = max(recipe.distributed.timeout_s for recipe in loaded)
-    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, timeout_s)
+    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, os.getcwd(), timeout_s)
     if show:
         print(text, end="")
         return

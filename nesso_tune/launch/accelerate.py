@@ -1,4 +1,4 @@
-"""`accelerate launch` whose endings take one line: `python -m nesso_tune.launch.accelerate` takes its arguments.
+"""`accelerate launch` whose endings take one line: `python -m nesso_tune.launch.accelerate launch …`, its arguments.
 
 Machines that do not come are named, a process that was killed too; its exit code is that of the run. What a run says
 itself needs no second message, so accelerate's traceback is left out.
@@ -30,6 +30,8 @@ HINTS = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Launches, and exits with the code of the run."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the one verb of accelerate's that this is
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     wanted = launch_command_parser().parse_args(arguments)
     try:

@@ -65,7 +65,7 @@ def accelerate_words(machines: Machines, meeting: Meeting | None = None, module:
     What it may decide is only who runs where: precision, sharding and compilation are the recipe's, and every knob of
     accelerate's own for them is set to nothing, so that no configuration file of the user's can say otherwise.
     """
-    words = ["-m", f"{MODULE}.launch.accelerate", "--num_machines", str(machines.nodes)]
+    words = ["-m", f"{MODULE}.launch.accelerate", "launch", "--num_machines", str(machines.nodes)]
     words += ["--num_processes", str(machines.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     if machines.processes > 1:
         words.append("--multi_gpu")

@@ -20,7 +20,12 @@ MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
 def sbatch_text(
-    name: str, machines: Machines, cluster: ClusterSection, words: Sequence[str], timeout_s: int = 1800
+    name: str,
+    machines: Machines,
+    cluster: ClusterSection,
+    words: Sequence[str],
+    folder: str,
+    timeout_s: int = 1800,
 ) -> str:
     """The text of an sbatch file.
 
@@ -29,6 +34,7 @@ def sbatch_text(
         machines: nodes and GPUs.
         cluster: what the cluster wants to know besides.
         words: `train RECIPE…`.
+        folder: from which relative paths of the recipe are resolved.
         timeout_s: seconds in which the machines must have found each other.
     """
     return "\n".join(
@@ -43,6 +49,11 @@ def sbatch_text(
             '  echo "this job was written for $NODES nodes and got $SLURM_NNODES: write it again with --nodes" >&2',
             "  exit 2",
             "fi",
+            'if [ "${SLURM_GPUS_ON_NODE:-$GPUS_PER_NODE}" -ne "$GPUS_PER_NODE" ]; then',
+            '  echo "this job was written for $GPUS_PER_NODE GPUs a node and got $SLURM_GPUS_ON_NODE" >&2',
+            "  exit 2",
+            "fi",
+            f"cd {shlex.quote(folder)}",
             *(f"module load {shlex.quote(module)}" for module in cluster.modules),
             *(f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()),
             *(["export HF_HUB_OFFLINE=1"] if cluster.offline else []),
@@ -83,9 +94,13 @@ def _options(name: str, machines: Machines, cluster: ClusterSection) -> list[str
 
 
 def _srun(cluster: ClusterSection) -> str:
-    """One task a node; if one ends badly, all are ended."""
+    """One task a node, with all its cores (since Slurm 22.05 srun does not take their number from sbatch).
+
+    If one task ends badly, all are ended.
+    """
     container = f" --container-image={shlex.quote(cluster.container)}" if cluster.container else ""
-    return f'srun --kill-on-bad-exit=1 --ntasks="$NODES" --ntasks-per-node=1{container}'
+    cores = '--cpus-per-task="$((GPUS_PER_NODE * CPUS_PER_GPU))"'
+    return f'srun --kill-on-bad-exit=1 --ntasks="$NODES" --ntasks-per-node=1 {cores}{container}'
 
 
 def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], timeout_s: int) -> str:

@@ -1,5 +1,6 @@
 """The Slurm job: one source for every number, a script that bash accepts, and only what is at hand offline."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -45,6 +46,7 @@ def check_consistent(text, nodes, gpus, cpus):
     assert said["cpus-per-task"] == str(gpus * cpus)
     assert (after(words, "--num_machines"), after(words, "--num_processes")) == (str(nodes), str(nodes * gpus))
     assert f"NODES={nodes} GPUS_PER_NODE={gpus} CPUS_PER_GPU={cpus}\n" in text
+    assert '--ntasks="$NODES" --ntasks-per-node=1 --cpus-per-task="$((GPUS_PER_NODE * CPUS_PER_GPU))"' in text
     assert after(words, "--machine_rank") == "$SLURM_NODEID"
     assert after(words, "--rdzv_conf") == "timeout=1800"
     assert "export OMP_NUM_THREADS=$CPUS_PER_GPU\n" in text
@@ -64,13 +66,23 @@ def test_the_reference_run_on_four_nodes(launch, tmp_path):
 WORD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(lambda w: w.strip())
 
 
+def test_a_job_that_got_other_machines_ends_at_once(tmp_path):
+    """As `sbatch --nodes 2 file` would give them."""
+    text = sbatch_text("x", Machines(4, 8), ClusterSection(), train_words(["r.yaml"]), str(tmp_path))
+    for job, says in (({"SLURM_NNODES": "2"}, "written for 4 nodes and got 2"),
+                        ({"SLURM_NNODES": "4", "SLURM_GPUS_ON_NODE": "4"}, "8 GPUs a node and got 4")):  # fmt: skip
+        done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env={**os.environ, **job})
+        assert (done.returncode, done.stdout) == (2, "")
+        assert says in done.stderr
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 32), WORD, st.lists(WORD, max_size=2), WORD)
 def test_no_numbers_can_disagree_and_no_word_breaks_the_script(nodes, gpus, cpus, name, modules, value):
     cluster = ClusterSection(
         cpus_per_gpu=cpus, modules=tuple(modules), env={"A_B": value}, container=value, python=value
     )
-    text = sbatch_text(name, Machines(nodes, gpus), cluster, train_words([name], [f"a.b={value}"]))
+    text = sbatch_text(name, Machines(nodes, gpus), cluster, train_words([name], [f"a.b={value}"]), value)
     check_consistent(text, nodes, gpus, cpus)
     assert inner(text)[-4:] == ["train", name, "--set", f"a.b={value}"]
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
