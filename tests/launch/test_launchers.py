@@ -56,3 +56,43 @@ def test_launch_passes_the_exit_code_on(tmp_path, talks):
     done = run(command)
     assert done.returncode == 5
     assert "full_shard was asked for" in done.stderr
+
+
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: {version}
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_state_dict_type: FULL_STATE_DICT
+  {sharding}
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+main_process_port: 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "sharding", "says"),
+    [(1, "fsdp_sharding_strategy: FULL_SHARD", "fsdp_version: 1"),
+     (2, "fsdp_reshard_after_forward: false", "fsdp_reshard_after_forward: false"),
+     (2, "fsdp_reshard_after_forward: true", None)],
+)  # fmt: skip
+def test_a_configuration_of_accelerates_own(tmp_path, talks, version, sharding, says):
+    """What `accelerate config` writes: held against the recipe; where it says the same, the run goes on."""
+    batch = {"max_steps": 1, "micro_batch_size": 1, "global_batch_size": 2}
+    some = recipe("sft", tmp_path / "run", [talks], train=batch, evaluation=None)
+    path = write_recipe(tmp_path / "r.yaml", some)
+    (file := tmp_path / "accelerate.yaml").write_text(CONFIG.format(version=version, sharding=sharding))
+    done = run([*PYTHON, "accelerate.commands.launch", "--config_file", str(file), "-m", "tests.support.fsdp_on_cpu",
+                "train", path])  # fmt: skip
+    if says is None:
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    assert done.returncode != 0
+    assert f"accelerate's configuration: says {says}, the recipe distributed.fsdp: " in done.stderr
+    assert done.stderr.count("make the two equal, or leave it to the recipe") == 1
