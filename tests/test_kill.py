@@ -132,6 +132,32 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert {file.name for file in saved.glob("rng-*")} == {"rng-0.json", "rng-1.json"}
 
 
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, False)],
+    ids=["TERM to the launcher", "Ctrl-C, which all get", "HUP to the launcher"],
+)  # fmt: skip
+def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all):
+    batch = {"max_steps": 2000, "micro_batch_size": 1, "global_batch_size": 2}
+    some = recipe("sft", tmp_path / "run", [talks], train=batch, evaluation=None, distributed={"fsdp": "none"})
+    launch = [sys.executable, "-m", "nesso_tune", "launch", write_recipe(tmp_path / "r.yaml", some),
+              "--gpus-per-node", "2"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        launch, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    when_at(process, tmp_path / "run", 5, None)
+    below = workers(process.pid)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said.count("the same command continues") == 1
+    assert "Traceback" not in said
+    assert len(below) >= 2
+    assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")], "nobody is left behind"
+    assert list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run" / "final").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_run_and_the_run_goes_on_later(tmp_path, talks, rank):
     batch = {"max_steps": 60, "micro_batch_size": 1, "global_batch_size": 2}

@@ -57,7 +57,8 @@ def launch(
         if show:
             print(shlex.join(command))
             return
-        raise typer.Exit(subprocess.run(command, check=False).returncode)
+        sys.stdout.flush()
+        os.execv(command[0], command)  # the launcher takes this process's place: signals reach it
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     _check_plans(loaded, machines)
     if overwrite:  # the job is queued again when its time is up

@@ -12,14 +12,19 @@ import signal
 import socket
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from subprocess import CalledProcessError
+from threading import Thread
+from types import FrameType
 
+import psutil
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nesso_tune.errors import Problem, RunEnvironmentError, first_line
 from nesso_tune.training.rollcall import absent, open_store, slurm_nodes
+from nesso_tune.training.signals import LAUNCHED
 
 ABOVE = "what a library printed above may say why"
 HINTS = {
@@ -29,25 +34,55 @@ HINTS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Launches, and exits with the code of the run."""
+    """Launches, and exits with the code of the run.
+
+    Signals go on to the processes of the run, which save and end; the launcher ends after them. Accelerate works in a
+    thread, since in the main one torch's launcher would answer signals itself, and kill what has not saved in 30 s.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the one verb of accelerate's that this is
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    wanted = launch_command_parser().parse_args(arguments)
+    os.environ[LAUNCHED] = "1"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as the job of Slurm does, which sends to all by itself
+            signal.signal(number, _pass_on)
+    codes: list[int] = []
+    work = Thread(target=lambda: codes.append(_launch(launch_command_parser().parse_args(arguments))), daemon=True)
+    work.start()
+    while work.is_alive():
+        work.join(0.1)  # in between, signals are answered
+    sys.exit(codes[0] if codes else 1)
+
+
+def _launch(wanted: Namespace) -> int:
+    """Runs accelerate's launcher; returns the exit code of the run."""
     try:
         store = _machines_come(wanted)  # kept: others may still be looking into it
         launch_command(wanted)
         del store
     except ChildFailedError as error:
-        sys.exit(_code(error))
+        return _code(error)
     except CalledProcessError as error:  # how accelerate says that its only process failed
-        sys.exit(error.returncode if error.returncode > 0 else 128 - error.returncode)
+        return int(error.returncode if error.returncode > 0 else 128 - error.returncode)
     except dist.DistError as error:
         what = f"the machines do not find each other ({first_line(error)})"
         remedy = "see whether each part was started, and whether a firewall stands between"
-        _end(RunEnvironmentError(socket.gethostname(), what, remedy))
+        print(RunEnvironmentError(socket.gethostname(), what, remedy), file=sys.stderr)
+        return RunEnvironmentError.exit_code
     except RunEnvironmentError as error:
-        _end(error)
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _pass_on(number: int, _: FrameType | None) -> None:
+    """Sends a signal on to the processes of the run; before there are any, ends."""
+    processes = psutil.Process().children()
+    if not processes:
+        os._exit(128 + number)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
 def _machines_come(wanted: Namespace) -> dist.Store | None:
@@ -87,11 +122,6 @@ def _code(error: ChildFailedError) -> int:
             print(problem, file=sys.stderr)
     own = [code for code in codes.values() if code > 0]
     return own[0] if own else 128 - next(iter(codes.values()))
-
-
-def _end(error: RunEnvironmentError) -> None:
-    print(error, file=sys.stderr)
-    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

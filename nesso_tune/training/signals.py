@@ -5,15 +5,19 @@ SIGTERM and SIGUSR1 come from schedulers, before they kill; SIGINT from Ctrl-C. 
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+LAUNCHED = "NESSO_TUNE_LAUNCHED"  # set by our launcher, which passes signals on
+ECHO_S = 1.0  # within which such a signal is the one that a terminal sent to all processes already
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -22,6 +26,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self._asked_at = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,10 +39,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        echoes = LAUNCHED in os.environ and time.monotonic() - self._asked_at < ECHO_S
+        if self.asked is not None and echoes:
+            return
         if self.asked is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked = signal.Signals(number).name
+        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()
         print(f"{self.asked}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
 
 
