@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RecipeError
@@ -39,6 +40,7 @@ from nesso_tune.training.processes import (
     world,
 )
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
+from nesso_tune.training.signals import StopRequest
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
 TINY = 20_000_000  # parameters below which several CPU threads cost more than they give
@@ -53,12 +55,14 @@ class TrainResult:
         metrics: the last value of every metric.
         notes: what was found on opening the run directory.
         trained: False if the run had been finished before.
+        asked_to_stop: a signal came so late that the run ended first; nothing more should be begun.
     """
 
     model_dir: Path
     metrics: dict[str, Any]
     notes: tuple[str, ...] = ()
     trained: bool = True
+    asked_to_stop: bool = False
 
 
 def train(
@@ -80,25 +84,27 @@ def train(
 
     Raises:
         NessoError: the kind says what is wrong; nothing that was finished before is harmed.
+        Preempted: among them, if a signal asked to stop; the same call continues.
     """
     check_trackers(recipe)
-    opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
-    try:
-        if opened is not None:
-            for text in _opening(opened, recipe):
-                say(text)
-        data = prepare_data(recipe)
-        if opened is not None and data.report["dropped"]:
-            say(_dropped(data.report))
-        come_together(recipe.distributed.timeout_s)
-        with contact():
-            run: RunDir = from_first(None if opened is None else opened.shared())
-            check_shared(run.path)
-            return _finished(recipe, run, data) if run.finished else _train(recipe, run, data)
-    finally:
-        part()
-        if opened is not None:
-            opened.close()
+    with StopRequest() as request:
+        opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
+        try:
+            if opened is not None:
+                for text in _opening(opened, recipe):
+                    say(text)
+            data = prepare_data(recipe)
+            if opened is not None and data.report["dropped"]:
+                say(_dropped(data.report))
+            come_together(recipe.distributed.timeout_s)
+            with contact():
+                run: RunDir = from_first(None if opened is None else opened.shared())
+                check_shared(run.path)
+                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
+        finally:
+            part()
+            if opened is not None:
+                opened.close()
 
 
 def _dropped(report: dict[str, Any]) -> str:
@@ -125,7 +131,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
-def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
+def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
     check_launcher(recipe, plan, os.environ)
     model = load_model(recipe.model, data.chat, recipe.seed)
@@ -138,7 +144,7 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
             run.metrics.unlink(missing_ok=True)
         write_start(run, recipe, facts)
     wait_for_all()
-    trainer = fit(model, data, recipe, plan, run, facts)
+    trainer = fit(model, data, recipe, plan, run, facts, request)
     bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
     metrics = last_metrics(run.metrics)
@@ -147,8 +153,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
         save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
         write_report(run.path, recipe, plan, data.report)
         write_end(run)
-    wait_for_all()
-    return TrainResult(run.final, metrics, run.notes)
+    asked = any(gather_object([request.asked]))  # which also waits for all
+    return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def train(
     from nesso_tune.run import train as run_one
 
     allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
-    for name, recipe in zip(recipes, loaded, strict=True):
+    for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
         try:
             result = run_one(
                 recipe,
@@ -67,6 +67,8 @@ def train(
         done = "" if result.trained else "this run is finished (--overwrite trains it again): "
         _say(f"{name}: {done}model in {result.model_dir}")
         _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+        if result.asked_to_stop and i + 1 < len(recipes):
+            raise Preempted(recipes[i + 1], "asked to stop before it began", "the same command goes on with it")
     if smoke:
         _say(f"smoke: passed; the weights are random, so `nesso-tune chat {result.model_dir}` talks nonsense")
         _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")

@@ -22,7 +22,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from nesso_tune.errors import Problem, RunEnvironmentError, first_line
+from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
 from nesso_tune.training.rollcall import absent, open_store, slurm_nodes
 from nesso_tune.training.signals import LAUNCHED
 
@@ -121,6 +121,8 @@ def _code(error: ChildFailedError) -> int:
             )
             print(problem, file=sys.stderr)
     own = [code for code in codes.values() if code > 0]
+    if Preempted.exit_code in own:  # others may have lost the one that was asked to stop
+        return Preempted.exit_code
     return own[0] if own else 128 - next(iter(codes.values()))
 
 

@@ -44,7 +44,13 @@ Trainer = sft.ConversationTrainer | dpo.PairTrainer
 
 
 def fit(
-    model: PreTrainedModel, data: PreparedData, recipe: Recipe, plan: Plan, run: RunDir, facts: dict[str, Any]
+    model: PreTrainedModel,
+    data: PreparedData,
+    recipe: Recipe,
+    plan: Plan,
+    run: RunDir,
+    facts: dict[str, Any],
+    request: StopRequest,
 ) -> Trainer:
     """Trains `model` by the plan, writing metrics and checkpoints into the run directory.
 
@@ -54,6 +60,7 @@ def fit(
         recipe, plan: what to do.
         run: the open run directory; its `checkpoint` is continued from.
         facts: recorded in every checkpoint's manifest.
+        request: whether a signal asked to stop.
 
     Returns:
         The trainer, whose `model_wrapped` holds the trained weights.
@@ -100,19 +107,19 @@ def fit(
             plan.steps,
         )  # fmt: skip
     trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
-    _train_until_asked(trainer, plan, run)
+    _train_until_asked(trainer, plan, run, request)
     return trainer
 
 
-def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir) -> None:
+def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:
     """Trains to the end.
 
     Raises:
         Preempted: if a signal asked to stop; a checkpoint of that step is saved.
     """
-    with StopRequest() as request:
-        trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
-        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
+    request.wait_for_steps()
+    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     if stop.stopped_at is not None:
         trainer.track.log.write({"step": stop.stopped_at, "event": "preempted"})
         raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")

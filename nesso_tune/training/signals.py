@@ -1,6 +1,8 @@
 """Being asked to stop: the run saves at the next step boundary, on all processes at the same one, and ends with 75.
 
 SIGTERM and SIGUSR1 come from schedulers, before they kill; SIGINT from Ctrl-C. A second one ends the process at once.
+Before training begins there is nothing to save: then the first one ends the run, with 75 too. What has been trained to
+its end is still exported; the rest of a chain waits for the next time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nesso_tune.errors import Preempted
+
 LAUNCHED = "NESSO_TUNE_LAUNCHED"  # set by our launcher, which passes signals on
 ECHO_S = 1.0  # within which such a signal is the one that a terminal sent to all processes already
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -27,6 +31,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked: str | None = None
         self._asked_at = 0.0
+        self._training = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -38,15 +43,20 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def wait_for_steps(self) -> None:
+        """From now on there are steps to wait for, and what they made to save."""
+        self._training = True
+
     def _handle(self, number: int, _: FrameType | None) -> None:
-        echoes = LAUNCHED in os.environ and time.monotonic() - self._asked_at < ECHO_S
-        if self.asked is not None and echoes:
-            return
-        if self.asked is not None:
+        name = signal.Signals(number).name
+        if not self._training:
+            raise Preempted(name, "asked to stop before training began", "the same command starts again")
+        if self.asked is None:
+            self.asked, self._asked_at = name, time.monotonic()
+            print(f"{name}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+        elif LAUNCHED not in os.environ or time.monotonic() - self._asked_at > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked, self._asked_at = signal.Signals(number).name, time.monotonic()
-        print(f"{self.asked}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
 
 
 class StopWhenAsked(TrainerCallback):
