@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.chat.files import base_at_hand, has_weights
+from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_folders
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
@@ -21,7 +23,7 @@ from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.sections import ClusterSection
+from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 
 
 def launch(
@@ -45,9 +47,8 @@ def launch(
 ) -> None:
     """Start a run on several GPUs: here, or by Slurm on many machines."""
     loaded = load_all(recipes, settings)
-    cluster = (loaded[0].cluster or ClusterSection()).model_copy(
-        update={k: v for k, v in {"partition": partition, "account": account, "time": time}.items() if v is not None}
-    )
+    cluster = _cluster(recipes, loaded, {"partition": partition, "account": account, "time": time})
+    check_folders(recipes, loaded)
     words = train_words(recipes, settings, _flags(resume, overwrite, allow_changes))
     if slurm is None:
         _check_only_slurm({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,
@@ -61,8 +62,7 @@ def launch(
         os.execv(command[0], command)  # the launcher takes this process's place: signals reach it
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     _check_plans(loaded, machines)
-    if overwrite:  # the job is queued again when its time is up
-        raise RecipeError("--overwrite", "would remove what the job itself saved", "remove the run directory by hand")
+    _check_job(overwrite, resume, submit and show)
     timeout_s = max(recipe.distributed.timeout_s for recipe in loaded)
     text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, os.getcwd(), timeout_s)
     if show:
@@ -70,6 +70,8 @@ def launch(
         return
     if cluster.offline:
         _check_fetched(recipes, loaded)
+    check_bases(loaded)
+    check_beforehand(loaded, machines.processes)
     slurm.parent.mkdir(parents=True, exist_ok=True)
     slurm.write_text(text, encoding="utf-8")
     print(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
@@ -77,6 +79,32 @@ def launch(
         _submit(slurm)
     else:
         print(f"next: sbatch {shlex.quote(str(slurm))}")
+
+
+def _cluster(names: list[str], recipes: list[Recipe], flags: dict[str, str | None]) -> ClusterSection:
+    """The cluster section of all recipes of a job, and flags over it."""
+    sections = {recipe.cluster.model_dump_json(): name for name, recipe in zip(names, recipes, strict=True)
+                if recipe.cluster is not None}  # fmt: skip
+    if len(sections) > 1:
+        first, other = list(sections.values())[:2]
+        raise RecipeError(f"{other}: cluster", f"is not that of {first}: one job has one", "make them equal")
+    section = next((recipe.cluster for recipe in recipes if recipe.cluster is not None), ClusterSection())
+    for name, value in flags.items():
+        if value is not None and not re.match(SLURM_WORD, value):
+            raise RecipeError(f"--{name}", f"must be one word without quotes or #, not {value!r}", "correct it")
+    return section.model_copy(update={name: value for name, value in flags.items() if value is not None})
+
+
+def _check_job(overwrite: bool, resume: str, submit_and_show: bool) -> None:
+    """Raises RecipeError for flags that do harm in a job, which is queued again when its time is up."""
+    if overwrite:
+        raise RecipeError("--overwrite", "would remove what the job itself saved", "remove the run directory by hand")
+    if resume != "auto":
+        raise RecipeError(
+            "--resume", "would undo, or refuse, what the job itself saved", "leave it out: the job continues"
+        )
+    if submit_and_show:
+        raise RecipeError("--submit", "has no effect with --print, which does nothing", "remove one of the two")
 
 
 def _flags(resume: str, overwrite: bool, allow_changes: str) -> list[str]:

@@ -11,16 +11,10 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.files import check_at_hand
-from nesso_tune.chat.template import load_template
+from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_folders
 from nesso_tune.cli.options import SetOption, load_all
-from nesso_tune.data.files import is_local
-from nesso_tune.data.peek import opened
-from nesso_tune.errors import ModelError, Preempted, RecipeError
-from nesso_tune.recipes.plan import World
-from nesso_tune.recipes.planning import make_plan
+from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import local_path
 
 
 def train(
@@ -42,12 +36,12 @@ def train(
     loaded = load_all(recipes, settings)
     if resume not in ("auto", "never") and not Path(resume).exists():
         raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
-    _check_folders(recipes, loaded)
+    check_folders(recipes, loaded)
     if smoke:
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
-    _check_bases(loaded)
-    _check_beforehand(loaded)
+    check_bases(loaded)
+    check_beforehand(loaded, int(os.environ.get("WORLD_SIZE", "1")))
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     from nesso_tune.run import train as run_one
@@ -89,50 +83,6 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
 
     made: dict[str, str] = {}
     return [smoke_recipe(recipe, made, _say) for recipe in recipes]
-
-
-def _check_folders(names: list[str], recipes: list[Recipe]) -> None:
-    """Raises RecipeError if two recipes have one run directory."""
-    folders: dict[Path, str] = {}
-    for name, recipe in zip(names, recipes, strict=True):
-        folder = Path(recipe.output_dir).resolve()
-        if folder in folders:
-            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
-        folders[folder] = name
-
-
-def _check_beforehand(recipes: list[Recipe]) -> None:
-    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates.
-
-    Raises:
-        RecipeError, DataError: naming the key or the file.
-    """
-    for recipe in recipes:
-        make_plan(recipe, World(int(os.environ.get("WORLD_SIZE", "1"))))
-        if recipe.chat.template is not None:
-            load_template(recipe.chat.template)
-        for source in (*recipe.data.sources, *recipe.data.validation_sources):
-            if is_local(source.path):
-                opened(source, recipe.method)
-
-
-def _check_bases(recipes: list[Recipe]) -> None:
-    """A base that an earlier recipe of the command makes need not exist yet; another local one must.
-
-    Raises:
-        ModelError: naming the folder that is missing.
-    """
-    made: list[Path] = []
-    for recipe in recipes:
-        base = recipe.model.base
-        if Path(base).resolve() not in made:
-            check_at_hand(recipe.model)
-            if base.endswith("/final") and not local_path(base).exists():
-                raise ModelError(
-                    f"model.base {base}", "no such folder",
-                    "run the recipe that makes it first, in the same command or before",
-                )  # fmt: skip
-        made.append((Path(recipe.output_dir) / "final").resolve())
 
 
 def _say(text: str) -> None:

@@ -56,7 +56,10 @@ def gpus_of_this_machine() -> int:
 
 def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
     """`train RECIPE… --set …`, as it stands behind `-m nesso_tune`."""
-    return ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
+    words = ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
+    if any(recipe.startswith("-") for recipe in recipes):  # or it would be taken for an option
+        words = ["train", *words[1 + len(recipes) :], "--", *recipes]
+    return words
 
 
 def accelerate_words(machines: Machines, meeting: Meeting | None = None, module: str = MODULE) -> list[str]:

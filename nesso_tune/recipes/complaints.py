@@ -12,6 +12,7 @@ from nesso_tune.recipes.document import Document
 from nesso_tune.recipes.keys import Path, section_at, suggest_key
 from nesso_tune.recipes.lint import lint
 from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 
 EXPECTED = {
     "int_type": "a whole number",
@@ -32,6 +33,11 @@ BOUNDS = {
     "greater_than_equal": ("ge", "of at least"),
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
+}
+PATTERNS = {  # of `sections.py`, in words
+    SLURM_WORD: "one word without quotes, # or \\",
+    SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
+    VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
@@ -91,6 +97,8 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
     if kind in EMPTY and not (value.strip() if isinstance(value, str) else value):
         return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
+    if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
+        return Problem(where, f"{key} must be {words}, not {_shown(value)}", f"write {words}")
     wanted = _alternatives(items)
     choices = [c for one in items if one["type"] == "literal_error" for c in _choices(one)]
     guess = closest(str(value), choices) if choices else None

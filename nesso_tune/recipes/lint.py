@@ -24,13 +24,16 @@ JOB_OPTIONS = {
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
     "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
     "signal": "use cluster.save_before_s",
-    **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name"), "remove it"),
+    **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
+    "array": "remove it: its jobs would all write into one run directory",
 }  # fmt: skip
 JOB_VARIABLES = {
     "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
+    "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
     **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
-                     "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"), "remove it"),
+                     "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
 }  # fmt: skip
+JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
 
 
 @dataclass(frozen=True)
@@ -143,14 +146,18 @@ def _distributed(raw: Raw) -> Iterator[Finding]:
 
 
 def _cluster(raw: Raw) -> Iterator[Finding]:
-    extra, env = _get(raw, "cluster", "extra"), _get(raw, "cluster", "env")
+    extra, env, python = (_get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
-        name = str(option).removeprefix("--").replace("=", " ").split(" ")[0]
-        if name in JOB_OPTIONS:
-            yield Finding(("cluster", "extra", i), f"--{name} is written from elsewhere", JOB_OPTIONS[name])
+        name = str(option).removeprefix("--").split("=")[0]
+        for said in (known for known in JOB_OPTIONS if name and known.startswith(name)):  # sbatch takes abbreviations
+            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
+            break
     for name in env if isinstance(env, Mapping) else ():
-        if name in JOB_VARIABLES:
-            yield Finding(("cluster", "env", name), "is set by the job itself", JOB_VARIABLES[name])
+        if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
+            remedy = JOB_VARIABLES.get(name, "remove it")
+            yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
+    if isinstance(python, str) and python.startswith(("~", "$")):
+        yield Finding(("cluster", "python"), f"{python} is taken as it stands, nothing is expanded", "write the path")
 
 
 def _dpo(raw: Raw) -> Iterator[Finding]:

@@ -9,8 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # stands in one line of a script
-VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-SlurmOption = Annotated[str, Field(pattern=r"^--[^\r\n]+$")]
+VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
+SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"
+VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
+SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
+SlurmOption = Annotated[str, Field(pattern=SLURM_OPTION)]
+Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # a billion is a mistake that should not become an overflow
 
 
@@ -167,11 +172,11 @@ class ClusterSection(Section):
     """GPUs, and so processes, on each machine."""
     cpus_per_gpu: Count = 8
     """CPU cores for each process; also its number of threads."""
-    partition: Line | None = None
+    partition: SlurmWord | None = None
     """Slurm partition."""
-    account: Line | None = None
+    account: SlurmWord | None = None
     """Slurm account."""
-    time: Line | None = None
+    time: SlurmWord | None = None
     """Longest time of a job, e.g. 24:00:00."""
     save_before_s: Count = 300
     """Seconds before the time is up at which the run is asked to save and to go on in a new job."""
@@ -179,7 +184,7 @@ class ClusterSection(Section):
     """Environment modules that are loaded."""
     container: Line | None = None
     """Container image that the run is started in (srun --container-image)."""
-    env: dict[VariableName, str] = {}
+    env: dict[VariableName, Value] = {}
     """Environment variables of the job. No secrets: they stand in the job's file."""
     python: Line = "python"
     """The interpreter on the nodes that has nesso-tune."""

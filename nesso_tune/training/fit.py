@@ -71,18 +71,13 @@ def fit(
     """
     languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
     chat = data.chat
-    if isinstance(recipe, SFTRecipe):
-        flat = model.config._attn_implementation == "flash_attention_2"
-        collate: Any = ConversationCollator(chat.pad_id, languages, flat)
-        kind, names, loss_over, arguments = sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
-    else:
-        collate = PairCollator(chat.pad_id, languages)
-        kind, names, loss_over, arguments = dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments  # type: ignore[assignment]
+    flat = model.config._attn_implementation == "flash_attention_2"
+    collate, kind, names, loss_over, arguments = _method(recipe, chat.pad_id, languages, flat)
     if recipe.model.adapter is not None:
         adapt(model, recipe.model.adapter, chat.new_ids, recipe.seed)
     trainer: Trainer = kind(
         model=model,
-        args=arguments(recipe, plan, model),  # type: ignore[arg-type]
+        args=arguments(recipe, plan, model),
         data_collator=collate,
         train_dataset=_sample(data),
         processing_class=data.tokenizer,
@@ -109,6 +104,14 @@ def fit(
     trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
     _train_until_asked(trainer, plan, run, request)
     return trainer
+
+
+def _method(recipe: Recipe, pad_id: int, languages: tuple[str, ...], flat: bool) -> tuple[Any, Any, Any, Any, Any]:
+    """Collator, trainer, names of its metrics, evaluation and arguments of SFT or DPO."""
+    if isinstance(recipe, SFTRecipe):
+        collate = ConversationCollator(pad_id, languages, flat)
+        return collate, sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
+    return PairCollator(pad_id, languages), dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
 
 
 def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:

@@ -125,6 +125,34 @@ FAULTS = {
     "nodes without slurm": (["recipes/sft.yaml", "--nodes", 3], 2, "--nodes: has no effect without --slurm FILE"),
     "submit without slurm": (["recipes/sft.yaml", "--submit"], 2, "--submit: has no effect without --slurm"),
     "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "what the job itself saved"),
+    "resume in a job": (["recipes/sft.yaml", "--slurm", "x", "--resume", "never"], 2, "what the job itself saved"),
+    "submit and print": (["recipes/sft.yaml", "--slurm", "x", "--submit", "--print"], 2, "--submit: has no effect"),
+    "one folder": (["recipes/sft.yaml", "recipes/sft.yaml", "--slurm", "x"], 2, "has the same output_dir"),
+    "two clusters": (
+        [
+            "recipes/sft.yaml",
+            "recipes/dpo.yaml",
+            "--slurm",
+            "x",
+            "--set",
+            "sft:cluster.nodes=2",
+            "--set",
+            "dpo:cluster.nodes=8",
+        ],
+        2,
+        "recipes/dpo.yaml: cluster: is not that of recipes/sft.yaml",
+    ),
+    "a script in a flag": (
+        ["recipes/sft.yaml", "--slurm", "x", "--account", "x\necho PWNED"],
+        2,
+        "--account: must be one",
+    ),
+    "two options in one": (
+        ["recipes/sft.yaml", "--slurm", "x", "--set", 'cluster.partition="a --nodes=9"'],
+        2,
+        "`cluster.partition` must be one word without quotes",
+    ),
+    "no such data": (["quickstart/sft", "--slurm", "x", "--set", "data.sources.0.path=typo.jsonl"], 3, "typo.jsonl"),
     "a line break": (["recipes/sft.yaml", "--slurm", "x", "--set", 'cluster.account="a\\nb"'], 2, "cluster.account"),
     "an odd variable": (["recipes/sft.yaml", "--slurm", "x", "--set", "cluster.env={A-B: c}"], 2, "cluster.env"),
 }
@@ -142,8 +170,8 @@ def test_flags_of_train_are_passed_on(launch):
                           "--gpus-per-node", 2)  # fmt: skip
     assert code == 0
     assert out.endswith("train recipes/sft.yaml --overwrite --allow-changes seed,logging\n")
-    _, out, _ = launch("recipes/sft.yaml", "--resume", "never", "--slurm", "x", "--print")
-    assert inner(out)[-4:] == ["train", "recipes/sft.yaml", "--resume", "never"]
+    _, out, _ = launch("recipes/sft.yaml", "--allow-changes", "seed", "--slurm", "x", "--print")
+    assert inner(out)[-4:] == ["train", "recipes/sft.yaml", "--allow-changes", "seed"]
 
 
 def test_submit_needs_slurm(launch, tmp_path, talks, monkeypatch):

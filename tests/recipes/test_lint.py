@@ -53,7 +53,11 @@ FIRES = {
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
                         "--gres is written from elsewhere"),
-    "time said twice": ('cluster: {extra: ["--time 1:00:00"]}', "cluster.extra.0", "--time"),
+    "time said twice": ('cluster: {extra: ["--time=1:00:00"]}', "cluster.extra.0", "--time"),
+    "an abbreviation": ('cluster: {extra: ["--gpus-per-no=3"]}', "cluster.extra.0", "--gpus-per-node is written"),
+    "many jobs": ('cluster: {extra: ["--array=1-2"]}', "cluster.extra.0", "--array"),
+    "a number of Slurm's own": ("cluster: {env: {SLURM_NNODES: '4'}}", "cluster.env.SLURM_NNODES", "by the job"),
+    "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "nothing is expanded"),
     "threads said twice": ("cluster: {env: {OMP_NUM_THREADS: '4'}}", "cluster.env.OMP_NUM_THREADS", "by the job"),
     "in a validation source": (
         "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",

@@ -1,0 +1,59 @@
+"""What can be known of all recipes of a command before the first one starts, here or in a job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nesso_tune.chat.files import check_at_hand
+from nesso_tune.chat.template import load_template
+from nesso_tune.data.files import is_local
+from nesso_tune.data.peek import opened
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.recipes.plan import World
+from nesso_tune.recipes.planning import make_plan
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.shipped import local_path
+
+
+def check_folders(names: list[str], recipes: list[Recipe]) -> None:
+    """Raises RecipeError if two recipes have one run directory."""
+    folders: dict[Path, str] = {}
+    for name, recipe in zip(names, recipes, strict=True):
+        folder = Path(recipe.output_dir).resolve()
+        if folder in folders:
+            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
+        folders[folder] = name
+
+
+def check_beforehand(recipes: list[Recipe], processes: int) -> None:
+    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates.
+
+    Raises:
+        RecipeError, DataError: naming the key or the file.
+    """
+    for recipe in recipes:
+        make_plan(recipe, World(processes))
+        if recipe.chat.template is not None:
+            load_template(recipe.chat.template)
+        for source in (*recipe.data.sources, *recipe.data.validation_sources):
+            if is_local(source.path):
+                opened(source, recipe.method)
+
+
+def check_bases(recipes: list[Recipe]) -> None:
+    """A base that an earlier recipe of the command makes need not exist yet; another local one must.
+
+    Raises:
+        ModelError: naming the folder that is missing.
+    """
+    made: list[Path] = []
+    for recipe in recipes:
+        base = recipe.model.base
+        if Path(base).resolve() not in made:
+            check_at_hand(recipe.model)
+            if base.endswith("/final") and not local_path(base).exists():
+                raise ModelError(
+                    f"model.base {base}", "no such folder",
+                    "run the recipe that makes it first, in the same command or before",
+                )  # fmt: skip
+        made.append((Path(recipe.output_dir) / "final").resolve())
