@@ -6,6 +6,7 @@ carry the place, the fault and the remedy, so that many mistakes can be reported
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -83,3 +84,15 @@ class Preempted(NessoError):
     """The run was asked to stop; a checkpoint is saved and the same command continues it."""
 
     exit_code = 75
+
+
+def of_os(error: OSError) -> RunEnvironmentError:
+    """What the operating system refused, in our form."""
+    where = str(error.filename or "disk")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
+    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
+        return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path")
+    return RunEnvironmentError(where, error.strerror or str(error), "see --debug")

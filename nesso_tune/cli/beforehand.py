@@ -9,6 +9,8 @@ from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.peek import opened
 from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.recipes.keys import key_paths
+from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
@@ -23,6 +25,30 @@ def check_folders(names: list[str], recipes: list[Recipe]) -> None:
         if folder in folders:
             raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
         folders[folder] = name
+
+
+def is_of(resume: str, recipe: Recipe) -> bool:
+    """Whether a checkpoint that `--resume` names lies in a recipe's run directory."""
+    return Path(resume).resolve().parent == Path(recipe.output_dir).resolve()
+
+
+def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
+    """Raises RecipeError for a checkpoint that is of none of the recipes, and for a key that none of them has."""
+    if resume not in ("auto", "never"):
+        if not Path(resume).exists():
+            raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
+        if not any(is_of(resume, recipe) for recipe in recipes):
+            raise RecipeError(
+                "--resume", f"{resume} is in no output_dir of these recipes", "name one of their checkpoints"
+            )
+    known = {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
+    for key in filter(None, (key.strip() for key in allow_changes.split(","))):
+        plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        if plain not in known:
+            near = closest(plain, sorted(known))
+            raise RecipeError(
+                "--allow-changes", f"unknown key `{key}`", f"did you mean `{near}`?" if near else "correct it"
+            )
 
 
 def check_beforehand(recipes: list[Recipe], processes: int) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.chat.files import base_at_hand, has_weights
-from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_folders
+from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
@@ -49,6 +49,7 @@ def launch(
     loaded = load_all(recipes, settings)
     cluster = _cluster(recipes, loaded, {"partition": partition, "account": account, "time": time})
     check_folders(recipes, loaded)
+    check_flags(loaded, resume, allow_changes)
     words = train_words(recipes, settings, _flags(resume, overwrite, allow_changes))
     if slurm is None:
         _check_only_slurm({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,

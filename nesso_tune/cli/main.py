@@ -7,7 +7,6 @@ imports inside functions.
 from __future__ import annotations
 
 import atexit
-import errno
 import io
 import os
 import sys
@@ -26,7 +25,7 @@ from nesso_tune.cli.prepare import prepare
 from nesso_tune.cli.preview import preview
 from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
-from nesso_tune.errors import NessoError, RunEnvironmentError
+from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
 from nesso_tune.launch.slurm import EXIT_FILE
 
 app = typer.Typer(
@@ -101,7 +100,7 @@ def _main(arguments: list[str] | None) -> None:
     except NessoError as error:
         _end(error, debug)
     except OSError as error:
-        _end(_of_os(error), debug)
+        _end(of_os(error), debug)
     except MemoryError:
         _end(RunEnvironmentError("memory", "not enough", "lower train.micro_batch_size or data.sequence_len"), debug)
     except Exception as error:  # a fault of ours: short by default, whole with --debug
@@ -122,14 +121,3 @@ def _end(error: NessoError, debug: bool) -> None:
     ):  # one message, not one a process; of what befalls a machine, one a machine
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)
-
-
-def _of_os(error: OSError) -> RunEnvironmentError:
-    where = str(error.filename or "disk")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
-    if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
-        return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path")
-    return RunEnvironmentError(where, error.strerror or str(error), "see --debug")

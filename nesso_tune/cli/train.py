@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_folders
+from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders, is_of
 from nesso_tune.cli.options import SetOption, load_all
 from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.recipes.schema import Recipe
@@ -34,9 +34,8 @@ def train(
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
     loaded = load_all(recipes, settings)
-    if resume not in ("auto", "never") and not Path(resume).exists():
-        raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
     check_folders(recipes, loaded)
+    check_flags(loaded, resume, allow_changes)
     if smoke:
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
@@ -51,7 +50,7 @@ def train(
         try:
             result = run_one(
                 recipe,
-                resume=resume,
+                resume=resume if resume == "never" or is_of(resume, recipe) else "auto",
                 overwrite=overwrite,
                 allow_changes=allowed,
                 say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]

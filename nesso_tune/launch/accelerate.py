@@ -123,7 +123,8 @@ def _code(error: ChildFailedError) -> int:
     own = [code for code in codes.values() if code > 0]
     if Preempted.exit_code in own:  # others may have lost the one that was asked to stop
         return Preempted.exit_code
-    return own[0] if own else 128 - next(iter(codes.values()))
+    killed = [-code for code in codes.values() if code < 0]
+    return own[0] if own else 128 + next((number for number in killed if number != signal.SIGTERM), killed[0])
 
 
 if __name__ == "__main__":

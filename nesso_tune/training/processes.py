@@ -19,7 +19,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from nesso_tune.errors import RunEnvironmentError, first_line
+from nesso_tune.errors import NessoError, RunEnvironmentError, first_line, of_os
 from nesso_tune.recipes.gpus import Gpu
 from nesso_tune.recipes.plan import World
 from nesso_tune.training.rollcall import RollCall, call_roll
@@ -89,10 +89,16 @@ def here() -> str:
 def contact() -> Iterator[None]:
     """Turns the loss of another process, or a collective operation that does not end in time, into one clear error.
 
-    The processes that live say so; the others are named, by the first of those that live.
+    The processes that live say so; the others are named, by the first of those that live. What a process finds
+    itself is said once, by whichever found it.
     """
     try:
         yield
+    except (NessoError, OSError) as found:
+        own = of_os(found) if isinstance(found, OSError) else found
+        if _roll is not None and own.speaks is None:
+            own.speaks = _roll.first_to_say(str(own))
+        raise own from None
     except RuntimeError as error:
         if world_size() == 1 or not any(sign in str(error) for sign in LOST):
             raise
@@ -120,7 +126,7 @@ def _lost(error: Exception) -> RunEnvironmentError:
         speaks = os.environ.get("LOCAL_RANK", "0") == ("1" if beside else "0")  # one on each machine
     else:
         gone = ", ".join(_roll.called(rank) for rank in silent)
-        speaks = int(os.environ["RANK"]) == min(set(range(world_size())) - set(silent))
+        speaks = int(os.environ["RANK"]) == min(set(range(world_size())) - set(silent)) and not _roll.spoke(silent)
     lost = RunEnvironmentError(here(), f"lost contact with {gone} ({first_line(error)})", again)
     lost.speaks = speaks
     return lost

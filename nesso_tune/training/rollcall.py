@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from nesso_tune.errors import Problem, RunEnvironmentError
 
 ANSWER_S = 3  # seconds in which a process that lives says so after a loss
+AFTER_FIRST_S = 0.5
+T = TypeVar("T")
 
 
 class RollCall:
@@ -40,18 +44,32 @@ class RollCall:
     def silent(self) -> list[int] | None:
         """After a loss: the processes that do not answer. None if the store itself does not."""
         self._asked += 1
-        found: list[list[int]] = []
+        key = f"alive/{self._asked}"
 
-        def ask() -> None:
-            with suppress(dist.DistError, RuntimeError):
-                self.store.set(f"alive/{self._asked}/{_rank()}", "")
-                found.append(absent(self.store, f"alive/{self._asked}", len(self.hosts), ANSWER_S))
+        def ask() -> list[int]:
+            self.store.set(f"{key}/{_rank()}", "")
+            return absent(self.store, key, len(self.hosts), ANSWER_S)
 
-        # over a cut cable the store's client waits for ever, whatever its timeout
-        asking = Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(ANSWER_S + 1)
-        return found[0] if found else None
+        return _bounded(ask)
+
+    def first_to_say(self, message: str) -> bool | None:
+        """Whether this process is to print what several may have found; notes that it ends. None: nobody can tell.
+
+        The first process goes first if it has found it, too.
+        """
+        key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
+
+        def claim() -> bool:
+            self.store.set(f"ended/{_rank()}", "")
+            if _rank() != 0:
+                time.sleep(AFTER_FIRST_S)
+            return bool(self.store.add(key, 1) == 1)
+
+        return _bounded(claim)
+
+    def spoke(self, ranks: Sequence[int]) -> bool:
+        """Whether processes that are gone said why."""
+        return bool(_bounded(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
 
     @property
     def keeper(self) -> str:
@@ -63,13 +81,33 @@ class RollCall:
         return f"process {rank} on {self.hosts[rank]}"
 
 
+def _bounded(ask: Callable[[], T]) -> T | None:
+    """What a question to the store gives; None if it does not answer: over a cut cable its client waits for ever."""
+    found: list[T] = []
+
+    def try_it() -> None:
+        with suppress(dist.DistError, RuntimeError):
+            found.append(ask())
+
+    asking = Thread(target=try_it, daemon=True)
+    asking.start()
+    asking.join(ANSWER_S + 1)
+    return found[0] if found else None
+
+
 def call_roll(processes: int, timeout_s: int) -> RollCall:
     """Waits until every process has said its name.
 
     Raises:
         RunEnvironmentError: naming those that did not come within the time and, where it is known, their machines.
     """
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise RunEnvironmentError(
+            "MASTER_ADDR, MASTER_PORT", f"do not say where the {processes} processes of WORLD_SIZE meet",
+            "start them with `nesso-tune launch`, torchrun or `accelerate launch`",
+        ) from None  # fmt: skip
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = _rank() == 0 and not launchers
     store = open_store(address, port, _rank(), processes, timeout_s, serves=serves)
@@ -101,10 +139,12 @@ def open_store(address: str, port: int, rank: int, members: int, timeout_s: int,
                 f"{address}:{port}", "is in use",
                 "give torchrun another --master_port, accelerate another --main_process_port",
             ) from None  # fmt: skip
-        raise RunEnvironmentError(
+        unreached = RunEnvironmentError(
             f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (number {rank})",
             "see whether the first machine's part runs, and whether a firewall or another network stands between",
-        ) from None  # fmt: skip
+        )  # fmt: skip
+        unreached.speaks = None if "TORCHELASTIC_RUN_ID" in os.environ else True
+        raise unreached from None
 
 
 def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:

@@ -80,6 +80,8 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
     if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
         raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
     manifest = _manifest(path, overwrite)
+    if resume not in ("auto", "never"):
+        _check_chosen(Path(resume), path, manifest, overwrite)
     if manifest is None and path.exists() and any(_is_foreign(p) for p in path.iterdir()):
         raise RunEnvironmentError(
             str(path), "is not empty and holds no run of nesso-tune", "set another output_dir; nothing was written"
@@ -169,13 +171,25 @@ def _continue(
     return RunDir(path, notes=("an unfinished run without a checkpoint: it starts from the beginning",), lock=lock)
 
 
+def _check_chosen(checkpoint: Path, run: Path, manifest: Mapping[str, Any] | None, overwrite: bool) -> None:
+    """Raises if a checkpoint that was named would not be continued from."""
+    if overwrite:
+        raise RecipeError("--overwrite", f"would remove {checkpoint}, which --resume names", "remove one of the two")
+    if manifest is None or checkpoint.resolve() not in [known.resolve() for known in checkpoints(run)]:
+        raise RunEnvironmentError(str(checkpoint), f"is no checkpoint of a run in {run}", "name one of this run")
+    if manifest.get("finished") and manifest.get("final") == _sizes(run / FINAL):
+        raise RunEnvironmentError(
+            str(run),
+            f"its run is finished: {checkpoint} would not be continued",
+            "remove its final/, or use --overwrite",
+        )
+
+
 def _chosen(checkpoint: Path, run: Path) -> Path:
     try:
         read_manifest(checkpoint)
     except ValueError as why:
         raise RunEnvironmentError(str(checkpoint), f"cannot be used: {why}", "name another checkpoint") from None
-    if checkpoint.resolve().parent != run.resolve():
-        raise RunEnvironmentError(str(checkpoint), f"is not in {run}", "name a checkpoint of this run")
     return checkpoint
 
 

@@ -166,3 +166,19 @@ def test_a_missing_file_of_the_second_recipe_stops_before_the_first_starts(tmp_p
     assert code == 3
     assert "nowhere.jsonl: no such file" in err
     assert not (tmp_path / "sft").exists()
+
+
+FLAGS = {
+    "a checkpoint of no recipe": (["--resume", "SFT/checkpoint-2", "b.yaml"], "--resume: "),
+    "a key that is none": (["--allow-changes", "train.lerning_rate", "a.yaml"],
+                           "--allow-changes: unknown key `train.lerning_rate`; did you mean `train.learning_rate`?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "says"), FLAGS.values(), ids=FLAGS)
+def test_flags_that_would_do_nothing(tmp_path, tune, chain, words, says, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SFT" / "checkpoint-2").mkdir(parents=True)
+    code, _, err = tune("train", *words)
+    assert code == 2
+    assert says in err

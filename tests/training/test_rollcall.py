@@ -85,6 +85,22 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
     assert said.count("lost contact with process 0 on ") == 1
 
 
+def test_what_one_process_finds_is_said_once_by_it(path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0", "-m", "tests.support.failing", "train", path]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(launcher, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("rng-1.json: the disk is full; free some space") == 1
+    assert "lost contact" not in done.stderr
+
+
+def test_processes_that_are_told_no_meeting_point(path):
+    done = command("train", path, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 5
+    assert "MASTER_ADDR, MASTER_PORT: do not say where the 2 processes of WORLD_SIZE meet" in done.stderr
+
+
 def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert machines_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]

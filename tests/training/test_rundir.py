@@ -1,6 +1,7 @@
 """The run directory: foreign folders stay untouched, two runs exclude each other, a finished run says so."""
 
 import json
+import shutil
 
 import pytest
 
@@ -99,7 +100,7 @@ def test_a_checkpoint_that_is_not_there_cannot_be_resumed_from(some, path):
     run = open_run(some)
     write_start(run, some, {"nesso_tune": "0"})
     run.close()
-    with pytest.raises(RunEnvironmentError, match="cannot be used"):
+    with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
         open_run(some, resume=str(run.path / path))
 
 
@@ -160,3 +161,19 @@ def test_a_base_inside_the_run_directory_is_refused(tmp_path, talks):
     with pytest.raises(RecipeError, match="lies in output_dir"):
         open_run(some, overwrite=True)
     assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_named_checkpoint_is_used_or_refused_never_passed_over(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
+        open_run(some, resume=str(tmp_path / "run" / "checkpoint-2"))
+    train(some)
+    named = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(RecipeError, match=r"would remove .*checkpoint-2, which --resume names"):
+        open_run(some, resume=named, overwrite=True)
+    with pytest.raises(RunEnvironmentError, match="its run is finished"):
+        open_run(some, resume=named)
+    shutil.rmtree(tmp_path / "run" / "final")
+    open_run(some, resume=named).close()
+    with pytest.raises(RunEnvironmentError, match="later-checkpoint-4: is no checkpoint of a run"):
+        open_run(some, resume=str(tmp_path / "run" / "later-checkpoint-4"))

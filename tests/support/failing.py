@@ -1,0 +1,21 @@
+"""The command line whose second process finds the disk full when it first saves. For tests only."""
+
+import errno
+
+from nesso_tune.training.checkpoint import CheckpointWriter
+
+write = CheckpointWriter.data
+
+
+def full(self, name, data):
+    if name == "rng-1.json":
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.staging / name))
+    write(self, name, data)
+
+
+CheckpointWriter.data = full
+
+if __name__ == "__main__":
+    from nesso_tune.cli.main import main
+
+    main()
