@@ -134,6 +134,8 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
 def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
     check_launcher(recipe, plan, os.environ)
+    if plan.processes == 1:  # nothing to share, whatever a launcher's configuration says
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)

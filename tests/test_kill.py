@@ -132,6 +132,31 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(tmp_path, 
     assert {file.name for file in saved.glob("rng-*")} == {"rng-0.json", "rng-1.json"}
 
 
+def test_asked_to_stop_before_the_first_step(tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks], train={"max_steps": 4000}))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-m", "nesso_tune", "train", path], cwd=ROOT, env=environment,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while not (tmp_path / "run").exists():  # the libraries are loaded, and the data is not
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "SIGTERM: asked to stop before training began; the same command starts again" in said
+
+
+def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks, pairs):
+    first = recipe("sft", tmp_path / "sft", [talks], train={"max_steps": 6})
+    base = {"base": str(tmp_path / "sft" / "final"), "random_init": False}
+    second = recipe("dpo", tmp_path / "dpo", [pairs], model=base, train={"max_steps": 4000})
+    process = start(*(write_recipe(tmp_path / f"{some.method}.yaml", some) for some in (first, second)))
+    when_at(process, tmp_path / "sft", 6, signal.SIGTERM)
+    assert process.wait(60) == 75
+    assert (tmp_path / "sft" / "final").exists(), "what is trained to its end is exported"
+    assert not (tmp_path / "dpo" / "final").exists()
+
+
 @pytest.mark.parametrize(
     ("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, False)],
     ids=["TERM to the launcher", "Ctrl-C, which all get", "HUP to the launcher"],

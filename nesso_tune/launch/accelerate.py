@@ -18,7 +18,7 @@ from threading import Thread
 from types import FrameType
 
 import psutil
-from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands import launch as accelerate
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -43,11 +43,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the one verb of accelerate's that this is
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ[LAUNCHED] = "1"
+    accelerate.default_config_file = os.devnull  # one of the user's that is for something else could only harm
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as the job of Slurm does, which sends to all by itself
             signal.signal(number, _pass_on)
     codes: list[int] = []
-    work = Thread(target=lambda: codes.append(_launch(launch_command_parser().parse_args(arguments))), daemon=True)
+    work = Thread(
+        target=lambda: codes.append(_launch(accelerate.launch_command_parser().parse_args(arguments))), daemon=True
+    )
     work.start()
     while work.is_alive():
         work.join(0.1)  # in between, signals are answered
@@ -58,7 +61,7 @@ def _launch(wanted: Namespace) -> int:
     """Runs accelerate's launcher; returns the exit code of the run."""
     try:
         store = _machines_come(wanted)  # kept: others may still be looking into it
-        launch_command(wanted)
+        accelerate.launch_command(wanted)
         del store
     except ChildFailedError as error:
         return _code(error)

@@ -12,6 +12,7 @@ from trl import DPOTrainer
 
 from nesso_tune.errors import NumericalError
 from nesso_tune.training.collate import CountedBatch
+from nesso_tune.training.sharding import drops_at_random
 from nesso_tune.training.tally import Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
@@ -86,6 +87,11 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
         sums = answer_log_probs(log_probs, inputs["completion_mask"], alpha)
         off = float(((sums - reference).abs() / tokens).max())
         allowed = 2e-2 if self.args.bf16 else 1e-4  # per token
+        if off > allowed and drops_at_random(self.accelerator.unwrap_model(self.model)):
+            raise NumericalError(
+                "step 1", f"the policy differs from its reference by {off:.2g} per token: the base drops at random",
+                "set the dropout in the base's config.json (attention_dropout and the like) to 0",
+            )  # fmt: skip
         if off > allowed:
             raise NumericalError(
                 "step 1", f"the policy differs from its reference by {off:.2g} per token before any update",

@@ -48,11 +48,11 @@ def _contradictions(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) 
     if steps not in ("1", str(plan.accumulation)):
         found.append((f"gradient_accumulation_steps: {steps}", f"accumulation {plan.accumulation}"))
     if plan.processes > 1 and _yes(environment.get("ACCELERATE_USE_FSDP")):
-        found += _of_fsdp(recipe, environment)
+        found += _of_fsdp(recipe, plan, environment)
     return found
 
 
-def _of_fsdp(recipe: Recipe, environment: Mapping[str, str]) -> list[tuple[str, str]]:
+def _of_fsdp(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) -> list[tuple[str, str]]:
     said = f"distributed.fsdp: {recipe.distributed.fsdp}"
     if recipe.distributed.fsdp == "none":
         return [("distributed_type: FSDP", said)]
@@ -65,6 +65,11 @@ def _of_fsdp(recipe: Recipe, environment: Mapping[str, str]) -> list[tuple[str, 
         found.append((f"fsdp_reshard_after_forward: {reshard}", f"{said}, which frees weights after their turn"))
     if _yes(environment.get("FSDP_OFFLOAD_PARAMS")):
         found.append(("fsdp_offload_params: true", "nothing of offloading"))
+    wrap = environment.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if wrap != "TRANSFORMER_BASED_WRAP":
+        found.append((f"fsdp_auto_wrap_policy: {wrap}", f"{said}, block by block (TRANSFORMER_BASED_WRAP)"))
+    if _yes(environment.get("FSDP_ACTIVATION_CHECKPOINTING")) and not plan.gradient_checkpointing:
+        found.append(("fsdp_activation_checkpointing: true", "train.gradient_checkpointing: false"))
     kind = environment.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     if kind != f"{recipe.distributed.state_dict.upper()}_STATE_DICT" and "FSDP_STATE_DICT_TYPE" in environment:
         found.append((f"fsdp_state_dict_type: {kind}", f"distributed.state_dict: {recipe.distributed.state_dict}"))

@@ -29,7 +29,7 @@ def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any
     if not there & set(blocks):
         problems.append(Problem("distributed.fsdp", f"{type(model).__name__} does not name its transformer blocks",
                                 "set distributed.fsdp: none"))  # fmt: skip
-    if checkpointing and _drops(model):
+    if checkpointing and drops_at_random(model):
         # torch's wrapper, as accelerate calls it, does not restore the state of the random numbers
         problems.append(Problem("train.gradient_checkpointing",
                                 "would draw other dropout masks when it computes a block again under full_shard",
@@ -49,7 +49,7 @@ def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any
     }
 
 
-def _drops(model: PreTrainedModel) -> bool:
+def drops_at_random(model: PreTrainedModel) -> bool:
     """Whether something in the model is dropped at random."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))

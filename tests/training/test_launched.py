@@ -37,6 +37,9 @@ AGAINST = {
     "version 1": (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 1, the recipe distributed.fsdp: full_shard"),
     "no resharding": (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward: false"),
     "offloading": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: true"),
+    "wrapping": (FSDP | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, "fsdp_auto_wrap_policy: SIZE_BASED_WRAP"),
+    "checkpointing": (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"gradient_checkpointing": False},
+                      "fsdp_activation_checkpointing: true, the recipe train.gradient_checkpointing: false"),
     "sharded state": (FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "distributed.state_dict: full"),
     "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for DeepSpeed, which version 1 does not offer"),
 }  # fmt: skip
