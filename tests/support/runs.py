@@ -56,6 +56,17 @@ def command(*arguments, cwd=ROOT, **environment):
     )
 
 
+def several(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables):
+    """Runs the command line on two CPU processes, or on another number of them."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
+    torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **fixed, **variables}
+    return subprocess.run(
+        [*torchrun, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
+    )
+
+
 def main_here(capsys, *arguments):
     """Runs the command line in this process; returns exit code, stdout and stderr."""
     try:

@@ -1,30 +1,17 @@
 """Several processes give what one gives: FSDP2 on gloo, the same rows in the same steps, files that either reads."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nesso_tune import RecipeError, load_recipe
 from nesso_tune.run import train
-from tests.support.runs import BASE, ROOT, metrics, recipe, steps, write_recipe
-
-
-def several(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables):
-    """Runs the command line on two CPU processes, or on another number of them."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
-    torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **fixed, **variables}
-    return subprocess.run(
-        [*torchrun, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
-    )
+from nesso_tune.training.trainer import TrackedTrainer
+from tests.support.gradients import kept
+from tests.support.runs import BASE, metrics, recipe, several, steps, write_recipe
 
 
 def base_of(folder, tied):
@@ -55,20 +42,23 @@ CASES = {
 
 
 @pytest.mark.parametrize(("method", "processes", "micro", "sharing", "tied", "sections"), CASES.values(), ids=CASES)
-def test_several_processes_equal_one(tmp_path, request, method, processes, micro, sharing, tied, sections):
+def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, processes, micro, sharing, tied, sections):
     """Losses within 1e-5, the first gradients within 1e-6 of their norm, final weights within 1e-4."""
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")
     model = {**(base_of(tmp_path / "base", tied) if tied is not None else {}), **sections.get("model", {})}
     # e.g. accumulation 4 on one process is 2 on two
     batch = {"micro_batch_size": micro, "global_batch_size": 8, "gradient_accumulation_steps": None}
-    for name, number in (("one", 1), ("several", processes)):
-        train_section = {**batch, **sections.get("train", {})}
+    for name in ("one", "several"):
         some = recipe(method, tmp_path / name, [source], distributed=sharing, data={"validation_size": 3},
-                      train=train_section, model=model)  # fmt: skip
-        done = several(
-            "train", write_recipe(tmp_path / f"{name}.yaml", some), module="tests.support.recording",
-            processes=number, FIRST_GRADIENTS=str(tmp_path / f"{name}.gradients"),
-        )  # fmt: skip
+                      train={**batch, **sections.get("train", {})}, model=model)  # fmt: skip
+        file = str(tmp_path / f"{name}.gradients")
+        if name == "one":
+            monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", kept)
+            monkeypatch.setenv("FIRST_GRADIENTS", file)
+            train(some)
+            continue
+        path = write_recipe(tmp_path / "several.yaml", some)
+        done = several("train", path, module="tests.support.recording", processes=processes, FIRST_GRADIENTS=file)
         assert done.returncode == 0, done.stderr[-3000:]
     one, both = tmp_path / "one", tmp_path / "several"
     keys = ("loss", "loss/it", "eval_loss", "eval_loss/en", "tokens", "supervised_tokens", "stop_rate", "exact_match")
@@ -124,10 +114,13 @@ def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
 def test_bfloat16_rounds_no_log_probabilities_and_no_sums_of_gradients(tmp_path, pairs):
     """Accelerate's own policy would: answers were off by 0.2, one step's loss by 0.005."""
     batch = {"micro_batch_size": 4, "global_batch_size": 8, "max_steps": 1, "gradient_accumulation_steps": None}
-    for name, processes in (("one", 1), ("two", 2)):
+    for name in ("one", "two"):
         some = recipe("dpo", tmp_path / name, [pairs], distributed=FULL, train=batch, evaluation=None,
                       model={"dtype": "bfloat16"})  # fmt: skip
-        done = several("train", write_recipe(tmp_path / f"{name}.yaml", some), processes=processes)
+        if name == "one":
+            train(some)
+            continue
+        done = several("train", write_recipe(tmp_path / f"{name}.yaml", some))
         assert done.returncode == 0, done.stderr[-3000:]
     for key, within in (("logps/chosen", 0.02), ("logps/rejected", 0.02), ("grad_norm", 0.01), ("loss", 0.001)):
         value = torch.tensor(steps(tmp_path / "two", key)[1])
@@ -144,49 +137,3 @@ def test_full_shard_that_would_quietly_be_something_else_stops(tmp_path, talks):
     done = several("train", write_recipe(tmp_path / "some.yaml", some), module="nesso_tune")
     assert done.returncode != 0
     assert "full_shard was asked for" in done.stderr
-
-
-def rows_read(file):
-    return [int(line) for line in file.read_text().splitlines()]
-
-
-@pytest.mark.parametrize(
-    ("method", "first", "second", "state"),
-    [("sft", 2, 1, "sharded"), ("sft", 1, 2, "sharded"), ("sft", 2, 2, "sharded"), ("sft", 2, 4, "sharded"),
-     ("dpo", 2, 1, "full"), ("dpo", 1, 2, "full"), ("dpo", 2, 2, "full")],
-)  # fmt: skip
-def test_a_run_goes_on_at_another_number_of_processes(tmp_path, request, method, first, second, state):
-    source = request.getfixturevalue("talks" if method == "sft" else "pairs")
-    batch = {"micro_batch_size": 1, "global_batch_size": 4, "gradient_accumulation_steps": None}
-    sections = {"train": {**batch, "max_steps": 6}, "checkpoint": {"every_steps": 3}, "evaluation": {"every_steps": 2},
-                "distributed": {"state_dict": state}}  # fmt: skip
-    whole = recipe(method, tmp_path / "whole", [source], **sections)
-    train(whole)
-    path = write_recipe(tmp_path / "r.yaml", recipe(method, tmp_path / "run", [source], **sections))
-    final, finals = tmp_path / "run" / "final" / "model.safetensors", []
-    logs = [tmp_path / name for name in ("first", "second")]
-    for log, processes in zip(logs, (first, second), strict=True):
-        done = several("train", path, module="tests.support.recording", processes=processes, ROWS_READ=str(log))
-        assert done.returncode == 0, done.stderr[-3000:]
-        finals.append(load_file(final))
-        if log == logs[0]:  # as if it had been killed after step 3
-            shutil.rmtree(tmp_path / "run" / "final")
-            shutil.rmtree(tmp_path / "run" / "checkpoint-6")
-    assert sorted(rows_read(logs[0])) == list(range(24)), "each row of the run once"
-    assert sorted(rows_read(logs[1])) == list(range(12, 24)), "none twice, none left out"
-    resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
-    assert resumed.get("processes", [first, second]) == [first, second]
-    for key in ("loss", "loss/it", "eval_loss", "tokens", "supervised_tokens", "learning_rate"):
-        assert steps(tmp_path / "run", key) == pytest.approx(steps(tmp_path / "whole", key), abs=1e-5), key
-    for name, weight in finals[0].items():  # to the bit where nothing else changed
-        torch.testing.assert_close(finals[1][name], weight, rtol=0, atol=0 if first == second else 1e-4)
-
-
-def test_another_global_batch_is_refused(tmp_path, talks):
-    batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
-    some = recipe("sft", tmp_path / "run", [talks], train={**batch, "max_steps": 4})
-    path = write_recipe(tmp_path / "r.yaml", some)
-    assert several("train", path).returncode == 0
-    shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(RecipeError, match=r"the global batch changed \(4 -> 2\)"):
-        train(load_recipe(path))
