@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the one verb of accelerate's that this is
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # of torch's launcher, in this process: what matters is said below
     os.environ[LAUNCHED] = "1"
     accelerate.default_config_file = os.devnull  # one of the user's that is for something else could only harm
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
