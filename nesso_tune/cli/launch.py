@@ -91,7 +91,7 @@ def _cluster(names: list[str], recipes: list[Recipe], flags: dict[str, str | Non
         raise RecipeError(f"{other}: cluster", f"is not that of {first}: one job has one", "make them equal")
     section = next((recipe.cluster for recipe in recipes if recipe.cluster is not None), ClusterSection())
     for name, value in flags.items():
-        if value is not None and not re.match(SLURM_WORD, value):
+        if value is not None and not re.fullmatch(SLURM_WORD, value):
             raise RecipeError(f"--{name}", f"must be one word without quotes or #, not {value!r}", "correct it")
     return section.model_copy(update={name: value for name, value in flags.items() if value is not None})
 

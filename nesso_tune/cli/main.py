@@ -115,9 +115,9 @@ def _main(arguments: list[str] | None) -> None:
 def _end(error: NessoError, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    first = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0") == "0"
-    if (
-        first if error.speaks is None else error.speaks
-    ):  # one message, not one a process; of what befalls a machine, one a machine
+    speaks = error.speaks
+    if speaks is None:  # one message, not one a process; of what befalls a machine, one a machine
+        speaks = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0") == "0"
+    if speaks:
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)

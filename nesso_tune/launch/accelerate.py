@@ -23,7 +23,7 @@ from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
-from nesso_tune.training.rollcall import absent, open_store, slurm_nodes
+from nesso_tune.training.rollcall import absent, machine_name, not_come, open_store, slurm_nodes
 from nesso_tune.training.signals import LAUNCHED
 
 ABOVE = "what a library printed above may say why"
@@ -100,16 +100,11 @@ def _machines_come(wanted: Namespace) -> dist.Store | None:
     rank, port = int(wanted.machine_rank), int(wanted.main_process_port) + 1
     timeout_s = int(dict(pair.split("=") for pair in wanted.rdzv_conf.split(",") if pair).get("timeout", 1800))
     store = open_store(wanted.main_process_ip, port, rank, number, timeout_s, serves=rank == 0)
-    attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-    store.set(f"machine/{attempt}/{rank}", socket.gethostname())
-    names = slurm_nodes()
-    missing = absent(store, f"machine/{attempt}", number, timeout_s)
+    store.set(f"machine/{rank}", "")
+    missing = absent(store, "machine", number, timeout_s)
     if missing:
-        raise RunEnvironmentError([
-            Problem(names[i] if i < len(names) else f"machine {i}", f"did not come within {timeout_s} s",
-                    "see whether it is up and its part was started")
-            for i in missing
-        ])  # fmt: skip
+        nodes = slurm_nodes()
+        raise not_come([machine_name(i, nodes) for i in missing], timeout_s)
     return store
 
 

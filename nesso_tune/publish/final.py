@@ -37,7 +37,7 @@ def whole_model(
     adapted = adapt(fresh, section.adapter, chat.new_ids, seed)
     set_weights(fresh, state)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
-    return merged, weights_of(merged.requires_grad_(True))
+    return merged, weights_of(merged.requires_grad_(True))  # of which frozen ones would be left out
 
 
 def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:

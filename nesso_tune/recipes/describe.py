@@ -53,7 +53,7 @@ def _sharing(plan: Plan, distributed: DistributedSection) -> str:
         return "whole: one process has nobody to share them with"
     if not distributed.shards(plan.processes):
         return f"whole on each of {plan.processes} processes (DDP)"
-    files = "in shards" if distributed.state_dict == "sharded" else "as whole files"
+    files = "in shards" if distributed.in_shards(plan.processes) else "as whole files"
     return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), checkpoints {files}"
 
 

@@ -149,9 +149,9 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
     extra, env, python = (_get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
         name = str(option).removeprefix("--").split("=")[0]
-        for said in (known for known in JOB_OPTIONS if name and known.startswith(name)):  # sbatch takes abbreviations
+        said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
+        if said is not None:
             yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
-            break
     for name in env if isinstance(env, Mapping) else ():
         if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
             remedy = JOB_VARIABLES.get(name, "remove it")

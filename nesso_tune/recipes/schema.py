@@ -108,6 +108,10 @@ class DistributedSection(Section):
         """Whether weights, gradients and optimizer are spread over the processes; one process has nothing to share."""
         return processes > 1 and self.fsdp != "none"
 
+    def in_shards(self, processes: int) -> bool:
+        """Whether each process writes its own share of a checkpoint."""
+        return self.shards(processes) and self.state_dict == "sharded"
+
 
 class CheckpointSection(Section):
     """Checkpoints to resume from."""

@@ -35,7 +35,7 @@ from nesso_tune.training.pace import Pace
 from nesso_tune.training.progress import ProgressBar
 from nesso_tune.training.reference import compute_reference, load_reference, save_reference
 from nesso_tune.training.rundir import RunDir
-from nesso_tune.training.sharding import check_sharded, in_shards
+from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.tally import Tally
 from nesso_tune.training.trainer import Track, processes_of
@@ -93,7 +93,7 @@ def fit(
         log=log,
         evaluate=None,
         keep=recipe.checkpoint.keep,
-        in_shards=in_shards(recipe, plan.processes),
+        in_shards=recipe.distributed.in_shards(plan.processes),
         facts=facts,
     )
     if recipe.evaluation is not None:

@@ -70,8 +70,8 @@ def _of_fsdp(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) -> list
         found.append((f"fsdp_auto_wrap_policy: {wrap}", f"{said}, block by block (TRANSFORMER_BASED_WRAP)"))
     if _yes(environment.get("FSDP_ACTIVATION_CHECKPOINTING")) and not plan.gradient_checkpointing:
         found.append(("fsdp_activation_checkpointing: true", "train.gradient_checkpointing: false"))
-    kind = environment.get("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    if kind != f"{recipe.distributed.state_dict.upper()}_STATE_DICT" and "FSDP_STATE_DICT_TYPE" in environment:
+    kind = environment.get("FSDP_STATE_DICT_TYPE")
+    if kind not in (None, f"{recipe.distributed.state_dict.upper()}_STATE_DICT"):
         found.append((f"fsdp_state_dict_type: {kind}", f"distributed.state_dict: {recipe.distributed.state_dict}"))
     return found
 

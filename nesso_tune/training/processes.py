@@ -98,7 +98,9 @@ def contact() -> Iterator[None]:
         own = of_os(found) if isinstance(found, OSError) else found
         if _roll is not None and own.speaks is None:
             own.speaks = _roll.first_to_say(str(own))
-        raise own from None
+        if own is found:
+            raise
+        raise own from found
     except RuntimeError as error:
         if world_size() == 1 or not any(sign in str(error) for sign in LOST):
             raise

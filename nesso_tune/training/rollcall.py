@@ -115,10 +115,7 @@ def call_roll(processes: int, timeout_s: int) -> RollCall:
     own.set(f"here/{_rank()}", socket.gethostname())
     missing = absent(own, "here", processes, timeout_s)
     if missing:
-        nobody = RunEnvironmentError([
-            Problem(machine, f"did not come within {timeout_s} s", "see whether it is up and its part was started")
-            for machine in machines_of(missing)
-        ])  # fmt: skip
+        nobody = not_come(machines_of(missing), timeout_s)
         nobody.speaks = _rank() == min(set(range(processes)) - set(missing))
         raise nobody
     return RollCall(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
@@ -156,6 +153,17 @@ def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> lis
     return [rank for rank in range(processes) if not store.check([keys[rank]])]
 
 
+def not_come(machines: Sequence[str], timeout_s: int) -> RunEnvironmentError:
+    """The error that names those for which the others have waited."""
+    remedy = "see whether it is up and its part was started"
+    return RunEnvironmentError(Problem(machine, f"did not come within {timeout_s} s", remedy) for machine in machines)
+
+
+def machine_name(number: int, nodes: Sequence[str]) -> str:
+    """A machine as Slurm calls it, else by its number."""
+    return nodes[number] if number < len(nodes) else f"machine {number}"
+
+
 def machines_of(ranks: Sequence[int]) -> list[str]:
     """The machines of processes that never said their names: as Slurm calls them, else by number."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -163,10 +171,7 @@ def machines_of(ranks: Sequence[int]) -> list[str]:
     found: dict[int, list[int]] = {}
     for rank in ranks:
         found.setdefault(rank // each, []).append(rank)
-    return [
-        f"{nodes[node] if node < len(nodes) else f'machine {node}'} (process {', '.join(map(str, of))})"
-        for node, of in found.items()
-    ]
+    return [f"{machine_name(node, nodes)} (process {', '.join(map(str, of))})" for node, of in found.items()]
 
 
 def slurm_nodes() -> list[str]:

@@ -14,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.recipes.schema import Recipe
 
 
 def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any]:
@@ -63,11 +62,6 @@ def set_precision(trainer: Any) -> None:
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and trainer.args.bf16:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-
-
-def in_shards(recipe: Recipe, processes: int) -> bool:
-    """Whether each process writes its own share of a checkpoint."""
-    return recipe.distributed.shards(processes) and recipe.distributed.state_dict == "sharded"
 
 
 def check_sharded(model: nn.Module) -> None:

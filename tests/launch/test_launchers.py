@@ -37,10 +37,7 @@ def test_every_way_to_start_gives_the_same_losses(tmp_path, talks, processes):
     for name in ways(processes, ""):
         some = recipe("sft", tmp_path / name, [talks], train=batch, distributed={"fsdp": "none"}, evaluation=None)
         command = ways(processes, write_recipe(tmp_path / f"{name}.yaml", some))[name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
-        )
+        done = run(command)
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stderr.count(": model in") == 1, "one voice"
         losses[name] = steps(tmp_path / name)

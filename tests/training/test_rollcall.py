@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nesso_tune.training.rollcall import machines_of
-from tests.support.runs import ROOT, command, lonely, recipe, write_recipe
+from tests.support.runs import ROOT, command, lonely, recipe, several, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
 SHARED = {"micro_batch_size": 1, "global_batch_size": 2}
@@ -86,10 +86,7 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
 
 
 def test_what_one_process_finds_is_said_once_by_it(path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-                "--rdzv_endpoint=localhost:0", "-m", "tests.support.failing", "train", path]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(launcher, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False)
+    done = several("train", path, module="tests.support.failing")
     assert done.returncode != 0
     assert done.stderr.count("rng-1.json: the disk is full; free some space") == 1
     assert "lost contact" not in done.stderr
