@@ -41,10 +41,9 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     read, dropped, kept_by_source = 0, Drops(), []
     for position, source in enumerate(sources):
         reasons, count = Drops(), 0
-        for entry, language, is_row in _entries(recipe, source, chat, reasons):
-            count += is_row
+        for entry, language, count in _entries(recipe, source, chat, reasons):
             if entry is not None:
-                writer.add(entry, language, position)
+                writer.add(entry, language, position, count)
         read += count
         dropped.absorb(reasons)
         kept_by_source.append((source.path, count, dict(reasons)))
@@ -81,14 +80,15 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
 def _entries(
     recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Drops
 ) -> Iterator[tuple[Encoded | EncodedPair | None, str, int]]:
-    """Every row of a source as (encoded or None, language, 1); drops are counted by reason."""
-    rows = read_items(source, recipe.method, dropped)
+    """Every row of a source as (encoded or None, language, its number from 1); drops are counted by reason."""
+    rows = enumerate(read_items(source, recipe.method, dropped), 1)
     while chunk := list(islice(rows, CHUNK)):
-        usable = [(item, where) for item, where in chunk if item is not None]
-        yield from [(None, "", 1)] * (len(chunk) - len(usable))
-        encoded = _encode(recipe, chat, [item for item, _ in usable])
-        for (item, where), entry in zip(usable, encoded, strict=True):
-            yield _fitted(entry, recipe, where, dropped), item.language, 1
+        encoded = iter(_encode(recipe, chat, [item for _, (item, _) in chunk if item is not None]))
+        for number, (item, where) in chunk:
+            if item is None:
+                yield None, "", number
+            else:
+                yield _fitted(next(encoded), recipe, where, dropped), item.language, number
 
 
 def _encode(recipe: Recipe, chat: ChatTokenizer, items: list[Item]) -> Sequence[Encoded | EncodedPair]:

@@ -29,6 +29,7 @@ class Documents:
         offsets: where each document begins in `ids`, and the end: one more than there are documents.
         languages: index into `language_names`, per conversation or pair.
         sources: index of the source it comes from, per conversation or pair.
+        rows: number of its row in that source, from 1, per conversation or pair.
         language_names: codes of the languages that occur.
         parts: documents per entry: 1 (conversations) or 3 (pairs).
     """
@@ -38,6 +39,7 @@ class Documents:
     offsets: Ints
     languages: Ints
     sources: Ints
+    rows: Ints
     language_names: tuple[str, ...]
     parts: int
 
@@ -88,10 +90,11 @@ class DocumentWriter:
         self._lengths: list[int] = []
         self._languages: list[int] = []
         self._sources: list[int] = []
+        self._rows: list[int] = []
         self._names: dict[str, int] = {}
 
-    def add(self, entry: Encoded | EncodedPair, language: str, source: int) -> None:
-        """Appends one conversation or pair."""
+    def add(self, entry: Encoded | EncodedPair, language: str, source: int, row: int) -> None:
+        """Appends one conversation or pair, the `row`-th of its source."""
         if isinstance(entry, Encoded):
             ids, trained, lengths = entry.ids, entry.trained, [len(entry.ids)]
         else:
@@ -103,6 +106,7 @@ class DocumentWriter:
         self._lengths += lengths
         self._languages.append(self._names.setdefault(language, len(self._names)))
         self._sources.append(source)
+        self._rows.append(row)
 
     def close(self) -> tuple[str, ...]:
         """Finishes the files; returns the language codes."""
@@ -112,6 +116,7 @@ class DocumentWriter:
         np.save(self._folder / "offsets.npy", offsets)
         np.save(self._folder / "languages.npy", np.array(self._languages, dtype=np.int32))
         np.save(self._folder / "sources.npy", np.array(self._sources, dtype=np.int32))
+        np.save(self._folder / "rows.npy", np.array(self._rows, dtype=np.int64))
         return tuple(self._names)
 
 
@@ -122,17 +127,16 @@ def open_documents(folder: Path, language_names: Sequence[str], parts: int) -> D
         ValueError, OSError, EOFError: if a file is missing, damaged, or does not fit the others.
     """
     offsets = np.load(folder / "offsets.npy")
-    languages, sources = np.load(folder / "languages.npy"), np.load(folder / "sources.npy")
+    languages, sources, rows = (np.load(folder / f"{name}.npy") for name in ("languages", "sources", "rows"))
     total = int(offsets[-1])
     sizes = [(folder / name).stat().st_size for name in ("ids.bin", "trained.bin")]
-    if len(offsets) != len(languages) * parts + 1 or len(sources) != len(languages):
+    if len(offsets) != len(languages) * parts + 1 or not len(sources) == len(rows) == len(languages):
         raise ValueError("entries of different number")
     if sizes != [total * ID.itemsize, total * LEARNED.itemsize]:
         raise ValueError("files of different length")
     if total == 0:
-        return Documents(
-            np.zeros(0, ID), np.zeros(0, LEARNED), offsets, languages, sources, tuple(language_names), parts
-        )
-    ids = np.memmap(folder / "ids.bin", dtype=ID, mode="r", shape=(total,))
-    trained = np.memmap(folder / "trained.bin", dtype=LEARNED, mode="r", shape=(total,))
-    return Documents(ids, trained, offsets, languages, sources, tuple(language_names), parts)
+        ids, trained = np.zeros(0, ID), np.zeros(0, LEARNED)
+    else:
+        ids = np.memmap(folder / "ids.bin", dtype=ID, mode="r", shape=(total,))
+        trained = np.memmap(folder / "trained.bin", dtype=LEARNED, mode="r", shape=(total,))
+    return Documents(ids, trained, offsets, languages, sources, rows, tuple(language_names), parts)

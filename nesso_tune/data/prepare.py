@@ -26,7 +26,7 @@ from nesso_tune.recipes.sections import SFTData, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2  # of what is cached; raised when the encoding changes
+FORMAT_VERSION = 3  # of what is cached; raised when the encoding changes
 
 
 @dataclass(frozen=True)

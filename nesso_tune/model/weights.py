@@ -102,6 +102,9 @@ def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[s
         raise ModelError(
             where, f"{len(lacking)} weights are not in its files (first: {lacking[0]})", "fetch the model again"
         )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.detach().sum()):
+            raise ModelError(where, f"{name} holds NaN or infinity", "fetch the model again, or use another base")
     return model
 
 

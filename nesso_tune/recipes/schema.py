@@ -72,6 +72,9 @@ class TrainSection(Section):
     """Decoupled weight decay; norms and biases have none."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm; null never clips."""
+    on_spike: Literal["warn", "skip", "stop"] = "warn"
+    """When loss or gradient norm leap far above those of the last 128 steps: say so, make no update of that step, or
+    end the run. NaN and infinity always end it."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass to save memory; auto does so where a step would not fit otherwise."""
     schedule: Schedule = Schedule()

@@ -28,7 +28,8 @@ from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.collate import ConversationCollator, PairCollator
-from nesso_tune.training.evaluation import Evaluator
+from nesso_tune.training.evaluation import Evaluator, LossOver
+from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.pace import Pace
@@ -66,7 +67,7 @@ def fit(
         The trainer, whose `model_wrapped` holds the trained weights.
 
     Raises:
-        NumericalError: if a gradient is not finite, or the DPO reference is not the policy it starts from.
+        NumericalError: if loss or gradient are not finite or leap, or the DPO reference is not what it starts from.
         Preempted: if the run was asked to stop; a checkpoint is saved.
     """
     languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
@@ -85,22 +86,18 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it
     attach_supervised_head(model, statistics=recipe.method == "dpo")
-    log = MetricsLog(run.metrics, trainer.is_world_process_zero())
+    log, order = MetricsLog(run.metrics, trainer.is_world_process_zero()), RunOrder(data.stream, plan.rows_seen)
     trainer.track = Track(
         plan=plan,
-        order=RunOrder(data.stream, plan.rows_seen),
+        order=order,
         tally=Tally(names, languages, trainer.args.device),
+        guard=Guard(recipe.train.on_spike, order, recipe.data.sources, log),
         log=log,
-        evaluate=None,
+        evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
         keep=recipe.checkpoint.keep,
         in_shards=recipe.distributed.in_shards(plan.processes),
         facts=facts,
     )
-    if recipe.evaluation is not None:
-        trainer.track.evaluate = Evaluator(
-            recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
-            plan.steps,
-        )  # fmt: skip
     trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
     _train_until_asked(trainer, plan, run, request)
     return trainer
@@ -112,6 +109,17 @@ def _method(recipe: Recipe, pad_id: int, languages: tuple[str, ...], flat: bool)
         collate = ConversationCollator(pad_id, languages, flat)
         return collate, sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
     return PairCollator(pad_id, languages), dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
+
+
+def _evaluator(
+    recipe: Recipe, data: PreparedData, plan: Plan, collate: Any, loss_over: LossOver, log: MetricsLog
+) -> Evaluator | None:
+    if recipe.evaluation is None:
+        return None
+    return Evaluator(
+        recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
+        plan.steps,
+    )  # fmt: skip
 
 
 def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -24,6 +25,14 @@ class RunOrder(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.stream[position]
+
+    def entries(self, positions: Iterable[int]) -> list[int]:
+        """The conversations or pairs in some rows of the run, by their number in the documents."""
+        found: list[int] = []
+        for position in positions:
+            epoch, row = self.stream.locate(position)
+            found += map(int, self.stream.epoch(epoch).members(row))
+        return found
 
     def epoch_at(self, position: int) -> float:
         """Epochs seen when `position` rows have been seen."""

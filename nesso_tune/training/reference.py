@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs
 
@@ -47,6 +48,11 @@ def compute_reference(
         scored += zip(batch["entries"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
     trainer.model.train()
     everyone = gather_object(scored) if world > 1 else scored
+    if wrong := sorted({pair for pair, *sums in everyone if not all(map(math.isfinite, sums))}):
+        raise NumericalError(
+            "reference", f"log-probabilities of {len(wrong)} of {len(rows)} pairs are not finite (first: {wrong[0]})",
+            "see whether the base answers sensibly (nesso-tune chat), or set model.dtype: float32",
+        )  # fmt: skip
     return {pair: (better, worse) for pair, better, worse in everyone}
 
 

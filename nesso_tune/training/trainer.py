@@ -2,7 +2,8 @@
 
 Taken over from transformers: data order (`get_train_dataloader`), set-up of FSDP (`_prepare_for_training`), schedule
 (`create_scheduler`), checkpoints (`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds
-(`log`), and the finite check before an update (`_clip_grad_norm`). Taken over from TRL: telemetry, which is off.
+(`log`), and the look at loss and gradient before an update (`training_step`, `_clip_grad_norm`). Taken over from TRL:
+telemetry, which is off.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nesso_tune.errors import NumericalError
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training import checkpoint as ckpt
 from nesso_tune.training import state
+from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.randomness import random_states, set_random_states
@@ -41,6 +42,7 @@ class Track:
     plan: Plan
     order: RunOrder
     tally: Tally
+    guard: Guard
     log: MetricsLog
     evaluate: Evaluate | None
     keep: int
@@ -109,14 +111,17 @@ class TrackedTrainer(_Base):
         """The sum over all processes, on each of them."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
 
+    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+        """A micro batch; its share of the step's loss is noted for the look before the update."""
+        loss: Tensor = super().training_step(*arguments, **options)
+        self.track.guard.note(loss)
+        return loss
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not torch.isfinite(torch.as_tensor(float(norm))):
-            step = self.state.global_step + 1
-            raise NumericalError(
-                f"step {step}", "the gradient is not finite (NaN or infinity), nothing was updated",
-                "lower train.learning_rate; the last checkpoint is intact",
-            )  # fmt: skip
+        if not self.track.guard.lets_pass(self, float(norm)):
+            for parameter in model.parameters():
+                parameter.grad = None  # the optimizer passes over what has none: no update, and no decay either
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -195,6 +200,7 @@ class TrackedTrainer(_Base):
             "supervised_tokens": track.supervised_tokens,
             "seconds": track.elapsed(),
             "tally": track.tally.state(),
+            "usual": track.guard.state(),
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -217,6 +223,7 @@ class TrackedTrainer(_Base):
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
         track.seconds = counts["seconds"]
         track.tally.restore(counts["tally"])
+        track.guard.restore(counts["usual"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -243,4 +250,5 @@ def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
     whole = {name: sum(counts[name] for counts in each) if rank == 0 else 0 for name in names}
     tallies = torch.tensor([counts["tally"] for counts in each], dtype=torch.float64).sum(dim=0)
     tally = tallies if rank == 0 else torch.zeros_like(tallies)
-    return {**whole, "seconds": max(counts["seconds"] for counts in each), "tally": tally.tolist()}
+    seconds = max(counts["seconds"] for counts in each)
+    return {**whole, "seconds": seconds, "tally": tally.tolist(), "usual": each[0]["usual"]}  # all know the same

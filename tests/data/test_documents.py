@@ -21,14 +21,15 @@ ENTRY = st.tuples(
 def test_what_is_written_is_read(tmp_path_factory, entries):
     folder = tmp_path_factory.mktemp("documents")
     writer = DocumentWriter(folder, 1)
-    for (ids, trained), language, source in entries:
-        writer.add(Encoded(ids, trained), language, source)
+    for row, ((ids, trained), language, source) in enumerate(entries, 1):
+        writer.add(Encoded(ids, trained), language, source, row)
     documents = open_documents(folder, writer.close(), 1)
     assert len(documents) == len(entries)
     for i, ((ids, trained), language, source) in enumerate(entries):
         assert documents.input_ids(i).tolist() == ids
         assert documents.labels(i).tolist() == Encoded(ids, trained).labels
         assert (documents.language(i), documents.sources[i], documents.lengths[i]) == (language, source, len(ids))
+        assert documents.rows[i] == i + 1
     some = np.arange(0, len(entries), 2)
     assert documents.counts(some) == {
         "rows": len(some),
@@ -39,8 +40,8 @@ def test_what_is_written_is_read(tmp_path_factory, entries):
 
 def test_pairs_stand_side_by_side(tmp_path):
     writer = DocumentWriter(tmp_path, 3)
-    writer.add(EncodedPair([1, 2], [3], [4, 5, 6]), "it", 0)
-    writer.add(EncodedPair([7], [8, 9], [10]), "en", 0)
+    writer.add(EncodedPair([1, 2], [3], [4, 5, 6]), "it", 0, 1)
+    writer.add(EncodedPair([7], [8, 9], [10]), "en", 0, 3)
     documents = open_documents(tmp_path, writer.close(), 3)
     assert [[documents.input_ids(i, part).tolist() for part in range(3)] for i in range(2)] == [
         [[1, 2], [3], [4, 5, 6]],
@@ -50,12 +51,12 @@ def test_pairs_stand_side_by_side(tmp_path):
     assert documents.counts(np.array([1])) == {"rows": 1, "tokens": 4, "supervised_tokens": 3}
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", "sources.npy"])
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", "sources.npy", "rows.npy"])
 @pytest.mark.parametrize("how", ["cut", "emptied", "gone"])
 def test_files_that_do_not_fit_together_are_refused(tmp_path, name, how):
     writer = DocumentWriter(tmp_path, 1)
     for _ in range(3):
-        writer.add(Encoded([1, 2], [False, True]), "it", 0)
+        writer.add(Encoded([1, 2], [False, True]), "it", 0, 1)
     names = writer.close()
     file = tmp_path / name
     content = file.read_bytes()

@@ -77,7 +77,9 @@ def documents_of(folder, lengths, sources=None):
     folder.mkdir(exist_ok=True)
     writer = DocumentWriter(folder, 1)
     for i, length in enumerate(lengths):
-        writer.add(Encoded([i] * length, [k >= length // 2 for k in range(length)]), "it", (sources or {}).get(i, 0))
+        writer.add(
+            Encoded([i] * length, [k >= length // 2 for k in range(length)]), "it", (sources or {}).get(i, 0), i + 1
+        )
     return open_documents(folder, writer.close(), 1)
 
 

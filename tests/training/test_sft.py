@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import SFTTrainer
 from trl.trainer import base_trainer
 
-from nesso_tune import NumericalError, prepare_data
+from nesso_tune import prepare_data
 from nesso_tune.recipes.schedule import lr_multiplier
 from nesso_tune.run import train
 from nesso_tune.training import fit
@@ -106,18 +106,6 @@ def test_tokens_are_counted_without_padding(tmp_path, talks):
     assert last["tokens"] == data.report["tokens"], "15 steps of 2 rows are one epoch of 30"
     assert last["supervised_tokens"] == data.report["supervised_tokens"]
     assert last["epoch"] == 1.0
-
-
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, talks):
-    train(recipe("sft", tmp_path / "first", [talks], train={"max_steps": 1}, evaluation=None))
-    weights = load_file(tmp_path / "first" / "final" / "model.safetensors")
-    weights["model.norm.weight"][0] = float("inf")
-    save_file(weights, tmp_path / "first" / "final" / "model.safetensors", metadata={"format": "pt"})
-    model = {"base": str(tmp_path / "first" / "final"), "random_init": False}
-    with pytest.raises(NumericalError, match="step 1"):
-        train(recipe("sft", tmp_path / "run", [talks], model=model, evaluation=None))
-    assert not (tmp_path / "run" / "final").exists()
-    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "nothing is logged of a step that was not taken"
 
 
 def test_no_telemetry_leaves_the_machine(tmp_path, talks, monkeypatch):
