@@ -86,10 +86,26 @@ class Preempted(NessoError):
     exit_code = 75
 
 
+FULL = {errno.ENOSPC, errno.EDQUOT}
+# How libraries that do not raise OSError say the same: safetensors and tokenizers in Rust, torch in a traceback.
+SAID_FULL = ("No space left on device", "Disk quota exceeded", *(f"os error {number}" for number in FULL))
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that the disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(words in str(error) for words in SAID_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def of_os(error: OSError) -> RunEnvironmentError:
     """What the operating system refused, in our form."""
     where = str(error.filename or "disk")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in FULL:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")

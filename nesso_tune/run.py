@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +12,14 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
-from nesso_tune.errors import RecipeError
-from nesso_tune.model.weights import base_hash, load_model
+from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
-from nesso_tune.publish.final import save_final, whole_model
+from nesso_tune.publish.final import final_bytes, save_final, whole_model
 from nesso_tune.publish.report import write_report
-from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
+from nesso_tune.training.facts import check_same_run, other_environment, read_facts, run_facts
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
@@ -41,8 +36,8 @@ from nesso_tune.training.processes import (
 )
 from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
 from nesso_tune.training.signals import StopRequest
+from nesso_tune.training.space import Room
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
 TINY = 20_000_000  # parameters below which several CPU threads cost more than they give
 
 
@@ -100,7 +95,7 @@ def train(
             with contact():
                 run: RunDir = from_first(None if opened is None else opened.shared())
                 check_shared(run.path)
-                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
+                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
             part()
             if opened is not None:
@@ -127,11 +122,13 @@ def _opening(run: RunDir, recipe: Recipe) -> list[str]:
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
-    _check_same_run(run, json.loads((run.path / "manifest.json").read_text()), run_facts(recipe, data, plan))
+    check_same_run(run.path, read_facts(run.path), run_facts(recipe, data, plan), finished=True)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
-def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest) -> TrainResult:
+def _train(
+    recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Callable[[str], None]
+) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
     check_launcher(recipe, plan, os.environ)
     if plan.processes == 1:  # nothing to share, whatever a launcher's configuration says
@@ -139,24 +136,39 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)
-    if run.checkpoint is not None:
-        _check_same_run(run, json.loads((run.checkpoint / "manifest.json").read_text()), facts)
-    if is_first():
-        if run.checkpoint is None:
-            run.metrics.unlink(missing_ok=True)
-        write_start(run, recipe, facts)
-    wait_for_all()
-    trainer = fit(model, data, recipe, plan, run, facts, request)
-    bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
-    metrics = last_metrics(run.metrics)
-    if is_first():
-        card = model_card(recipe, plan, data.report, metrics)
-        save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
-        write_report(run.path, recipe, plan, data.report)
-        write_end(run)
+    run = _compared(run, facts, say)
+    room = Room(run.path, plan.checkpoint_bytes or 12 * model.num_parameters(), final_bytes(model, recipe.model.dtype))
+    with room.told():
+        if is_first():
+            room.check_run(plan, run.step, recipe.checkpoint.keep)
+            if run.checkpoint is None:
+                run.metrics.unlink(missing_ok=True)
+            write_start(run, recipe, facts)
+        wait_for_all()
+        trainer = fit(model, data, recipe, plan, run, facts, room, request)
+        bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
+        metrics = last_metrics(run.metrics)
+        if is_first():
+            card = model_card(recipe, plan, data.report, metrics)
+            save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
+            write_report(run.path, recipe, plan, data.report)
+            write_end(run)
     asked = any(gather_object([request.asked]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
+
+
+def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) -> RunDir:
+    """The run, compared with what its checkpoint notes: refused, or continued in another environment, which is said."""
+    if run.checkpoint is None:
+        return run
+    noted = read_facts(run.checkpoint)
+    check_same_run(run.path, noted, facts, finished=False)
+    environment = other_environment(noted, facts)
+    if environment:
+        changes = ", ".join(f"{what} {before} -> {now}" for what, (before, now) in environment.items())
+        say(f"not where {run.checkpoint.name} was written ({changes}): it goes on, but it may round otherwise")
+    return replace(run, environment=environment)
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
@@ -166,44 +178,6 @@ def last_metrics(path: Path) -> dict[str, Any]:
         if "event" not in line:
             out |= line
     return out
-
-
-def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
-    """What a run's manifest and its checkpoints record: what it is made of, and where it runs."""
-    base = base_hash(recipe.model)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {
-        "nesso_tune": version("nesso-tune"),
-        "versions": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "base": base,
-        "tokenizer": data.chat.fingerprint,
-        "data": data.report["fingerprint"],
-        "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
-        "world_size": plan.processes,
-        "global_batch": plan.global_batch,
-        "threads": torch.get_num_threads(),
-        "device": gpu,
-        "command": sys.argv,
-    }
-
-
-def _check_same_run(run: RunDir, noted: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Refuses other data, another tokenizer, base, batch or number of processes than the run's manifest notes.
-
-    Raises:
-        RecipeError: with both values.
-    """
-    names = {
-        "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
-        "global_batch": "the global batch",
-    }  # fmt: skip
-    if run.finished:  # a finished model does not depend on how many would continue it
-        names = {key: names[key] for key in ("data", "tokenizer", "base")}
-    changed = [key for key in names if noted.get(key) != facts[key]]
-    if changed:
-        what = "; ".join(f"{names[key]} changed ({noted[key]} -> {facts[key]})" for key in changed)
-        raise RecipeError(str(run.path), what, "undo the change, or start anew with --overwrite or another output_dir")
 
 
 def _choose_threads(parameters: int) -> None:

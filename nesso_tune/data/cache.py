@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
+from nesso_tune.errors import RunEnvironmentError, is_full
+from nesso_tune.recipes.describe import size
+
 Opened = TypeVar("Opened")
 DONE = "done.json"  # written last: a folder without it is not trusted
 
@@ -70,6 +73,14 @@ def make(
             note = build(staging)
             (staging / DONE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
             staging.rename(root / key)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            written = sum(file.stat().st_size for file in staging.iterdir())
+            shutil.rmtree(staging, ignore_errors=True)
+            what = f"the data needs more than {size(written)}, {size(shutil.disk_usage(root).free)} are free"
+            remedy = "free some space, or name a folder on another disk in NESSO_TUNE_CACHE"
+            raise RunEnvironmentError(str(root), f"the disk is full: {what}", remedy) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return opened(root / key, note), note, False

@@ -13,7 +13,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.weights import load_model
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.training.checkpoint import as_environment_error, readable
+from nesso_tune.training.checkpoint import as_environment_error, put_in_place, readable, sync
 from nesso_tune.training.processes import is_first
 from nesso_tune.training.state import State, set_weights, weights_of
 
@@ -40,6 +40,11 @@ def whole_model(
     return merged, weights_of(merged.requires_grad_(True))  # of which frozen ones would be left out
 
 
+def final_bytes(model: PreTrainedModel, dtype: str) -> int:
+    """Size of the weights in `final/`, tied ones once."""
+    return sum(weight.numel() for weight in model.parameters()) * getattr(torch, dtype).itemsize
+
+
 def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:
     """Writes weights, tokenizer, template, generation config and card; runs with plain transformers.
 
@@ -62,5 +67,5 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         readable(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+        sync(file)
+    put_in_place(staging, folder)

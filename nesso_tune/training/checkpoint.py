@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,15 @@ WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 class CheckpointWriter:
     """Writes one checkpoint: files into a staging folder, the manifest last, then one rename.
 
-    Every process has one, and notes the files that it wrote itself.
+    Every process has one, and notes the files that it wrote itself. While one file is
+    written, those before it are hashed and brought to the disk.
     """
 
     def __init__(self, run: Path, step: int) -> None:
         self.final = run / f"{PREFIX}{step}"
         self.staging = run / f".{PREFIX}{step}.partial"
-        self._written: list[Path] = []
+        self._beside = ThreadPoolExecutor(max_workers=2)
+        self._written: dict[str, tuple[Future[None], Future[str]]] = {}
 
     def begin(self) -> None:
         """Makes an empty staging folder (main process)."""
@@ -47,34 +50,38 @@ class CheckpointWriter:
         """Adds a file of tensors."""
         with as_environment_error(self.staging / name):
             save_file(tensors, self.staging / name)
-        self._written.append(self.staging / name)
+        self._seal(self.staging / name)
 
     def data(self, name: str, data: Any) -> None:
         """Adds a file of plain data."""
         (self.staging / name).write_text(json.dumps(data), encoding="utf-8")
-        self._written.append(self.staging / name)
+        self._seal(self.staging / name)
 
     def adopt(self, pattern: str) -> None:
         """Counts files that a library wrote for this process as its own."""
-        self._written += self.staging.glob(pattern)
+        for path in self.staging.glob(pattern):
+            self._seal(path)
 
     def note(self) -> dict[str, dict[str, Any]]:
         """{name: size and SHA-256} of this process's files, which are safe on the disk then."""
-        for path in self._written:
-            readable(path)
-            _sync(path)
-        return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in self._written}
+        noted: dict[str, dict[str, Any]] = {}
+        with self._beside:
+            for name, (safe, digest) in self._written.items():
+                safe.result()
+                noted[name] = {"size": (self.staging / name).stat().st_size, "sha256": digest.result()}
+        return noted
+
+    def _seal(self, path: Path) -> None:
+        """Begins to bring a file that is written to the disk, and to hash it from memory meanwhile."""
+        readable(path)
+        self._written[path.name] = self._beside.submit(sync, path), self._beside.submit(_sha256, path)
 
     def finish(self, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
         """Writes the manifest with `facts` and what all noted, and renames the folder into place (main process)."""
         body = {**facts, "files": files}
-        self.data(MANIFEST, {**body, "self": _hash_of(body)})
-        readable(self.staging / MANIFEST)
-        _sync(self.staging / MANIFEST)
-        _sync(self.staging)
-        shutil.rmtree(self.final, ignore_errors=True)
-        self.staging.rename(self.final)
-        _sync(self.final.parent)
+        (self.staging / MANIFEST).write_text(json.dumps({**body, "self": _hash_of(body)}), encoding="utf-8")
+        sync(self.staging / MANIFEST)
+        put_in_place(self.staging, self.final)
         return self.final
 
 
@@ -90,6 +97,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         if manifest["self"] != _hash_of(body):
             raise ValueError("manifest.json was altered")
         for name, noted in manifest["files"].items():
+            if Path(name).name != name:
+                raise ValueError(f"manifest.json names a file outside: {name}")
             file = checkpoint / name
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
@@ -116,20 +125,21 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
+def prune(run: Path, keep: int, written: Path) -> None:
+    """Removes all but the newest `keep` checkpoints, and never the one that was `written` last."""
     for old in checkpoints(run)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != written:
+            discard(old)
 
 
 @contextmanager
 def as_environment_error(path: Path) -> Iterator[None]:
-    """Turns a write that safetensors could not do (a full disk, say) into an error of the environment."""
+    """Turns a write that safetensors could not do into an error of the environment."""
     try:
         yield
     except SafetensorError as error:
         raise RunEnvironmentError(
-            str(path), f"cannot be written ({error})", "free some space; finished checkpoints are intact"
+            str(path), f"cannot be written ({error})", "see to the disk; finished checkpoints are intact"
         ) from None
 
 
@@ -149,7 +159,27 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def put_in_place(staging: Path, folder: Path) -> None:
+    """Renames a folder whose files are on the disk to its name, for good; one that stood there goes."""
+    sync(staging)
+    before = folder.with_name(f".{folder.name}.before.partial")
+    if folder.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+    staging.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder: it loses its name first, so that none is ever seen half removed."""
+    going = folder.with_name(f".{folder.name}.going.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -38,8 +38,9 @@ from nesso_tune.training.reference import compute_reference, load_reference, sav
 from nesso_tune.training.rundir import RunDir
 from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
+from nesso_tune.training.space import Room
 from nesso_tune.training.tally import Tally
-from nesso_tune.training.trainer import Track, processes_of
+from nesso_tune.training.trainer import Track
 
 Trainer = sft.ConversationTrainer | dpo.PairTrainer
 
@@ -51,6 +52,7 @@ def fit(
     plan: Plan,
     run: RunDir,
     facts: dict[str, Any],
+    room: Room,
     request: StopRequest,
 ) -> Trainer:
     """Trains `model` by the plan, writing metrics and checkpoints into the run directory.
@@ -61,6 +63,7 @@ def fit(
         recipe, plan: what to do.
         run: the open run directory; its `checkpoint` is continued from.
         facts: recorded in every checkpoint's manifest.
+        room: on the run's disk.
         request: whether a signal asked to stop.
 
     Returns:
@@ -94,6 +97,7 @@ def fit(
         guard=Guard(recipe.train.on_spike, order, recipe.data.sources, log),
         log=log,
         evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
+        room=room,
         keep=recipe.checkpoint.keep,
         in_shards=recipe.distributed.in_shards(plan.processes),
         facts=facts,
@@ -150,8 +154,7 @@ class _Beginning(TrainerCallback):
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
             facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}
-            before, now = processes_of(self._run.checkpoint), trainer.accelerator.num_processes
-            facts |= {"processes": [before, now]} if before != now else {}
+            facts |= {"environment": self._run.environment} if self._run.environment else {}
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
         if isinstance(trainer, dpo.PairTrainer):
             trainer.reference = self._reference(trainer)

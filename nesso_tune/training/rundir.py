@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
-from nesso_tune.training.checkpoint import MANIFEST, PREFIX, checkpoints, read_manifest, remove_staging
+from nesso_tune.training.checkpoint import MANIFEST, PREFIX, checkpoints, read_manifest, remove_staging, sync
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html")
@@ -32,6 +32,7 @@ class RunDir:
         finished: a finished run of the same recipe: nothing is to be done.
         notes: what was found and done on opening, for the user.
         changed: keys of the recipe whose change was accepted, with both values.
+        environment: what is otherwise than where the checkpoint was written, with both values.
     """
 
     path: Path
@@ -39,6 +40,7 @@ class RunDir:
     finished: bool = False
     notes: tuple[str, ...] = ()
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     lock: FileLock | None = None
 
     @property
@@ -50,6 +52,11 @@ class RunDir:
     def metrics(self) -> Path:
         """The metrics file."""
         return self.path / METRICS
+
+    @property
+    def step(self) -> int:
+        """The step that the run continues from; 0 if it begins."""
+        return int(self.checkpoint.name.removeprefix(PREFIX)) if self.checkpoint else 0
 
     def shared(self) -> RunDir:
         """The same for the other processes: they do not hold the lock."""
@@ -104,7 +111,7 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
 def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Writes what a run begins with: its resolved recipe, and a manifest of `facts` (versions, hashes, …)."""
     _replace(run.path / MANIFEST, {**facts, "recipe": dump(recipe), "finished": False})  # first: it marks the folder
-    (run.path / RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    _replace_text(run.path / RECIPE, recipe.to_yaml())
 
 
 def write_end(run: RunDir) -> None:
@@ -259,6 +266,11 @@ def _clear(path: Path) -> None:
 
 
 def _replace(file: Path, data: Mapping[str, Any]) -> None:
+    _replace_text(file, json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _replace_text(file: Path, text: str) -> None:
     staging = file.with_name(f".{file.name}.partial")
-    staging.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
+    staging.write_text(text, encoding="utf-8")
+    sync(staging)
     staging.replace(file)

@@ -87,7 +87,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise RunEnvironmentError(
-            str(folder), f"cannot be written ({first_line(cause)})", "free some space; finished checkpoints are intact"
+            str(folder), f"cannot be written ({first_line(cause)})", "see to the disk; finished checkpoints are intact"
         ) from None
 
 

@@ -30,6 +30,7 @@ from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sharding import set_precision, tied_tables_together
+from nesso_tune.training.space import Room
 from nesso_tune.training.tally import Tally
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
@@ -45,6 +46,7 @@ class Track:
     guard: Guard
     log: MetricsLog
     evaluate: Evaluate | None
+    room: Room
     keep: int
     in_shards: bool  # each process writes its own share of a checkpoint's tensors
     facts: dict[str, Any]  # what a checkpoint's manifest records of the run
@@ -162,6 +164,7 @@ class TrackedTrainer(_Base):
         began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process
         writer = ckpt.CheckpointWriter(Path(self.args.output_dir), self.state.global_step)
         if main:
+            track.room.check_save(self.state.global_step)
             writer.begin()
         self.accelerator.wait_for_everyone()
         rank, counts = self.accelerator.process_index, self._counters()
@@ -171,11 +174,17 @@ class TrackedTrainer(_Base):
         if main:
             self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
             writer.adopt(TRAINER_STATE_NAME)
-        noted = gather_object([writer.note()])
+        noted = gather_object([(writer.note(), track.tokens, track.supervised_tokens)])
         if main:
-            files = {name: facts for own in noted for name, facts in own.items()}
-            writer.finish({**track.facts, "step": self.state.global_step, "counters": counts}, files)
-            ckpt.prune(Path(self.args.output_dir), track.keep)
+            files = {name: facts for own, *_ in noted for name, facts in own.items()}
+            where = {
+                "step": self.state.global_step,
+                "epoch": track.order.epoch_at(self.state.global_step * track.plan.global_batch),
+                "tokens": sum(tokens for _, tokens, _ in noted),
+                "supervised_tokens": sum(supervised for *_, supervised in noted),
+            }
+            written = writer.finish({**track.facts, **where}, files)
+            ckpt.prune(Path(self.args.output_dir), track.keep, written)
         self.accelerator.wait_for_everyone()
         track.paused += time.monotonic() - began
 

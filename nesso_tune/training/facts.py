@@ -1,0 +1,91 @@
+"""What a run is made of and where it runs: recorded, and compared when it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nesso_tune.data.prepare import PreparedData
+from nesso_tune.errors import Problem, RecipeError
+from nesso_tune.model.weights import base_hash
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.recipes.schema import Recipe, dump
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
+# What a run is made of: it is not continued with another, whatever is allowed.
+MADE_OF = {
+    "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
+    "global_batch": "the global batch",
+}  # fmt: skip
+# Where it runs: it is continued elsewhere too, but rounds otherwise, so no longer to the bit.
+RUNS_ON = {
+    "world_size": "processes", "threads": "CPU threads", "device": "device", "python": "Python", "versions": "",
+    "nesso_tune": "nesso-tune",
+}  # fmt: skip
+
+
+def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
+    """What the manifests of a run and of its checkpoints record."""
+    base = base_hash(recipe.model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {
+        "nesso_tune": version("nesso-tune"),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "base": base,
+        "tokenizer": data.chat.fingerprint,
+        "data": data.report["fingerprint"],
+        "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
+        "recipe_hash": hashlib.sha256(json.dumps(dump(recipe), sort_keys=True).encode()).hexdigest()[:16],
+        "world_size": plan.processes,
+        "global_batch": plan.global_batch,
+        "threads": torch.get_num_threads(),
+        "device": gpu,
+        "command": sys.argv,
+    }
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What the manifest of a run or of a checkpoint notes."""
+    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
+
+
+def check_same_run(run: Path, noted: Mapping[str, Any], facts: Mapping[str, Any], finished: bool) -> None:
+    """Refuses other data, another tokenizer, base or global batch than a manifest notes.
+
+    A finished model does not depend on the global batch with which it would be continued.
+
+    Raises:
+        RecipeError: with each difference and both its values.
+    """
+    names = [name for name in MADE_OF if not (finished and name == "global_batch")]
+    changed = [name for name in names if noted.get(name) != facts[name]]
+    if changed:
+        raise RecipeError(
+            Problem(
+                str(run), f"{MADE_OF[name]} changed ({noted.get(name)} -> {facts[name]})",
+                "undo the change, or start anew with --overwrite or another output_dir",
+            )
+            for name in changed
+        )  # fmt: skip
+
+
+def other_environment(noted: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """{what: before and now} of where the run is continued, as far as it may round otherwise there."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name, called in RUNS_ON.items():
+        before, now = noted.get(name), facts[name]
+        pairs = {called: (before, now)}
+        if isinstance(now, Mapping):
+            old = before if isinstance(before, Mapping) else {}
+            pairs = {each: (old.get(each), now[each]) for each in now}
+        found |= {each: pair for each, pair in pairs.items() if pair[0] != pair[1]}
+    return found

@@ -1,0 +1,98 @@
+"""Room on the disk: what a run needs, whether it is there, and what is said when it is not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from nesso_tune.errors import RunEnvironmentError, is_full
+from nesso_tune.recipes.describe import size
+from nesso_tune.recipes.plan import Plan
+from nesso_tune.training.checkpoint import checkpoints, remove_staging
+
+REMEDY = "free some space, lower checkpoint.keep, or set another output_dir"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a run writes, and the disk that it writes to.
+
+    Attributes:
+        run: the run directory.
+        checkpoint: bytes of one checkpoint.
+        final: bytes of `final/`.
+    """
+
+    run: Path
+    checkpoint: int
+    final: int
+
+    def check_run(self, plan: Plan, begun: int, keep: int) -> None:
+        """Makes sure that all that is still to be written fits: checkpoints before they are pruned, and `final/`.
+
+        Args:
+            plan: says how many saves there are.
+            begun: the step that the run continues from.
+            keep: checkpoints that are kept.
+
+        Raises:
+            RunEnvironmentError: naming what is needed and what is free.
+        """
+        here, left = len(checkpoints(self.run)), saves_left(plan.steps, plan.save_every, begun)
+        most = max(min(here + left, keep + 1) - here, min(1, left))
+        at_end = max(min(here + left, keep) - here, 0)
+        need = max(most * self.checkpoint, at_end * self.checkpoint + self.final)
+        if need > (free := self.free()):
+            what = f"{most} more checkpoint(s) and final/ need {size(need)}, {size(free)} are free"
+            raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", REMEDY)
+
+    def check_save(self, step: int) -> None:
+        """Makes sure that one more checkpoint fits.
+
+        Raises:
+            RunEnvironmentError: naming what is needed, what is free, and from where the run goes on later.
+        """
+        if self.checkpoint > (free := self.free()):
+            what = f"checkpoint-{step} needs {size(self.checkpoint)}, {size(free)} are free"
+            raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Turns a write that failed for want of room, whoever made it, into an error that says how much is needed.
+
+        What the failed write left is removed first, so that the room it took is free again.
+
+        Raises:
+            RunEnvironmentError: instead of what was raised.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not is_full(error):
+                raise
+            remove_staging(self.run)
+            what = (
+                f"a checkpoint needs {size(self.checkpoint)}, final/ {size(self.final)}, {size(self.free())} are free"
+            )
+            raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy()) from error
+
+    def free(self) -> int:
+        """Bytes that may still be written; quotas do not show here, they show when a write fails."""
+        return shutil.disk_usage(self.run).free
+
+    def _remedy(self) -> str:
+        saved = checkpoints(self.run)
+        later = f"continues from {saved[0].name}" if saved else "starts again: nothing had been saved yet"
+        return f"free some space; the same command {later}"
+
+
+def saves_left(steps: int, every: int | None, begun: int) -> int:
+    """How many checkpoints a run still writes: at its interval, and at the end."""
+    if begun >= steps:
+        return 0
+    if every is None:
+        return 1
+    return steps // every - begun // every + (steps % every != 0)
