@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check quickstart ask clean
+.PHONY: test check quickstart ask audit constraints clean
 
-$(READY): pyproject.toml
+# The tested versions; where an index does not have them any more, the newest that pyproject.toml allows, which is said.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("nesso-tune needs Python 3.11 or newer: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --constraint constraints.txt || { \
+	  echo "constraints.txt cannot be met here: installing other versions, which were not tested" >&2; \
+	  $(BIN)/python -m pip install --quiet --editable '.[dev]'; }
 	touch $@
 
 test: $(READY)
@@ -33,6 +36,17 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Known faults of the versions that are installed; it asks a database on the network.
+audit: $(READY)
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+# Writes what is installed into constraints.txt: after `make clean test` with newer versions.
+constraints: $(READY)
+	sed -i '/^[^#]/d' constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
 
 clean:
 	rm -rf $(VENV) outputs

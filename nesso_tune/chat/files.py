@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from nesso_tune.chat.network import offline_if_unreachable
@@ -53,11 +54,27 @@ def check_at_hand(model: ModelSection) -> None:
             is a path then, most likely misspelt.
     """
     base = model.base
+    check_pinned(model)
     if not local_path(base).exists():
         if base.endswith("/final") or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
             return
         raise _no_such_folder(base, f"model.base {base}")
     check_complete(base_folder(base, model.revision), model)
+
+
+def check_pinned(model: ModelSection) -> None:
+    """Code from the hub runs only as it was read: of a commit, not of a name that may mean other code tomorrow.
+
+    Raises:
+        RecipeError: for `trust_remote_code` without a full commit.
+    """
+    here = local_path(model.base).exists() or not is_hub_id(model.base)
+    if model.trust_remote_code and not here and not re.fullmatch(r"[0-9a-f]{40}", model.revision or ""):
+        said = f"revision {model.revision} may mean other code tomorrow" if model.revision else "no revision is pinned"
+        raise RecipeError(
+            "model.trust_remote_code", f"would run code of {model.base}, and {said}",
+            "set model.revision to the full commit (40 hex digits) that you have read",
+        )  # fmt: skip
 
 
 def check_complete(folder: Path, model: ModelSection) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer
 
 from nesso_tune.chat.encoding import ChatEncoder, id_of
-from nesso_tune.chat.files import base_folder
+from nesso_tune.chat.files import base_folder, check_pinned
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.segments import TrainOnEos
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
@@ -94,6 +94,7 @@ class ChatTokenizer:
 
 def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
     """The base's tokenizer made ready for chat, by a recipe's sections. See `build_chat_tokenizer`."""
+    check_pinned(model)
     folder = base_folder(model.base, model.revision)
     where = f"model.base {model.base}"
     return build_chat_tokenizer(folder, chat, where, trust_remote_code=model.trust_remote_code)

@@ -63,9 +63,13 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         _note(code)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _one_of_several():
             _leave(code)
         raise
+
+
+def _one_of_several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
 def _leave(code: int) -> None:
@@ -90,7 +94,7 @@ def _main(arguments: list[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # a lost process is said by us, once and in a line
+    if _one_of_several():  # a lost process is said by us, once and in a line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -117,7 +121,8 @@ def _end(error: NessoError, debug: bool) -> None:
         traceback.print_exc()
     speaks = error.speaks
     if speaks is None:  # one message, not one a process; of what befalls a machine, one a machine
-        speaks = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0") == "0"
+        own = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
+        speaks = own == "0" or not own.isdecimal()
     if speaks:
         print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
-from nesso_tune.errors import Problem, RecipeError
+from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes import Recipe, load_recipe
 from nesso_tune.recipes.load import parse_overrides
 
@@ -15,6 +16,28 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.learning_rate=5e-4.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
+
+
+def processes() -> int:
+    """How many processes a launcher started: `WORLD_SIZE`.
+
+    Raises:
+        RunEnvironmentError: if it, or this one's number, is no number that fits.
+    """
+    wrong: list[Problem] = []
+    numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    remedy = "unset it, or start with `nesso-tune launch`, torchrun or `accelerate launch`"
+    for name, least in numbers.items():
+        said = os.environ.get(name, str(least))
+        if not said.isdecimal() or int(said) < least:
+            wrong.append(Problem(name, f"is {said!r}, no number of processes", remedy))
+        else:
+            numbers[name] = int(said)
+    if not wrong and numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        wrong.append(Problem("RANK", f"is {numbers['RANK']}, but WORLD_SIZE is {numbers['WORLD_SIZE']}", remedy))
+    if wrong:
+        raise RunEnvironmentError(wrong)
+    return numbers["WORLD_SIZE"]
 
 
 def load_all(names: list[str], settings: list[str]) -> list[Recipe]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders, is_of
-from nesso_tune.cli.options import SetOption, load_all
+from nesso_tune.cli.options import SetOption, load_all, processes
 from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.recipes.schema import Recipe
 
@@ -33,6 +33,7 @@ def train(
     ] = False,
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
+    number = processes()
     loaded = load_all(recipes, settings)
     check_folders(recipes, loaded)
     check_flags(loaded, resume, allow_changes)
@@ -40,7 +41,7 @@ def train(
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
     check_bases(loaded)
-    check_beforehand(loaded, int(os.environ.get("WORLD_SIZE", "1")))
+    check_beforehand(loaded, number)
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     from nesso_tune.run import train as run_one

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from nesso_tune.chat.files import base_folder, check_complete
+from nesso_tune.chat.files import base_folder, check_complete, check_pinned
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, first_line
 from nesso_tune.model.attention import choose_attention
@@ -29,6 +29,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
         RecipeError: if the attention kernel cannot run here.
     """
     where = f"model.base {section.base}"
+    check_pinned(section)
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
     check_complete(folder, section)
     config = _config(folder, section, where)

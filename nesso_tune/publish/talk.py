@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from nesso_tune.errors import ModelError, first_line
 
 Say = Callable[[str], None]
 UNBOUNDED = 1 << 30  # context of a model that states none
+TEMPLATE_S = 10.0  # in which a foreign chat template is rendered
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,38 @@ class Talker:
         if CHAT_KEY in self._tokenizer.init_kwargs:
             return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        ids = self._tokenizer.apply_chat_template(
-            turns, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+        return in_time(
+            lambda: list(
+                self._tokenizer.apply_chat_template(
+                    turns, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
+                )
+            ),
+            self._tokenizer.name_or_path,
         )
-        return list(ids)
+
+
+def in_time(render: Callable[[], list[int]], where: str, seconds: float = TEMPLATE_S) -> list[int]:
+    """What a foreign template gives: transformers renders it in a sandbox, which does not keep it from never ending.
+
+    Raises:
+        ModelError: if it fails or is not done in time; its thread then is left behind and ends with the process.
+    """
+    done: list[list[int]] = []
+    failed: list[Exception] = []
+
+    def attempt() -> None:
+        try:
+            done.append(render())
+        except Exception as error:  # templates raise whatever their authors wrote
+            failed.append(error)
+
+    thread = Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if done:
+        return done[0]
+    what = f"failed ({first_line(failed[0])})" if failed else f"did not finish within {seconds:g} s"
+    raise ModelError(where, f"its chat template {what}", "see chat_template.jinja, or use another model")
 
 
 class _Streamer(TextStreamer):
@@ -120,8 +150,10 @@ def load_talker(model: str) -> Talker:
     if not any(folder.glob("*.safetensors")):
         raise ModelError(where, "has no weights (*.safetensors)", "name the final/ folder of a finished run")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        weights = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        weights = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise ModelError(where, f"cannot be loaded ({first_line(error)})", "check the folder") from None
     if tokenizer.chat_template is None:

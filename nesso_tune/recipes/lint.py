@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from posixpath import normpath
 from typing import Any
+
+from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 Path = tuple[str | int, ...]
 Raw = Mapping[str, Any]
@@ -156,8 +159,23 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
         if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
             remedy = JOB_VARIABLES.get(name, "remove it")
             yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
+        elif names_a_secret(str(name)):
+            remedy = "export it where you call `launch`: jobs inherit that environment"
+            yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):
         yield Finding(("cluster", "python"), f"{python} is taken as it stands, nothing is expanded", "write the path")
+
+
+def _secrets(raw: Raw) -> Iterator[Finding]:
+    for path, kind in find_secrets(raw):
+        remedy = "remove it, revoke it if it was shared, and give it by an environment variable (HF_TOKEN and the like)"
+        yield Finding(path, f"looks like a secret {kind}: a recipe is recorded and shared", remedy)
+
+
+def _output(raw: Raw) -> Iterator[Finding]:
+    folder = _get(raw, "output_dir")
+    if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
+        yield Finding(("output_dir",), f"{folder} leads out of the working directory", "write the whole path if meant")
 
 
 def _dpo(raw: Raw) -> Iterator[Finding]:
@@ -212,5 +230,5 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _dpo, _sources,
+    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _secrets, _output, _dpo, _sources,
 )  # fmt: skip

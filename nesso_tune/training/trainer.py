@@ -234,6 +234,9 @@ class TrackedTrainer(_Base):
         track.tally.restore(counts["tally"])
         track.guard.restore(counts["usual"])
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none: bfloat16 needs no scaling, so a file of that name is not ours."""
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return

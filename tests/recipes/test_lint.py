@@ -58,6 +58,9 @@ FIRES = {
     "many jobs": ('cluster: {extra: ["--array=1-2"]}', "cluster.extra.0", "--array"),
     "a number of Slurm's own": ("cluster: {env: {SLURM_NNODES: '4'}}", "cluster.env.SLURM_NNODES", "by the job"),
     "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "nothing is expanded"),
+    "a token in a job": ("cluster: {env: {HF_TOKEN: x}}", "cluster.env.HF_TOKEN", "names a secret"),
+    "a token anywhere": (source("revision: hf_abcdefghijklmnopqrst"), "data.sources.1.revision", "looks like a secret"),
+    "a way out": ("output_dir: ../elsewhere", "output_dir", "leads out"),
     "threads said twice": ("cluster: {env: {OMP_NUM_THREADS: '4'}}", "cluster.env.OMP_NUM_THREADS", "by the job"),
     "in a validation source": (
         "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",
