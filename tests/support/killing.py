@@ -1,6 +1,7 @@
 """The command line that kills itself at one of its writes, once a checkpoint exists. For tests only.
 
-KILL_IN: the run directory. KILL_AT_WRITE: the number of the write. Counted are files and folders that are opened for
+KILL_IN: the run directory. KILL_AT_WRITE: the number of the write. KILL_RANK: of which of several processes, which then
+run under FSDP. Counted are files and folders that are opened for
 writing, made, renamed or removed there; files of tensors twice: before, and when half of one is on the disk.
 """
 
@@ -10,6 +11,9 @@ import sys
 from pathlib import Path
 
 from nesso_tune.training import checkpoint
+
+if "KILL_RANK" in os.environ:
+    import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
 
 RUN, LIMIT = os.environ["KILL_IN"], int(os.environ["KILL_AT_WRITE"])
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
@@ -41,8 +45,9 @@ def torn(tensors, file):
     count(half=Path(file))
 
 
-checkpoint.save_file = torn
-sys.addaudithook(hook)
+if os.environ.get("KILL_RANK", "0") == os.environ.get("RANK", "0"):
+    checkpoint.save_file = torn
+    sys.addaudithook(hook)
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

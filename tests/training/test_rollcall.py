@@ -88,7 +88,7 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
 def test_what_one_process_finds_is_said_once_by_it(path):
     done = several("train", path, module="tests.support.failing")
     assert done.returncode != 0
-    assert done.stderr.count("rng-1.json: the disk is full; free some space") == 1
+    assert done.stderr.count("the disk is full: a checkpoint needs") == 1
     assert "lost contact" not in done.stderr
 
 

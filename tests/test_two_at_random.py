@@ -1,0 +1,126 @@
+"""Two processes under FULL_SHARD, killed or asked to stop at random moments: no hang, and the same bits at the end.
+
+One of each here; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 pytest tests/test_two_at_random.py -s
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.runs import ROOT, metrics, recipe, several, steps, write_recipe
+from tests.test_kill import environment_of, last_step, when_at, workers
+
+KILLS, SIGNALS = (int(os.environ.get(f"NESSO_TUNE_{name}", "1")) for name in ("KILLS", "SIGNALS"))
+HANG_S = 120  # far beyond what saving and ending take
+WRITES = (40, 12)  # of either process, of two or three saves
+
+
+@pytest.fixture
+def run(tmp_path, talks):
+    """Starts the run in two processes (`go`), or with none to disturb it (`whole`)."""
+    return Runs(tmp_path, talks)
+
+
+class Runs:
+    """The same run, undisturbed and disturbed."""
+
+    def __init__(self, folder, talks):
+        tries = max(KILLS, SIGNALS)
+        self.steps = 30 + 12 * tries
+        batch = {"max_steps": self.steps, "micro_batch_size": 1, "global_batch_size": 2}
+        sections = {"train": batch, "checkpoint": {"every_steps": 5}, "evaluation": None}
+        sections["distributed"] = {"fsdp": "full_shard", "state_dict": "sharded"}
+        self.whole, self.path = folder / "whole", folder / "run"
+        self.recipes = {p: write_recipe(folder / f"{p.name}.yaml", recipe("sft", p, [talks], **sections))
+                        for p in (self.whole, self.path)}  # fmt: skip
+        self.exit_file = folder / "code"
+
+    def go(self, module="tests.support.fsdp_on_cpu", **variables):
+        """The disturbed run, in two processes below the one that is returned."""
+        self.exit_file.unlink(missing_ok=True)
+        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
+                    "--rdzv_endpoint=localhost:0", "-m", module]  # fmt: skip
+        fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NESSO_TUNE_EXIT_FILE": str(self.exit_file)}
+        return subprocess.Popen([sys.executable, *torchrun, "train", self.recipes[self.path]], cwd=ROOT,
+                                env={**os.environ, **fixed, **variables}, stderr=subprocess.DEVNULL)  # fmt: skip
+
+    def further(self, process, chance):
+        """Waits for a few more steps; returns the two processes, by rank."""
+        when_at(process, self.path, last_step(self.path) + chance.randint(6, 12), None)
+        found = {}
+        for pid in workers(process.pid):
+            for line in environment_of(pid):
+                if line.startswith(b"RANK="):
+                    found[int(line[5:])] = pid
+        return [found[0], found[1]]
+
+    def same_to_the_bit(self):
+        """Ends both runs and compares them."""
+        for path in (self.path, self.whole):
+            done = several("train", self.recipes[path])
+            assert done.returncode == 0, done.stderr[-3000:]
+        a, b = (load_file(path / "final" / "model.safetensors") for path in (self.whole, self.path))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        for key in ("loss", "learning_rate", "grad_norm", "tokens"):
+            assert steps(self.path, key) == steps(self.whole, key), key
+
+
+def test_killed_at_random(run):
+    chance = random.Random(2)
+    for i in range(KILLS):
+        where = ("rank 0", "rank 1", "a write", "all")[i % 4]
+        if where == "a write" and list(run.path.glob("checkpoint-*")):
+            rank = chance.randint(0, 1)
+            write = chance.randint(1, WRITES[rank])
+            where = f"rank {rank}, write {write}"
+            process = run.go("tests.support.killing", KILL_IN=str(run.path), KILL_AT_WRITE=str(write),
+                             KILL_RANK=str(rank))  # fmt: skip
+        else:
+            process = run.go()
+            pids = run.further(process, chance)
+            time.sleep(chance.random() * 0.05)
+            for pid in pids if where == "all" else [pids[int(where[-1])]]:
+                os.kill(pid, signal.SIGKILL)
+        assert process.wait(HANG_S) != 0
+        print(f"two processes: killed {where}; {sorted(p.name for p in run.path.glob('checkpoint-*'))}", flush=True)
+        assert list(run.path.glob("checkpoint-*"))
+    run.same_to_the_bit()
+    assert sum(line.get("event") == "resumed" for line in metrics(run.path)) == KILLS
+
+
+def test_asked_to_stop_at_any_skew(run):
+    """To one of two processes, or to both with up to 500 ms between: 75, saved where it was, and nobody waits."""
+    chance = random.Random(3)
+    for i in range(SIGNALS):
+        process = run.go()
+        pids = run.further(process, chance)
+        first = chance.randint(0, 1)
+        skew = None if i % 4 == 3 else chance.random() * 0.5
+        os.kill(pids[first], signal.SIGTERM)
+        if skew is not None:
+            threading.Timer(skew, kill_if_there, (pids[1 - first],)).start()
+        began = time.monotonic()
+        process.wait(HANG_S)
+        took = time.monotonic() - began
+        print(f"two processes: SIGTERM to {first}, then {skew and round(skew * 1000)} ms: {took:.1f} s", flush=True)
+        assert run.exit_file.read_text() == "75"
+        assert not (run.path / "final").exists()
+        last = metrics(run.path)[-1]
+        assert last["event"] == "preempted"
+        assert (run.path / f"checkpoint-{last['step']}").is_dir()
+    run.same_to_the_bit()
+    assert sum(line.get("event") == "resumed" for line in metrics(run.path)) == SIGNALS
+
+
+def kill_if_there(pid):
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
