@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nesso_tune.errors import NumericalError, RunEnvironmentError
+from nesso_tune.training.checkpoint import sync
 from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs
 
@@ -61,7 +64,8 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
     staging = run / f".{FILE}.partial"
-    save_file(tensors, staging, metadata={"fingerprint": fingerprint})
+    save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
+    sync(staging)
     staging.replace(run / FILE)
 
 
@@ -76,11 +80,21 @@ def load_reference(run: Path, fingerprint: str) -> Reference:
         with safe_open(run / FILE, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:
                 raise RunEnvironmentError(str(run / FILE), "belongs to other data or another base", remedy)
-            pairs, values = file.get_tensor("pairs").tolist(), file.get_tensor("log_probs").tolist()
+            tensors = {name: file.get_tensor(name) for name in ("pairs", "log_probs")}
+            if (file.metadata() or {}).get("sha256") != _hash_of(tensors):
+                raise RunEnvironmentError(str(run / FILE), "is damaged", remedy)
     except OSError:
         raise RunEnvironmentError(str(run / FILE), "is missing", remedy) from None
     except Exception as error:
         if isinstance(error, RunEnvironmentError):
             raise
         raise RunEnvironmentError(str(run / FILE), "is damaged", remedy) from None
+    pairs, values = (tensors[name].tolist() for name in ("pairs", "log_probs"))
     return {pair: (better, worse) for pair, (better, worse) in zip(pairs, values, strict=True)}
+
+
+def _hash_of(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

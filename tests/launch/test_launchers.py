@@ -20,9 +20,10 @@ def ways(processes, path):
     found = {
         "launch": [*PYTHON, "nesso_tune", "launch", path, "--gpus-per-node", str(processes)],
         "accelerate": [*ACCELERATE, *several, "--num_processes", str(processes), "-m", "nesso_tune", "train", path],
-        "torchrun": [*TORCHRUN, f"--nproc_per_node={processes}", "-m", "nesso_tune", "train", path],
     }
-    return found | ({"train": [*PYTHON, "nesso_tune", "train", path]} if processes == 1 else {})
+    if processes == 1:
+        return found | {"train": [*PYTHON, "nesso_tune", "train", path]}
+    return found | {"torchrun": [*TORCHRUN, f"--nproc_per_node={processes}", "-m", "nesso_tune", "train", path]}
 
 
 def run(command):

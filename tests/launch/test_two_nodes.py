@@ -124,7 +124,7 @@ def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
 
 
 def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, talks):
-    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, steps=300, timeout_s=10))
+    path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, steps=150, timeout_s=10))
     parts = [start(path, 0), start(path, 1)]
     when_at(parts[0], tmp_path / "run", 5, None)
     ip("-n", NODES[0], "link", "set", "cablea", "down")

@@ -2,19 +2,24 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.run import train
+from nesso_tune.training import checkpoint
 from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_manifest
 from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sft import ConversationTrainer
-from tests.support.runs import metrics, recipe, steps
+from tests.support.runs import main_here, metrics, recipe, several, steps, write_recipe
 
 FILES = ["counters-0.json", MANIFEST, "model.safetensors", "optimizer.safetensors", "rng-0.json", "trainer_state.json"]
+
+
+DAMAGES = ["deleted", "truncated", "one bit flipped"]
 
 
 class Stopped(Exception):
@@ -48,7 +53,12 @@ def test_a_checkpoint_holds_what_it_says(tmp_path, talks):
     assert (newest.name, older.name) == ("checkpoint-4", "checkpoint-2")
     assert sorted(path.name for path in newest.iterdir()) == sorted(FILES)
     manifest = read_manifest(newest)
-    assert manifest["step"] == 4
+    assert (manifest["step"], manifest["world_size"], manifest["threads"]) == (4, 1, 1)
+    last = [line for line in metrics(tmp_path / "run") if "tokens" in line][-1]
+    for name in ("tokens", "supervised_tokens"):
+        assert manifest[name] == last[name]
+    assert manifest["epoch"] == pytest.approx(last["epoch"], abs=1e-4)
+    assert {"base", "data", "tokenizer", "recipe_hash"} <= set(manifest)
     weights, final = load_file(newest / "model.safetensors"), load_file(result.model_dir / "model.safetensors")
     assert set(weights) == set(final), "canonical names, tied weights once"
     optimizer = load_file(newest / "optimizer.safetensors")
@@ -57,24 +67,63 @@ def test_a_checkpoint_holds_what_it_says(tmp_path, talks):
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "one bit flipped"])
-def test_damage_to_any_file_is_seen(tmp_path_factory, name, damage, one_run):
-    import shutil
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_leads_to_the_checkpoint_before_and_the_same_bits(tmp_path, one_run, name, damage, capsys):
+    """From the command line: the one before is used and named, and the model is that of an undamaged run."""
+    rows = one_run.parent / "rows.jsonl"
+    run = tmp_path / "run"
+    shutil.copytree(one_run, run)
+    shutil.rmtree(run / "final")
+    manifest = json.loads((run / MANIFEST).read_text())
+    manifest["recipe"]["output_dir"] = str(run)
+    (run / MANIFEST).write_text(json.dumps(manifest))
+    damaged(run / "checkpoint-4" / name, damage)
+    path = write_recipe(tmp_path / "r.yaml", recipe("sft", run, [rows], evaluation=None))
+    code, _, said = main_here(capsys, "train", path)
+    assert code == 0, said
+    assert "checkpoint-4: " in said
+    assert "set aside as damaged-checkpoint-4" in said
+    assert "it continues from checkpoint-2" in said
+    a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one_run, run))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
-    copy = tmp_path_factory.mktemp("copy") / "checkpoint-4"
-    shutil.copytree(one_run / "checkpoint-4", copy)
-    read_manifest(copy)
-    file = copy / name
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The checkpoint of two processes, each of which wrote its share."""
+    folder = tmp_path_factory.mktemp("shards")
+    rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    some = recipe("sft", folder / "run", [folder / "rows.jsonl"], evaluation=None, train={"micro_batch_size": 1},
+                  distributed={"fsdp": "full_shard", "state_dict": "sharded"})  # fmt: skip
+    done = several("train", write_recipe(folder / "r.yaml", some), NESSO_TUNE_CACHE=str(folder / "cache"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run" / "checkpoint-4"
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_to_any_file_of_several_processes_is_seen(tmp_path, shards, damage):
+    names = sorted(path.name for path in shards.iterdir())
+    assert len([name for name in names if name.startswith("shard-")]) >= 2
+    assert {"rng-0.json", "rng-1.json", "counters-0.json", "counters-1.json"} <= set(names)
+    for name in names:
+        copy = tmp_path / name / "checkpoint-4"
+        shutil.copytree(shards, copy)
+        read_manifest(copy)
+        damaged(copy / name, damage)
+        with pytest.raises(ValueError, match=r"missing|damaged|altered"):
+            read_manifest(copy)
+
+
+def damaged(file, how):
     content = file.read_bytes()
-    if damage == "deleted":
+    if how == "deleted":
         file.unlink()
-    elif damage == "truncated":
+    elif how == "truncated":
         file.write_bytes(content[:-7])
     else:
         middle = len(content) // 2
         file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    with pytest.raises(ValueError, match=r"missing|damaged|altered"):
-        read_manifest(copy)
 
 
 @pytest.fixture(scope="module")
@@ -203,3 +252,75 @@ def test_random_states_survive_a_file():
     drawn = [random.random(), np.random.rand(), float(torch.rand(1))]
     set_random_states(states)
     assert [random.random(), np.random.rand(), float(torch.rand(1))] == drawn
+
+
+def test_elsewhere_it_goes_on_and_says_so(tmp_path, talks, stop_at):
+    """Another number of threads and another version of a library: accepted, said, and recorded with both values."""
+    some = recipe("sft", tmp_path / "run", [talks])
+    interrupted(some, stop_at, 4)
+    folder = tmp_path / "run" / "checkpoint-2"
+    body = {key: value for key, value in read_manifest(folder).items() if key != "self"}
+    body |= {"threads": 7, "versions": {**body["versions"], "torch": "2.11.0"}}
+    (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint._hash_of(body)}))
+    said = []
+    assert train(some, say=said.append).trained
+    (note,) = [text for text in said if "may round otherwise" in text]
+    assert "CPU threads 7 -> 1" in note
+    assert f"torch 2.11.0 -> {torch.__version__}" in note
+    resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
+    assert resumed["environment"] == {"CPU threads": [7, 1], "torch": ["2.11.0", torch.__version__]}
+
+
+def test_where_nothing_changed_nothing_is_said(tmp_path, talks, stop_at):
+    some = recipe("sft", tmp_path / "run", [talks])
+    interrupted(some, stop_at, 4)
+    said = []
+    train(some, say=said.append)
+    assert said == ["an unfinished run: it continues from checkpoint-2"]
+
+
+def test_pruning_never_removes_what_was_written_last(tmp_path):
+    for step in (2, 4, 900):  # the last one of another run, copied here
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    checkpoint.prune(tmp_path, 1, tmp_path / "checkpoint-4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-900"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_reference_that_was_altered_is_refused(tmp_path, pairs, damage):
+    from nesso_tune.training.reference import FILE, load_reference, save_reference
+
+    scores = {i: (-1.5 * i, -2.5 * i) for i in range(200)}
+    save_reference(tmp_path, scores, "x")
+    assert load_reference(tmp_path, "x") == scores
+    damaged(tmp_path / FILE, damage)
+    with pytest.raises(RunEnvironmentError, match=r"is missing|is damaged"):
+        load_reference(tmp_path, "x")
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("model.safetensors", "the base model's weights changed"),
+        ("tokenizer.json", "the tokenizer or template changed"),
+    ],
+)
+def test_another_base_or_tokenizer_is_refused(tmp_path, talks, whole_base, stop_at, what, says):
+    base = tmp_path / "base"
+    shutil.copytree(whole_base, base)
+    some = recipe("sft", tmp_path / "run", [talks], model={"base": str(base), "random_init": False})
+    interrupted(some, stop_at, 4)
+    if what == "model.safetensors":
+        weights = load_file(base / what)
+        weights["model.norm.weight"][0] += 1
+        save_file(weights, base / what, metadata={"format": "pt"})
+    else:
+        content = json.loads((base / what).read_text())
+        content["model"]["vocab"] = {
+            {"zz": "qq"}.get(token, token): i for token, i in content["model"]["vocab"].items()
+        }
+        content["added_tokens"] = content["added_tokens"][:-1]
+        (base / what).write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match=says):
+        train(some)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
