@@ -194,13 +194,13 @@ class TrackedTrainer(_Base):
             state.save_shards(writer.staging, wrapped, optimizer)
             writer.adopt(state.shards_of(self.accelerator.process_index))
             return
+        moments = state.moments_of(wrapped, optimizer)  # first: the larger file is hashed while the other is written
+        if self.accelerator.is_main_process:
+            writer.tensors(ckpt.MOMENTS, moments)
+        del moments  # never both in memory
         weights = state.weights_of(wrapped)
         if self.accelerator.is_main_process:
             writer.tensors(ckpt.WEIGHTS, weights)
-        del weights  # never both in memory
-        moments = state.moments_of(wrapped, optimizer)
-        if self.accelerator.is_main_process:
-            writer.tensors(ckpt.MOMENTS, moments)
 
     def _counters(self) -> dict[str, Any]:
         track = self.track

@@ -7,7 +7,7 @@ Both sides are measured in one process, in turn; what is printed are ratios of m
 - step: seconds of an optimizer step with everything that this package adds before and after the update (the look at
   loss and gradient norm, the question whether to stop), against the same trainer with these left out.
 - save: seconds of `_save_checkpoint` (staging, safetensors, fsync, SHA-256, manifest, rename), against a plain writer
-  of the same state: `torch.save` of weights and optimizer, flush, fsync.
+  of the same state: `torch.save` of weights and optimizer, flush, fsync, the oldest removed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -36,7 +37,8 @@ from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.space import Room
 from tests.support.runs import BASE, recipe
 
-BLOCK = 10  # steps that are measured on one side before the other has its turn
+KEEP = 3  # checkpoints, on both sides
+BLOCK = 1  # steps that are measured on one side before the other has its turn
 
 
 def base_of(folder: Path, layers: int, hidden: int) -> Path:
@@ -68,7 +70,7 @@ class InTurn(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         """Called by the trainer, after the others."""
-        if state.global_step > 2 * BLOCK:
+        if state.global_step > 20:
             self.times[self.whole].append(time.perf_counter() - self._began)
 
     def restore(self) -> None:
@@ -76,14 +78,16 @@ class InTurn(TrainerCallback):
         Guard.lets_pass, Guard.note, StopWhenAsked.on_step_end = self._look, self._note, self._ask  # type: ignore[method-assign]
 
 
-def plain(trainer, folder: Path) -> None:  # type: ignore[no-untyped-def]
-    """Weights and optimizer, as a trainer without a promise writes them, but safe on the disk."""
+def plain(trainer, folder: Path, number: int) -> None:  # type: ignore[no-untyped-def]
+    """Weights and optimizer, as a trainer without a promise writes them, but safe on the disk; it keeps as many."""
+    folder /= f"plain-{number}"
     folder.mkdir()
     for name, state in (("model.pt", trainer.model.state_dict()), ("optimizer.pt", trainer.optimizer.state_dict())):
         with (folder / name).open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
+    shutil.rmtree(folder.with_name(f"plain-{number - KEEP}"), ignore_errors=True)
 
 
 def seconds(what) -> float:  # type: ignore[no-untyped-def]
@@ -112,7 +116,7 @@ def main() -> None:
         some = recipe("sft", folder / "run", [folder / "rows.jsonl"], model={"base": str(base)},
                       data={"sequence_len": 256, "validation_size": 0}, evaluation=None, logging={"every_steps": 10},
                       train={"max_steps": said.steps, "micro_batch_size": 2},
-                      checkpoint={"every_steps": said.steps})  # fmt: skip
+                      checkpoint={"every_steps": said.steps, "keep": KEEP})  # fmt: skip
         data = prepare_data(some)
         plan = make_plan(some, World(), data.volume)
         model = load_model(some.model, data.chat, some.seed)
@@ -125,10 +129,11 @@ def main() -> None:
         with_it, without = (statistics.median(turn.times[side]) for side in (True, False))
         print(f"step: {with_it * 1000:.2f} ms with, {without * 1000:.2f} ms without: {with_it / without:.4f}")
         ours, theirs = [], []
-        for i in range(said.saves):
+        for i in range(KEEP + 1 + said.saves):
             trainer.state.global_step += 1
             ours.append(seconds(lambda: trainer._save_checkpoint(trainer.model, None)))
-            theirs.append(seconds(lambda: plain(trainer, folder / f"plain-{i}")))  # noqa: B023 - called at once
+            theirs.append(seconds(lambda: plain(trainer, folder, i)))  # noqa: B023 - called at once
+        ours, theirs = ours[KEEP + 1 :], theirs[KEEP + 1 :]  # from then on each takes the room that it gave back
         a, b = statistics.median(ours), statistics.median(theirs)
         print(f"save: {a:.2f} s ours, {b:.2f} s plain: {a / b:.3f}   ({sorted(round(x, 2) for x in ours)},"
               f" {sorted(round(x, 2) for x in theirs)})")  # fmt: skip
