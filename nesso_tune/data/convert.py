@@ -147,9 +147,19 @@ def _message(entry: Any, fmt: DataFormat) -> Message:
         raise Unusable("tool_call_not_by_assistant")
     column = find(entry, fmt.content_field)
     silent = bool(calls) and (column is None or entry[column] is None)  # a turn that only calls
-    content = "" if silent else _text(_column(entry, fmt.content_field))
+    content = "" if silent else _content(_column(entry, fmt.content_field))
     name = entry.get("name")
     return Message(role, content, calls, name if isinstance(name, str) else None, train)
+
+
+def _content(value: Any) -> str:
+    """A message's text: as it is, or as parts `[{"type": "text", "text": …}]`, which follow each other."""
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
+        return _text(value)
+    kinds = [str(part.get("type", "text")) for part in value]
+    if foreign := next((kind for kind in kinds if kind != "text"), None):
+        raise Unusable("content_part_not_text", foreign)
+    return "".join(_text(part.get("text")) for part in value)
 
 
 def _is_call(entry: Mapping[str, Any], fmt: DataFormat) -> bool:

@@ -48,6 +48,10 @@ USABLE = {
         ALPACA, {"instruction": "a", "input": "i", "output": "b"}, [("user", "a\n\ni"), ("assistant", "b")],
     ),
     "alpaca without input": (ALPACA, {"prompt": "a", "input": None, "response": "b"}, TURNS),
+    "text in parts": (
+        MESSAGES, {"messages": said([{"type": "text", "text": "a"}], [{"text": "b"}, {"type": "text", "text": ""}])},
+        TURNS,
+    ),
     "text is kept exactly": (MESSAGES, {"messages": said(" a\n", "\tb ")}, [("user", " a\n"), ("assistant", "\tb ")]),
 }  # fmt: skip
 
@@ -112,7 +116,9 @@ UNUSABLE = {
     "content null": ({"messages": said("a", None)}, "missing_field"),
     "content number": ({"messages": said("a", 3)}, "content_not_text"),
     "content object": ({"messages": said("a", {"text": "b"})}, "content_not_text"),
-    "content parts": ({"messages": said([{"type": "text", "text": "a"}], "b")}, "content_not_text"),
+    "an image": ({"messages": said([{"type": "image_url", "image_url": {}}], "b")}, "content_part_not_text"),
+    "a part without text": ({"messages": said([{"type": "text", "content": "a"}], "b")}, "content_not_text"),
+    "texts in a list": ({"messages": said(["a"], "b")}, "content_not_text"),
     "lone surrogate": ({"messages": said("a", "\ud800")}, "invalid_unicode"),
     "user alone": ({"messages": said("a")}, "no_assistant_turn"),
     "empty answer": ({"messages": said("a", " \n")}, "empty_answer"),
