@@ -137,7 +137,9 @@ def _train(
     _choose_threads(model.num_parameters())
     facts = run_facts(recipe, data, plan)
     run = _compared(run, facts, say)
-    room = Room(run.path, plan.checkpoint_bytes or 12 * model.num_parameters(), final_bytes(model, recipe.model.dtype))
+    whole = final_bytes(model, "float32")
+    saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
+    room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
     with room.told():
         if is_first():
             room.check_run(plan, run.step, recipe.checkpoint.keep)

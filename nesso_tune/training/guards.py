@@ -57,8 +57,9 @@ class Guard:
         losses = torch.stack(self._losses)
         self._losses = []
         wrong = ~torch.isfinite(losses)
-        loss, count = trainer.sum_over_processes(torch.stack([losses.sum(), wrong.sum().double()])).tolist()
-        loss /= trainer.accelerator.num_processes
+        own = torch.stack([losses.sum(), losses.new_tensor(norm), wrong.sum().double()])
+        loss, norm, count = trainer.sum_over_processes(own).tolist()  # the norm too: all must decide alike
+        loss, norm = (value / trainer.accelerator.num_processes for value in (loss, norm))
         step = trainer.state.global_step + 1
         if count or not math.isfinite(norm):
             raise self._not_finite(trainer, step, wrong.tolist(), {"loss": loss, "grad_norm": norm}, bool(count))

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
@@ -55,6 +56,9 @@ def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
 
 def moments_of(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
     """The optimizer's moments and step counts, gathered on the CPU of the main process, or each process's shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after an evaluation weights may still be whole, and the optimizer knows their shards
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
     state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})  # the first process has it
     return {
