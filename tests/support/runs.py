@@ -6,11 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from nesso_tune.cli.main import main
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.model.weights import load_model
 from nesso_tune.recipes.schema import RECIPES
 
+# Cases whose parts other cases have too; by hand: NESSO_TUNE_ALL=1 make test
+thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="by hand: NESSO_TUNE_ALL=1")
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "recipes" / "quickstart" / "base"
 
