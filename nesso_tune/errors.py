@@ -88,7 +88,7 @@ class Preempted(NessoError):
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 # How libraries that do not raise OSError say the same: safetensors and tokenizers in Rust, torch in a traceback.
-SAID_FULL = ("No space left on device", "Disk quota exceeded", *(f"os error {number}" for number in FULL))
+SAID_FULL = ("No space left on device", "Disk quota exceeded", *(f"os error {number})" for number in FULL))
 
 
 def is_full(error: BaseException | None) -> bool:
@@ -111,4 +111,6 @@ def of_os(error: OSError) -> RunEnvironmentError:
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
         return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path")
+    if error.errno in (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY):
+        return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path, or set another one")
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")

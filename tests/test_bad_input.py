@@ -84,7 +84,7 @@ RECIPES = {
     "a score without a column": (swaps("{path: ", "{min_score: 0.5, path: "), "needs score_field"),
     "a DPO section in SFT": (adds("dpo: {beta: 0.1}\n"), "dpo"),
     "a share above one": (swaps("sequence_len: 128", "validation_size: 1.5"), "validation_size"),
-    "a token": (swaps("random_init: true", "random_init: true, revision: hf_abcdefghijklmnopqrst"), "a secret"),
+    "a token": (swaps("random_init: true", "random_init: true, revision: hf_abcdefghijklmnopqrst0"), "a secret"),
     "a way out": (lambda text: re.sub("output_dir: .*", "output_dir: ../../x", text), "leads out"),
     "a spike of another kind": (swaps("max_steps: 2", "on_spike: ignore"), "on_spike"),
     "a template that is not there": (adds("chat: {template: chatmll}\n"), "did you mean `chatml`?"),

@@ -23,7 +23,7 @@ CANARIES = {
     "HF_TOKEN": "hf_canaryCANARYcanaryCANARY0001",
     "WANDB_API_KEY": "0123456789abcdefcafe0123456789abcdefcafe",
     "AWS_SECRET_ACCESS_KEY": "canary/of/the/cloud/0002",
-    "OPENAI_API_KEY": "sk-canary-canary-canary-0003",
+    "OPENAI_API_KEY": "sk-proj-canaryCANARYcanary0003",
 }
 
 

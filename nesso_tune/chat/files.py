@@ -105,7 +105,7 @@ def check_complete(folder: Path, model: ModelSection) -> None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a model folder has weights in the one format that is read."""
-    return any(folder.glob("*.safetensors"))
+    return any(file.is_file() for file in folder.glob("*.safetensors"))
 
 
 def unknown_base(base: str) -> str | None:

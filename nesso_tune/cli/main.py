@@ -27,6 +27,7 @@ from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
 from nesso_tune.launch.slurm import EXIT_FILE
+from nesso_tune.recipes.secrets import masked
 
 app = typer.Typer(
     name="nesso-tune",
@@ -124,5 +125,5 @@ def _end(error: NessoError, debug: bool) -> None:
         own = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
         speaks = own == "0" or not own.isdecimal()
     if speaks:
-        print(error, file=sys.stderr)
+        print(masked(str(error)), file=sys.stderr)
     sys.exit(error.exit_code)

@@ -25,10 +25,10 @@ def processes() -> int:
         RunEnvironmentError: if it, or this one's number, is no number that fits.
     """
     wrong: list[Problem] = []
-    numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+    numbers = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
     remedy = "unset it, or start with `nesso-tune launch`, torchrun or `accelerate launch`"
     for name, least in numbers.items():
-        said = os.environ.get(name, str(least))
+        said = os.environ.get(name) or str(least)
         if not said.isdecimal() or int(said) < least:
             wrong.append(Problem(name, f"is {said!r}, no number of processes", remedy))
         else:

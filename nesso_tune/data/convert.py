@@ -154,7 +154,7 @@ def _message(entry: Any, fmt: DataFormat) -> Message:
 
 def _content(value: Any) -> str:
     """A message's text: as it is, or as parts `[{"type": "text", "text": …}]`, which follow each other."""
-    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
+    if not isinstance(value, list) or not value or not all(isinstance(part, Mapping) for part in value):
         return _text(value)
     kinds = [str(part.get("type", "text")) for part in value]
     if foreign := next((kind for kind in kinds if kind != "text"), None):

@@ -62,7 +62,7 @@ def _made(folder: Path, section: ModelSection, where: str, config: Any, kernel: 
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
-    except ValueError as error:
+    except Exception as error:  # whatever the architecture's code says of numbers that do not fit
         if "does not support" in str(error):
             raise _NoSuchKernel from None
         raise ModelError(where, f"cannot be made ({first_line(error)})", "use another base") from None
@@ -81,7 +81,7 @@ def base_hash(section: ModelSection) -> str:
 def _config(folder: Path, section: ModelSection, where: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and its data classes raise many kinds for a strange one
         raise ModelError(where, f"its config.json cannot be used ({first_line(error)})", "fetch it again") from None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import torch
@@ -85,38 +85,43 @@ class Talker:
         if CHAT_KEY in self._tokenizer.init_kwargs:
             return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        return in_time(
-            lambda: list(
-                self._tokenizer.apply_chat_template(
-                    turns, tools=list(tools) or None, add_generation_prompt=True, return_dict=False
-                )
+        text = in_time(
+            lambda: self._tokenizer.apply_chat_template(
+                turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
             ),
             self._tokenizer.name_or_path,
         )
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def in_time(render: Callable[[], list[int]], where: str, seconds: float = TEMPLATE_S) -> list[int]:
-    """What a foreign template gives: transformers renders it in a sandbox, which does not keep it from never ending.
+def in_time(render: Callable[[], Any], where: str, seconds: float = TEMPLATE_S) -> Any:
+    """What a foreign template gives. Its sandbox does not keep it from never ending: it has a process and a time.
 
     Raises:
-        ModelError: if it fails or is not done in time; its thread then is left behind and ends with the process.
+        ModelError: if it fails or is not done in time.
     """
-    done: list[list[int]] = []
-    failed: list[Exception] = []
+    context = get_context("fork")  # the tokenizer is there already, and nothing of it is changed
+    mine, its = context.Pipe(duplex=False)
+    child = context.Process(target=_attempt, args=(render, its), daemon=True)
+    child.start()
+    its.close()
+    try:
+        done, said = mine.recv() if mine.poll(seconds) else (False, f"did not finish within {seconds:g} s")
+    except EOFError:
+        done, said = False, "ended its process"
+    finally:
+        child.kill()
+        child.join()
+    if not done:
+        raise ModelError(where, f"its chat template {said}", "see chat_template.jinja, or use another model")
+    return said
 
-    def attempt() -> None:
-        try:
-            done.append(render())
-        except Exception as error:  # templates raise whatever their authors wrote
-            failed.append(error)
 
-    thread = Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if done:
-        return done[0]
-    what = f"failed ({first_line(failed[0])})" if failed else f"did not finish within {seconds:g} s"
-    raise ModelError(where, f"its chat template {what}", "see chat_template.jinja, or use another model")
+def _attempt(render: Callable[[], Any], pipe: Any) -> None:
+    try:
+        pipe.send((True, render()))
+    except Exception as error:  # templates raise whatever their authors wrote
+        pipe.send((False, f"failed ({first_line(error)})"))
 
 
 class _Streamer(TextStreamer):

@@ -60,12 +60,16 @@ def complaints(error: ValidationError, document: Document, model: type[BaseModel
 def lint_problems(document: Document) -> list[tuple[Path, Problem]]:
     """Inert and contradictory knobs of a document."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
-    return [(f.path, Problem(document.where(f.path), f"`{_dotted(f.path)}` {f.what}", f.remedy)) for f in findings]
+    return [(f.path, Problem(document.where(f.path), f"{_called(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
 def _line(document: Document, path: Path) -> int:
     where = document.where(path).rsplit(":", 1)[-1]
     return int(where) if where.isdigit() else 0
+
+
+def _called(path: Path) -> str:
+    return f"`{_dotted(path)}`" if path else "a key"
 
 
 def _dotted(path: Path) -> str:

@@ -136,7 +136,8 @@ def _model(raw: Raw) -> Iterator[Finding]:
             yield Finding(
                 ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
             )
-        if _get(raw, "model", "revision") is not None:
+        runs_code = _get(raw, "model", "trust_remote_code") is True
+        if _get(raw, "model", "revision") is not None and not runs_code:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
 
 
@@ -174,6 +175,8 @@ def _secrets(raw: Raw) -> Iterator[Finding]:
 
 def _output(raw: Raw) -> Iterator[Finding]:
     folder = _get(raw, "output_dir")
+    if isinstance(folder, str) and "\0" in folder:
+        yield Finding(("output_dir",), "holds a NUL character", "correct it")
     if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
         yield Finding(("output_dir",), f"{folder} leads out of the working directory", "write the whole path if meant")
 

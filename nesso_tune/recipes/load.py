@@ -16,6 +16,7 @@ from nesso_tune.recipes.document import OVERRIDE, Document, KeyPath, parse_docum
 from nesso_tune.recipes.lint import EXCLUSIVE
 from nesso_tune.recipes.names import FOREIGN, closest
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
+from nesso_tune.recipes.secrets import masked
 from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
 
 
@@ -81,7 +82,8 @@ def validate(document: Document) -> Recipe:
     except ValidationError as error:
         problems += complaints(error, document, model)
     if problems or document.problems:
-        raise RecipeError(_in_order([*document.problems, *problems]))
+        mistakes = _in_order([*document.problems, *problems])
+        raise RecipeError(Problem(masked(one.where), masked(one.what), masked(one.remedy)) for one in mistakes)
     return recipe
 
 

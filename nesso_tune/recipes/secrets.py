@@ -10,8 +10,8 @@ Path = tuple[str | int, ...]
 
 # Tokens that say by their form whose they are.
 KINDS = {
-    "of the Hugging Face hub": r"\bhf_[A-Za-z0-9]{16,}",
-    "of an API": r"\bsk-[A-Za-z0-9_-]{16,}",
+    "of the Hugging Face hub": r"\bhf_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}",  # not `hf_some_words`
+    "of an API": r"(?<![\w/-])sk-(?:[a-z0-9]+-){0,2}(?=\w*[A-Z0-9])\w{16,}",  # not `sk-some-words`
     "of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
     "of AWS": r"\bAKIA[0-9A-Z]{16}\b",
     "of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
@@ -25,6 +25,13 @@ WORDS = frozenset({"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRA
 def kind_of(text: str) -> str | None:
     """Whose secret a text holds, or None."""
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, text)), None)
+
+
+def masked(text: str) -> str:
+    """A text without the secrets in it."""
+    for pattern in KINDS.values():
+        text = re.sub(pattern, "…", text)
+    return text
 
 
 def names_a_secret(variable: str) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +25,8 @@ from nesso_tune.errors import RunEnvironmentError
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
+BEFORE = ".before.partial"  # ends the name of what is being replaced
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
 
 
@@ -104,8 +106,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
                 raise ValueError(f"{name} is missing")
             if file.stat().st_size != noted["size"] or _sha256(file) != noted["sha256"]:
                 raise ValueError(f"{name} is damaged")
-    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError):
-        raise ValueError("manifest.json is missing or damaged") from None
+    except (*GONE, KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError("manifest.json is missing or damaged") from None  # what only cannot be read now is no damage
     return dict(manifest)
 
 
@@ -121,8 +123,14 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [path for path in run.glob(f"{PREFIX}*") if path.is_dir() and path.name.removeprefix(PREFIX).isdigit()]
+    found = [path for path in run.glob(f"{PREFIX}*") if path.is_dir() and is_step(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)), reverse=True)
+
+
+def is_step(name: str) -> bool:
+    """Whether a name is that of a checkpoint: `checkpoint-` and a whole number."""
+    number = name.removeprefix(PREFIX)
+    return name.startswith(PREFIX) and number.isascii() and number.isdecimal()
 
 
 def prune(run: Path, keep: int, written: Path) -> None:
@@ -162,21 +170,29 @@ def _sha256(path: Path) -> str:
 def put_in_place(staging: Path, folder: Path) -> None:
     """Renames a folder whose files are on the disk to its name, for good; one that stood there goes."""
     sync(staging)
-    before = folder.with_name(f".{folder.name}.before.partial")
-    if folder.exists():
-        shutil.rmtree(before, ignore_errors=True)
+    before = folder.with_name(f".{folder.name}{BEFORE}")
+    if os.path.lexists(folder):
+        remove(before)
         folder.rename(before)
     staging.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(before, ignore_errors=True)
+    remove(before)
 
 
 def discard(folder: Path) -> None:
     """Removes a folder: it loses its name first, so that none is ever seen half removed."""
     going = folder.with_name(f".{folder.name}.going.partial")
-    shutil.rmtree(going, ignore_errors=True)
+    remove(going)
     folder.rename(going)
-    shutil.rmtree(going, ignore_errors=True)
+    remove(going)
+
+
+def remove(path: Path) -> None:
+    """Removes a folder, a file or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -189,7 +205,10 @@ def sync(path: Path) -> None:
 
 
 def remove_staging(run: Path) -> None:
-    """Removes what interrupted saves left behind."""
-    leftovers: Iterable[Path] = run.glob(".*.partial")
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    """Removes what interrupted saves left behind; a folder that was just being replaced gets its name back."""
+    for before in run.glob(f".*{BEFORE}"):
+        name = before.name.removeprefix(".").removesuffix(BEFORE)
+        if not os.path.lexists(run / name):
+            before.rename(run / name)
+    for path in run.glob(".*.partial"):
+        remove(path)

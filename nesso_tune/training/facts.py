@@ -49,7 +49,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
         "global_batch": plan.global_batch,
         "threads": torch.get_num_threads(),
         "device": gpu,
-        "command": sys.argv,
+        "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
     }
 
 

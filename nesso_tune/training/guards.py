@@ -74,7 +74,7 @@ class Guard:
         """Takes back what `state` gave."""
         for name, values in self._usual.items():
             values.clear()
-            values.extend(state[name])
+            values.extend(state.get(name, ()))
 
     def _leaps(self, now: dict[str, float]) -> dict[str, tuple[float, float]]:
         """{name: value and limit} of what leaps; remembers the values, so that what stays becomes the usual."""

@@ -7,6 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.training.checkpoint import sync
+
 
 class MetricsLog:
     """Appends lines to a file; only the main process writes."""
@@ -27,19 +29,22 @@ class MetricsLog:
             return
         kept = [line for line in read_metrics(self.path) if line.get("step", 0) <= step]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-        staging = self.path.with_suffix(".partial")
+        staging = self.path.with_name(f".{self.path.name}.partial")
         staging.write_text(text, encoding="utf-8")
+        sync(staging)
         staging.replace(self.path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file."""
+    """All whole lines of a metrics file; what is none, such as a line that a killed process did not finish, is left."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().split(b"\n"):  # and at no other line break: answers may hold them
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            continue  # a line that a killed process did not finish
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+            lines.append(line)
     return lines
 
 

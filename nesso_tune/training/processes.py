@@ -32,12 +32,12 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Connection ref
 
 def world_size() -> int:
     """Processes that the launcher started, known before they come together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("WORLD_SIZE") or "1")
 
 
 def is_first() -> bool:
     """Whether this is the process that writes; known before they come together."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("RANK") or "0") == 0
 
 
 def world() -> World:
@@ -50,7 +50,7 @@ def world() -> World:
 
 def idle_gpus() -> int:
     """GPUs of this machine that no process of the run has."""
-    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
 
 
 _roll: RollCall | None = None  # of this process, for as long as it lives

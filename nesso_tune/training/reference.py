@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nesso_tune.errors import NumericalError, RunEnvironmentError
-from nesso_tune.training.checkpoint import sync
+from nesso_tune.training.checkpoint import as_environment_error, sync
 from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs
 
@@ -64,7 +64,8 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
     staging = run / f".{FILE}.partial"
-    save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
+    with as_environment_error(staging):
+        save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
     sync(staging)
     staging.replace(run / FILE)
 

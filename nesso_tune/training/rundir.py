@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,16 @@ from filelock import FileLock, Timeout
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
-from nesso_tune.training.checkpoint import MANIFEST, PREFIX, checkpoints, read_manifest, remove_staging, sync
+from nesso_tune.training.checkpoint import (
+    MANIFEST,
+    PREFIX,
+    checkpoints,
+    is_step,
+    read_manifest,
+    remove,
+    remove_staging,
+    sync,
+)
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html")
@@ -65,9 +75,9 @@ class RunDir:
     def close(self) -> None:
         """Lets others in; a folder in which nothing came about is removed again."""
         if self.lock is not None:
-            self.lock.release()
             if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
                 shutil.rmtree(self.path, ignore_errors=True)
+            self.lock.release()
 
 
 def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, allowed: tuple[str, ...] = ()) -> RunDir:
@@ -84,6 +94,7 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
         RecipeError: if the folder holds a run of another recipe.
     """
     path = Path(recipe.output_dir)
+    _check_path(path)
     if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
         raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
     manifest = _manifest(path, overwrite)
@@ -106,6 +117,16 @@ def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, a
     except BaseException:
         lock.release()
         raise
+
+
+def _check_path(path: Path) -> None:
+    """Raises RunEnvironmentError for a path that leads nowhere."""
+    try:
+        path.resolve()
+    except (OSError, RuntimeError):  # links that lead to each other
+        raise RunEnvironmentError(str(path), "is a link that leads nowhere", "set another output_dir") from None
+    if path.is_symlink() and not path.exists():
+        raise RunEnvironmentError(str(path), "is a link to what is not there", "make it, or set another output_dir")
 
 
 def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
@@ -146,7 +167,7 @@ def _continue(
             Problem(str(path), f"its run has {key}: {_said(old)}, the recipe now says {_said(new)}", _remedy(key))
             for key, (old, new) in refused.items()
         )
-    finished = manifest.get("finished") and manifest.get("final") == _sizes(path / FINAL)
+    finished = manifest.get("finished") and _is_whole(manifest, path)
     if finished and changed:
         raise RecipeError(
             str(path), f"its run is finished: a change of {', '.join(changed)} would do nothing",
@@ -161,21 +182,33 @@ def _continue(
         for later in checkpoints(path)[: checkpoints(path).index(path / chosen.name)]:
             _set_aside(later, "later")  # or it would win the next time
         return RunDir(path, chosen, changed=changed, lock=lock)
-    notes = ["its final/ is missing or damaged: made again"] if manifest.get("finished") else []
-    damaged = False
+    newest, damaged = _newest_whole(path)
+    if newest is None and (damaged or any(path.glob(f"damaged-{PREFIX}*"))):
+        said = "; ".join(f"{candidate.name}: {why}" for candidate, why in damaged) or "all were set aside before"
+        raise RunEnvironmentError(  # nothing is set aside now: the next time it is the same
+            str(path), f"no checkpoint is usable ({said})", "start anew with --overwrite"
+        )
+    notes = [f"{c.name}: {why}; set aside as {_set_aside(c, 'damaged').name}" for c, why in damaged]
+    if newest is None:
+        notes.append("an unfinished run without a checkpoint: it starts from the beginning")
+    if manifest.get("finished"):
+        notes.insert(0, "its final/ is missing or damaged: made again")
+        if os.path.lexists(path / FINAL):
+            notes[0] += f"; what stands there is kept as {_set_aside(path / FINAL, 'damaged').name}"
+    return RunDir(path, newest, notes=tuple(notes), changed=changed, lock=lock)
+
+
+def _newest_whole(path: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint that can be used, and the later ones that cannot, each with why."""
+    damaged: list[tuple[Path, str]] = []
     for candidate in checkpoints(path):
         try:
             read_manifest(candidate)
         except ValueError as why:
-            damaged = True
-            notes.append(f"{candidate.name}: {why}; set aside as {_set_aside(candidate, 'damaged').name}")
+            damaged.append((candidate, str(why)))
         else:
-            return RunDir(path, candidate, notes=tuple(notes), changed=changed, lock=lock)
-    if damaged:
-        raise RunEnvironmentError(
-            str(path), f"no checkpoint is usable ({'; '.join(notes)})", "start anew with --overwrite"
-        )
-    return RunDir(path, notes=("an unfinished run without a checkpoint: it starts from the beginning",), lock=lock)
+            return candidate, damaged
+    return None, damaged
 
 
 def _check_chosen(checkpoint: Path, run: Path, manifest: Mapping[str, Any] | None, overwrite: bool) -> None:
@@ -184,7 +217,7 @@ def _check_chosen(checkpoint: Path, run: Path, manifest: Mapping[str, Any] | Non
         raise RecipeError("--overwrite", f"would remove {checkpoint}, which --resume names", "remove one of the two")
     if manifest is None or checkpoint.resolve() not in [known.resolve() for known in checkpoints(run)]:
         raise RunEnvironmentError(str(checkpoint), f"is no checkpoint of a run in {run}", "name one of this run")
-    if manifest.get("finished") and manifest.get("final") == _sizes(run / FINAL):
+    if manifest.get("finished") and _is_whole(manifest, run):
         raise RunEnvironmentError(
             str(run),
             f"its run is finished: {checkpoint} would not be continued",
@@ -211,10 +244,18 @@ def _remedy(key: str) -> str:
     return f"undo it, set another output_dir, --overwrite, or accept it with --allow-changes {key}"
 
 
-def _set_aside(checkpoint: Path, why: str) -> Path:
-    aside = checkpoint.with_name(f"{why}-{checkpoint.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    return checkpoint.rename(aside)
+def _set_aside(folder: Path, why: str) -> Path:
+    aside = folder.with_name(f"{why}-{folder.name}")
+    remove(aside)
+    return folder.rename(aside)
+
+
+def _is_whole(manifest: Mapping[str, Any], run: Path) -> bool:
+    """Whether a finished run's `final/` has all its files; an edited card and files that were added are fine."""
+    noted, there = manifest.get("final"), _sizes(run / FINAL)
+    if not isinstance(noted, Mapping) or there is None:
+        return False
+    return all(there.get(name) == size or (name == "README.md" and name in there) for name, size in noted.items())
 
 
 def _sizes(folder: Path) -> dict[str, int] | None:
@@ -236,7 +277,7 @@ def _manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
         return None
     except NotADirectoryError:
         raise RunEnvironmentError(str(path), "cannot be a folder", "set another output_dir") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         manifest = {"nesso_tune": "damaged"}
     if not isinstance(manifest, dict) or "nesso_tune" not in manifest:
         return None
@@ -257,12 +298,12 @@ def _locked(path: Path) -> FileLock:
 
 
 def _clear(path: Path) -> None:
-    """Removes an earlier run, and nothing that is not of a run."""
-    for name in OURS:
-        target = path / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
-    for folder in [p for kind in ("", "damaged-", "later-") for p in path.glob(f"{kind}{PREFIX}*")]:
-        shutil.rmtree(folder)
+    """Removes an earlier run, and nothing that is not of a run; last what marks the folder as one."""
+    kinds = ("", "damaged-", "later-")
+    saved = [p for kind in kinds for p in path.glob(f"{kind}{PREFIX}*") if is_step(p.name.removeprefix(kind))]
+    for target in [*saved, path / f"damaged-{FINAL}", *(path / name for name in OURS if name != MANIFEST)]:
+        remove(target)
+    remove(path / MANIFEST)
 
 
 def _replace(file: Path, data: Mapping[str, Any]) -> None:

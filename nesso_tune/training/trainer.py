@@ -232,7 +232,7 @@ class TrackedTrainer(_Base):
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
         track.seconds = counts["seconds"]
         track.tally.restore(counts["tally"])
-        track.guard.restore(counts["usual"])
+        track.guard.restore(counts.get("usual", {}))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: bfloat16 needs no scaling, so a file of that name is not ours."""
@@ -263,4 +263,4 @@ def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
     tallies = torch.tensor([counts["tally"] for counts in each], dtype=torch.float64).sum(dim=0)
     tally = tallies if rank == 0 else torch.zeros_like(tallies)
     seconds = max(counts["seconds"] for counts in each)
-    return {**whole, "seconds": seconds, "tally": tally.tolist(), "usual": each[0]["usual"]}  # all know the same
+    return {**whole, "seconds": seconds, "tally": tally.tolist(), "usual": each[0].get("usual", {})}

@@ -59,7 +59,7 @@ FIRES = {
     "a number of Slurm's own": ("cluster: {env: {SLURM_NNODES: '4'}}", "cluster.env.SLURM_NNODES", "by the job"),
     "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "nothing is expanded"),
     "a token in a job": ("cluster: {env: {HF_TOKEN: x}}", "cluster.env.HF_TOKEN", "names a secret"),
-    "a token anywhere": (source("revision: hf_abcdefghijklmnopqrst"), "data.sources.1.revision", "looks like a secret"),
+    "a token anywhere": (source("split: hf_abcdefghijklmnopqrst0"), "data.sources.1.split", "looks like a secret"),
     "a way out": ("output_dir: ../elsewhere", "output_dir", "leads out"),
     "threads said twice": ("cluster: {env: {OMP_NUM_THREADS: '4'}}", "cluster.env.OMP_NUM_THREADS", "by the job"),
     "in a validation source": (

@@ -1,5 +1,6 @@
 """The run directory: foreign folders stay untouched, two runs exclude each other, a finished run says so."""
 
+import errno
 import json
 import shutil
 
@@ -8,6 +9,8 @@ import pytest
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.run import train
+from nesso_tune.training import checkpoint, rundir
+from nesso_tune.training.metrics import MetricsLog, read_metrics
 from nesso_tune.training.rundir import differences, open_run, write_end, write_start
 from tests.support.runs import recipe
 
@@ -177,3 +180,129 @@ def test_a_named_checkpoint_is_used_or_refused_never_passed_over(tmp_path, talks
     open_run(some, resume=named).close()
     with pytest.raises(RunEnvironmentError, match="later-checkpoint-4: is no checkpoint of a run"):
         open_run(some, resume=str(tmp_path / "run" / "later-checkpoint-4"))
+
+
+def stopped(tmp_path, talks):
+    """A run of four steps whose `final/` and last checkpoint are gone."""
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    train(some)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    return some, tmp_path / "run"
+
+
+def test_no_usable_checkpoint_is_refused_each_time_and_nothing_is_changed(tmp_path, talks):
+    some, run = stopped(tmp_path, talks)
+    (run / "checkpoint-2" / "rng-0.json").write_text("x")
+    before = (run / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(
+            RunEnvironmentError, match=r"no checkpoint is usable \(checkpoint-2: rng-0\.json is damaged"
+        ):
+            train(some)
+    assert (run / "checkpoint-2").is_dir()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "checkpoint-2").rename(run / "damaged-checkpoint-2")
+    with pytest.raises(RunEnvironmentError, match="no checkpoint is usable"):
+        train(some)
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, talks, monkeypatch):
+    some, run = stopped(tmp_path, talks)
+
+    def unreadable(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", unreadable)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(some)
+    monkeypatch.undo()
+    monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+    assert (run / "checkpoint-2").is_dir()
+    assert train(some).trained
+
+
+def test_a_finished_model_with_files_added_and_an_edited_card_is_left_alone(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    final = train(some).model_dir
+    (final / "README.md").write_text("ours")
+    (final / "model-q4.gguf").write_text("weights")
+    assert train(some).trained is False
+    assert ((final / "README.md").read_text(), (final / "model-q4.gguf").read_text()) == ("ours", "weights")
+
+
+def test_a_damaged_final_is_kept_beside_and_made_again_with_a_word(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    final = train(some).model_dir
+    (final / "config.json").unlink()
+    said = []
+    assert train(some, say=said.append).trained
+    assert "what stands there is kept as damaged-final" in said[0]
+    assert (tmp_path / "run" / "damaged-final" / "model.safetensors").is_file()
+    (final / "config.json").unlink()
+    for saved in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(saved)
+    said = []
+    assert train(some, say=said.append).trained
+    assert "made again" in said[0]
+    assert "starts from the beginning" in said[1]
+
+
+def test_overwrite_that_was_stopped_can_be_repeated(tmp_path, talks, monkeypatch):
+    """Whatever it is stopped at, the folder is still that of a run."""
+    some, run = stopped(tmp_path, talks)
+    (run / "checkpoint-7").symlink_to(tmp_path / "nowhere")
+    (run / "checkpoint-9").write_text("a file")
+    (run / "checkpoint-mine").mkdir()
+    removed, original = [], rundir.remove
+
+    def stop(path):
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+        removed.append(path)
+        original(path)
+
+    monkeypatch.setattr(rundir, "remove", stop)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(some, overwrite=True)
+    monkeypatch.undo()
+    open_run(some, overwrite=True).close()
+    assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["checkpoint-mine"]
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoint-2"])
+def test_a_folder_that_was_being_replaced_gets_its_name_back(tmp_path, talks, name):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    train(some)
+    run = tmp_path / "run"
+    (run / name).rename(run / f".{name}.before.partial")
+    (run / f".{name}.partial").mkdir()
+    assert train(some).trained is False
+    assert (run / name).is_dir()
+    assert not list(run.glob(".*.partial"))
+
+
+def test_paths_that_lead_nowhere(tmp_path, talks):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to(tmp_path / "absent")
+    for name in ("a/run", "c"):
+        with pytest.raises(RunEnvironmentError, match="is a link"):
+            open_run(recipe("sft", tmp_path / name, [talks]))
+
+
+def test_strange_lines_in_the_metrics_are_passed_over_and_odd_line_breaks_kept(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", True)
+    log.write({"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "x"}\n\xff\xfe\n{"step": 2')
+    log.cut_back(1)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"}
+    ]
+
+
+def test_only_whole_numbers_name_checkpoints(tmp_path):
+    for name in ("checkpoint-²", "checkpoint-x", "checkpoint-", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-10"]
