@@ -5,6 +5,7 @@ from ruamel.yaml import YAML
 
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.lint import RULES, lint
+from nesso_tune.recipes.secrets import kind_of, masked
 from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
 
 from .texts import SFT, read
@@ -119,3 +120,22 @@ def test_every_rule_has_a_case():
 
 def test_a_finding_stops_a_recipe():
     assert read(SFT + "train: {schedule: {type: constant}}\n").train.schedule.type == "constant"
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["data/sk-parallel-corpus-v2.jsonl", "org/en-sk-translation-corpus", "meta/sk-llama-3b-instruct-v1",
+     "runs/hf_conversazioniitaliane", "a94a8fe5ccb19ba61c4c0873d391e987982fbbd3", "sk-some-long-words-of-a-name"],
+)  # fmt: skip
+def test_names_that_are_no_secrets(said):
+    assert kind_of(said) is None
+
+
+@pytest.mark.parametrize("said", ["hf_" + "aB3" * 11, "sk-proj-" + "aB3" * 12, "sk-" + "aB3" * 16, "ghp_" + "aB3" * 12])
+def test_a_secret_is_seen_and_masked(said):
+    assert kind_of(f"x {said}") is not None
+    assert said not in masked(f"x {said} y")
+
+
+def test_code_of_the_hub_may_be_pinned_without_its_weights():
+    assert not lint({"model": {"random_init": True, "trust_remote_code": True, "revision": "a1" * 20}})
