@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.support.runs import ROOT, recipe, steps, write_recipe
+from tests.support.runs import ROOT, recipe, steps, thorough, write_recipe
 
 PYTHON = [sys.executable, "-m"]
 ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--num_machines", "1", "--mixed_precision", "no",
@@ -31,7 +31,7 @@ def run(command):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=thorough), 2])
 def test_every_way_to_start_gives_the_same_losses(tmp_path, talks, processes):
     batch = {"max_steps": 3, "micro_batch_size": 1, "global_batch_size": 4}
     losses = {}

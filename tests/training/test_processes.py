@@ -41,7 +41,13 @@ CASES = {
 }
 
 
-BY_HAND = ("sft, adapter", "dpo, on four", "dpo, DDP", "sft, untied")  # each part of them is in another case too
+BY_HAND = (
+    "sft, DDP",
+    "sft, adapter",
+    "dpo, on four",
+    "dpo, DDP",
+    "sft, untied",
+)  # each part of them is in another case too
 
 
 @pytest.mark.parametrize(
