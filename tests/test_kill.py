@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nesso_tune.run import train
 from nesso_tune.training.checkpoint import WEIGHTS
-from tests.support.runs import ROOT, command, metrics, recipe, write_recipe
+from tests.support.runs import ROOT, command, metrics, recipe, thorough, write_recipe
 
 
 def start(*paths):
@@ -125,7 +125,8 @@ def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks,
 
 
 @pytest.mark.parametrize(
-    ("number", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGHUP, False)],
+    ("number", "to_all"),
+    [(signal.SIGTERM, False), (signal.SIGINT, True), pytest.param(signal.SIGHUP, False, marks=thorough)],
     ids=["TERM to the launcher", "Ctrl-C, which all get", "HUP to the launcher"],
 )  # fmt: skip
 def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all):

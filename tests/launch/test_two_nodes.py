@@ -11,7 +11,7 @@ import pytest
 
 from nesso_tune.launch.command import Machines, Meeting, accelerate_words, train_words
 from nesso_tune.run import train
-from tests.support.runs import ROOT, recipe, steps, write_recipe
+from tests.support.runs import ROOT, recipe, steps, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
 NODES = (f"nessoa{os.getpid()}", f"nessob{os.getpid()}")  # other runs of these tests have nodes of their own
@@ -109,6 +109,7 @@ def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks, module
     assert steps(tmp_path / "two") == pytest.approx(steps(one.output_dir), abs=1e-5)
 
 
+@thorough
 def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks))
     parts = [start(path, 0), start(path, 1)]
