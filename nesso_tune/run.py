@@ -19,7 +19,8 @@ from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
-from nesso_tune.training.facts import check_same_run, other_environment, read_facts, run_facts
+from nesso_tune.training.checkpoint import MANIFEST, read_data
+from nesso_tune.training.facts import check_same_run, other_environment, run_facts
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
@@ -122,7 +123,7 @@ def _opening(run: RunDir, recipe: Recipe) -> list[str]:
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
-    check_same_run(run.path, read_facts(run.path), run_facts(recipe, data, plan), finished=True)
+    check_same_run(run.path, read_data(run.path, MANIFEST), run_facts(recipe, data, plan), finished=True)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
@@ -164,7 +165,7 @@ def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) ->
     """The run, compared with what its checkpoint notes: refused, or continued in another environment, which is said."""
     if run.checkpoint is None:
         return run
-    noted = read_facts(run.checkpoint)
+    noted = read_data(run.checkpoint, MANIFEST)
     check_same_run(run.path, noted, facts, finished=False)
     environment = other_environment(noted, facts)
     if environment:

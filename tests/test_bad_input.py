@@ -13,7 +13,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from nesso_tune.run import train
-from tests.support.runs import BASE, command, main_here, recipe, write_recipe
+from tests.support.runs import BASE, command, main_here, recipe, sums, write_recipe
 
 MESSAGE = re.compile(r"^.+: .+; .+$", re.DOTALL)
 
@@ -250,11 +250,9 @@ def test_environments(tmp_path, talks, capsys, monkeypatch, variables, sections,
 def stopped_run(tmp_path_factory):
     """A run that ended at step 4 as if it had been killed after step 4's checkpoint, before `final/`."""
     folder = tmp_path_factory.mktemp("stopped")
-    rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
-        train(recipe("sft", folder / "run", [folder / "rows.jsonl"], evaluation=None))
+        train(recipe("sft", folder / "run", [sums(folder)], evaluation=None))
     return folder
 
 

@@ -111,9 +111,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def read_data(checkpoint: Path, name: str) -> Any:
-    """A file of plain data of a checkpoint."""
-    return json.loads((checkpoint / name).read_text(encoding="utf-8"))
+def read_data(folder: Path, name: str) -> Any:
+    """A file of plain data of a checkpoint or a run."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import sys
 from collections.abc import Mapping
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from nesso_tune.data.cache import key_of
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.model.weights import base_hash
@@ -44,18 +43,13 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
         "tokenizer": data.chat.fingerprint,
         "data": data.report["fingerprint"],
         "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
-        "recipe_hash": hashlib.sha256(json.dumps(dump(recipe), sort_keys=True).encode()).hexdigest()[:16],
+        "recipe_hash": key_of(dump(recipe)),
         "world_size": plan.processes,
         "global_batch": plan.global_batch,
         "threads": torch.get_num_threads(),
         "device": gpu,
         "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
     }
-
-
-def read_facts(folder: Path) -> dict[str, Any]:
-    """What the manifest of a run or of a checkpoint notes."""
-    return dict(json.loads((folder / "manifest.json").read_text(encoding="utf-8")))
 
 
 def check_same_run(run: Path, noted: Mapping[str, Any], facts: Mapping[str, Any], finished: bool) -> None:

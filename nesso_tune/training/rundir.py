@@ -20,6 +20,7 @@ from nesso_tune.training.checkpoint import (
     PREFIX,
     checkpoints,
     is_step,
+    read_data,
     read_manifest,
     remove,
     remove_staging,
@@ -137,7 +138,7 @@ def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
 def write_end(run: RunDir) -> None:
     """Marks the run finished, with the sizes of the files in `final/`."""
-    manifest = json.loads((run.path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_data(run.path, MANIFEST)
     _replace(run.path / MANIFEST, {**manifest, "finished": True, "final": _sizes(run.final)})
 
 

@@ -22,7 +22,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import default_collate  # noqa: F401 - loads torch's data part before the clock runs
 from transformers import TrainerCallback
 
 from nesso_tune.data.prepare import prepare_data

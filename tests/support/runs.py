@@ -36,6 +36,13 @@ def recipe(method, output_dir, sources, **sections):
     return RECIPES[method].model_validate(raw)
 
 
+def sums(folder):
+    """Twelve short rows as a file: for fixtures that are made once for several tests."""
+    rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "rows.jsonl"
+
+
 def loaded(some):
     """Prepared data and model of a recipe."""
     data = prepare_data(some)

@@ -14,7 +14,7 @@ from nesso_tune.training import checkpoint
 from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_manifest
 from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sft import ConversationTrainer
-from tests.support.runs import main_here, metrics, recipe, several, steps, write_recipe
+from tests.support.runs import main_here, metrics, recipe, several, steps, sums, write_recipe
 
 FILES = ["counters-0.json", MANIFEST, "model.safetensors", "optimizer.safetensors", "rng-0.json", "trainer_state.json"]
 
@@ -92,9 +92,7 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before_and_the_same_bits(tmp
 def shards(tmp_path_factory):
     """The checkpoint of two processes, each of which wrote its share."""
     folder = tmp_path_factory.mktemp("shards")
-    rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    some = recipe("sft", folder / "run", [folder / "rows.jsonl"], evaluation=None, train={"micro_batch_size": 1},
+    some = recipe("sft", folder / "run", [sums(folder)], evaluation=None, train={"micro_batch_size": 1},
                   distributed={"fsdp": "full_shard", "state_dict": "sharded"})  # fmt: skip
     done = several("train", write_recipe(folder / "r.yaml", some), NESSO_TUNE_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
@@ -130,11 +128,9 @@ def damaged(file, how):
 def one_run(tmp_path_factory):
     """One finished run that tests only read."""
     folder = tmp_path_factory.mktemp("one")
-    rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
-        train(recipe("sft", folder / "run", [folder / "rows.jsonl"], evaluation=None))
+        train(recipe("sft", folder / "run", [sums(folder)], evaluation=None))
     return folder / "run"
 
 
