@@ -12,6 +12,7 @@ from nesso_tune.errors import RunEnvironmentError, is_full
 from nesso_tune.recipes.describe import size
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training.checkpoint import checkpoints, remove_staging
+from nesso_tune.training.processes import is_first
 
 REMEDY = "free some space, lower checkpoint.keep, or set another output_dir"
 
@@ -63,7 +64,7 @@ class Room:
     def told(self) -> Iterator[None]:
         """Turns a write that failed for want of room, whoever made it, into an error that says how much is needed.
 
-        What the failed write left is removed first, so that the room it took is free again.
+        What the first process's failed write left is removed, so that the room it took is free again.
 
         Raises:
             RunEnvironmentError: instead of what was raised.
@@ -73,10 +74,10 @@ class Room:
         except Exception as error:
             if not is_full(error):
                 raise
-            remove_staging(self.run)
-            what = (
-                f"a checkpoint needs {size(self.checkpoint)}, final/ {size(self.final)}, {size(self.free())} are free"
-            )
+            if is_first():  # the others may still be writing there
+                remove_staging(self.run)
+            need = f"a checkpoint needs {size(self.checkpoint)}, final/ {size(self.final)}"
+            what = f"{need}, {size(self.free())} are free"
             raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy()) from error
 
     def free(self) -> int:
