@@ -67,3 +67,34 @@ class PreferencePair:
     def turns(self) -> tuple[Message, ...]:
         """All messages: the prompt's, and both answers."""
         return (*self.prompt, self.chosen, self.rejected)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A plain text without turns, learned whole."""
+
+    text: str
+    language: str = UNKNOWN_LANGUAGE
+    source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """The text, as if the assistant said it."""
+        return (Message("assistant", self.text),)
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Token ids that someone else made, with labels: the id where it is learned, -100 elsewhere; unshifted."""
+
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    language: str = UNKNOWN_LANGUAGE
+    source: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def turns(self) -> tuple[Message, ...]:
+        """None: there is no text."""
+        return ()

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat.tokenizer import CHAT_KEY
-from nesso_tune.data.convert import AUTO
 from nesso_tune.data.detect import NEARLY_ALL, Detected
 from nesso_tune.data.volume import CHARACTERS
 from nesso_tune.errors import ModelError
+from nesso_tune.recipes.data import AUTO
 from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS

@@ -24,8 +24,9 @@ from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.hub import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.model.standin import FALLBACK, build_standin, shrunk
+from nesso_tune.recipes.data import Source
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
-from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
+from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.recipes.shape import find_config, unsupported
 from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path, shipped
 

@@ -109,6 +109,11 @@ class ChatEncoder:
         written = (whole(c, self._template, self._default_system) for c in conversations)
         return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in written])
 
+    def texts(self, texts: Sequence[str], learn_end: bool = True) -> list[Encoded]:
+        """Each plain text (format completion), all of it learned, and the end token after it."""
+        start = [Segment(BOS, "control")] if self._template.bos else []
+        return self._encode([[*start, *answer_segments(text, self._template, True, learn_end)] for text in texts])
+
     def pairs(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
         """Each pair as prompt (up to the assistant's header), chosen and rejected answer (with end token)."""
         prompts = [self._prompt_segments(pair.prompt, pair.language, pair.tools) for pair in pairs]
@@ -130,26 +135,32 @@ class ChatEncoder:
         return prompt_segments(whole(conversation, self._template, self._default_system), self._template)
 
     def _encode(self, documents: list[list[Segment]]) -> list[Encoded]:
-        contents = [segment.text for document in documents for segment in document if segment.kind == "content"]
-        encodings = iter(self._tokenizer.encode_batch_fast(contents, add_special_tokens=False))
+        """Every document's ids and masks. A text that occurs again and again, like a system message, is read once."""
+        texts = list(dict.fromkeys(s.text for document in documents for s in document if s.kind == "content"))
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        contents = {text: self._plain(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)}
         out = []
         for document in documents:
-            encoded = Encoded()
-            for segment in document:
-                if segment.kind == "content":
-                    ids = next(encodings).ids
-                    if not self._special.isdisjoint(ids):
-                        ids = self._apart(segment.text)
-                elif segment.kind == "control":
-                    ids = [self._control[segment.text]]
+            ids: list[int] = []
+            trained: list[bool] = []
+            turn_ends: list[int] = []
+            for text, kind, learned, ends_turn in document:
+                if kind == "content":
+                    piece = contents[text]
+                elif kind == "control":
+                    piece = [self._control[text]]
                 else:
-                    ids = self._fixed_ids(segment.text)
-                encoded.ids += ids
-                encoded.trained += [segment.trained] * len(ids)
-                if segment.ends_turn:
-                    encoded.turn_ends.append(len(encoded.ids))
-            out.append(encoded)
+                    piece = self._fixed_ids(text)
+                ids += piece
+                trained += [learned] * len(piece)
+                if ends_turn:
+                    turn_ends.append(len(ids))
+            out.append(Encoded(ids, trained, turn_ends))
         return out
+
+    def _plain(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text of the data, none of which is a special token."""
+        return ids if self._special.isdisjoint(ids) else self._apart(text)
 
     def _apart(self, text: str) -> list[int]:
         """Ids of a text that spells special tokens which the vocabulary has as words too: cut so that none can form."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, pieces_of
 from nesso_tune.chat.tools import body_of, with_tools
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 
@@ -14,8 +15,7 @@ TrainOnEos = Literal["turn", "all", "last", "none"]
 BOS = "bos_token"  # stands for whatever the tokenizer calls its BOS
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """A piece of a rendered conversation.
 
     Attributes:
@@ -74,7 +74,7 @@ def answer_segments(content: str, template: ChatTemplate, trained: bool, learn_e
     """The content of a turn and its end."""
     text = [Segment(content, "content", trained)] if content else []
     end = _template_segments(template, template.end, learn_end)
-    return [*text, *end[:-1], replace(end[-1], ends_turn=True)]
+    return [*text, *end[:-1], end[-1]._replace(ends_turn=True)]
 
 
 def prompt_segments(conversation: Conversation, template: ChatTemplate) -> list[Segment]:
@@ -83,5 +83,11 @@ def prompt_segments(conversation: Conversation, template: ChatTemplate) -> list[
     return [*segments(conversation, template, roles_to_train=(), train_on_eos="none"), *header]
 
 
-def _template_segments(template: ChatTemplate, text: str, trained: bool = False) -> list[Segment]:
-    return [Segment(piece, "control" if control else "template", trained) for piece, control in template.pieces(text)]
+def _template_segments(template: ChatTemplate, text: str, trained: bool = False) -> tuple[Segment, ...]:
+    return _pieces(text, tuple(template.control_tokens), trained)
+
+
+@lru_cache(maxsize=256)  # a template has a few of them, a data set millions
+def _pieces(text: str, control_tokens: tuple[str, ...], trained: bool) -> tuple[Segment, ...]:
+    pieces = pieces_of(text, control_tokens)
+    return tuple(Segment(piece, "control" if control else "template", trained) for piece, control in pieces)

@@ -7,7 +7,7 @@ finished model is served with (`jinja.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated
 
 from pydantic import Field
@@ -59,10 +59,15 @@ class ChatTemplate(Section):
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Template text in pieces: each with whether it is a control token."""
-        tokens = sorted(self.control_tokens, key=len, reverse=True)
-        for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
-            if piece:
-                yield piece, piece in self.control_tokens
+        return pieces_of(text, tuple(self.control_tokens))
+
+
+def pieces_of(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """A text cut at control tokens: each piece with whether it is one."""
+    tokens = sorted(control_tokens, key=len, reverse=True)
+    for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
+        if piece:
+            yield piece, piece in control_tokens
 
 
 def load_template(name: str) -> ChatTemplate:

@@ -7,7 +7,7 @@ from pathlib import Path
 from nesso_tune.chat.files import check_at_hand
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
-from nesso_tune.data.peek import opened
+from nesso_tune.data.peek import reading_of
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.names import closest
@@ -63,7 +63,7 @@ def check_beforehand(recipes: list[Recipe], processes: int) -> None:
             load_template(recipe.chat.template)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
             if is_local(source.path):
-                opened(source, recipe.method)
+                reading_of(source, recipe.method)
 
 
 def check_bases(recipes: list[Recipe]) -> None:

@@ -28,7 +28,8 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the likeliest words to draw from.")] = 1.0,
 ) -> None:
     """Talk to a model."""
-    from nesso_tune.publish.dialogue import Dialogue, converse, read_tool_file
+    from nesso_tune.data.tools import read_tool_file
+    from nesso_tune.publish.dialogue import Dialogue, converse
     from nesso_tune.publish.talk import Sampling, load_talker
 
     if top_p < 1 and temperature == 0:

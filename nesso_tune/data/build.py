@@ -1,30 +1,40 @@
-"""Reading and encoding sources into documents on disk; rows that cannot be used are counted by reason."""
+"""Reading and encoding sources into documents on disk; rows that are not used are counted by reason, and listed."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.documents import DocumentWriter, open_documents
-from nesso_tune.data.read import Drops, Item, read_items
-from nesso_tune.data.tools import Unusable
+from nesso_tune.data.contamination import read_contamination
+from nesso_tune.data.documents import Documents, DocumentWriter, open_documents
+from nesso_tune.data.filters import exact_duplicates, repeated
+from nesso_tune.data.languages import load_detector
+from nesso_tune.data.lengths import histograms
+from nesso_tune.data.peek import reading_of
+from nesso_tune.data.pool import worked
+from nesso_tune.data.preferences import preference_figures
+from nesso_tune.data.progress import Progress
+from nesso_tune.data.read import Drop, Drops
+from nesso_tune.data.sources import source_blocks, source_size
+from nesso_tune.data.work import Work, Worked
 from nesso_tune.errors import DataError
+from nesso_tune.recipes.data import AUTO, Source
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
-from nesso_tune.recipes.sections import Source
 
-CHUNK = 1000  # rows encoded at a time
+DROPPED, SIGNATURES = "dropped.jsonl", "signatures.bin"
 REMEDIES = {  # of the reason why most rows were dropped, when nothing is left
     "too_long": "raise data.sequence_len",
     "nothing_to_learn": "check data.roles_to_train",
     "below_min_score": "lower min_score",
     "unknown_role": "say what the data's roles are here, e.g. roles: {utente: user, assistente: assistant}",
+    "roles_out_of_order": "set data.clean.role_order: merge, or keep",
+    "not_selected": "correct `where`",
 }
 
 
@@ -32,93 +42,123 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     """Reads and encodes all sources into a folder.
 
     Returns:
-        `languages`: their codes, by index; `report`: what was read, dropped and kept.
+        `documents`: what `open_documents` needs; `report`: what was read, dropped and kept.
 
     Raises:
         DataError: if a file cannot be read, has another format than named, or nothing usable is in them.
     """
+    tally = _Tally(len(sources))
     writer = DocumentWriter(folder, 1 if isinstance(recipe, SFTRecipe) else 3)
-    read, dropped, kept_by_source = 0, Drops(), []
-    for position, source in enumerate(sources):
-        reasons, count = Drops(), 0
-        for entry, language, count in _entries(recipe, source, chat, reasons):
-            if entry is not None:
-                writer.add(entry, language, position, count)
-        read += count
-        dropped.absorb(reasons)
-        kept_by_source.append((source.path, count, dict(reasons)))
-    names = writer.close()
-    documents = open_documents(folder, names, writer.parts)
-    if len(documents) == 0:
-        why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
-        main = dropped.most_common(1)[0][0] if dropped else ""
-        raise DataError(
-            ", ".join(source.path for source in sources),
-            f"none of {read:,} rows can be used ({why or 'there are no rows'})",
-            REMEDIES.get(main, "correct the data, or the columns and the format that the recipe names"),
-        )
-    everything = np.arange(len(documents))
-    languages = {n: documents.counts(np.flatnonzero(documents.languages == i)) for i, n in enumerate(names)}
-    by_source = []
-    for position, (path, count, reasons_of) in enumerate(kept_by_source):
-        kept = documents.counts(np.flatnonzero(documents.sources == position))
-        by_source.append({"path": path, "rows_read": count, "dropped": reasons_of, **kept})
-    counts = documents.counts(everything)
+    listed = (folder / DROPPED).open("w", encoding="utf-8")
+    with listed, (folder / SIGNATURES).open("wb") as signatures:
+        for done in _worked(recipe, sources, chat):
+            writer.write(done.chunk, done.source)
+            signatures.write(done.signatures)
+            tally.add(done)
+            listed.writelines(map(_line, done.dropped))
+        note = writer.close()
+        documents = open_documents(folder, **note)
+        lost = list(repeated(documents, recipe.data.clean, folder / SIGNATURES))
+        for entry, earlier, reason in lost:
+            drop = Drop(documents.place(entry), reason, f"of {documents.place(earlier)}")
+            tally.drop(int(documents.sources[entry]), drop)
+            listed.write(_line(drop))
+    (folder / SIGNATURES).unlink()
+    kept = np.setdiff1d(np.arange(len(documents)), [entry for entry, _, _ in lost])
+    if len(kept) == 0:
+        raise _nothing(sources, tally)
+    if lost:
+        writer.keep(kept)
+    return {"documents": note, "report": _report(documents, kept, sources, tally)}
+
+
+def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> Iterator[Worked]:
+    """What comes of each block of each source, in order; on a terminal, how far it is."""
+    data = recipe.data
+    asked = data.clean.decontaminate
+    work = Work(
+        [reading_of(source, recipe.method, data.clean) for source in sources],
+        data, chat, None if asked is None else read_contamination(asked),
+    )  # fmt: skip
+    if recipe.method == "dpo" or any(source.language == AUTO for source in sources):
+        load_detector()  # once, not in every process
+    progress = Progress(sum(map(source_size, sources)))
+    tasks = chain.from_iterable(((i, block) for block in source_blocks(s)) for i, s in enumerate(sources))
+    for done in worked(work, tasks):
+        progress.advance(done.rows, done.size)
+        yield done
+    progress.end()
+
+
+class _Tally:
+    """What is counted over all blocks."""
+
+    def __init__(self, sources: int) -> None:
+        self.rows = [0] * sources
+        self.dropped = [Drops() for _ in range(sources)]
+        self.marks: dict[str, dict[str, Any]] = {}
+
+    def add(self, done: Worked) -> None:
+        self.rows[done.source] += done.rows
+        for drop in done.dropped:
+            self.drop(done.source, drop)
+        for mark, rows in done.marks.items():
+            seen = self.marks.setdefault(mark, {"rows": 0, "example": done.marked[mark]})
+            seen["rows"] += rows
+
+    def drop(self, source: int, drop: Drop) -> None:
+        self.dropped[source].add(drop)
+
+    @property
+    def all_dropped(self) -> Drops:
+        whole = Drops()
+        for drops in self.dropped:
+            whole.absorb(drops)
+        return whole
+
+
+def _line(drop: Drop) -> str:
+    return json.dumps(drop._asdict(), ensure_ascii=False) + "\n"
+
+
+def _nothing(sources: Sequence[Source], tally: _Tally) -> DataError:
+    dropped = tally.all_dropped
+    why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
+    main = dropped.most_common(1)[0][0] if dropped else ""
+    return DataError(
+        ", ".join(source.path for source in sources),
+        f"none of {sum(tally.rows):,} rows can be used ({why or 'there are no rows'})",
+        REMEDIES.get(main, "correct the data, or the columns and the format that the recipe names"),
+    )
+
+
+def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _Tally) -> dict[str, Any]:
+    dropped = tally.all_dropped
+    languages, of = documents.languages[kept], documents.sources[kept]
+    by_language = {
+        name: documents.counts(kept[languages == i])
+        for i, name in enumerate(documents.language_names)
+        if (languages == i).any()
+    }
+    by_source = [
+        {"path": source.path, **({"alias": source.alias} if source.alias else {}), "rows_read": tally.rows[i],
+         "dropped": dict(tally.dropped[i].most_common()), **documents.counts(kept[of == i])}
+        for i, source in enumerate(sources)
+    ]  # fmt: skip
+    counts = documents.counts(kept)
     report = {
-        "rows_read": read,
+        "rows_read": sum(tally.rows),
         "rows_kept": counts["rows"],
         "dropped": dict(dropped.most_common()),
         "examples_of_dropped": {reason: dropped.examples[reason] for reason, _ in dropped.most_common()},
         "tokens": counts["tokens"],
         "supervised_tokens": counts["supervised_tokens"],
-        "languages": dict(sorted(languages.items())),
+        "languages": dict(sorted(by_language.items())),
         "sources": by_source,
+        "duplicates": int((exact_duplicates(documents.identities[kept]) >= 0).sum()),
+        "oddities": dict(sorted(tally.marks.items(), key=lambda mark: -mark[1]["rows"])),
+        "lengths": histograms(documents, kept),
     }
-    return {"languages": names, "report": report}
-
-
-def _entries(
-    recipe: Recipe, source: Source, chat: ChatTokenizer, dropped: Drops
-) -> Iterator[tuple[Encoded | EncodedPair | None, str, int]]:
-    """Every row of a source as (encoded or None, language, its number from 1); drops are counted by reason."""
-    rows = enumerate(read_items(source, recipe.method, dropped), 1)
-    while chunk := list(islice(rows, CHUNK)):
-        encoded = iter(_encode(recipe, chat, [item for _, (item, _) in chunk if item is not None]))
-        for number, (item, where) in chunk:
-            if item is None:
-                yield None, "", number
-            else:
-                yield _fitted(next(encoded), recipe, where, dropped), item.language, number
-
-
-def _encode(recipe: Recipe, chat: ChatTokenizer, items: list[Item]) -> Sequence[Encoded | EncodedPair]:
-    if isinstance(recipe, SFTRecipe):
-        conversations = [item for item in items if isinstance(item, Conversation)]
-        return chat.encoder.conversations(conversations, recipe.data.roles_to_train, recipe.data.train_on_eos)
-    return chat.encoder.pairs([item for item in items if isinstance(item, PreferencePair)])
-
-
-def _fitted(entry: Encoded | EncodedPair, recipe: Recipe, where: str, dropped: Drops) -> Encoded | EncodedPair | None:
-    """The entry if it can be trained on, cut if the recipe says so, or None with the reason counted."""
-    limit = recipe.data.sequence_len
-    if isinstance(entry, EncodedPair):
-        if entry.chosen == entry.rejected:  # one of them a call as text, say
-            dropped.note(Unusable("chosen_equals_rejected"), where)
-            return None
-        length = len(entry.prompt) + max(len(entry.chosen), len(entry.rejected))
-    else:
-        length = len(entry.ids)
-        if not any(entry.trained[1:]):
-            dropped.note(Unusable("nothing_to_learn"), where)
-            return None
-    if length <= limit:
-        return entry
-    if recipe.data.too_long == "error":
-        raise DataError(where, f"has {length:,} tokens, more than data.sequence_len {limit:,}",
-                        "raise sequence_len, or set data.too_long: drop")  # fmt: skip
-    cut = None
-    if isinstance(recipe, SFTRecipe) and isinstance(entry, Encoded) and recipe.data.too_long == "truncate":
-        cut = entry.cut_to(limit, learn_end=recipe.data.train_on_eos == "last")
-    if cut is None:
-        dropped.note(Unusable("too_long", f"{length:,} tokens"), where)
-    return cut
+    if documents.parts == 3:
+        report["preferences"] = preference_figures(documents, kept, dropped, sum(tally.rows))
+    return report

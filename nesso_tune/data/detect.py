@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
-from nesso_tune.data.convert import AUTO, language_of, to_conversation, to_pair
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message, PreferencePair
+from nesso_tune.data.convert import Item, language_of, to_item
 from nesso_tune.data.files import is_local
 from nesso_tune.data.formats import Row, described, load_format, recognise
 from nesso_tune.data.guess import guess_fields, used_columns
 from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.read import Drops, Item
+from nesso_tune.data.read import Drops
 from nesso_tune.data.sources import count_rows
 from nesso_tune.data.spread import spread_rows
 from nesso_tune.data.tools import Unusable
 from nesso_tune.errors import DataError
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import AUTO, Source
 
 SAMPLE = 1000  # rows that are looked at
 NEARLY_ALL = 0.95
@@ -81,7 +81,7 @@ def detect(path: str) -> Detected:
     shares = {code: n / len(codes) for code, n in Counter(codes).most_common()}
     return Detected(
         path=path,
-        method="sft" if isinstance(items[0], Conversation) else "dpo",
+        method="dpo" if isinstance(items[0], PreferencePair) else "sft",
         format=name,
         fields=fields,
         rows=count_rows(plain) if is_local(path) else None,
@@ -123,12 +123,12 @@ def _check_labels(path: str, rows: Sequence[Row]) -> None:
 
 def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Drops]:
     fmt = load_format(source.format).adapted(source)
-    convert = to_pair if fmt.kind == "preference" else to_conversation
+    method = "dpo" if fmt.pairs else "sft"
     items: list[Item] = []
     dropped = Drops()
     for i, row in enumerate(rows):
         try:
-            items.append(convert(row, fmt, language_of(row, source), source.path))
+            items.append(to_item(row, fmt, method, language_of(row, source), source.path))
         except Unusable as why:
             dropped.note(why, f"row {i + 1} of those looked at")
     return items, dropped
@@ -148,9 +148,9 @@ def _characters(item: Item) -> int:
         return sum(len(turn.content) + sum(len(str(call)) + 40 for call in turn.tool_calls) for turn in turns)
 
     offered = sum(len(str(tool)) for tool in item.tools)
-    if isinstance(item, Conversation):
-        return offered + of(*item.messages)
-    return offered + of(*item.prompt) + max(of(item.chosen), of(item.rejected))
+    if isinstance(item, PreferencePair):
+        return offered + of(*item.prompt) + max(of(item.chosen), of(item.rejected))
+    return offered + of(*item.turns)
 
 
 def _has_tools(item: Item) -> bool:

@@ -1,12 +1,15 @@
-"""Encoded documents on disk: token ids laid end to end, memory-mapped, with offsets.
+"""Encoded documents on disk: token ids laid end to end, memory-mapped, with offsets and what is known of each entry.
 
-A conversation is one document; a preference pair is three (prompt, chosen, rejected) that stand side by side.
+A conversation or a text is one document; a preference pair is three (prompt, chosen, rejected) that stand side by side.
 """
 
 from __future__ import annotations
 
+import zipfile
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,58 @@ import numpy as np
 import numpy.typing as npt
 
 from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
+from nesso_tune.data.identity import Identity
 
 Ints = npt.NDArray[Any]
 ID, LEARNED = np.dtype("<i4"), np.dtype("u1")
+IDS, TRAINED, ENTRIES = "ids.bin", "trained.bin", "entries.npz"
+
+
+@dataclass
+class Chunk:
+    """Encoded entries that were made of one block.
+
+    Attributes:
+        prefix: what stands before a row's number in its place.
+        ids, trained: of all their documents, laid end to end.
+        lengths: of each document.
+        learned: supervised tokens of each entry.
+        languages: code of each entry.
+        numbers: number of each entry's row in its file.
+        identities: hashes of each entry, four in a row; see `Identity`.
+        mismatched: 1 for a pair with an answer in another language than its prompt.
+    """
+
+    prefix: str
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    trained: bytearray = field(default_factory=bytearray)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    learned: array[int] = field(default_factory=lambda: array("q"))
+    languages: list[str] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    identities: array[int] = field(default_factory=lambda: array("Q"))
+    mismatched: bytearray = field(default_factory=bytearray)
+
+    def add(
+        self, entry: Encoded | EncodedPair, language: str, number: int, identity: Identity, mismatched: bool = False
+    ) -> None:
+        """Appends one conversation, text or pair."""
+        if isinstance(entry, Encoded):
+            trained = bytes(entry.trained)
+            self.ids.extend(entry.ids)
+            self.lengths.append(len(entry.ids))
+        else:
+            parts = (entry.prompt, entry.chosen, entry.rejected)
+            for part in parts:
+                self.ids.extend(part)
+            self.lengths.extend(map(len, parts))
+            trained = bytes(len(entry.prompt)) + b"\1" * (len(entry.chosen) + len(entry.rejected))
+        self.trained += trained
+        self.learned.append(trained.count(1))
+        self.languages.append(language)
+        self.numbers.append(number)
+        self.identities.extend(identity)
+        self.mismatched.append(mismatched)
 
 
 @dataclass(frozen=True)
@@ -27,30 +79,41 @@ class Documents:
         ids: all token ids, int32.
         trained: 1 where a token is learned; for pairs 1 in the answers.
         offsets: where each document begins in `ids`, and the end: one more than there are documents.
+        learned: supervised tokens, per conversation or pair.
         languages: index into `language_names`, per conversation or pair.
         sources: index of the source it comes from, per conversation or pair.
-        rows: number of its row in that source, from 1, per conversation or pair.
+        files: index into `prefixes`, per conversation or pair.
+        numbers: number of its row in that file, per conversation or pair.
+        identities: see `Identity`, per conversation or pair.
+        mismatched: 1 for a pair with an answer in another language than its prompt.
+        kept: entries that are used; the others are duplicates that the recipe asked to drop.
         language_names: codes of the languages that occur.
+        prefixes: what stands before a row's number in its place, by file.
         parts: documents per entry: 1 (conversations) or 3 (pairs).
     """
 
     ids: Ints
     trained: Ints
     offsets: Ints
+    learned: Ints
     languages: Ints
     sources: Ints
-    rows: Ints
+    files: Ints
+    numbers: Ints
+    identities: Ints
+    mismatched: Ints
+    kept: Ints
     language_names: tuple[str, ...]
+    prefixes: tuple[str, ...]
     parts: int
 
     def __len__(self) -> int:
         return len(self.languages)
 
-    @property
+    @cached_property
     def lengths(self) -> Ints:
         """Tokens of each entry, all its parts together."""
-        bounds = self.offsets[:: self.parts]
-        return np.diff(bounds)
+        return np.diff(self.offsets[:: self.parts])
 
     def part(self, entry: int, part: int = 0) -> slice:
         """Where one part of an entry stands in `ids`."""
@@ -70,73 +133,89 @@ class Documents:
         """Language code of an entry."""
         return self.language_names[int(self.languages[entry])]
 
+    def place(self, entry: int) -> str:
+        """Where an entry's row stands: `file:line`, or `file row N`."""
+        return f"{self.prefixes[int(self.files[entry])]}{self.numbers[entry]}"
+
     def counts(self, entries: Ints) -> dict[str, int]:
         """Rows, tokens and supervised tokens of some entries."""
-        bounds = self.offsets[:: self.parts]
-        learned = np.concatenate([[0], np.cumsum(self.trained, dtype=np.int64)])
-        return {
-            "rows": len(entries),
-            "tokens": int(np.diff(bounds)[entries].sum()),
-            "supervised_tokens": int((learned[bounds[1:]] - learned[bounds[:-1]])[entries].sum()),
-        }
+        tokens, learned = (int(of[entries].sum()) for of in (self.lengths, self.learned))
+        return {"rows": len(entries), "tokens": tokens, "supervised_tokens": learned}
 
 
 class DocumentWriter:
-    """Writes documents into a folder, chunk by chunk; nothing but offsets is held in memory."""
+    """Writes documents into a folder, chunk by chunk; of each entry only a few numbers are held in memory."""
 
     def __init__(self, folder: Path, parts: int) -> None:
         self._folder, self.parts = folder, parts
-        self._ids, self._trained = (folder / "ids.bin").open("wb"), (folder / "trained.bin").open("wb")
-        self._lengths: list[int] = []
-        self._languages: list[int] = []
-        self._sources: list[int] = []
-        self._rows: list[int] = []
+        self._ids, self._trained = (folder / IDS).open("wb"), (folder / TRAINED).open("wb")
+        self._lengths, self._learned, self._numbers, self._identities = array("q"), array("q"), array("q"), array("Q")
+        self._languages, self._sources, self._files = array("i"), array("i"), array("i")
+        self._mismatched = bytearray()
         self._names: dict[str, int] = {}
+        self._prefixes: dict[str, int] = {}
 
-    def add(self, entry: Encoded | EncodedPair, language: str, source: int, row: int) -> None:
-        """Appends one conversation or pair, the `row`-th of its source."""
-        if isinstance(entry, Encoded):
-            ids, trained, lengths = entry.ids, entry.trained, [len(entry.ids)]
-        else:
-            ids = [*entry.prompt, *entry.chosen, *entry.rejected]
-            lengths = [len(entry.prompt), len(entry.chosen), len(entry.rejected)]
-            trained = [False] * lengths[0] + [True] * (lengths[1] + lengths[2])
-        self._ids.write(np.array(ids, dtype=ID).tobytes())
-        self._trained.write(np.array(trained, dtype=LEARNED).tobytes())
-        self._lengths += lengths
-        self._languages.append(self._names.setdefault(language, len(self._names)))
-        self._sources.append(source)
-        self._rows.append(row)
+    def write(self, chunk: Chunk, source: int) -> None:
+        """Appends the entries of a chunk that come from the `source`-th source."""
+        self._ids.write(np.frombuffer(chunk.ids, np.intc).astype(ID, copy=False).tobytes())
+        self._trained.write(chunk.trained)
+        self._lengths.extend(chunk.lengths)
+        self._learned.extend(chunk.learned)
+        self._numbers.extend(chunk.numbers)
+        self._identities.extend(chunk.identities)
+        self._mismatched += chunk.mismatched
+        entries = len(chunk.languages)
+        self._languages.extend(self._names.setdefault(code, len(self._names)) for code in chunk.languages)
+        self._sources.extend([source] * entries)
+        self._files.extend([self._prefixes.setdefault(chunk.prefix, len(self._prefixes))] * entries)
 
-    def close(self) -> tuple[str, ...]:
-        """Finishes the files; returns the language codes."""
+    def close(self) -> dict[str, Any]:
+        """Finishes the files; returns what `open_documents` needs besides them."""
         self._ids.close()
         self._trained.close()
         offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
-        np.save(self._folder / "offsets.npy", offsets)
-        np.save(self._folder / "languages.npy", np.array(self._languages, dtype=np.int32))
-        np.save(self._folder / "sources.npy", np.array(self._sources, dtype=np.int32))
-        np.save(self._folder / "rows.npy", np.array(self._rows, dtype=np.int64))
-        return tuple(self._names)
+        entries = len(self._languages)
+        self._entries = {
+            "offsets": offsets,
+            "learned": np.array(self._learned, np.int64),
+            "languages": np.array(self._languages, np.int32),
+            "sources": np.array(self._sources, np.int32),
+            "files": np.array(self._files, np.int32),
+            "numbers": np.array(self._numbers, np.int64),
+            "identities": np.array(self._identities, np.uint64).reshape(entries, len(Identity._fields)),
+            "mismatched": np.frombuffer(self._mismatched, np.uint8),
+        }
+        self.keep(np.arange(entries))
+        return {"languages": list(self._names), "prefixes": list(self._prefixes), "parts": self.parts}
+
+    def keep(self, entries: Ints) -> None:
+        """Notes which entries are used; all of them if it is never called."""
+        with (self._folder / ENTRIES).open("wb") as stream:
+            columns: dict[str, Any] = {"kept": entries.astype(np.int64), **self._entries}
+            np.savez(stream, **columns)
 
 
-def open_documents(folder: Path, language_names: Sequence[str], parts: int) -> Documents:
+def open_documents(folder: Path, languages: Sequence[str], prefixes: Sequence[str], parts: int) -> Documents:
     """Maps documents that a `DocumentWriter` wrote.
 
     Raises:
-        ValueError, OSError, EOFError: if a file is missing, damaged, or does not fit the others.
+        ValueError, OSError, EOFError, KeyError: if a file is missing, damaged, or does not fit the others.
     """
-    offsets = np.load(folder / "offsets.npy")
-    languages, sources, rows = (np.load(folder / f"{name}.npy") for name in ("languages", "sources", "rows"))
+    try:
+        with np.load(folder / ENTRIES) as stored:
+            columns = {name: stored[name] for name in stored.files}
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+    offsets, entries = columns["offsets"], len(columns["languages"])
     total = int(offsets[-1])
-    sizes = [(folder / name).stat().st_size for name in ("ids.bin", "trained.bin")]
-    if len(offsets) != len(languages) * parts + 1 or not len(sources) == len(rows) == len(languages):
+    if len(offsets) != entries * parts + 1 or any(
+        len(columns[name]) != entries for name in ("learned", "sources", "files", "numbers", "identities", "mismatched")
+    ):
         raise ValueError("entries of different number")
-    if sizes != [total * ID.itemsize, total * LEARNED.itemsize]:
+    if [(folder / name).stat().st_size for name in (IDS, TRAINED)] != [total * ID.itemsize, total * LEARNED.itemsize]:
         raise ValueError("files of different length")
-    if total == 0:
-        ids, trained = np.zeros(0, ID), np.zeros(0, LEARNED)
-    else:
-        ids = np.memmap(folder / "ids.bin", dtype=ID, mode="r", shape=(total,))
-        trained = np.memmap(folder / "trained.bin", dtype=LEARNED, mode="r", shape=(total,))
-    return Documents(ids, trained, offsets, languages, sources, rows, tuple(language_names), parts)
+    ids, trained = (
+        np.memmap(folder / name, dtype=kind, mode="r", shape=(total,)) if total else np.zeros(0, kind)
+        for name, kind in ((IDS, ID), (TRAINED, LEARNED))
+    )
+    return Documents(ids, trained, **columns, language_names=tuple(languages), prefixes=tuple(prefixes), parts=parts)

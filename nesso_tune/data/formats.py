@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Literal
@@ -11,37 +12,66 @@ from pydantic import Field
 
 from nesso_tune.chat.spec import find_spec, read_spec
 from nesso_tune.errors import DataError
+from nesso_tune.recipes.data import Plain, Source
 from nesso_tune.recipes.names import closest
-from nesso_tune.recipes.sections import Role, Section, Source
+from nesso_tune.recipes.sections import Role, Section
 
 Row = Mapping[str, Any]
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
-          "input_field", "response_field", "chosen_field", "rejected_field")  # fmt: skip
-DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
+          "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
+LISTED = ("choice_fields", "label_fields", "labels")
+DETECTED = ("preference", "messages", "sharegpt", "alpaca", "pretokenized", "completion")  # most telling columns first
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+MISSING = object()
 
 
 class DataFormat(Section):
-    """A mapping from columns to a conversation or a pair. Each `*_field` lists the names looked for, in order."""
+    """A mapping from columns to what is learned from a row.
 
-    kind: Literal["conversation", "instruction", "preference"]
+    Each `*_field` lists the names looked for, in order; a dotted name goes into objects and lists (`answers.0.text`).
+    """
+
+    kind: Literal["conversation", "instruction", "completion", "pretokenized", "preference", "choice"]
     messages_field: Names = ()
     role_field: Names = ()
     content_field: Names = ()
+    speakers: Annotated[tuple[Role, ...], Field(strict=False)] = ()
+    """Who speaks, in turn, where messages are plain texts without roles; lists of such texts are laid end to end."""
     system_field: Names = ()
     tools_field: Names = ()
     prompt_field: Names = ()
+    prompt_template: str | None = None
+    """The prompt as a text with columns in it, `{context} {question}`, instead of prompt_field."""
     input_field: Names = ()
     response_field: Names = ()
+    text_field: Names = ()
+    ids_field: Names = ()
+    labels_field: Names = ()
+    mask_field: Names = ()
     chosen_field: Names = ()
     rejected_field: Names = ()
+    choice_fields: Names = ()
+    """Columns of the two answers of which one is better."""
+    label_fields: Names = ()
+    """Columns that say which: a label, or the votes of several people."""
+    labels: Annotated[tuple[Plain, ...], Field(strict=False)] = ()
+    """What they say for the first answer, and what for the second; anything else is no vote."""
     roles: dict[str, Role] = Field(default_factory=dict)
     call_roles: Names = ()
     """Roles whose whole content is a call of a tool, as JSON."""
 
+    @property
+    def pairs(self) -> bool:
+        """Whether its rows are preference pairs."""
+        return self.kind in ("preference", "choice")
+
     def adapted(self, source: Source) -> DataFormat:
         """This format with the columns and roles that a source names instead."""
         named: dict[str, Any] = {f: (getattr(source, f),) for f in FIELDS if getattr(source, f) is not None}
+        named |= {f: getattr(source, f) for f in LISTED if getattr(source, f)}
+        if source.prompt_field is not None:
+            named["prompt_template"] = None
         if source.roles is not None:
             named["roles"] = {**self.roles, **source.roles}
         return self.model_copy(update=named)
@@ -55,10 +85,14 @@ class DataFormat(Section):
     @property
     def required(self) -> tuple[Names, ...]:
         """The columns without which no row has this format."""
+        asked = tuple((n,) for n in PLACEHOLDER.findall(self.prompt_template)) if self.prompt_template else ()
         return {
             "conversation": (self.messages_field,),
-            "instruction": (self.prompt_field, self.response_field),
+            "instruction": (*(asked or (self.prompt_field,)), self.response_field),
+            "completion": (self.text_field,),
+            "pretokenized": (self.ids_field, (*self.labels_field, *self.mask_field)),
             "preference": (self.chosen_field, self.rejected_field),
+            "choice": (*((name,) for name in self.choice_fields), self.label_fields),
         }[self.kind]
 
     def fits(self, row: Row) -> bool:
@@ -66,21 +100,48 @@ class DataFormat(Section):
         if not all(find(row, names) is not None for names in self.required):
             return False
         if self.kind == "conversation":
-            messages = row[find(row, self.messages_field) or ""]
+            messages = lookup(row, self.messages_field)
             if isinstance(messages, str) and messages.lstrip().startswith("["):
                 with suppress(ValueError):
                     messages = json.loads(messages)
-            if not isinstance(messages, list) or not messages or not isinstance(messages[0], Mapping):
+            if not isinstance(messages, list) or not messages:
                 return False
-            return find(messages[0], self.role_field) is not None and find(messages[0], self.content_field) is not None
-        if self.kind == "instruction":
-            return all(isinstance(row[find(row, names) or ""], str) for names in self.required)
+            if self.speakers:
+                return isinstance(messages[0], (str, list))
+            first = messages[0]
+            return isinstance(first, Mapping) and None not in (
+                find(first, self.role_field),
+                find(first, self.content_field),
+            )
+        if self.kind in ("instruction", "completion"):
+            return all(isinstance(lookup(row, names), str) for names in self.required)
         return True
 
 
 def find(row: Row, names: Sequence[str]) -> str | None:
-    """The first of `names` that the row has."""
-    return next((name for name in names if name in row), None)
+    """The first of `names` that the row has a value for, else the first that it has; None if it has none."""
+    there = [name for name in names if name in row or ("." in name and _inside(row, name) is not MISSING)]
+    return next((name for name in there if lookup(row, (name,)) is not None), there[0] if there else None)
+
+
+def lookup(row: Row, names: Sequence[str]) -> Any:
+    """The value of the first of `names` that the row has one for; None if it has none."""
+    for name in names:
+        value = row[name] if name in row else _inside(row, name) if "." in name else MISSING
+        if value is not MISSING and value is not None:
+            return value
+    return None
+
+
+def _inside(row: Any, name: str) -> Any:
+    for part in name.split("."):
+        if isinstance(row, Mapping) and part in row:
+            row = row[part]
+        elif isinstance(row, list) and part.isdecimal() and int(part) < len(row):
+            row = row[int(part)]
+        else:
+            return MISSING
+    return row
 
 
 def load_format(name: str) -> DataFormat:
@@ -108,9 +169,17 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
         DataError: if the rows have not the columns of the named format, or fit none.
     """
     found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
-    if found is not None:
-        return load_format(found).adapted(source)
-    raise _not_of_format(source, rows)
+    if found is None:
+        raise _not_of_format(source, rows)
+    fmt = load_format(found).adapted(source)
+    if fmt.kind == "choice" and len(fmt.labels) != 2:
+        said = sorted({str(row[name]) for row in rows for name in fmt.label_fields if name in row})
+        raise DataError(
+            source.path, f"which of its two answers is better is not said: {', '.join(fmt.label_fields)} "
+            f"{'is' if len(fmt.label_fields) == 1 else 'are'} {', '.join(said[:5])}",
+            "say what stands for the first answer and what for the second, e.g. labels: [1, 2]",
+        )  # fmt: skip
+    return fmt
 
 
 def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
@@ -125,6 +194,7 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
     if likes not in (None, source.format):
         what = f"its rows are not of format {source.format} ({has})"
         pairs = " (preference pairs: for method: dpo)" if likes == "preference" else ""
+
         return DataError(source.path, what, f"they look like format {likes}{pairs}: set format: {likes}, or auto")
     columns = sorted({column for row in rows for column in row})
     fmt = load_format(source.format).adapted(source)
@@ -135,6 +205,8 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
             f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
         )  # fmt: skip
     inside, remedy = "both filled with text", "check the rows, or name other columns"
+    if fmt.kind == "completion":
+        inside = "filled with text"
     if fmt.kind == "conversation":
         inside = f"messages with {'/'.join(fmt.role_field)} and {'/'.join(fmt.content_field)} in them"
         remedy = "set role_field and content_field to the keys of a message"

@@ -1,4 +1,4 @@
-"""Reading rows from data sets on the hub, through `datasets`."""
+"""Reading data sets on the hub, through `datasets`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import lru_cache
 from typing import Any
 
 from nesso_tune.chat.network import offline_if_unreachable
-from nesso_tune.data.files import Located, without_nulls
+from nesso_tune.data.blocks import ROWS, Block, table_block
 from nesso_tune.errors import DataError, RunEnvironmentError
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 
 
 def hub_fingerprint(source: Source) -> str:
@@ -17,11 +17,19 @@ def hub_fingerprint(source: Source) -> str:
     return str(_load(source.path, source.subset, source.split, source.revision)._fingerprint)
 
 
-def hub_rows(source: Source) -> Iterator[Located]:
-    """Every row of a hub data set, with `id row N` as its place."""
-    rows = _load(source.path, source.subset, source.split, source.revision)
-    for number, row in enumerate(rows, 1):
-        yield without_nulls(dict(row)), f"{source.path} row {number}"
+def hub_blocks(source: Source) -> Iterator[Block]:
+    """A hub data set in blocks, with `id row N` as the place of a row."""
+    rows = _load(source.path, source.subset, source.split, source.revision).with_format("arrow")
+    share, number = hub_size(source) / max(1, len(rows)), 1
+    for table in rows.iter(batch_size=ROWS):
+        for batch in table.combine_chunks().to_batches():
+            yield table_block(f"{source.path} row ", number, batch, round(share * batch.num_rows))
+            number += batch.num_rows
+
+
+def hub_size(source: Source) -> int:
+    """Bytes of a hub data set in memory."""
+    return int(_load(source.path, source.subset, source.split, source.revision).data.nbytes)
 
 
 def is_cached(source: Source) -> bool:

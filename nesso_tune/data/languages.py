@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, PreferencePair
+from nesso_tune.data.convert import Item
 
 # The languages that are told apart. Their small neighbours (Ligurian, Venetian, …) would mostly be mistakes.
 CANDIDATES = (
@@ -15,6 +16,7 @@ CANDIDATES = (
 NO_LANGUAGE = "zxx"  # numbers, markup, code
 LEAST = 0.2  # confidence below which nothing is said
 ENOUGH = 1000  # characters that are looked at
+TELLING = 40  # characters from which two texts are compared
 
 
 def detect_language(text: str) -> str:
@@ -23,10 +25,25 @@ def detect_language(text: str) -> str:
     return UNKNOWN_LANGUAGE if confidence < LEAST or code == NO_LANGUAGE else str(code)
 
 
-def language_of_item(item: Conversation | PreferencePair) -> str:
-    """The language that a conversation or a pair is held in: that of its users' and assistants' words together."""
-    turns = item.messages if isinstance(item, Conversation) else (*item.prompt, item.chosen)
+def language_of_item(item: Item) -> str:
+    """The language that an item is held in: that of its users' and assistants' words together."""
+    turns = (*item.prompt, item.chosen) if isinstance(item, PreferencePair) else item.turns
     return detect_language(" ".join(turn.content for turn in turns if turn.role in ("user", "assistant")))
+
+
+def answers_in_another(pair: PreferencePair) -> bool:
+    """Whether an answer of a pair is in another language than the user's last turn, as far as both are long enough."""
+    asked = next((turn.content for turn in reversed(pair.prompt) if turn.role == "user"), "")
+    texts = [text for text in (asked, pair.chosen.content, pair.rejected.content) if len(text) >= TELLING]
+    if len(asked) < TELLING or len(texts) < 2:
+        return False
+    told, *answers = (detect_language(text) for text in texts)
+    return told != UNKNOWN_LANGUAGE and any(code not in (told, UNKNOWN_LANGUAGE) for code in answers)
+
+
+def load_detector() -> None:
+    """Reads the model, so that processes forked afterwards share it."""
+    _identifier()
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, overload
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nesso_tune.data.documents import Documents
+from nesso_tune.data.mixture import Group
 
 Ints = npt.NDArray[Any]
 
@@ -113,12 +114,12 @@ class RowStream:
         *,
         seed: int,
         capacity: int | None = None,
-        weights: Mapping[int, float] | None = None,
+        groups: Sequence[Group] = (),
     ) -> None:
-        """Packs into rows of `capacity` tokens, or not at all (None). `weights` are by source; 1.0 where absent."""
+        """Packs into rows of `capacity` tokens, or not at all (None). `groups` say how often; without any, all once."""
         self.documents, self.entries = documents, entries
         self._seed, self._capacity = seed, capacity
-        self._weights = {s: w for s, w in (weights or {}).items() if w != 1.0}
+        self._groups = groups
         self._lengths = documents.lengths
         self._pattern: tuple[bytes, list[list[int]]] | None = None
         self._counts: list[int] = []
@@ -153,17 +154,10 @@ class RowStream:
         return Rows(self.documents, entries[order[positions]], bounds)
 
     def _drawn(self, rng: np.random.Generator) -> Ints:
-        """The entries of an epoch: each source as often as its weight says, a fraction as a fresh sample."""
-        if not self._weights:
+        """The entries of an epoch."""
+        if not self._groups:
             return self.entries
-        drawn = []
-        sources = self.documents.sources[self.entries]
-        for source in np.unique(sources):
-            own, weight = self.entries[sources == source], self._weights.get(int(source), 1.0)
-            drawn += [own] * int(weight)
-            part = round((weight - int(weight)) * len(own))
-            drawn.append(np.sort(rng.choice(own, size=part, replace=False)))
-        return np.concatenate(drawn)
+        return np.concatenate([group.draw(self._lengths, rng) for group in self._groups])
 
     def _packed(self, lengths: Ints) -> list[list[int]]:
         """How lengths are packed; it depends on nothing else, so one packing serves all epochs of the same lengths."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,21 +13,24 @@ import numpy as np
 
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data import cache
-from nesso_tune.data.build import build_documents
-from nesso_tune.data.documents import Documents, open_documents
-from nesso_tune.data.files import is_local
+from nesso_tune.data.build import DROPPED, build_documents
+from nesso_tune.data.documents import Documents, Ints, open_documents
+from nesso_tune.data.files import content_hash, expand, is_local
+from nesso_tune.data.mixture import groups_of, mixture_report
 from nesso_tune.data.packing import Rows, RowStream, in_order
+from nesso_tune.data.preferences import check_preferences
 from nesso_tune.data.sources import content_of
 from nesso_tune.data.split import hold_out
 from nesso_tune.errors import DataError
+from nesso_tune.recipes.data import CleanSection, DPOData, SFTData, Source
 from nesso_tune.recipes.plan import DataVolume
-from nesso_tune.recipes.schema import Recipe, SFTRecipe
-from nesso_tune.recipes.sections import SFTData, Source
+from nesso_tune.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3  # of what is cached; raised when the encoding changes
+KIND = "documents"
+FORMAT_VERSION = 4  # of what is cached; raised when the encoding changes
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class PreparedData:
         stream: the rows of all epochs.
         report: what was read, dropped and kept; see `prepare_data`.
         chat: the chat-ready tokenizer's files.
+        key: name of the training sources' folder in the cache.
     """
 
     train: Rows
@@ -46,6 +51,7 @@ class PreparedData:
     stream: RowStream
     report: dict[str, Any]
     chat: ChatTokenizer
+    key: str = ""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -67,41 +73,90 @@ def prepare_data(recipe: Recipe) -> PreparedData:
 
     The report holds `rows_read`, `rows_kept`, `dropped` ({reason: count}), `tokens`, `supervised_tokens`,
     `languages` ({code: {rows, tokens, supervised_tokens}}), `sources` (the same per source), `train` and `validation`
-    (the same of either side), `packing` ({rows, fill}), `fingerprint`, `cache_hit`.
+    (the same of either side), `packing` ({rows, fill}), `mixture` (what the first epoch is made of), `lengths`
+    (histograms), `duplicates`, `oddities`, `preferences` (of pairs), `warnings`, `fingerprint`, `cache_hit`.
 
     Raises:
         DataError: if a file cannot be read or nothing usable is left.
         RecipeError, ModelError: if the recipe or the base's tokenizer does not fit.
     """
+    _check_alone()
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
     if data.validation_sources:
-        train, (held, held_note, held_hit) = (
-            np.arange(len(documents)),
-            _documents(recipe, data.validation_sources, chat),
-        )
-        held_out, hit, fingerprint = np.arange(len(held)), hit and held_hit, note["key"] + held_note["key"]
+        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat)
+        train, held_out, hit = documents.kept, held.kept, hit and held_hit
+        fingerprint = note["key"] + held_note["key"]
     else:
-        train, held_out = hold_out(documents.languages, data.validation_size, recipe.seed)
+        seen, unseen = hold_out(documents.languages[documents.kept], data.validation_size, recipe.seed)
+        train, held_out = documents.kept[seen], documents.kept[unseen]
         held, fingerprint = documents, note["key"]
+    train, overlap = _apart(documents, train, held, held_out, data.clean)
     capacity = data.sequence_len if isinstance(data, SFTData) and data.packing else None
-    weights = {i: source.weight for i, source in enumerate(data.sources)}
-    stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, weights=weights)
+    groups = groups_of(documents, train, data)
+    stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
     rows = stream.epoch(0)
     if not len(rows):
         raise DataError("data.sources", "their weights leave nothing to train on", "raise a weight, or give more rows")
     validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
     tokens = int(documents.lengths[rows.entries].sum())
     fill = tokens / (len(rows) * data.sequence_len) if len(rows) else 0.0
+    arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
     report = {
         **note["report"],
+        "validation_overlap": overlap,
         "train": documents.counts(rows.entries),
         "validation": held.counts(held_out),
         "packing": {"rows": len(rows), "fill": round(fill, 4)},
-        "fingerprint": cache.key_of([fingerprint, data.validation_size, recipe.seed, capacity, weights]),
+        "mixture": mixture_report(documents, groups, rows.entries),
+        "fingerprint": cache.key_of([fingerprint, data.validation_size, recipe.seed, capacity, *arranged]),
         "cache_hit": hit,
     }
-    return PreparedData(rows, validation, stream, report, chat)
+    report["warnings"] = warnings_of(report, data)
+    return PreparedData(rows, validation, stream, report, chat, note["key"])
+
+
+def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
+    """What a person should know before training on this data.
+
+    Raises:
+        DataError: if preference data is worse than the recipe accepts.
+    """
+    said = check_preferences(report["preferences"], data.preferences) if isinstance(data, DPOData) else []
+    if overlap := report["validation_overlap"] if data.clean.validation_overlap == "keep" else 0:
+        said.append(
+            f"{overlap:,} rows ask what a held-out row asks: data.clean.validation_overlap: drop leaves them out"
+        )
+    if report["duplicates"]:
+        said.append(
+            f"{report['duplicates']:,} rows are the same as an earlier one: data.clean.duplicates: drop keeps one"
+        )
+    return said
+
+
+def _check_alone() -> None:
+    """Raises AssertionError inside an initialised process group: others would wait for longer than it allows."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AssertionError("data is prepared before a process group exists, never inside one")
+
+
+def _apart(documents: Documents, train: Ints, held: Documents, held_out: Ints, clean: CleanSection) -> tuple[Ints, int]:
+    """The entries to train on, and how many of them ask what a held-out one asks; these are left out if asked for."""
+    same = np.isin(documents.identities[train, 1], held.identities[held_out, 1])
+    left = train[~same] if clean.validation_overlap == "drop" else train
+    if not len(left):
+        raise DataError("data.clean.validation_overlap", "every row asks what a held-out row asks",
+                        "give other validation_sources, or keep them")  # fmt: skip
+    return left, int(same.sum())
+
+
+def _arranging(data: SFTData | DPOData) -> list[Any]:
+    """What else decides which rows an epoch has; nothing where the recipe asks for nothing."""
+    mixture = data.mixture.model_dump(mode="json") if data.mixture is not None else None
+    weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
+    asked = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
+    return asked if asked != [None, None, "keep"] else []
 
 
 def cached_only(recipe: Recipe) -> bool:
@@ -110,13 +165,17 @@ def cached_only(recipe: Recipe) -> bool:
     groups = [g for g in (recipe.data.sources, recipe.data.validation_sources) if g]
     if not all(is_local(source.path) for group in groups for source in group):
         return False
-    return all(cache.find("documents", _key(recipe, group, chat)) for group in groups)
+    return all(cache.find(KIND, _key(recipe, group, chat)) for group in groups)
+
+
+def dropped_file(data: PreparedData) -> Path:
+    """The list of all rows of the training sources that were dropped, one JSON object a line."""
+    return cache.cache_root() / KIND / data.key / DROPPED
 
 
 def _documents(
     recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
 ) -> tuple[Documents, dict[str, Any], bool]:
-    parts = 1 if isinstance(recipe, SFTRecipe) else 3
     key = _key(recipe, sources, chat)
 
     def build(staging: Path) -> dict[str, Any]:
@@ -124,16 +183,21 @@ def _documents(
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            return open_documents(folder, note["languages"], parts)
+            return open_documents(folder, **note["documents"])
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
 
-    documents, note, hit = cache.make("documents", key, build, opened)
+    documents, note, hit = cache.make(KIND, key, build, opened)
     return documents, {"key": key, **note}, hit
 
 
 def _key(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> str:
-    settings = recipe.data.model_dump(
-        mode="json", exclude={"sources", "validation_sources", "validation_size", "packing"}
+    data = recipe.data
+    arranging = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
+    settings = data.model_dump(mode="json", exclude=arranging)
+    settings["clean"].pop("validation_overlap")
+    evaluations = (
+        [content_hash(expand(name)) for name in data.clean.decontaminate.files] if data.clean.decontaminate else []
     )
-    return cache.key_of([FORMAT_VERSION, recipe.method, chat.fingerprint, settings, [content_of(s) for s in sources]])
+    content = [content_of(source) for source in sources]
+    return cache.key_of([FORMAT_VERSION, recipe.method, chat.fingerprint, settings, evaluations, content])

@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.files import expand, is_lines, is_local, read_rows
+from nesso_tune.data.blocks import read_rows
+from nesso_tune.data.files import expand, is_lines, is_local
 from nesso_tune.data.sources import source_rows
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 
 Row = dict[str, Any]
 LARGE = 64_000_000  # bytes from which a file of lines is sampled by place instead of being read
@@ -33,7 +34,7 @@ def spread_rows(source: Source, count: int) -> list[Row]:
 
 def _by_place(file: Path, count: int) -> Iterator[Row]:
     """The rows after evenly spaced bytes of a file of JSON lines; the first comes from its reader, faults and all."""
-    yield next(iter(read_rows(file)))[0]
+    yield next(read_rows(file))[0]
     size = file.stat().st_size
     with file.open("rb") as stream:
         for i in range(1, count):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 
 ROWS: dict[tuple[str, str | None, str], int] = {  # (id, subset, split)
     ("DeepMount00/OpenItalianData", None, "train"): 2_140_000,

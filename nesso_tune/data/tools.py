@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from nesso_tune.errors import DataError
 
 
 class Unusable(Exception):
@@ -80,3 +83,18 @@ def read_json(value: Any, reason: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):
         raise Unusable(reason) from None
+
+
+def read_tool_file(file: Path) -> tuple[Tool, ...]:
+    """The tools of a JSON file: a list of schemas, as a data set's `tools` column has them.
+
+    Raises:
+        DataError: if it is not one.
+    """
+    try:
+        parsed: Any = json.loads(file.read_text(encoding="utf-8"))
+        return read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
+    except OSError as error:
+        raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
+    except (ValueError, Unusable) as error:
+        raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None

@@ -10,15 +10,16 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
 from nesso_tune.data.build import build_documents
 from nesso_tune.data.files import expand, is_local
+from nesso_tune.data.peek import reading_of
 from nesso_tune.data.prepare import cached_only, prepare_data
-from nesso_tune.data.read import Drops, read_items
-from nesso_tune.data.sources import count_rows
+from nesso_tune.data.read import Drops, usable
+from nesso_tune.data.sources import count_rows, source_rows
 from nesso_tune.data.split import check_size
 from nesso_tune.data.stated import stated_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
+from nesso_tune.recipes.data import SFTData, Source
 from nesso_tune.recipes.plan import DataVolume
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
-from nesso_tune.recipes.sections import SFTData, Source
 from nesso_tune.recipes.shipped import local_path
 
 SAMPLE = 500  # rows of each source
@@ -90,7 +91,7 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
     dropped = Drops()
     read = kept = tokens = supervised = 0
     trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
-    for item, _ in read_items(source, recipe.method, dropped):
+    for item in usable(reading_of(source, recipe.method, recipe.data.clean), source_rows(source), dropped):
         read += 1
         if item is None:
             continue

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from nesso_tune.chat.tools import calls_in
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.data.languages import detect_language
-from nesso_tune.data.tools import Tool, Unusable, read_tools
-from nesso_tune.errors import DataError
+from nesso_tune.data.tools import Tool
 from nesso_tune.publish.talk import Sampling, Talker
 
 Read = Callable[[str], str]  # shows a prompt, returns a line; raises EOFError at the end
@@ -144,18 +141,3 @@ def _command(dialogue: Dialogue, said: str, note: Write) -> None:
         note("".join(f"{turn.role}: {turn.content}\n" for turn in [*system, *dialogue.turns]))
     else:
         note(HELP if name == "/help" else f"{name} is no command:\n{HELP}")
-
-
-def read_tool_file(file: Path) -> tuple[Tool, ...]:
-    """The tools of a JSON file: a list of schemas, as a data set's `tools` column has them.
-
-    Raises:
-        DataError: if it is not one.
-    """
-    try:
-        parsed: Any = json.loads(file.read_text(encoding="utf-8"))
-        return read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
-    except OSError as error:
-        raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
-    except (ValueError, Unusable) as error:
-        raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None

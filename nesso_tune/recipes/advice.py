@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.memory import estimate_memory
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.presets import far_batch, tuned_near
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
-from nesso_tune.recipes.sections import SFTData
 
 ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
 FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long

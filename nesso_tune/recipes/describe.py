@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from nesso_tune.recipes.curve import curve
+from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.plan import DataVolume, Plan
 from nesso_tune.recipes.schema import DistributedSection, Recipe
-from nesso_tune.recipes.sections import SFTData
 
 USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
 

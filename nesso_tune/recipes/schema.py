@@ -9,17 +9,9 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from nesso_tune.recipes.data import DPOData, SFTData
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.sections import (
-    ChatSection,
-    ClusterSection,
-    Count,
-    DPOData,
-    ModelSection,
-    NonEmpty,
-    Section,
-    SFTData,
-)
+from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, NonEmpty, Section
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a share of the run

@@ -1,4 +1,4 @@
-"""The sections of a recipe that say what is trained on what: `model`, `chat`, `data`."""
+"""The sections of a recipe that say what is trained, and where: `model`, `chat`, `cluster`."""
 
 from __future__ import annotations
 
@@ -75,92 +75,6 @@ class ChatSection(Section):
     """Where template tokens unknown to the tokenizer go: renamed reserved slots, or new rows; auto prefers slots."""
     default_system: str | dict[str, str] | None = None
     """System message for conversations without one: a text, or a text per language code."""
-
-
-class Source(Section):
-    """One source of rows."""
-
-    path: NonEmpty
-    """File, glob, folder, or hub id of a data set."""
-    split: NonEmpty = "train"
-    """Split of a hub data set."""
-    subset: NonEmpty | None = None
-    """Configuration of a hub data set."""
-    revision: NonEmpty | None = None
-    """Hub commit, branch or tag to pin."""
-    format: NonEmpty = "auto"
-    """Name of a mapping under data_templates/formats/, a file of that kind, or auto."""
-    messages_field: NonEmpty | None = None
-    """Column that holds the list of messages."""
-    role_field: NonEmpty | None = None
-    """Key of a message that holds its role."""
-    content_field: NonEmpty | None = None
-    """Key of a message that holds its text."""
-    roles: dict[str, Role] | None = None
-    """The data's role names and what they are here, e.g. {utente: user}."""
-    system_field: NonEmpty | None = None
-    """Column that holds a system message."""
-    tools_field: NonEmpty | None = None
-    """Column that holds the tools on offer: a list of schemas, or the list as JSON text (default `tools`)."""
-    prompt_field: NonEmpty | None = None
-    """Column that holds the instruction or the prompt."""
-    input_field: NonEmpty | None = None
-    """Column that holds further input to the instruction."""
-    response_field: NonEmpty | None = None
-    """Column that holds the answer."""
-    chosen_field: NonEmpty | None = None
-    """Column that holds the better answer."""
-    rejected_field: NonEmpty | None = None
-    """Column that holds the worse answer."""
-    language: NonEmpty | None = None
-    """Language code of all rows; null takes each row's own; auto too, and detects it where a row has none."""
-    language_field: NonEmpty | None = None
-    """Column that holds a row's language code; null looks for `lang` and `language`."""
-    weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often the source is seen in an epoch: 2.0 twice, 0.5 a fresh half each epoch."""
-    max_rows: Count | None = None
-    """Read at most this many rows."""
-    min_score: float | None = None
-    """Drop rows whose `score_field` is below this."""
-    score_field: NonEmpty | None = None
-    """Column that holds a row's quality score."""
-    private: bool = False
-    """Leave no trace of this source in final/ or its card."""
-
-
-class DataSection(Section):
-    """What SFT and DPO share about data."""
-
-    sequence_len: int = Field(default=4096, ge=8, le=10_000_000)
-    """Longest sequence in tokens; with packing, the length of a row."""
-    validation_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Rows (whole number) or share (fraction) held out for evaluation, stratified by language; 0 holds none out."""
-    validation_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-    """Sources for evaluation instead of a split."""
-    sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-    """The sources that are trained on."""
-
-
-class SFTData(DataSection):
-    """Data of supervised fine-tuning."""
-
-    packing: bool = True
-    """Lay several conversations end to end in one row, isolated from each other."""
-    roles_to_train: Annotated[tuple[Role, ...], Field(strict=False, min_length=1)] = ("assistant",)
-    """Roles whose text the model learns to write."""
-    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
-    """Which end tokens are learned: of each trained turn, of all turns, of the last trained turn, none."""
-    too_long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a conversation beyond sequence_len; truncate cuts after a complete turn."""
-
-
-class DPOData(DataSection):
-    """Data of preference training. Nothing is truncated: a cut answer would lose its end token."""
-
-    sequence_len: int = Field(default=1024, ge=8, le=10_000_000)
-    """Longest prompt plus answer in tokens."""
-    too_long: Literal["drop", "error"] = "drop"
-    """What happens to a pair whose prompt and longer answer exceed sequence_len."""
 
 
 class ClusterSection(Section):

@@ -94,7 +94,7 @@ def fit(
         plan=plan,
         order=order,
         tally=Tally(names, languages, trainer.args.device),
-        guard=Guard(recipe.train.on_spike, order, recipe.data.sources, log),
+        guard=Guard(recipe.train.on_spike, order, log),
         log=log,
         evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
         room=room,

@@ -18,9 +18,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from nesso_tune.data.places import places
 from nesso_tune.errors import NumericalError
-from nesso_tune.recipes.sections import Source
 from nesso_tune.training.checkpoint import checkpoints
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
@@ -35,8 +33,8 @@ Place = tuple[int, int]  # process and micro batch of a step
 class Guard:
     """Decides before each update whether it is made. All processes decide alike: they have seen the same numbers."""
 
-    def __init__(self, on_spike: str, order: RunOrder, sources: Sequence[Source], log: MetricsLog) -> None:
-        self._on_spike, self._order, self._sources, self._log = on_spike, order, sources, log
+    def __init__(self, on_spike: str, order: RunOrder, log: MetricsLog) -> None:
+        self._on_spike, self._order, self._log = on_spike, order, log
         self._losses: list[Tensor] = []  # of this process's micro batches in this step
         self._usual = {name: deque[float](maxlen=WINDOW) for name in LEAST}
 
@@ -133,7 +131,7 @@ class Guard:
         found: list[str] = []
         if trainer.is_world_process_zero():
             entries = self._order.entries(positions)[:NAMED]
-            found = places(self._order.stream.documents, entries, self._sources)
+            found = list(map(self._order.stream.documents.place, entries))
         return list(from_first(found))
 
 

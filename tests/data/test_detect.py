@@ -9,7 +9,7 @@ from nesso_tune import DataError
 from nesso_tune.data.detect import detect
 from nesso_tune.data.guess import guess_fields
 from nesso_tune.data.spread import spread_rows
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 from tests.data.test_real import shared
 
 IT = [f"Qual è la capitale della regione numero {i}, per favore? Grazie mille." for i in range(30)]

@@ -4,7 +4,7 @@ import pytest
 
 from nesso_tune import DataError, RecipeError
 from nesso_tune.data.formats import choose_format, load_format
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 
 MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "a"}]}
@@ -107,5 +107,5 @@ def test_a_wrong_mapping_file_is_told_with_its_line(tmp_path, text, expected):
 def test_an_unknown_format():
     with pytest.raises(RecipeError, match="did you mean `sharegpt`"):
         load_format("shareGPT4")
-    with pytest.raises(RecipeError, match="use auto, alpaca, messages, preference, sharegpt"):
+    with pytest.raises(RecipeError, match="use auto, alpaca, choice, completion, messages, preference, pretok"):
         load_format("zzzz")

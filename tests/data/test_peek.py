@@ -3,8 +3,8 @@
 import pytest
 
 from nesso_tune import DataError
-from nesso_tune.data.peek import opened
-from nesso_tune.recipes.sections import Source
+from nesso_tune.data.peek import reading_of
+from nesso_tune.recipes.data import Source
 
 SAID = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "w"}, {"from": "human", "value": "e"}]
 PAIR = {"conversations": SAID, "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
@@ -28,7 +28,7 @@ WRONG = {
 @pytest.mark.parametrize(("keys", "row", "method", "says"), WRONG.values(), ids=WRONG)
 def test_rows_of_another_kind(write_rows, keys, row, method, says):
     with pytest.raises(DataError, match=says):
-        opened(Source(path=write_rows([row] * 3), **keys), method)
+        reading_of(Source(path=write_rows([row] * 3), **keys), method)
 
 
 ON_PURPOSE = {
@@ -39,6 +39,5 @@ ON_PURPOSE = {
 
 @pytest.mark.parametrize(("keys", "row"), ON_PURPOSE.values(), ids=ON_PURPOSE)
 def test_columns_named_on_purpose(write_rows, keys, row):
-    fmt, rows = opened(Source(path=write_rows([row] * 3), **keys), "sft")
-    assert fmt.kind != "preference"
-    assert len(list(rows)) == 3
+    reading = reading_of(Source(path=write_rows([row] * 3), **keys), "sft")
+    assert reading.fmt.kind != "preference"

@@ -6,7 +6,8 @@ import pytest
 
 from nesso_tune import DataError, Message
 from nesso_tune.chat.tools import calls_in
-from nesso_tune.publish.dialogue import Dialogue, converse, read_tool_file
+from nesso_tune.data.tools import read_tool_file
+from nesso_tune.publish.dialogue import Dialogue, converse
 from nesso_tune.publish.talk import Sampling
 
 CALL = '<tool_call>\n{"name": "meteo", "arguments": {"città": "Torino"}}\n</tool_call>'

@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
+from nesso_tune.recipes.data import DPOData, SFTData, Source
 from nesso_tune.recipes.schema import Schedule, TrainSection
-from nesso_tune.recipes.sections import DPOData, LoraSection, ModelSection, SFTData, Source
+from nesso_tune.recipes.sections import LoraSection, ModelSection
 from nesso_tune.recipes.shipped import shipped_recipes
 
 from .texts import read

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nesso_tune import ModelError, NumericalError
-from nesso_tune.recipes.sections import Source
+from nesso_tune.recipes.data import Source
 from nesso_tune.run import train
 from nesso_tune.training.checkpoint import checkpoints, read_manifest
 from nesso_tune.training.dpo import PairTrainer
