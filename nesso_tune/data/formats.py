@@ -21,7 +21,11 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
           "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
 LISTED = ("choice_fields", "label_fields", "labels")
-DETECTED = ("preference", "messages", "sharegpt", "alpaca", "pretokenized", "completion")  # most telling columns first
+DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
+ON_REQUEST = {  # formats that are never guessed: their mistakes would be silent
+    "completion": "plain texts are learned whole and without turns",
+    "pretokenized": "token ids are taken as they are",
+}
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
 MISSING = object()
 
@@ -186,10 +190,11 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
     """What rows lack for the format that a source names, and what they look like instead."""
     has = f"its columns are {described(rows)}"
     if source.format == "auto":
-        return DataError(
-            source.path, f"its format is not recognised ({has})",
-            "name the columns (messages_field, or prompt_field and response_field, …) or a format",
-        )  # fmt: skip
+        asked = recognise(source, rows, tuple(ON_REQUEST))
+        remedy = "name the columns (messages_field, or prompt_field and response_field, …) or a format"
+        if asked is not None:
+            remedy = f"set format: {asked} if that is what they are ({ON_REQUEST[asked]}), or {remedy}"
+        return DataError(source.path, f"its format is not recognised ({has})", remedy)
     likes = recognise(Source(path=source.path), rows)
     if likes not in (None, source.format):
         what = f"its rows are not of format {source.format} ({has})"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KIND = "documents"
+SUSPICIOUS = 0.1  # share of rows with control tokens as text: someone rendered them already
 FORMAT_VERSION = 4  # of what is cached; raised when the encoding changes
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
 from nesso_tune.data.clean import clean
 from nesso_tune.data.convert import Item, language_of, to_item
-from nesso_tune.data.formats import DETECTED, DataFormat, load_format, lookup
+from nesso_tune.data.formats import DETECTED, ON_REQUEST, DataFormat, load_format, lookup
 from nesso_tune.data.languages import language_of_item
 from nesso_tune.data.readers import OwnReader
 from nesso_tune.data.tools import Tool, Unusable
@@ -147,7 +147,7 @@ class Reading:
 
 @lru_cache(maxsize=1)
 def _shapes() -> list[DataFormat]:
-    return [load_format(name) for name in DETECTED]
+    return [load_format(name) for name in (*DETECTED, *ON_REQUEST)]
 
 
 def rule_of(source: Source, language: str) -> Rule | None:

@@ -39,7 +39,7 @@ class Source(Section):
     format: NonEmpty = "auto"
     """Name of a mapping under data_templates/formats/, a file of that kind, `FILE.py:FUNCTION` (a reader of your own,
     which makes a row of a known format of any row), or auto."""
-    where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False)]] = Field(default_factory=dict)
+    where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False)]] = Field(default={})
     """Only rows whose columns have these values, e.g. {source: [a, b]}; the others count as `not_selected`."""
     messages_field: NonEmpty | None = None
     """Column that holds the list of messages."""
@@ -85,7 +85,7 @@ class Source(Section):
     """Drop rows whose `score_field` is below this."""
     score_field: NonEmpty | None = None
     """Column that holds a row's quality score."""
-    rules: dict[NonEmpty, Rule] = Field(default_factory=dict)
+    rules: dict[NonEmpty, Rule] = Field(default={})
     """What else holds for a language, e.g. {en: {min_score: 0.6}}; `other` stands for all languages not named."""
     private: bool = False
     """Leave no trace of this source in final/ or its card."""

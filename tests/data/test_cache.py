@@ -107,7 +107,7 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", cache.DONE])
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "entries.npz", cache.DONE])
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_damaged_files_are_made_again(recipe, name, keep):
     whole = ids(prepare_data(recipe))
@@ -168,4 +168,4 @@ def test_a_build_killed_half_way_is_done_again(tmp_path):
 def test_the_note_is_plain_json(recipe):
     prepare_data(recipe)
     note = json.loads((the_folder() / cache.DONE).read_text())
-    assert note["languages"] == ["it", "en"]
+    assert note["documents"]["languages"] == ["it", "en"]

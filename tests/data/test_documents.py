@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
-from nesso_tune.data.documents import DocumentWriter, open_documents
+from nesso_tune.data.documents import Chunk, DocumentWriter, open_documents
+from nesso_tune.data.identity import Identity
 
 TOKENS = st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=12)
 ENTRY = st.tuples(
@@ -16,20 +17,31 @@ ENTRY = st.tuples(
 )
 
 
+def written(folder, entries, parts=1):
+    """Documents of (encoded, language, source, number), each a chunk of its own file."""
+    writer = DocumentWriter(folder, parts)
+    for i, (entry, language, source, number) in enumerate(entries):
+        chunk = Chunk(f"{source}.jsonl:")
+        chunk.add(entry, language, number, Identity(i, i))
+        writer.write(chunk, source)
+    return writer.close()
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(ENTRY, min_size=1, max_size=10))
 def test_what_is_written_is_read(tmp_path_factory, entries):
     folder = tmp_path_factory.mktemp("documents")
-    writer = DocumentWriter(folder, 1)
-    for row, ((ids, trained), language, source) in enumerate(entries, 1):
-        writer.add(Encoded(ids, trained), language, source, row)
-    documents = open_documents(folder, writer.close(), 1)
+    rows = [
+        (Encoded(ids, trained), language, source, i) for i, ((ids, trained), language, source) in enumerate(entries)
+    ]
+    documents = open_documents(folder, **written(folder, rows))
     assert len(documents) == len(entries)
     for i, ((ids, trained), language, source) in enumerate(entries):
         assert documents.input_ids(i).tolist() == ids
         assert documents.labels(i).tolist() == Encoded(ids, trained).labels
         assert (documents.language(i), documents.sources[i], documents.lengths[i]) == (language, source, len(ids))
-        assert documents.rows[i] == i + 1
+        assert documents.place(i) == f"{source}.jsonl:{i}"
+    assert documents.kept.tolist() == list(range(len(entries)))
     some = np.arange(0, len(entries), 2)
     assert documents.counts(some) == {
         "rows": len(some),
@@ -39,10 +51,8 @@ def test_what_is_written_is_read(tmp_path_factory, entries):
 
 
 def test_pairs_stand_side_by_side(tmp_path):
-    writer = DocumentWriter(tmp_path, 3)
-    writer.add(EncodedPair([1, 2], [3], [4, 5, 6]), "it", 0, 1)
-    writer.add(EncodedPair([7], [8, 9], [10]), "en", 0, 3)
-    documents = open_documents(tmp_path, writer.close(), 3)
+    rows = [(EncodedPair([1, 2], [3], [4, 5, 6]), "it", 0, 1), (EncodedPair([7], [8, 9], [10]), "en", 0, 3)]
+    documents = open_documents(tmp_path, **written(tmp_path, rows, parts=3))
     assert [[documents.input_ids(i, part).tolist() for part in range(3)] for i in range(2)] == [
         [[1, 2], [3], [4, 5, 6]],
         [[7], [8, 9], [10]],
@@ -51,17 +61,14 @@ def test_pairs_stand_side_by_side(tmp_path):
     assert documents.counts(np.array([1])) == {"rows": 1, "tokens": 4, "supervised_tokens": 3}
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "offsets.npy", "languages.npy", "sources.npy", "rows.npy"])
+@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "entries.npz"])
 @pytest.mark.parametrize("how", ["cut", "emptied", "gone"])
 def test_files_that_do_not_fit_together_are_refused(tmp_path, name, how):
-    writer = DocumentWriter(tmp_path, 1)
-    for _ in range(3):
-        writer.add(Encoded([1, 2], [False, True]), "it", 0, 1)
-    names = writer.close()
+    note = written(tmp_path, [(Encoded([1, 2], [False, True]), "it", 0, i) for i in range(3)])
     file = tmp_path / name
     content = file.read_bytes()
     file.unlink()
     if how != "gone":
         file.write_bytes(content[:-4] if how == "cut" else b"")
     with pytest.raises((ValueError, OSError, EOFError)):
-        open_documents(tmp_path, names, 1)
+        open_documents(tmp_path, **note)

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded
-from nesso_tune.data.documents import DocumentWriter, open_documents
+from nesso_tune.data.documents import Chunk, DocumentWriter, open_documents
+from nesso_tune.data.identity import Identity
+from nesso_tune.data.mixture import Group
 from nesso_tune.data.packing import RowStream, best_fit, in_order
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)
@@ -72,15 +74,16 @@ def test_packing_many_documents_is_quick():
     assert len(best_fit(lengths, 2048)) == len(rooms)
 
 
-def documents_of(folder, lengths, sources=None):
+def documents_of(folder, lengths, sources=None, languages=None):
     """Documents whose every id is their own number, the second half of each learned."""
     folder.mkdir(exist_ok=True)
     writer = DocumentWriter(folder, 1)
     for i, length in enumerate(lengths):
-        writer.add(
-            Encoded([i] * length, [k >= length // 2 for k in range(length)]), "it", (sources or {}).get(i, 0), i + 1
-        )
-    return open_documents(folder, writer.close(), 1)
+        chunk = Chunk("rows.jsonl:")
+        entry = Encoded([i] * length, [k >= length // 2 for k in range(length)])
+        chunk.add(entry, (languages or {}).get(i, "it"), i + 1, Identity(i, i))
+        writer.write(chunk, (sources or {}).get(i, 0))
+    return open_documents(folder, **writer.close())
 
 
 @pytest.fixture
@@ -136,7 +139,8 @@ def test_positions_run_through_the_epochs(documents):
 @pytest.mark.parametrize(("weight", "times"), [(2.0, {2}), (0.5, {0, 1}), (1.5, {1, 2}), (1.0, {1})])
 def test_weights_say_how_often_a_source_is_seen(tmp_path, weight, times):
     documents = documents_of(tmp_path / "w", [2] * 20, sources=dict.fromkeys(range(8), 1))
-    stream = RowStream(documents, np.arange(20), seed=3, capacity=8, weights={0: 1.0, 1: weight})
+    groups = [Group("a", np.arange(8, 20)), Group("b", np.arange(8), weight)]
+    stream = RowStream(documents, np.arange(20), seed=3, capacity=8, groups=groups)
     for epoch in range(2):
         seen = Counter(stream.epoch(epoch).entries.tolist())
         assert {seen[i] for i in range(8)} == times
@@ -149,7 +153,8 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path, weight, times):
 
 
 def test_entries_outside_the_split_are_never_seen(documents):
-    stream = RowStream(documents, np.array([1, 3, 5]), seed=1, capacity=10, weights={0: 1.5})
+    some = np.array([1, 3, 5])
+    stream = RowStream(documents, some, seed=1, capacity=10, groups=[Group("a", some, 1.5)])
     assert {int(i) for e in range(5) for i in stream.epoch(e).entries} == {1, 3, 5}
 
 
