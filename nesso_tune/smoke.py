@@ -33,6 +33,7 @@ from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path,
 Say = Callable[[str], None]
 STEPS, LENGTH, LOWEST = 4, 4096, -1e300
 ROWS = {"sft": 200, "dpo": 40}  # of each source; every pair is scored once before the first step
+SEARCHED = 5000  # rows among which those that `where` asks for are looked for
 KIND = "standins"  # their place in the cache
 BUNDLED = {"sft": ("conversations", "toolcalls"), "dpo": ("pairs",)}  # rows under recipes/quickstart/data/
 LIMITS: dict[str, dict[str, Any]] = {  # what a number is cut down to
@@ -127,6 +128,10 @@ def _data(recipe: Recipe, say: Say) -> dict[str, Any]:
         "sources": [source.model_dump(mode="json") for source in sources],
         "validation_sources": [source.model_dump(mode="json") for source in held],
         "validation_size": size,
+        # what is asked of the whole data says nothing of its first rows
+        "mixture": None,
+        "clean": {**recipe.data.clean.model_dump(mode="json"), "validation_overlap": "keep"},
+        **({"preferences": {}} if recipe.method == "dpo" else {}),
     }
 
 
@@ -139,11 +144,13 @@ def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
         elif not is_cached(source):
             say(f"smoke: {source.path} is not at hand: bundled rows stand in")
             continue
-        rows = min(ROWS[method], source.max_rows or ROWS[method])
+        most = SEARCHED if source.where else ROWS[method]
+        rows = min(most, source.max_rows or most)
         say(f"smoke: the first {rows} rows of {source.path}")
         # files may be sorted by score; that it is a number is still checked
-        least = None if source.min_score is None else LOWEST
-        here.append(source.model_copy(update={"max_rows": rows, "weight": 1.0, "min_score": least}))
+        least = None if source.score_field is None else LOWEST
+        changes = {"max_rows": rows, "weight": 1.0, "min_score": least, "rules": {}}
+        here.append(source.model_copy(update=changes))
     return here
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
+from nesso_tune.recipes import Recipe
+
+if TYPE_CHECKING:
+    from nesso_tune.data.prepare import PreparedData
 
 
 def prepare(
@@ -15,12 +21,19 @@ def prepare(
 ) -> None:
     """Fetch, read, encode and cache the data, on the CPU, and report what is in it."""
     from nesso_tune.chat.files import base_folder
-    from nesso_tune.data.prepare import prepare_data
+    from nesso_tune.data.prepare import dropped_file, prepare_data
 
     (loaded,) = load_all([recipe], settings)
     data = prepare_data(loaded)
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
-    print(json.dumps(data.report, indent=2, ensure_ascii=False) if as_json else "\n".join(tables(data.report)))
+    if as_json:
+        print(json.dumps(data.report, indent=2, ensure_ascii=False))
+        return
+    print("\n".join(tables(data.report)))
+    if data.report["dropped"]:
+        print(f"\nall dropped rows   {dropped_file(data)}")
+    if (page := _written(Path(loaded.output_dir), loaded, data)) is not None:
+        print(f"to look at         {page}")
 
 
 def tables(report: dict[str, Any]) -> list[str]:
@@ -29,24 +42,46 @@ def tables(report: dict[str, Any]) -> list[str]:
     lost = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
     lines = [
         f"rows      {report['rows_read']:,} read, {report['rows_kept']:,} kept; dropped: {lost}",
+        *(f"          {reason}, e.g. {where}" for reason, where in report["examples_of_dropped"].items()),
         f"packing   {report['packing']['rows']:,} rows an epoch, {report['packing']['fill']:.1%} full",
         f"cache     {'found' if report['cache_hit'] else 'made'}, fingerprint {report['fingerprint']}",
-        *(f"          {reason}, e.g. {where}" for reason, where in report["examples_of_dropped"].items()),
+        *(f"oddity    {_oddity(name, of)}" for name, of in report["oddities"].items()),
+        *(f"mind      {warning}" for warning in report["warnings"]),
         "",
         f"{'':<28}{'rows':>12}{'tokens':>14}{'supervised':>14}",
     ]
     groups = [
         *((f"language {code}", counts) for code, counts in report["languages"].items()),
-        *((f"source {_short(counts['path'])}", counts) for counts in report["sources"]),
-        ("an epoch trains on", report["train"]),
+        *((f"source {_short(counts.get('alias', counts['path']))}", counts) for counts in report["sources"]),
         ("held out", report["validation"]),
+        ("an epoch trains on", report["train"]),
     ]
     lines += [
         f"{name:<28}{counts['rows']:>12,}{counts['tokens']:>14,}{counts['supervised_tokens']:>14,}"
         for name, counts in groups
     ]
+    lines += [
+        f"  {_short(group['name']):<26}{group['rows']:>12,}{group['tokens']:>14,}{group['supervised_tokens']:>14,}"
+        f"  {group['share_of_tokens']:.1%} of its tokens"
+        for group in report["mixture"]
+    ]
     return lines
 
 
-def _short(path: str) -> str:
-    return path if len(path) <= 18 else f"…{path[-17:]}"
+def _oddity(name: str, of: dict[str, Any]) -> str:
+    return f"{of['rows']:,} rows: {name.replace('_', ' ')}, e.g. {of['example']}"
+
+
+def _written(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:
+    """The page in the run directory; None where it cannot be written, e.g. on a node that may only read."""
+    from nesso_tune.publish.data_report import write_data_report
+
+    try:
+        return write_data_report(folder, recipe, data)
+    except OSError as error:
+        print(f"no data_report.html: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        return None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"…{name[-17:]}"

@@ -49,13 +49,13 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     """
     tally = _Tally(len(sources))
     writer = DocumentWriter(folder, 1 if isinstance(recipe, SFTRecipe) else 3)
-    listed = (folder / DROPPED).open("w", encoding="utf-8")
-    with listed, (folder / SIGNATURES).open("wb") as signatures:
-        for done in _worked(recipe, sources, chat):
-            writer.write(done.chunk, done.source)
-            signatures.write(done.signatures)
-            tally.add(done)
-            listed.writelines(map(_line, done.dropped))
+    with (folder / DROPPED).open("w", encoding="utf-8") as listed:
+        with (folder / SIGNATURES).open("wb") as signatures:
+            for done in _worked(recipe, sources, chat):
+                writer.write(done.chunk, done.source)
+                signatures.write(done.signatures)
+                tally.add(done)
+                listed.writelines(map(_line, done.dropped))
         note = writer.close()
         documents = open_documents(folder, **note)
         lost = list(repeated(documents, recipe.data.clean, folder / SIGNATURES))

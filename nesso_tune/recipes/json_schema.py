@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nesso_tune.recipes.lint import EXCLUSIVE, INERT, Path
+from nesso_tune.recipes.finding import Path
+from nesso_tune.recipes.lint import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
 from nesso_tune.recipes.shipped import shipped
 

@@ -8,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from posixpath import normpath
-from typing import Any
 
+from nesso_tune.recipes.finding import Finding, Path, Raw, get
+from nesso_tune.recipes.lint_data import DATA_RULES
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
-Path = tuple[str | int, ...]
-Raw = Mapping[str, Any]
-
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
-MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
-INSTRUCTION_FIELDS = ("input_field", "response_field")
-PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
 # What a Slurm job is told once, from these keys: said a second time it could disagree.
 _COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
 JOB_OPTIONS = {
@@ -37,15 +32,6 @@ JOB_VARIABLES = {
                      "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
 }  # fmt: skip
 JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One inert or contradictory knob: where it stands, why it is wrong, and the remedy."""
-
-    path: Path
-    what: str
-    remedy: str
 
 
 @dataclass(frozen=True)
@@ -84,19 +70,10 @@ def lint(raw: Raw) -> list[Finding]:
     return [finding for rule in RULES for finding in rule(raw)]
 
 
-def _get(raw: Any, *path: str | int) -> Any:
-    for part in path:
-        try:
-            raw = raw[part]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return raw
-
-
 def _exclusive(raw: Raw) -> Iterator[Finding]:
     for rule in EXCLUSIVE:
         first, other = rule.keys
-        if all(_get(raw, *rule.section, key) is not None for key in rule.keys):
+        if all(get(raw, *rule.section, key) is not None for key in rule.keys):
             yield Finding(
                 (*rule.section, other), f"contradicts {'.'.join(map(str, (*rule.section, first)))}", rule.remedy
             )
@@ -104,15 +81,15 @@ def _exclusive(raw: Raw) -> Iterator[Finding]:
 
 def _inert(raw: Raw) -> Iterator[Finding]:
     for rule in INERT:
-        if _get(raw, *rule.section, rule.key) == rule.value:
+        if get(raw, *rule.section, rule.key) == rule.value:
             for knob in rule.inert:
-                if _get(raw, *rule.section, knob) is not None:
+                if get(raw, *rule.section, knob) is not None:
                     yield Finding((*rule.section, knob), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
 
 
 def _schedule(raw: Raw) -> Iterator[Finding]:
     here: Path = ("train", "schedule")
-    warmup, end = _get(raw, *here, "warmup_ratio"), _get(raw, *here, "constant_ratio")
+    warmup, end = get(raw, *here, "warmup_ratio"), get(raw, *here, "constant_ratio")
     if isinstance(warmup, (int, float)) and isinstance(end, (int, float)) and warmup >= end > 0:
         yield Finding(
             (*here, "warmup_ratio"),
@@ -122,7 +99,7 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
 
 
 def _validation(raw: Raw) -> Iterator[Finding]:
-    if _get(raw, "data", "validation_sources") and _get(raw, "data", "validation_size") not in (None, 0, 0.01):
+    if get(raw, "data", "validation_sources") and get(raw, "data", "validation_size") not in (None, 0, 0.01):
         yield Finding(
             ("data", "validation_size"),
             "has no effect beside data.validation_sources",
@@ -131,18 +108,18 @@ def _validation(raw: Raw) -> Iterator[Finding]:
 
 
 def _model(raw: Raw) -> Iterator[Finding]:
-    if _get(raw, "model", "random_init") is True:
-        if _get(raw, "model", "adapter") is not None:
+    if get(raw, "model", "random_init") is True:
+        if get(raw, "model", "adapter") is not None:
             yield Finding(
                 ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
             )
-        runs_code = _get(raw, "model", "trust_remote_code") is True
-        if _get(raw, "model", "revision") is not None and not runs_code:
+        runs_code = get(raw, "model", "trust_remote_code") is True
+        if get(raw, "model", "revision") is not None and not runs_code:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
 
 
 def _distributed(raw: Raw) -> Iterator[Finding]:
-    if _get(raw, "distributed", "fsdp") == "none" and _get(raw, "distributed", "state_dict") == "sharded":
+    if get(raw, "distributed", "fsdp") == "none" and get(raw, "distributed", "state_dict") == "sharded":
         yield Finding(
             ("distributed", "state_dict"), "has no effect under fsdp: none: nothing is sharded",
             "remove it, or set fsdp: full_shard",
@@ -150,7 +127,7 @@ def _distributed(raw: Raw) -> Iterator[Finding]:
 
 
 def _cluster(raw: Raw) -> Iterator[Finding]:
-    extra, env, python = (_get(raw, "cluster", key) for key in ("extra", "env", "python"))
+    extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
         name = str(option).removeprefix("--").split("=")[0]
         said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
@@ -174,7 +151,7 @@ def _secrets(raw: Raw) -> Iterator[Finding]:
 
 
 def _output(raw: Raw) -> Iterator[Finding]:
-    folder = _get(raw, "output_dir")
+    folder = get(raw, "output_dir")
     if isinstance(folder, str) and "\0" in folder:
         yield Finding(("output_dir",), "holds a NUL character", "correct it")
     if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
@@ -182,9 +159,9 @@ def _output(raw: Raw) -> Iterator[Finding]:
 
 
 def _dpo(raw: Raw) -> Iterator[Finding]:
-    losses = _get(raw, "dpo", "loss")
+    losses = get(raw, "dpo", "loss")
     names = set(losses) if isinstance(losses, Mapping) else {"sigmoid"}
-    smoothing = _get(raw, "dpo", "label_smoothing")
+    smoothing = get(raw, "dpo", "label_smoothing")
     if smoothing and not names & set(SMOOTHED_LOSSES):
         yield Finding(
             ("dpo", "label_smoothing"),
@@ -193,45 +170,14 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
         )
     if "exo_pair" in names and not smoothing:
         yield Finding(("dpo", "loss"), "exo_pair needs label_smoothing above 0", "set dpo.label_smoothing: 0.001")
-    if names == {"sft"} and _get(raw, "dpo", "beta") not in (None, 0.1):
+    if names == {"sft"} and get(raw, "dpo", "beta") not in (None, 0.1):
         yield Finding(
             ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
         )
-    if _get(raw, "dpo", "ld_alpha") == 1:
+    if get(raw, "dpo", "ld_alpha") == 1:
         yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
 
 
-def _sources(raw: Raw) -> Iterator[Finding]:
-    for section in ("sources", "validation_sources"):
-        sources = _get(raw, "data", section)
-        for i in range(len(sources) if isinstance(sources, (list, tuple)) else 0):
-            yield from _source(sources[i], ("data", section, i))
-            if section == "validation_sources" and _get(sources[i], "weight") not in (None, 1):
-                yield Finding(
-                    ("data", section, i, "weight"), "has no effect: evaluation sees every row once", "remove it"
-                )
-
-
-def _source(source: Any, here: Path) -> Iterator[Finding]:
-    unused: dict[str, tuple[str, ...]] = {
-        "messages": (*INSTRUCTION_FIELDS, *PREFERENCE_FIELDS, "prompt_field"),
-        "sharegpt": (*INSTRUCTION_FIELDS, *PREFERENCE_FIELDS, "prompt_field"),
-        "alpaca": (*MESSAGE_FIELDS, *PREFERENCE_FIELDS),
-        "preference": INSTRUCTION_FIELDS,
-    }
-    style = _get(source, "format")
-    for knob in unused.get(style, ()) if isinstance(style, str) else ():
-        if _get(source, knob) is not None:
-            yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
-    if _get(source, "min_score") is not None and _get(source, "score_field") is None:
-        yield Finding((*here, "min_score"), "needs score_field", "name the column that holds the score")
-    if _get(source, "score_field") is not None and _get(source, "min_score") is None:
-        yield Finding((*here, "score_field"), "has no effect without min_score", "set min_score, or remove it")
-    language = _get(source, "language")
-    if language not in (None, "auto") and _get(source, "language_field") is not None:
-        yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
-
-
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _secrets, _output, _dpo, _sources,
+    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _secrets, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

@@ -29,8 +29,9 @@ from nesso_tune.training.checkpoint import (
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html")
+BEFOREHAND = (LOCK, f".{MANIFEST}.partial", "data_report.html", "data_report.json")  # may be there before a run is
 # A finished or running model does not depend on these; they may change between sessions.
-FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster")
+FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences")
 
 
 @dataclass
@@ -264,8 +265,8 @@ def _sizes(folder: Path) -> dict[str, int] | None:
 
 
 def _is_foreign(path: Path) -> bool:
-    """Whether a file in a folder without a manifest is not from a run that was stopped while it wrote its first."""
-    return path.name not in (LOCK, f".{MANIFEST}.partial")
+    """Whether a file in a folder without a manifest is neither from `prepare` nor from a run stopped as it began."""
+    return path.name not in BEFOREHAND
 
 
 def _manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:

@@ -1,10 +1,23 @@
 """Real data of many shapes, where it is at hand: ../shared beside the repository."""
 
+import json
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from nesso_tune import DataError, prepare_data
+from nesso_tune.chat.tokenizer import chat_tokenizer
+from nesso_tune.chat.tools import calls_in
+from nesso_tune.data.formats import load_format
+from nesso_tune.data.languages import detect_language
+from nesso_tune.data.messages import messages_of
+from nesso_tune.data.peek import reading_of
+from nesso_tune.data.sources import source_rows
+from nesso_tune.data.tools import read_tool_file
+from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.sections import ChatSection, ModelSection
 
 SHARED = Path(__file__).parents[3] / "shared"
 
@@ -36,32 +49,132 @@ def test_preference_pairs(dpo):
     assert report["languages"].keys() == {"it", "en"}
 
 
-SHAPES = {
-    "alpaca, detected": ("data/sft_en.jsonl", {"language": "en"}, 3600),
-    "another answer column": ("data/sft_en.jsonl", {"format": "alpaca", "response_field": "response"}, 1900),
-    "two plain columns": ("data/sft_it.jsonl", {"prompt_field": "eng", "response_field": "ita", "format": "alpaca",
-                                               "language": "it"}, 1000),
-    "sharegpt": ("data/sft_multiturn.jsonl", {"format": "sharegpt"}, 450),
+SQUAD = "kind: instruction\nprompt_field: [context]\ninput_field: [question]\nresponse_field: [answers.0.text]\n"
+SEEDS = """\
+kind: instruction
+prompt_field: [instruction]
+input_field: [instances.0.input]
+response_field: [instances.0.output]
+"""
+PAGES = 'kind: instruction\nprompt_template: "Traduci in italiano:\\n\\n{page_en}"\nresponse_field: [page_it]\n'
+SPOKEN = """\
+kind: conversation
+messages_field: [dialogue, conversation]
+role_field: [role]
+content_field: [content]
+speakers: [user, assistant]
+system_field: [persona]
+"""
+VOTES = """\
+kind: choice
+prompt_field: [instruction]
+input_field: [input]
+choice_fields: [response1, response2]
+label_fields: [annotator1, annotator2, annotator3]
+labels: [1, 2]
+"""
+CAUSES = """\
+kind: choice
+prompt_template: "{premise} ({question})"
+choice_fields: [choice1, choice2]
+label_fields: [label]
+labels: [0, 1]
+"""
+BFCL = """\
+def calls(row):
+    if not row.get("ground_truth"):
+        return None
+    said = [{"name": name, "arguments": {key: values[0] for key, values in asked.items()}}
+            for call in row["ground_truth"] for name, asked in call.items()]
+    return {"messages": [*row["question"][0], {"role": "assistant", "tool_calls": said}], "tools": row["function"]}
+"""
+# file: {section: (keys of its source, rows kept, what is dropped besides the other sections)}
+SECTIONS = {
+    "sft_en.jsonl": {
+        "stanford_alpaca_5000": ({}, 1850, {"empty_answer": 1}),
+        "gpteacher_roleplay": ({}, 1923, {}),
+        "llamafactory_alpaca_en_demo": ({}, 999, {}),
+        "gsm8k_alpaca_fmt": ({}, 800, {}),
+        "self_instruct_seed": ({"format": SEEDS}, 175, {}),
+        "self_instruct_user_oriented": ({"format": SEEDS}, 252, {}),
+    },
+    "sft_it.jsonl": {
+        "squad_it_test": ({"format": SQUAD}, 3423, {"empty_answer": 2}),
+        "tldr_pages_it": ({"format": PAGES}, 1420, {}),
+        "tatoeba_ita_eng": ({"format": "alpaca", "prompt_field": "eng", "response_field": "ita"}, 1000, {}),
+        "javascript_questions_it": ({"format": "completion", "text_field": "markdown"}, 155, {}),
+    },
+    "sft_multiturn.jsonl": {
+        "xpersona_it_valid": ({"format": SPOKEN}, 140, {}),
+        "xpersona_it_test": ({"format": SPOKEN}, 140, {}),
+        "xpersona_en_valid": ({"format": SPOKEN}, 300, {}),
+        "chatterbot_corpus_it": ({"format": SPOKEN}, 562, {}),
+        "fastchat_dummy_conversation": ({}, 500, {}),
+    },
+    "toolcall.jsonl": {
+        "glaive_toolcall_en_demo": ({}, 300, {}),
+        "reason_tool_use_demo_50": ({}, 50, {}),
+        "bfcl_v4_single_turn": ({"format": BFCL}, 1000, {"left_out_by_reader": 240}),
+    },
+    "pref_en.jsonl": {
+        "llamafactory_dpo_en_demo": ({}, 300, {}),
+        "llmbar": ({"format": "choice", "labels": [1, 2]}, 419, {}),
+        "pandalm_testset_v1": (
+            {"format": VOTES}, 411, {"no_preferred_answer": 42, "empty_answer": 25, "content_not_text": 3},
+        ),
+    },
+    "pref_it.jsonl": {"xcopa_it": ({"format": CAUSES}, 600, {})},
 }  # fmt: skip
+ODDITIES = {  # as they are known of these files
+    "sft_en.jsonl": {"no_break_space": 6, "zero_width_character": 2},
+    "sft_it.jsonl": {"no_break_space": 143, "zero_width_character": 1, "html_entity": 1, "template_placeholder": 927},
+    "sft_multiturn.jsonl": {"zero_width_character": 12, "stand_in_turn": 300, "ends_without_answer": 42},
+    "toolcall.jsonl": {},
+    "pref_en.jsonl": {"no_break_space": 1, "zero_width_character": 1, "control_character": 2, "html_entity": 2,
+                      "mojibake": 1, "template_placeholder": 2},
+    "pref_it.jsonl": {},
+}  # fmt: skip
+REPEATED = {"sft_en.jsonl": 14, "toolcall.jsonl": 35, "sft_multiturn.jsonl": 3, "pref_it.jsonl": 0}
 
 
-@pytest.mark.parametrize(("name", "keys", "least"), SHAPES.values(), ids=SHAPES)
-def test_odd_shapes_load_by_naming_their_columns(sft, tmp_path, name, keys, least):
-    lines = Path(shared(name)).read_text().splitlines(keepends=True)
-    told_by = keys.get("prompt_field") or keys.get("response_field")
-    wanted = told_by or ("from" if keys.get("format") == "sharegpt" else "")
-    path = tmp_path / "rows.jsonl"  # rows of one shape first: the first rows decide
-    path.write_text("".join(sorted(lines, key=lambda line: f'"{wanted}": ' not in line)))
-    report = prepare_data(sft({"path": str(path), **keys}, sequence_len=2048)).report
-    assert report["rows_kept"] >= least
-    assert report["rows_read"] == len(lines) == report["rows_kept"] + sum(report["dropped"].values())
+def sources_of(name, folder):
+    """The sources that a file with several sections needs, their mapping files and readers written into a folder."""
+    for section, (keys, _, _) in SECTIONS[name].items():
+        fmt = keys.get("format", "auto")
+        if "\n" in fmt:
+            file = folder / (f"{section}.py" if fmt.startswith("def ") else f"{section}.yaml")
+            file.write_text(fmt)
+            fmt = f"{file}:calls" if fmt.startswith("def ") else str(file)
+        yield {"path": shared(f"data/{name}"), "alias": section, "where": {"_source": section}, **keys, "format": fmt}
 
 
-def test_sharegpt_pairs(dpo):
-    source = {"path": shared("data/pref_en.jsonl"), "format": "preference"}
-    report = prepare_data(dpo(source, sequence_len=8192)).report
-    assert report["rows_kept"] >= 290  # of the 300 that have chosen and rejected
-    assert report["dropped"]["missing_field"] == 900
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_of_every_file(sft, dpo, tmp_path, name):
+    make = dpo if name.startswith("pref") else sft
+    report = prepare_data(make(*sources_of(name, tmp_path), sequence_len=16384)).report
+    assert report["rows_read"] == report["rows_kept"] + sum(report["dropped"].values())
+    for source in report["sources"]:
+        _, kept, dropped = SECTIONS[name][source["alias"]]
+        others = source["dropped"].pop("not_selected", 0)
+        assert (source["rows"], source["dropped"]) == (kept, dropped), source["alias"]
+        assert source["rows_read"] == kept + sum(dropped.values()) + others
+    assert {mark: of["rows"] for mark, of in report["oddities"].items()} == ODDITIES[name]
+    assert report["duplicates"] == REPEATED.get(name, report["duplicates"])
+
+
+def test_evaluation_prompts_are_texts_and_are_kept_out_of_training(sft, write_rows):
+    ifeval = shared("data/ifeval_en.jsonl")
+    as_texts = prepare_data(sft({"path": ifeval, "format": "completion", "text_field": "prompt"}, sequence_len=4096))
+    assert as_texts.report["rows_kept"] == as_texts.report["rows_read"] == 541
+    prompts = [json.loads(line)["prompt"] for line in Path(ifeval).read_text().splitlines()]
+    rows = [{"prompt": f"Please: {text.upper()}", "response": "No."} for text in prompts]
+    against = {"decontaminate": {"files": [ifeval]}}
+    clean = {"path": shared("data/sft_en.jsonl"), "where": {"_source": "gsm8k_alpaca_fmt"}}
+    report = prepare_data(sft(write_rows(rows), clean, sequence_len=4096, clean=against)).report
+    contaminated, innocent = report["sources"]
+    assert contaminated["dropped"] == {"contains_evaluation_text": 541}
+    assert innocent["dropped"].get("contains_evaluation_text", 0) == 0
+    assert "ifeval_en.jsonl:1" in report["examples_of_dropped"]["contains_evaluation_text"]
 
 
 def test_shapes_that_need_a_mapping_say_so(sft, dpo):
@@ -71,15 +184,73 @@ def test_shapes_that_need_a_mapping_say_so(sft, dpo):
         prepare_data(sft({"path": shared("data/sft_it.jsonl"), "max_rows": 20}))
 
 
-def test_dialogues_with_tools(sft, tmp_path):
-    lines = Path(shared("data/toolcall.jsonl")).read_text().splitlines(keepends=True)
-    path = tmp_path / "tools.jsonl"
-    path.write_text("".join(line for line in lines if '"_source": "glaive' in line))
-    data = prepare_data(sft(str(path), sequence_len=4096))
-    assert data.report["rows_read"] == 300 == data.report["rows_kept"] + sum(data.report["dropped"].values())
-    assert data.report["rows_kept"] >= 295, data.report["dropped"]
-    learned = [label for row in data.train for label in row["labels"] if label != -100]
-    text = data.tokenizer.decode(learned)
-    assert text.count("<tool_call>") == text.count("</tool_call>") > 100
-    assert "<tool_response>" not in text
-    assert "<tools>" not in text
+def said_and_parsed(text):
+    """The turns of rendered ChatML, as (role, what stands between header and end)."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", text, re.DOTALL)
+    assert "".join(f"<|im_start|>{role}\n{body}<|im_end|>\n" for role, body in turns) == text
+    return turns
+
+
+@pytest.mark.parametrize(("section", "rows"), [("glaive_toolcall_en_demo", 300), ("reason_tool_use_demo_50", 50)])
+def test_dialogues_with_tools_are_rendered_and_read_back(base, section, rows):
+    source = Source(path=shared("data/toolcall.jsonl"), where={"_source": section})
+    chat = chat_tokenizer(ModelSection(base=base), ChatSection())
+    reading = reading_of(source, "sft")
+    items = [reading.item(row, where) for row, where in source_rows(source) if row["_source"] == section]
+    assert len(items) == rows
+    calls = 0
+    for item, encoded in zip(items, chat.encoder.conversations(items), strict=True):
+        text = chat.backend.decode(encoded.ids, skip_special_tokens=False)
+        turns = said_and_parsed(text)
+        offered = turns[0][1].partition("<tools>\n")[2].partition("\n</tools>")[0]
+        assert [json.loads(line) for line in offered.splitlines()] == list(item.tools)
+        speaking = turns[len(turns) - sum(message.role != "system" for message in item.messages) :]
+        spoken = [message for message in item.messages if message.role != "system"]
+        for (role, body), message in zip(speaking, spoken, strict=True):
+            assert role == message.role
+            if role == "assistant":
+                made = list(message.tool_calls) or calls_in(message.content)
+                assert json.dumps(calls_in(body)) == json.dumps(made)  # with their arguments in order
+                calls += len(made)
+            if role == "tool":
+                assert body == f"<tool_response>\n{message.content}\n</tool_response>"
+        learned = [i for i, yes in zip(encoded.ids, encoded.trained, strict=True) if yes]
+        answers = [f"{body}<|im_end|>" for role, body in speaking if role == "assistant"]
+        assert chat.backend.decode(learned, skip_special_tokens=False) == "".join(answers)
+    assert calls > rows / 4
+
+
+def test_agentic_cases_are_prompts_with_their_tools(base):
+    chat = chat_tokenizer(ModelSection(base=base), ChatSection())
+    tools = read_tool_file(Path(shared("data/toolcall_nesso_tools.json")))
+    rows = map(json.loads, Path(shared("data/toolcall.jsonl")).read_text().splitlines())
+    cases = [row for row in rows if row["_source"] == "nesso_agentic_eval_100"]
+    assert (len(cases), len(tools)) == (50, 9)
+    for case in cases:
+        messages = messages_of(case["messages"], load_format("messages"))
+        text = chat.backend.decode(
+            chat.encoder.prompt(messages, case["lang"].lower(), tools), skip_special_tokens=False
+        )
+        assert text.endswith("<|im_start|>assistant\n")
+        turns = said_and_parsed(text.removesuffix("<|im_start|>assistant\n"))
+        assert [role for role, _ in turns] == ["system", *(message["role"] for message in case["messages"])]
+        for tool in tools:
+            assert json.dumps(tool, ensure_ascii=False) in turns[0][1]
+
+
+def test_the_language_is_told():
+    """Of the sections whose language is known; what is too short to tell counts as a mistake."""
+    known = {"squad_it_test": "it", "stanford_alpaca_5000": "en", "gsm8k_alpaca_fmt": "en", "gpteacher_roleplay": "en",
+             "xpersona_it_valid": "it", "xpersona_it_test": "it", "xpersona_en_valid": "en"}  # fmt: skip
+    right, total = Counter(), Counter()
+    for name in ("sft_it", "sft_en", "sft_multiturn"):
+        for line in Path(shared(f"data/{name}.jsonl")).read_text().splitlines():
+            row = json.loads(line)
+            if row["_source"] not in known or total[row["_source"]] == 300:
+                continue
+            texts = [row.get(key, "") for key in ("context", "question", "instruction", "output", "response")]
+            texts += [turn for pair in row.get("dialogue", ()) for turn in pair]
+            total[row["_source"]] += 1
+            right[row["_source"]] += detect_language(" ".join(texts)) == known[row["_source"]]
+    for section, n in total.items():
+        assert right[section] / n >= 0.98, section

@@ -51,6 +51,34 @@ FIRES = {
     "score of what": (source("min_score: 1"), "data.sources.1.min_score", "needs score_field"),
     "score for what": (source("score_field: q"), "data.sources.1.score_field", "without min_score"),
     "two languages": (source("language: it, language_field: l"), "data.sources.1.language_field", "beside language"),
+    "score of a rule": (source("rules: {en: {min_score: 1}}"), "data.sources.1.rules.en.min_score", "score_field"),
+    "score of what is not kept": (
+        source("score_field: q, rules: {en: {keep: false, min_score: 1}}"), "data.sources.1.rules.en.min_score",
+        "beside keep: false",
+    ),
+    "text in messages": (source("format: messages, text_field: x"), "data.sources.1.text_field", "format: messages"),
+    "columns of a reader": (source("format: a.py:f, prompt_field: x"), "data.sources.1.prompt_field", "own reader"),
+    "weight of a rule held out": (
+        "data: {validation_sources: [{path: v, rules: {it: {weight: 2.0}}}]}",
+        "data.validation_sources.0.rules.it.weight", "sees every row once",
+    ),
+    "shares of more than all": (
+        "data: {mixture: {by: language, shares: {it: 0.6, en: 0.6}}}", "data.mixture.shares", "add up to 1.2",
+    ),
+    "shares of nobody": (
+        "data: {sources: [{path: a.jsonl}], mixture: {by: source, shares: {a.json: 1.0}}}",
+        "data.mixture.shares.a.json", "is no source",
+    ),
+    "shares and weights": (
+        "data: {sources: [{path: a, weight: 2.0}], mixture: {by: language, shares: {it: 1.0}}}",
+        "data.sources.0.weight", "contradicts data.mixture",
+    ),
+    "overlap with nothing": (
+        "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap", "held out",
+    ),
+    "a late warning": (
+        "data: {preferences: {conflicting: {warn: 0.5, fail: 0.1}}}", "data.preferences.conflicting.warn", "never",
+    ),
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
                         "--gres is written from elsewhere"),

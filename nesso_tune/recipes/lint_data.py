@@ -1,0 +1,112 @@
+"""Knobs of the `data` section that would do nothing or contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from nesso_tune.recipes.finding import Finding, Path, Raw, get
+from nesso_tune.recipes.names import closest
+
+MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
+INSTRUCTION_FIELDS = ("input_field", "response_field")
+PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
+KNOBS_OF_FORMAT: dict[str, tuple[str, ...]] = {  # what has an effect under each shipped format, of the keys below
+    "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
+    "preference": (*PREFERENCE_FIELDS, "prompt_field", "role_field", "content_field", "messages_field", "roles",
+                   "system_field", "tools_field", "tools_file"),
+    "choice": (*CHOICE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
+    "completion": ("text_field",),
+    "pretokenized": (),
+}  # fmt: skip
+KNOBS = sorted({knob for knobs in KNOBS_OF_FORMAT.values() for knob in knobs})
+
+
+def _sources(raw: Raw) -> Iterator[Finding]:
+    for section in ("sources", "validation_sources"):
+        sources = get(raw, "data", section)
+        for i in range(len(sources) if isinstance(sources, (list, tuple)) else 0):
+            yield from _source(sources[i], ("data", section, i))
+            if section == "validation_sources" and get(sources[i], "weight") not in (None, 1):
+                yield Finding(
+                    ("data", section, i, "weight"), "has no effect: evaluation sees every row once", "remove it"
+                )
+            for code, rule in _rules(sources[i]) if section == "validation_sources" else ():
+                if get(rule, "weight") is not None:
+                    here = ("data", section, i, "rules", code, "weight")
+                    yield Finding(here, "has no effect: evaluation sees every row once", "remove it")
+
+
+def _source(source: Any, here: Path) -> Iterator[Finding]:
+    style = get(source, "format")
+    used = KNOBS_OF_FORMAT.get(style) if isinstance(style, str) else None
+    if isinstance(style, str) and ".py:" in style:
+        used, style = ("tools_file",), "of your own reader"
+    for knob in KNOBS if used is not None else ():
+        if knob not in (used or ()) and get(source, knob) is not None:
+            yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
+    scored: list[Path] = [("min_score",)] if get(source, "min_score") is not None else []
+    scored += [("rules", code, "min_score") for code, rule in _rules(source) if get(rule, "min_score") is not None]
+    for path in scored if get(source, "score_field") is None else ():
+        yield Finding((*here, *path), "needs score_field", "name the column that holds the score")
+    if get(source, "score_field") is not None and not scored:
+        yield Finding((*here, "score_field"), "has no effect without min_score", "set min_score, or remove it")
+    language = get(source, "language")
+    if language not in (None, "auto") and get(source, "language_field") is not None:
+        yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
+    for code, rule in _rules(source):
+        for knob in ("min_score", "weight"):
+            if get(rule, "keep") is False and get(rule, knob) is not None:
+                yield Finding((*here, "rules", code, knob), "has no effect beside keep: false", "keep one of the two")
+
+
+def _rules(source: Any) -> list[tuple[str, Any]]:
+    rules = get(source, "rules")
+    return [(str(code), rule) for code, rule in rules.items()] if isinstance(rules, Mapping) else []
+
+
+def _mixture(raw: Raw) -> Iterator[Finding]:
+    shares, here = get(raw, "data", "mixture", "shares"), ("data", "mixture", "shares")
+    if not isinstance(shares, Mapping):
+        return
+    numbers = [share for share in shares.values() if isinstance(share, (int, float))]
+    if len(numbers) == len(shares) and abs(sum(numbers) - 1) > 1e-6:
+        yield Finding(here, f"add up to {sum(numbers):g}", "make it 1, e.g. {it: 0.6, en: 0.4}")
+    sources = get(raw, "data", "sources")
+    sources = sources if isinstance(sources, (list, tuple)) else ()
+    for i, source in enumerate(sources):
+        weighted: list[Path] = [("weight",)] if get(source, "weight") not in (None, 1) else []
+        weighted += [("rules", code, "weight") for code, rule in _rules(source) if get(rule, "weight") is not None]
+        for path in weighted:
+            yield Finding(
+                ("data", "sources", i, *path), "contradicts data.mixture: its shares say how often", "keep one"
+            )
+    if get(raw, "data", "mixture", "by") == "source":
+        names = [str(get(source, "alias") or get(source, "path")) for source in sources]
+        for name in shares:
+            if name not in (*names, "other"):
+                guess = closest(str(name), names)
+                remedy = f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
+                yield Finding((*here, str(name)), "is no source of this recipe", remedy)
+
+
+def _clean(raw: Raw) -> Iterator[Finding]:
+    overlap = get(raw, "data", "clean", "validation_overlap") == "drop"
+    if overlap and get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources"):
+        yield Finding(("data", "clean", "validation_overlap"), "has no effect: nothing is held out", "remove it")
+
+
+def _limits(raw: Raw) -> Iterator[Finding]:
+    limits = get(raw, "data", "preferences")
+    for name in limits if isinstance(limits, Mapping) else ():
+        warn, fail = get(limits, name, "warn"), get(limits, name, "fail")
+        if isinstance(warn, (int, float)) and isinstance(fail, (int, float)) and warn > fail:
+            yield Finding(
+                ("data", "preferences", str(name), "warn"), f"never speaks: it fails from {fail:g}", "lower it"
+            )
+
+
+DATA_RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_sources, _mixture, _clean, _limits)

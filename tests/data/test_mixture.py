@@ -1,0 +1,110 @@
+"""What an epoch is made of: weights, rules per language, and target shares."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nesso_tune import DataError, prepare_data
+from nesso_tune.data.mixture import groups_of
+from nesso_tune.data.packing import RowStream
+from nesso_tune.recipes.data import SFTData
+
+from .test_packing import documents_of
+
+
+def data_of(**keys):
+    """A data section over two sources, the second with an alias."""
+    sources = [{"path": "a.jsonl"}, {"path": "b.jsonl", "alias": "b"}]
+    return SFTData.model_validate({"sources": sources, **keys})
+
+
+def stream_of(documents, data, seed=1):
+    every = np.arange(len(documents))
+    return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=400, max_size=600),
+    italian=st.floats(0.1, 0.9),
+    there=st.floats(0.2, 0.8),
+    seed=st.integers(0, 9),
+)
+def test_shares_are_kept_within_one_percent(tmp_path_factory, lengths, italian, there, seed):
+    languages = {i: "it" if i < there * len(lengths) else "en" for i in range(len(lengths))}
+    documents = documents_of(tmp_path_factory.mktemp("m"), lengths, languages=languages)
+    data = data_of(mixture={"by": "language", "shares": {"it": italian, "en": 1 - italian}})
+    stream = stream_of(documents, data, seed)
+    for epoch in range(2):
+        drawn = stream.epoch(epoch).entries
+        assert len(np.unique(drawn)) == len(drawn)  # nothing is repeated unless it is asked for
+        tokens = {
+            code: documents.lengths[[i for i in drawn if languages[int(i)] == code]].sum() for code in ("it", "en")
+        }
+        assert abs(tokens["it"] / sum(tokens.values()) - italian) < 0.01
+
+
+def test_the_scarcest_group_is_seen_whole_and_others_are_drawn_afresh(tmp_path):
+    documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
+    stream = stream_of(documents, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.5}}))
+    first, second = (set(stream.epoch(e).entries.tolist()) for e in (0, 1))
+    assert {i for i in first if i < 20} == set(range(20)) == {i for i in second if i < 20}
+    assert len({i for i in first if i >= 20}) == 20 == len({i for i in second if i >= 20})
+    assert first != second
+
+
+def test_scarce_groups_may_be_repeated(tmp_path):
+    documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
+    mixture = {"by": "language", "shares": {"it": 0.5, "en": 0.5}, "repeat": 3.0}
+    drawn = stream_of(documents, data_of(mixture=mixture)).epoch(0).entries
+    counts = np.bincount(drawn, minlength=100)
+    assert set(counts[:20]) == {3}
+    assert counts[20:].sum() == 60
+
+
+def test_shares_by_source_and_of_all_others(tmp_path):
+    documents = documents_of(tmp_path / "m", [4] * 90, sources={i: int(i >= 30) for i in range(90)})
+    shares = {"b": 0.25, "other": 0.75}
+    drawn = stream_of(documents, data_of(mixture={"by": "source", "shares": shares})).epoch(0).entries
+    assert (drawn < 30).sum() == 30
+    assert (drawn >= 30).sum() == 10
+    nothing = {"a.jsonl": 1.0, "b": 0.0}
+    assert stream_of(documents, data_of(mixture={"by": "source", "shares": nothing})).epoch(0).entries.max() < 30
+
+
+def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
+    documents = documents_of(tmp_path / "m", [4] * 9, languages={0: "de"})
+    every = np.arange(9)
+    with pytest.raises(DataError, match="says nothing of de; name a share for each, 0 leaves it out"):
+        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
+    with pytest.raises(DataError, match="no row is of `en`; remove it"):
+        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}}))
+
+
+SCORED = [
+    {"prompt": f"Domanda {i}?", "response": f"Risposta {i}.", "score": 0.1 * i, "lang": lang}
+    for i in range(10)
+    for lang in ("it", "en", "fr")
+]
+
+
+def test_rules_hold_for_one_language(sft, write_rows):
+    rules = {"en": {"min_score": 0.55}, "other": {"keep": False}, "it": {"weight": 2.0}}
+    source = {"path": write_rows(SCORED), "score_field": "score", "rules": rules}
+    report = prepare_data(sft(source)).report
+    assert report["dropped"] == {"language_not_kept": 10, "below_min_score": 6}
+    assert {code: of["rows"] for code, of in report["languages"].items()} == {"it": 10, "en": 4}
+    assert report["train"]["rows"] == 24
+    assert {group["name"].split()[-1]: group["rows"] for group in report["mixture"]} == {"it": 20, "en": 4}
+
+
+def test_the_mixture_is_reported_and_only_arranges(sft, write_rows):
+    path = write_rows(SCORED)
+    plain = prepare_data(sft(path)).report
+    mixed = prepare_data(sft(path, mixture={"by": "language", "shares": {"it": 0.5, "other": 0.5}})).report
+    assert mixed["cache_hit"]  # what is encoded is the same
+    assert mixed["fingerprint"] != plain["fingerprint"]
+    shares = {group["name"]: group["share_of_tokens"] for group in mixed["mixture"]}
+    assert shares == {"it": pytest.approx(0.5, abs=0.05), "other": pytest.approx(0.5, abs=0.05)}
+    assert sum(group["rows"] for group in mixed["mixture"]) == mixed["train"]["rows"]
