@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_dir
 
 from nesso_tune.errors import RunEnvironmentError, is_full
@@ -68,6 +68,7 @@ def make(
         staging = root / f"{key}.partial"
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(root / key, ignore_errors=True)  # a folder without its note, or damaged
+        _sweep(root)
         staging.mkdir()
         try:
             note = build(staging)
@@ -84,3 +85,11 @@ def make(
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return opened(root / key, note), note, False
+
+
+def _sweep(root: Path) -> None:
+    """Removes what killed builds of other results left: whoever still builds holds the lock."""
+    for left in root.glob("*.partial"):
+        lock = FileLock(left.with_suffix(".lock"))
+        with suppress(Timeout), lock.acquire(timeout=0):
+            shutil.rmtree(left, ignore_errors=True)

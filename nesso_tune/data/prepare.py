@@ -128,6 +128,10 @@ def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
         said.append(
             f"{overlap:,} rows ask what a held-out row asks: data.clean.validation_overlap: drop leaves them out"
         )
+    spelt = report["oddities"].get("control_token_as_text", {"rows": 0, "example": ""})
+    if spelt["rows"] > SUSPICIOUS * report["rows_kept"]:
+        what = f"{spelt['rows']:,} rows spell control tokens, e.g. {spelt['example']}; they are read as plain text"
+        said.append(f"{what}: if the rows are rendered already, give their messages instead")
     if report["duplicates"]:
         said.append(
             f"{report['duplicates']:,} rows are the same as an earlier one: data.clean.duplicates: drop keeps one"
