@@ -15,6 +15,7 @@ from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.final import final_bytes, save_final, whole_model
+from nesso_tune.publish.data_report import write_data_report
 from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
@@ -90,8 +91,9 @@ def train(
                 for text in _opening(opened, recipe):
                     say(text)
             data = prepare_data(recipe)
-            if opened is not None and data.report["dropped"]:
-                say(_dropped(data.report))
+            if opened is not None and not opened.finished:
+                for text in _about_data(data.report):
+                    say(text)
             come_together(recipe.distributed.timeout_s)
             with contact():
                 run: RunDir = from_first(None if opened is None else opened.shared())
@@ -103,9 +105,16 @@ def train(
                 opened.close()
 
 
-def _dropped(report: dict[str, Any]) -> str:
-    lost = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
-    return f"{report['rows_kept']:,} of {report['rows_read']:,} rows kept; dropped: {lost}"
+def _about_data(report: dict[str, Any]) -> list[str]:
+    """What was dropped, what an epoch is made of, and what is suspicious."""
+    lines = []
+    if report["dropped"]:
+        lost = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
+        lines.append(f"{report['rows_kept']:,} of {report['rows_read']:,} rows kept; dropped: {lost}")
+    if len(report["mixture"]) > 1:
+        shares = ", ".join(f"{group['name']} {group['share_of_tokens']:.1%}" for group in report["mixture"])
+        lines.append(f"an epoch's tokens: {shares}")
+    return [*lines, *report["warnings"]]
 
 
 def _opening(run: RunDir, recipe: Recipe) -> list[str]:
@@ -147,6 +156,7 @@ def _train(
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
             write_start(run, recipe, facts)
+            write_data_report(run.path, recipe, data)
         wait_for_all()
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)

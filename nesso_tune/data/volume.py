@@ -121,6 +121,8 @@ def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -
     if isinstance(recipe, SFTRecipe) and isinstance(recipe.data, SFTData) and recipe.data.packing:
         trained = max(1, math.ceil(tokens / (FULL_ROWS * recipe.data.sequence_len)))
     weakest = max((v.basis for v in [*train, *held]), key=(SAMPLED, WITHOUT_TOKENIZER, STATED).index)
+    if recipe.data.mixture is not None or any(s.rules for s in recipe.data.sources):
+        weakest = f"{weakest}; shares and weights of languages are not in it"
     dropped: dict[str, float] = {}
     for part in train:
         for reason, lost in part.dropped.items():

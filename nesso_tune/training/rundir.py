@@ -28,8 +28,9 @@ from nesso_tune.training.checkpoint import (
 )
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
-OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html")
-BEFOREHAND = (LOCK, f".{MANIFEST}.partial", "data_report.html", "data_report.json")  # may be there before a run is
+DATA_REPORT = ("data_report.html", "data_report.json")
+OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", *DATA_REPORT)
+BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is
 # A finished or running model does not depend on these; they may change between sessions.
 FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences")
 

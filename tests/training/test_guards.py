@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nesso_tune import ModelError, NumericalError
-from nesso_tune.recipes.data import Source
 from nesso_tune.run import train
 from nesso_tune.training.checkpoint import checkpoints, read_manifest
 from nesso_tune.training.dpo import PairTrainer
@@ -134,12 +133,11 @@ def test_one_of_two_processes_finds_it_and_both_stop(tmp_path, talks):
 
 
 def named(some, position):
-    from nesso_tune.data.places import places
     from nesso_tune.data.prepare import prepare_data
 
     stream = prepare_data(some).stream
     epoch, row = stream.locate(position)
-    return places(stream.documents, stream.epoch(epoch).members(row), some.data.sources)
+    return list(map(stream.documents.place, stream.epoch(epoch).members(row)))
 
 
 LONG = {"max_steps": ENOUGH + 8, "learning_rate": 1e-4}
@@ -191,7 +189,7 @@ def test_a_spike_that_should_stop_the_run_stops_it(tmp_path, talks, poison):
 
 def leaps(values):
     """Steps at which a guard sees a leap of the loss, the norm being constant."""
-    guard = Guard("warn", None, [Source(path="x")], None)
+    guard = Guard("warn", None, None)
     return [i for i, value in enumerate(values) if "loss" in guard._leaps({"loss": value, "grad_norm": 1.0})]
 
 
