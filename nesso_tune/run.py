@@ -14,8 +14,8 @@ from accelerate.utils import gather_object
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
-from nesso_tune.publish.final import final_bytes, save_final, whole_model
 from nesso_tune.publish.data_report import write_data_report
+from nesso_tune.publish.final import final_bytes, save_final, whole_model
 from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe

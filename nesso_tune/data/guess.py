@@ -17,6 +17,8 @@ BETTER = ("chosen", "preferred", "better", "win", "winner", "accepted", "scelta"
           "response_chosen", "risposta_scelta", "risposta_preferita")  # fmt: skip
 WORSE = ("rejected", "dispreferred", "worse", "lose", "loser", "refused", "rifiutata", "rifiutato", "scartata",
          "peggiore", "response_rejected", "risposta_rifiutata", "risposta_scartata")  # fmt: skip
+LABELS = ("label", "preference", "winner", "better", "choice", "vote", "etichetta", "preferenza", "scelta")
+SIDES = (("1", "2"), ("a", "b"), ("0", "1"))  # how the names of two answers end
 LANGUAGES = ("lingua", "lang_code", "language_code", "locale", "idioma")
 CONTENTS = ("content", "value", "text", "testo", "message", "messaggio", "utterance", "contenuto", "body", "corpo")
 ROLES = {
@@ -32,7 +34,8 @@ def guess_fields(rows: Sequence[Row]) -> Guess | None:
     """The format that rows are nearest to and the columns that it needs to be told; None if nothing is near."""
     columns = Counter(column for row in rows for column in row)
     common = [column for column, n in columns.items() if n >= len(rows) / 2]
-    found = _messages(rows, common) or _preference(rows, common) or _instruction(rows, common)
+    found = _messages(rows, common) or _preference(rows, common)
+    found = found or _choice(rows, common) or _instruction(rows, common)
     if found is None:
         return None
     language = _named([column for column in common if _is_text(rows, column)], LANGUAGES)
@@ -43,6 +46,7 @@ def used_columns(name: str, fields: Mapping[str, Any], rows: Sequence[Row]) -> s
     """Columns that a format reads, with what a source names instead."""
     fmt = load_format(name)
     named = {value for key, value in fields.items() if key.endswith("_field")}
+    named |= {value for key in ("choice_fields", "label_fields") for value in fields.get(key, ())}
     there = {column for row in rows for column in row}
     own = {column for key in type(fmt).model_fields if key.endswith("_field") for column in getattr(fmt, key)}
     return there & (own | named | {"language", "lang"})
@@ -92,6 +96,28 @@ def _preference(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
     return "preference", {
         "chosen_field": better, "rejected_field": worse, **({"prompt_field": prompt} if prompt else {}),
     }  # fmt: skip
+
+
+def _choice(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
+    """Two answers whose names differ in their ends alone, and a column that says which one is better."""
+    texts = {column.lower(): column for column in columns if _is_text(rows, column)}
+    label, prompt = _named(columns, LABELS), _named(list(texts.values()), PROMPTS)
+    for first, second in SIDES if label is not None and prompt is not None else ():
+        for name, column in texts.items():
+            other = f"{name[: -len(first)]}{second}"
+            if not name.endswith(first) or other not in texts:
+                continue
+            if (labels := _meanings([row.get(label) for row in rows], (name, other))) is not None:
+                fields = {"prompt_field": prompt, "choice_fields": [column, texts[other]], "label_fields": [label]}
+                return "choice", {**fields, "labels": labels}
+    return None
+
+
+def _meanings(said: Sequence[Any], names: tuple[str, str]) -> list[Any] | None:
+    """What labels say for the first answer and for the second; None if that can be read in two ways."""
+    values = {str(value).lower(): value for value in said if value is not None}
+    pairs = [pair for pair in (*SIDES, names) if set(pair) <= set(values)]
+    return [values[end] for end in pairs[0]] if len(pairs) == 1 else None
 
 
 def _instruction(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:

@@ -8,6 +8,7 @@ import pytest
 from nesso_tune import DataError
 from nesso_tune.data.detect import detect
 from nesso_tune.data.guess import guess_fields
+from nesso_tune.data.peek import reading_of
 from nesso_tune.data.spread import spread_rows
 from nesso_tune.recipes.data import Source
 from tests.data.test_real import shared
@@ -177,3 +178,33 @@ def test_real_files(name, prefix, expected, main, tmp_path):
     assert sum(found.languages[code] for code in main) > 0.95
     assert found.usable > 0.95
     assert found.rows == len(lines)
+
+
+CHOSEN = {"question": "Più lungo?", "answer_a": "Il Po.", "answer_b": "L'Adda.", "winner": "a"}
+VOTED = {"instruction": "Più lungo?", "response1": "Il Po.", "response2": "L'Adda.", "label": 2, "idx": 1}
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields"),
+    [
+        ([CHOSEN, {**CHOSEN, "winner": "b"}],
+         {"prompt_field": "question", "choice_fields": ["answer_a", "answer_b"], "label_fields": ["winner"],
+          "labels": ["a", "b"]}),
+        ([VOTED, {**VOTED, "label": 1}, {**VOTED, "label": 3}],
+         {"prompt_field": "instruction", "choice_fields": ["response1", "response2"], "label_fields": ["label"],
+          "labels": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_two_answers_with_a_label(write_rows, rows, fields):
+    path = write_rows(rows * 5)
+    found = detect(path)
+    assert (found.method, found.format, found.fields) == ("dpo", "choice", fields)
+    assert "response1" not in found.unused
+    with pytest.raises(DataError, match=r"it seems format: choice, prompt_field: .*labels: \["):
+        reading_of(Source(path=path), "dpo")
+
+
+@pytest.mark.parametrize("labels", [[1], [0, 1, 2], ["x", "y"]])
+def test_labels_that_do_not_say_which_is_first_are_not_guessed(write_rows, labels):
+    with pytest.raises(DataError, match="not recognised"):
+        detect(write_rows([{**VOTED, "label": label} for label in labels]))
