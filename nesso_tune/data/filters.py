@@ -44,6 +44,6 @@ def repeated(documents: Documents, clean: CleanSection, signatures: Path) -> Ite
         return
     left = np.flatnonzero(exact < 0) if clean.duplicates == "drop" else np.arange(len(documents))
     stored = np.memmap(signatures, np.uint32, mode="r", shape=(len(documents), VALUES))
-    near = near_duplicates(stored[left], clean.near_duplicates)
+    near = near_duplicates(stored if len(left) == len(stored) else stored[left], clean.near_duplicates)
     for position in np.flatnonzero(near >= 0):
         yield Repeated(int(left[position]), int(left[near[position]]), "near_duplicate")

@@ -102,7 +102,9 @@ def _choice(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
     """Two answers whose names differ in their ends alone, and a column that says which one is better."""
     texts = {column.lower(): column for column in columns if _is_text(rows, column)}
     label, prompt = _named(columns, LABELS), _named(list(texts.values()), PROMPTS)
-    for first, second in SIDES if label is not None and prompt is not None else ():
+    if label is None or prompt is None:
+        return None
+    for first, second in SIDES:
         for name, column in texts.items():
             other = f"{name[: -len(first)]}{second}"
             if not name.endswith(first) or other not in texts:

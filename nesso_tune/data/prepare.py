@@ -184,7 +184,11 @@ def _documents(
     key = _key(recipe, sources, chat)
 
     def build(staging: Path) -> dict[str, Any]:
-        return build_documents(staging, recipe, sources, chat)
+        note = build_documents(staging, recipe, sources, chat)
+        if _key(recipe, sources, chat) != key:
+            paths = ", ".join(source.path for source in sources)
+            raise DataError(paths, "changed while it was read", "run again when nothing writes into it any more")
+        return note
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:

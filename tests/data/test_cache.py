@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nesso_tune import prepare_data
+from nesso_tune import DataError, prepare_data
 from nesso_tune.data import cache
 from nesso_tune.data.prepare import cached_only
 
@@ -169,3 +169,14 @@ def test_the_note_is_plain_json(recipe):
     prepare_data(recipe)
     note = json.loads((the_folder() / cache.DONE).read_text())
     assert note["documents"]["languages"] == ["it", "en"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(sft, write_rows, chats, tmp_path):
+    path = write_rows(chats)
+    (tmp_path / "writes.py").write_text(
+        f"def along(row):\n    with open({path!r}, 'a') as file:\n        file.write('\\n')\n    return row\n"
+    )
+    recipe = sft({"path": path, "format": f"{tmp_path}/writes.py:along"})
+    with pytest.raises(DataError, match="changed while it was read; run again"):
+        prepare_data(recipe)
+    assert not list(cache.cache_root().rglob(cache.DONE))
