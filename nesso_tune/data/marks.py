@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 
+from nesso_tune.chat.tools import function_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.data.convert import Item
 
@@ -39,6 +40,8 @@ def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
         found.append("control_token_as_text")
     if "__" in text and any(STAND_IN.fullmatch(turn.content) for turn in item.turns):
         found.append("stand_in_turn")
+    if item.tools and _calls_another(item):
+        found.append("call_of_a_tool_not_offered")
     if isinstance(item, Conversation):
         first = next((turn.role for turn in item.messages if turn.role != "system"), "")
         if first == "assistant":
@@ -48,3 +51,9 @@ def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
         if any(not turn.content.strip() and turn.role in ("user", "system") for turn in item.messages):
             found.append("empty_turn")
     return found
+
+
+def _calls_another(item: Item) -> bool:
+    """Whether a tool is called that is not on offer."""
+    offered = {function_of(tool)["function"]["name"] for tool in item.tools}
+    return any(call["name"] not in offered for turn in item.turns for call in turn.tool_calls)

@@ -35,7 +35,28 @@ def read_tools(value: Any) -> tuple[Tool, ...]:
     functions = [tool.get("function", tool) for tool in listed]
     if not all(isinstance(f, Mapping) and isinstance(f.get("name"), str) and f["name"] for f in functions):
         raise Unusable("tool_without_name")
+    for function in functions:
+        if (fault := _schema_fault(function)) is not None:
+            raise Unusable("tool_schema_wrong", f"{function['name']}: {fault}")
     return tuple(_writable({"type": "function", "function": dict(f)}, "tools_not_readable") for f in functions)
+
+
+def _schema_fault(function: Mapping[str, Any]) -> str | None:
+    """What is wrong with the parameters of a tool, in words; None if nothing is."""
+    parameters = function.get("parameters")
+    if parameters in (None, {}):
+        return None
+    if not isinstance(parameters, Mapping):
+        return "its parameters are no object"
+    properties, required = parameters.get("properties") or {}, parameters.get("required") or []
+    if parameters.get("type", "object") not in ("object", "dict"):  # `dict` is what BFCL writes
+        return f"its parameters are of type {parameters['type']}"
+    if not isinstance(properties, Mapping) or not all(isinstance(schema, Mapping) for schema in properties.values()):
+        return "its properties are no schemas"
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return "`required` is no list of names"
+    unknown = [name for name in required if name not in properties]
+    return f"it requires {unknown[0]}, which is not among its properties" if unknown else None
 
 
 def read_calls(value: Any) -> tuple[Tool, ...]:

@@ -295,3 +295,27 @@ def test_what_is_no_code_is_no_language(said):
 def test_a_language_that_is_no_text_is_unusable():
     with pytest.raises(Unusable, match="invalid_unicode"):
         language_of({"lang": "\ud800"}, Source(path="x"))
+
+
+SCHEMAS = {
+    "no object": ([1], "its parameters are no object"),
+    "an array": ({"type": "array"}, "its parameters are of type array"),
+    "properties in a list": ({"properties": ["a"]}, "its properties are no schemas"),
+    "a property without a schema": ({"properties": {"a": "string"}}, "its properties are no schemas"),
+    "required by number": ({"properties": {}, "required": [1]}, "`required` is no list of names"),
+    "required but not there": ({"properties": {"a": {}}, "required": ["b"]}, "requires b, which is not among"),
+}
+
+
+@pytest.mark.parametrize(("parameters", "says"), SCHEMAS.values(), ids=SCHEMAS)
+def test_schemas_of_tools_are_looked_at(parameters, says):
+    row = {"messages": said("q", "a"), "tools": [{"name": "f", "parameters": parameters}]}
+    with pytest.raises(Unusable, match="tool_schema_wrong") as error:
+        to_conversation(row, MESSAGES, "it", "")
+    assert says in error.value.detail
+
+
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "dict", "properties": {"a": {}}, "required": ["a"]}])
+def test_schemas_as_data_sets_write_them(parameters):
+    row = {"messages": said("q", "a"), "tools": [{"name": "f", "parameters": parameters}]}
+    assert to_conversation(row, MESSAGES, "it", "").tools[0]["function"]["parameters"] == parameters
