@@ -149,7 +149,7 @@ def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
         say(f"smoke: the first {rows} rows of {source.path}")
         # files may be sorted by score; that it is a number is still checked
         least = None if source.score_field is None else LOWEST
-        changes = {"max_rows": rows, "weight": 1.0, "min_score": least, "rules": {}}
+        changes: dict[str, Any] = {"max_rows": rows, "weight": 1.0, "min_score": least, "rules": {}}
         here.append(source.model_copy(update=changes))
     return here
 

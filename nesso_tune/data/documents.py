@@ -115,6 +115,14 @@ class Documents:
         """Tokens of each entry, all its parts together."""
         return np.diff(self.offsets[:: self.parts])
 
+    @cached_property
+    def spans(self) -> Ints:
+        """Tokens that must fit into a sequence: of a conversation all, of a pair its prompt and longer answer."""
+        if self.parts == 1:
+            return self.lengths
+        sizes = np.diff(self.offsets).reshape(-1, self.parts)
+        return sizes[:, 0] + sizes[:, 1:].max(axis=1, initial=0)
+
     def part(self, entry: int, part: int = 0) -> slice:
         """Where one part of an entry stands in `ids`."""
         position = entry * self.parts + part

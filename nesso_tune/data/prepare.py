@@ -100,8 +100,8 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     if not len(rows):
         raise DataError("data.sources", "their weights leave nothing to train on", "raise a weight, or give more rows")
     validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
-    tokens = int(documents.lengths[rows.entries].sum())
-    fill = tokens / (len(rows) * data.sequence_len) if len(rows) else 0.0
+    used = int(documents.spans[rows.entries].sum())
+    fill = used / (len(rows) * data.sequence_len) if len(rows) else 0.0
     arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
     report = {
         **note["report"],
@@ -125,18 +125,20 @@ def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
     """
     said = check_preferences(report["preferences"], data.preferences) if isinstance(data, DPOData) else []
     if overlap := report["validation_overlap"] if data.clean.validation_overlap == "keep" else 0:
-        said.append(
-            f"{overlap:,} rows ask what a held-out row asks: data.clean.validation_overlap: drop leaves them out"
-        )
+        remedy = "data.clean.validation_overlap: drop leaves them out"
+        said.append(f"{_rows(overlap, 'ask')} what a held-out row asks: {remedy}")
     spelt = report["oddities"].get("control_token_as_text", {"rows": 0, "example": ""})
     if spelt["rows"] > SUSPICIOUS * report["rows_kept"]:
-        what = f"{spelt['rows']:,} rows spell control tokens, e.g. {spelt['example']}; they are read as plain text"
+        what = f"{_rows(spelt['rows'], 'spell')} control tokens, e.g. {spelt['example']}; they are read as plain text"
         said.append(f"{what}: if the rows are rendered already, give their messages instead")
     if report["duplicates"]:
-        said.append(
-            f"{report['duplicates']:,} rows are the same as an earlier one: data.clean.duplicates: drop keeps one"
-        )
+        remedy = "data.clean.duplicates: drop keeps one of each"
+        said.append(f"{_rows(report['duplicates'], 'repeat')} an earlier one: {remedy}")
     return said
+
+
+def _rows(count: int, verb: str) -> str:
+    return f"1 row {verb}s" if count == 1 else f"{count:,} rows {verb}"
 
 
 def _check_alone() -> None:

@@ -30,7 +30,7 @@ from nesso_tune.training.checkpoint import (
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 DATA_REPORT = ("data_report.html", "data_report.json")
 OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", *DATA_REPORT)
-BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is
+BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is; of a report a half, too
 # A finished or running model does not depend on these; they may change between sessions.
 FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences")
 
@@ -267,7 +267,7 @@ def _sizes(folder: Path) -> dict[str, int] | None:
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file in a folder without a manifest is neither from `prepare` nor from a run stopped as it began."""
-    return path.name not in BEFOREHAND
+    return path.name not in BEFOREHAND and not path.name.startswith(tuple(f".{name}." for name in DATA_REPORT))
 
 
 def _manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:

@@ -438,7 +438,7 @@ ASKED = {
     ),
     "pairs that length alone tells": (
         Given(lines(answered(chosen="parola " * 9)), "dpo", data={"preferences": {"length_predicts": {"fail": 0.9}}}),
-        r"data\.preferences: .*length_predicts fails from 0\.9; balance the pairs",
+        r"data\.preferences: .*length_predicts fails from 0\.9; .*balance the pairs",
     ),
     "as many rows held out as there are": (
         Given(lines(CHAT), data={"validation_size": 1}),
@@ -976,7 +976,7 @@ def test_a_share_of_a_source_that_is_not_there(tmp_path, capsys):
     path.write_text(path.read_text().replace("corpus: 1.0", "corpo: 1.0"))
     code, _, said = main_here(capsys, "prepare", path)
     assert code == 2, said
-    assert "corpo: is no source of this recipe; did you mean `corpus`?" in said
+    assert "corpo` is no source of this recipe; did you mean `corpus`?" in said
     assert not trusted(tmp_path)
 
 
