@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Container
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from nesso_tune.recipes.data import Limit, SFTData
 from nesso_tune.recipes.schema import BaseRecipe, DPORecipe, SFTRecipe
 
 HEAD = """# Recipe reference
@@ -31,12 +33,28 @@ def reference() -> str:
             continue
         parts += [line for one in _sections(section) for line in _section(name, one)]
     parts += _section("dpo (method: dpo)", DPORecipe.model_fields["dpo"].annotation)
-    parts += _section(
-        "data.sources, one entry", _sections(SFTRecipe.model_fields["data"].annotation, inside="sources")[0]
-    )
-    parts += _section("model.adapter", _sections(SFTRecipe.model_fields["model"].annotation, inside="adapter")[0])
-    parts += _section("train.schedule", _sections(SFTRecipe.model_fields["train"].annotation, inside="schedule")[0])
+    for name in ("model", "data", "train"):
+        parts += _nested(name, _sections(SFTRecipe.model_fields[name].annotation)[0])
+    parts += _nested("data", DPORecipe.model_fields["data"].annotation, besides=SFTData.model_fields)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]:
+    """The sections inside a section, and those inside them."""
+    lines, limits = [], False
+    for key, field in section.model_fields.items():
+        for inner in _sections(field.annotation) if key not in (*besides, "validation_sources") else ():
+            entry = {tuple: ", one entry", dict: ".NAME"}.get(_holder(field.annotation), "")
+            if inner is not Limit:
+                lines += [*_section(f"{above}.{key}{entry}", inner), *_nested(f"{above}.{key}", inner)]
+            limits = limits or inner is Limit
+    return [*lines, *(_section(f"{above}, each of these", Limit) if limits else [])]
+
+
+def _holder(annotation: Any) -> Any:
+    """What a key holds its sections in: tuple, dict, or None."""
+    origin = get_origin(annotation)
+    return _holder(get_args(annotation)[0]) if origin is Annotated else origin
 
 
 def _section(title: str, model: Any) -> list[str]:

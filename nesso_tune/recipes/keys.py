@@ -35,7 +35,9 @@ def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] |
 def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
     """The section that stands at `path` (list positions are skipped); the model itself at the root."""
     names = tuple(part for part in path if isinstance(part, str))
-    return key_paths(model).get(names) if names else model
+    if not names:
+        return model
+    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a name of the user's own, as in rules.en
 
 
 def suggest_key(model: type[BaseModel], path: Path) -> str:
