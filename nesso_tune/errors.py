@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,16 @@ class Problem:
         return f"{self.where}: {self.what}; {self.remedy}"
 
 
-def first_line(error: Exception) -> str:
-    """What a library's error says, short enough for a line of ours; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def first_line(error: BaseException) -> str:
+    """What an error of others says, short enough for a line of ours; its kind where it says nothing."""
+    return (_text(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a user's own kind, that cannot even be said
+        return ""
 
 
 class NessoError(Exception):
@@ -42,6 +50,9 @@ class NessoError(Exception):
         """Takes either one problem as three texts, or the problems themselves."""
         self.problems: tuple[Problem, ...] = (Problem(where, what, remedy),) if isinstance(where, str) else tuple(where)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)  # from one process to another with its problems, not with their text
 
 
 class RecipeError(NessoError):
@@ -96,7 +107,7 @@ def is_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(words in str(error) for words in SAID_FULL):
+        if any(words in _text(error) for words in SAID_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.files import TABLES, is_array
+from nesso_tune.data.files import BOM, TABLES, beginning, is_array
 from nesso_tune.errors import DataError
 
 SIZE = 1 << 18  # bytes of lines in a block
@@ -26,7 +26,6 @@ TO_LINES = (
     "orient='records', lines=True)\""
 )
 GZIP, ZIP, ZSTD = b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Table:
         try:
             with pyarrow.ipc.open_stream(self.data) as stream:
                 rows = stream.read_all().slice(0, self.most).to_pylist()
-        except (pyarrow.ArrowException, ValueError) as error:
+        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # a date beyond the calendar
             what = str(error).partition("\n")[0]
             where, what = self.prefix.removesuffix(" row "), f"is not readable from row {self.first} on ({what})"
             raise DataError(where, what, "check the file") from None
@@ -152,13 +151,12 @@ def file_blocks(file: Path) -> Iterator[Block]:
     if file.suffix.lower() in TABLES:
         raise DataError(str(file), f"{file.suffix} files are not read", TO_LINES.format(file=file, stem=file.stem))
     try:
-        with file.open("rb") as stream:
-            head = stream.read(4096)
+        head = beginning(file)
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions") from None
     if head.startswith((GZIP, ZIP, ZSTD)):
         raise DataError(str(file), "is compressed", "unpack it first (gunzip, unzip, zstd -d)")
-    if not head.removeprefix(BOM).strip():
+    if not head:
         raise DataError(str(file), "is empty", "give a file with rows, or remove the source")
     yield from _array(file) if is_array(file) else _lines(file)
 

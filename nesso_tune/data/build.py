@@ -49,7 +49,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     """
     tally = _Tally(len(sources))
     writer = DocumentWriter(folder, 1 if isinstance(recipe, SFTRecipe) else 3)
-    with (folder / DROPPED).open("w", encoding="utf-8") as listed:
+    with (folder / DROPPED).open("w", encoding="utf-8", errors="backslashreplace") as listed:
         with (folder / SIGNATURES).open("wb") as signatures:
             for done in _worked(recipe, sources, chat):
                 writer.write(done.chunk, done.source)

@@ -72,7 +72,8 @@ def make(
         staging.mkdir()
         try:
             note = build(staging)
-            (staging / DONE).write_text(json.dumps(note, indent=2, ensure_ascii=False), encoding="utf-8")
+            text = json.dumps(note, indent=2, ensure_ascii=False)
+            (staging / DONE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
             staging.rename(root / key)
         except Exception as error:
             if not is_full(error):

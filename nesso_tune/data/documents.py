@@ -121,7 +121,8 @@ class Documents:
         if self.parts == 1:
             return self.lengths
         sizes = np.diff(self.offsets).reshape(-1, self.parts)
-        return sizes[:, 0] + sizes[:, 1:].max(axis=1, initial=0)
+        longest: Ints = sizes[:, 0] + sizes[:, 1:].max(axis=1, initial=0)
+        return longest
 
     def part(self, entry: int, part: int = 0) -> slice:
         """Where one part of an entry stands in `ids`."""

@@ -12,11 +12,15 @@ from nesso_tune.recipes.shipped import local_path
 SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
 TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 GLOB = frozenset("*?[")
+BOM = b"\xef\xbb\xbf"
 
 
 def is_local(path: str) -> bool:
     """Whether a source's path means files here, not a data set on the hub."""
-    return local_path(path).exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
+    try:
+        return local_path(path).exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
+    except OSError:  # a name longer than a file's may be
+        return True
 
 
 def looks_like_data(path: str) -> bool:
@@ -41,6 +45,14 @@ def expand(path: str) -> list[Path]:
     Raises:
         DataError: if there are none.
     """
+    try:
+        return _expanded(path)
+    except (OSError, ValueError) as error:  # ValueError: a pattern that is none, or a null character
+        what = error.strerror or "" if isinstance(error, OSError) else str(error)
+        raise DataError(path, f"cannot be read ({what.lower()})", "check the path and its permissions") from None
+
+
+def _expanded(path: str) -> list[Path]:
     root = local_path(path)
     if root.is_dir():
         files = sorted(p for p in root.rglob("*") if p.is_file() and _holds_rows(p.name))
@@ -93,5 +105,13 @@ def count_lines(files: list[Path]) -> int:
 
 def is_array(file: Path) -> bool:
     """Whether a file holds one JSON array, whatever its name says."""
+    return beginning(file).startswith(b"[")
+
+
+def beginning(file: Path) -> bytes:
+    """The first bytes of a file that are not blank, without a byte order mark; none if there are none."""
     with file.open("rb") as stream:
-        return stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        head = stream.read(4096).removeprefix(BOM).lstrip()
+        while not head and (piece := stream.read(1 << 20)):
+            head = piece.lstrip()
+    return head[:4096]

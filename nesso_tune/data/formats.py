@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from nesso_tune.chat.spec import find_spec, read_spec
-from nesso_tune.errors import DataError
+from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.recipes.data import Plain, Source
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import Role, Section
@@ -87,12 +87,27 @@ class DataFormat(Section):
         return self.roles.get(said) or self.roles.get(said.strip().lower())
 
     @property
+    def unnamed(self) -> list[str]:
+        """Keys that its kind needs and that name no column."""
+        prompt = [] if self.prompt_template is not None else ["prompt_field"]
+        needed = {
+            "conversation": ["messages_field", *([] if self.speakers else ["role_field", "content_field"])],
+            "instruction": [*prompt, "response_field"],
+            "completion": ["text_field"],
+            "pretokenized": ["ids_field"],
+            "preference": ["chosen_field", "rejected_field"],
+            "choice": [*prompt, "choice_fields", "label_fields"],
+        }[self.kind]
+        return [key for key in needed if not getattr(self, key)]
+
+    @property
     def required(self) -> tuple[Names, ...]:
         """The columns without which no row has this format."""
-        asked = tuple((n,) for n in PLACEHOLDER.findall(self.prompt_template)) if self.prompt_template else ()
+        asked = tuple((n,) for n in PLACEHOLDER.findall(self.prompt_template or ""))
+        prompt = (self.prompt_field,) if self.prompt_template is None else asked
         return {
             "conversation": (self.messages_field,),
-            "instruction": (*(asked or (self.prompt_field,)), self.response_field),
+            "instruction": (*prompt, self.response_field),
             "completion": (self.text_field,),
             "pretokenized": (self.ids_field, (*self.labels_field, *self.mask_field)),
             "preference": (self.chosen_field, self.rejected_field),
@@ -106,7 +121,7 @@ class DataFormat(Section):
         if self.kind == "conversation":
             messages = lookup(row, self.messages_field)
             if isinstance(messages, str) and messages.lstrip().startswith("["):
-                with suppress(ValueError):
+                with suppress(ValueError, RecursionError):
                     messages = json.loads(messages)
             if not isinstance(messages, list) or not messages:
                 return False
@@ -172,6 +187,10 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     Raises:
         DataError: if the rows have not the columns of the named format, or fit none.
     """
+    if source.format != "auto" and (missing := load_format(source.format).adapted(source).unnamed):
+        kind = load_format(source.format).kind
+        raise RecipeError(f"format {source.format}", f"names no {missing[0]}, which kind {kind} needs",
+                          "name the column there, or in the source")  # fmt: skip
     found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
     if found is None:
         raise _not_of_format(source, rows)

@@ -18,7 +18,7 @@ def column_of(row: Row, names: Sequence[str]) -> Any:
     """The value of the first of these columns. Raises Unusable if a row has none."""
     value = lookup(row, names)
     if value is None:
-        raise Unusable("missing_field", f"no {' or '.join(names)} in {', '.join(row) or 'an empty object'}")
+        raise Unusable("missing_field", f"no {' or '.join(names)} in {', '.join(map(str, row)) or 'an empty object'}")
     return value
 
 
@@ -56,7 +56,10 @@ def messages_of(value: Any, fmt: DataFormat) -> list[Message]:
 def _spoken(value: list[Any], fmt: DataFormat) -> list[dict[str, Any]]:
     """Texts without roles as messages, said in turn by the format's speakers."""
     texts = [text for entry in value for text in (entry if isinstance(entry, list) else [entry])]
-    role, content = fmt.role_field[0], fmt.content_field[0]
+    role, content = (fields[0] if fields else name for fields, name in
+                     ((fmt.role_field, "role"), (fmt.content_field, "content")))  # fmt: skip
+    if not texts:
+        raise Unusable("no_messages")
     return [{role: fmt.speakers[i % len(fmt.speakers)], content: text} for i, text in enumerate(texts)]
 
 

@@ -15,7 +15,7 @@ from nesso_tune.data.formats import DETECTED, ON_REQUEST, DataFormat, load_forma
 from nesso_tune.data.languages import language_of_item
 from nesso_tune.data.readers import OwnReader
 from nesso_tune.data.tools import Tool, Unusable
-from nesso_tune.errors import DataError
+from nesso_tune.errors import DataError, first_line
 from nesso_tune.recipes.data import AUTO, CleanSection, Rule, Source
 
 Row = dict[str, Any]
@@ -97,9 +97,9 @@ class Reading:
             return to_item(row, fmt, self.method, language_of(row, source), source.path)
         try:
             made = fmt.function(dict(row))
-        except Exception as error:  # whatever a user's function raises
-            what = f"{fmt.name} raised {type(error).__name__}: {error}"
-            raise DataError(where, what, "correct the function, or let it return None for such rows") from error
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
+            what = f"{fmt.name} raised {type(error).__name__}: {first_line(error)}"
+            raise DataError(where, what, "correct the function, or let it return None for such rows") from None
         if made is None:
             raise Unusable("left_out_by_reader")
         if isinstance(made, (Conversation, PreferencePair)):
@@ -118,23 +118,24 @@ class Reading:
 
     def _checked(self, made: Conversation | PreferencePair, row: Row, where: str) -> Item:
         """What a reader made itself, with everything in it that a row would be checked for."""
-        pair = isinstance(made, PreferencePair)
-        turns = [
-            {"role": t.role, "content": t.content, "tool_calls": list(t.tool_calls), "name": t.name, "train": t.train}
-            for t in made.turns
-        ]
-        fmt = load_format("preference" if pair else "messages").model_copy(
-            update={"prompt_field": ("prompt",), "role_field": ("role",), "content_field": ("content",)}
-        )
-        tools = [dict(tool) for tool in made.tools]
-        if pair:
-            plain: Row = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:], "tools": tools}
-        else:
-            plain = {"messages": turns, "tools": tools}
+        kind, pair = type(made).__name__, isinstance(made, PreferencePair)
         if pair != (self.method == "dpo"):
-            raise DataError(where, f"a {type(made).__name__} is not for method {self.method}", "correct the reader")
-        said = made.language if made.language != UNKNOWN_LANGUAGE else language_of(row, self.source)
-        return to_item(plain, fmt, self.method, said, self.source.path)
+            raise DataError(where, f"a {kind} is not for method {self.method}", "correct the reader")
+        try:
+            names = ("role", "content", "tool_calls", "train")
+            turns = [{name: getattr(turn, name) for name in names} for turn in made.turns]
+            turns = [{**turn, "tool_calls": list(turn["tool_calls"])} for turn in turns]
+            tools = [dict(tool) for tool in made.tools]
+        except (AttributeError, TypeError, ValueError) as error:
+            what = f"a {kind} of this reader is not made of Messages and tools ({first_line(error)})"
+            raise DataError(where, what, 'make it of Message("user", "…")') from None
+        fmt = load_format("preference" if pair else "messages")
+        plain: Row = {"messages": turns, "tools": tools}
+        if pair:
+            plain = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:], "tools": tools}
+        known = isinstance(made.language, str) and made.language != UNKNOWN_LANGUAGE
+        language = made.language if known else language_of(row, self.source)
+        return to_item(plain, fmt, self.method, language, self.source.path)
 
     def _follow(self, rule: Rule | None, row: Row, where: str) -> None:
         """What the rule of a language asks of its rows."""

@@ -19,7 +19,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import RecipeError, first_line
 from nesso_tune.recipes.names import closest
 
 
@@ -54,8 +54,8 @@ def _load(name: str, code: str) -> OwnReader:
     sys.modules[module_name] = module  # so that what it defines can be found again, e.g. by dataclasses
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        what = f"{file} cannot be loaded ({type(error).__name__}: {error})"
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
+        what = f"{file} cannot be loaded ({type(error).__name__}: {first_line(error)})"
         raise RecipeError("format", what, "correct the file") from error
     found = getattr(module, function, None)
     if not callable(found):

@@ -9,13 +9,15 @@ from typing import Any
 
 from nesso_tune.errors import DataError
 
+MOST = 200  # characters of a row that a reason quotes
+
 
 class Unusable(Exception):
     """A row that cannot be used. Its text is the reason, a word that drops are counted under; `detail` says more."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason)
-        self.detail = detail
+        self.detail = detail.encode("utf-8", "backslashreplace").decode()[:MOST]  # it may quote the data
 
 
 Tool = Mapping[str, Any]
@@ -84,22 +86,24 @@ def _call(call: Any) -> Tool:
 
 
 def _writable(data: Tool, reason: str) -> Tool:
-    """The same, if it can be written as JSON and as UTF-8: no dates or bytes of a Parquet file, no lone surrogates."""
+    """The same, if it can be written as JSON and as UTF-8: no NaN, dates or bytes of a Parquet file, surrogates."""
     try:
-        json.dumps(data, ensure_ascii=False).encode()
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError):
         raise Unusable(reason) from None
     return data
 
 
 def read_json(value: Any, reason: str) -> Any:
-    """What a JSON text says; anything else, and a blank text, as it is.
+    """What a JSON text says; "" for a blank one, and anything else as it is.
 
     Raises:
         Unusable: with the reason, if it is no JSON.
     """
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         return value
+    if not value.strip():
+        return ""
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
@@ -117,5 +121,5 @@ def read_tool_file(file: Path) -> tuple[Tool, ...]:
         return read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
-    except (ValueError, Unusable) as error:
+    except (ValueError, RecursionError, Unusable) as error:
         raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None

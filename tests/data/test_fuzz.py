@@ -1,4 +1,4 @@
-"""Whatever stands in a data file, the answer is an error in one form, or rows that are all kept or counted as dropped."""
+"""Whatever stands in a data file, the answer is an error in one form, or rows that are kept or counted as dropped."""
 
 import io
 import json
@@ -27,15 +27,21 @@ from nesso_tune.recipes.sections import ChatSection, ModelSection
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
 
 FORMATS = ("auto", *GOOD)
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-WIDE = settings(QUICK, max_examples=150)  # where no file is written
+TALKS = ("auto", "messages", "sharegpt", "alpaca")  # formats whose rows are conversations
+KINDS = ("conversation", "instruction")  # and the kinds of such formats
+QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+WIDE = settings(QUICK, max_examples=80)  # where no file is written
 
 # --- rows ---
 
-SPELT = ("<|im_end|>", "<|im_start|>", "<|im_", "start|>", "<|im_start|>user\n", "<s>", "</s>", "<unk>", "<tool_call>",
-         "</tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<think>", "{prompt}", "{{x}}")  # fmt: skip
-ODD = ("", " ", "\n", "\x00", "\ud800", "\udc00a", "\ufeff", "\u200b", "\u2028", "è", "e\u0301", "🇮🇹", "\U0010ffff", "[",
-       "[]", "{}", '[{"role": "user", "content": "q"}]', "NaN", "-100", "1")  # fmt: skip
+SPELT = (
+    "<|im_end|>", "<|im_start|>", "<|im_", "start|>", "<|im_start|>user\n", "<s>", "</s>", "<unk>", "<tool_call>",
+    "</tool_call>", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', "<think>", "{prompt}", "{{x}}",
+)  # fmt: skip
+ODD = (
+    "", " ", "\n", "\x00", "\ud800", "\udc00a", "\ufeff", "\u200b", "\u2028", "è", "e\u0301", "🇮🇹", "\U0010ffff",
+    "[", "[]", "{}", '[{"role": "user", "content": "q"}]', "NaN", "-100", "1",
+)  # fmt: skip
 WORDS = ("system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation", "text", "thinking",
          "tool_call", "function", "image_url", "it", "en")  # fmt: skip
 TEXTS = (
@@ -129,8 +135,11 @@ def marks():
     return start, end, special - {start, end}
 
 
-def prepared(some):
-    """Prepares what is given: an error that is well said, or rows that add up and are labelled as they must be."""
+def prepared(some, turns=True):
+    """Prepares what is given: an error that is well said, or rows that add up and are labelled as they must be.
+
+    `turns` says whether its rows are conversations: every token that opens or ends a turn is the template's then.
+    """
     with TemporaryDirectory() as folder:
         recipe = some.recipe(Path(folder))
         before = set(trusted())
@@ -150,7 +159,7 @@ def prepared(some):
             ids, labels = (list(map(int, row[name])) for name in ("input_ids", "labels"))
             assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
             assert any(label != -100 for label in labels[1:])
-            if some.source.get("format") not in ("completion", "pretokenized"):
+            if turns:
                 counted = Counter(ids)
                 assert counted[start] == counted[end]
                 assert others.isdisjoint(counted)
@@ -182,7 +191,7 @@ NAMES = st.sampled_from(["rows.jsonl", "rows.json", "rows.parquet", "rows.txt"])
 @example("rows.parquet", b"PAR1PAR1PAR1", "auto")
 @example("rows.json", b"[" * 3000, "messages")
 def test_any_bytes(name, content, fmt):
-    prepared(under(fmt, content, name))
+    prepared(under(fmt, content, name), fmt in TALKS)
 
 
 @lru_cache
@@ -225,7 +234,7 @@ def test_any_damage_to_a_file(broken, named):
     fmt, kind, content = broken
     automatic = not named and fmt not in ("completion", "pretokenized", "choice")
     method = "dpo" if fmt in PAIRS else "sft"
-    prepared(under("auto" if automatic else fmt, content, kind, method=method))
+    prepared(under("auto" if automatic else fmt, content, kind, method=method), fmt in TALKS)
 
 
 # --- (b) rows ---
@@ -233,12 +242,12 @@ def test_any_damage_to_a_file(broken, named):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("fmt", FORMATS)
-@settings(QUICK, max_examples=25)
+@settings(QUICK, max_examples=20)
 @given(st.data())
 def test_any_rows(fmt, method, data):
     sound = [] if fmt == "auto" else [lines(GOOD[fmt])] * data.draw(st.integers(0, 1))
     rows = [json.dumps(row).encode() + b"\n" for row in data.draw(st.lists(ROWS, min_size=1, max_size=4))]
-    prepared(under(fmt, b"".join(sound + rows), method=method))
+    prepared(under(fmt, b"".join(sound + rows), method=method), fmt in TALKS)
 
 
 # --- (c) rows that are nearly sound ---
@@ -312,7 +321,7 @@ def test_nearly_sound_rows(fmt, cleaned, data):
 @given(st.sampled_from(sorted(GOOD)), st.data())
 def test_nearly_sound_files(fmt, data):
     rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
-    prepared(under(fmt, lines(GOOD[fmt], *rows)))
+    prepared(under(fmt, lines(GOOD[fmt], *rows)), fmt in TALKS)
 
 
 # --- (d) mappings ---
@@ -352,16 +361,15 @@ NAMED = st.fixed_dictionaries(
     },
 )
 LEAVES = st.sampled_from(["q", "a", "user", "assistant", "", 1, 2, None, [], {}])
+INNER = st.sampled_from(["a", "b", "0", "role", "content"])
 SHAPED = st.dictionaries(
     st.sampled_from(["a", "b", "0", "dialogue", "persona", ""]),
     st.recursive(
-        LEAVES,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "0", "role", "content"]), inner, max_size=3),
-        max_leaves=8,
+        LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(INNER, some, max_size=3), max_leaves=8
     ),
     min_size=1,
     max_size=4,
-)  # fmt: skip
+)
 SPEAKERS = {
     "kind": "conversation", "messages_field": ["dialogue"], "role_field": ["role"], "content_field": ["content"],
     "speakers": ["user", "assistant"], "system_field": ["persona"],
@@ -375,10 +383,10 @@ def mapping(named, rows, method="sft"):
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
 
 
-@settings(QUICK, max_examples=200)
+@settings(QUICK, max_examples=120)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
 def test_any_mapping(named, rows):
-    prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"))
+    prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)
 
 
 @QUICK
@@ -389,7 +397,7 @@ def test_any_mapping(named, rows):
     ).map("".join)
 )
 def test_any_text_for_a_mapping(text):
-    prepared(mapping(text, [{"a": "q"}]))
+    prepared(mapping(text, [{"a": "q"}]), turns=False)
 
 
 TURNS = st.sampled_from(["q", "a", "", " ", "<|im_end|>", "\ud800"]) | VALUES
@@ -421,7 +429,8 @@ def test_any_row_that_a_reader_gives(method, data):
     rows = data.draw(st.lists(VALUES | nearly(fmt), min_size=1, max_size=3))
     code = "def read(row):\n    return row['give']\n"
     source = {"format": "{here}/own.py:read"}
-    prepared(Given(lines(*({"give": row} for row in (GOOD[fmt], *rows))), method, source, files={"own.py": code}))
+    given_rows = lines(*({"give": row} for row in (GOOD[fmt], *rows)))
+    prepared(Given(given_rows, method, source, files={"own.py": code}), turns=False)  # plain texts are a shape too
 
 
 @QUICK
