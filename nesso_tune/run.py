@@ -91,7 +91,7 @@ def train(
                 for text in _opening(opened, recipe):
                     say(text)
             data = prepare_data(recipe)
-            if opened is not None and not opened.finished:
+            if opened is not None and not opened.finished and opened.checkpoint is None:
                 for text in _about_data(data.report):
                     say(text)
             come_together(recipe.distributed.timeout_s)

@@ -176,7 +176,7 @@ def wait_for_all() -> None:
 
 def part() -> None:
     """Ends the process group, so that the next run of a chain prepares its data outside of one."""
-    if world_size() == 1:
+    if world_size() == 1 and not dist.is_initialized():  # a launcher's single process has one too
         return
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
