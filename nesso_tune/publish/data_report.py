@@ -49,7 +49,7 @@ def _replace(file: Path, text: str) -> None:
     """Writes a file such that it is the old one or the new one, whatever happens."""
     staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at once
     try:
-        staging.write_text(text, encoding="utf-8")
+        staging.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
         staging.replace(file)
     finally:
         staging.unlink(missing_ok=True)
@@ -229,7 +229,7 @@ def _counted(report: Report) -> Iterator[str]:
 def _of_lengths(data: Data) -> str:
     said = "Rows by their tokens, before they are packed; held-out rows are counted too."
     if isinstance(data, DPOData):
-        said = "Pairs by the tokens of prompt and both answers; sequence_len bounds the prompt and the longer answer."
+        said = "Pairs by the tokens of prompt and longer answer; held-out pairs are counted too."
     return draw.paragraph(said, "quiet")
 
 

@@ -29,8 +29,9 @@ from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, we
 FORMATS = ("auto", *GOOD)
 TALKS = ("auto", "messages", "sharegpt", "alpaca")  # formats whose rows are conversations
 KINDS = ("conversation", "instruction")  # and the kinds of such formats
-QUICK = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-WIDE = settings(QUICK, max_examples=80)  # where no file is written
+MUCH = 5 if "NESSO_TUNE_ALL" in os.environ else 1  # by hand five times as many examples
+QUICK = settings(max_examples=15 * MUCH, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+WIDE = settings(QUICK, max_examples=25 * MUCH)  # where no file is written
 
 # --- rows ---
 
@@ -228,7 +229,7 @@ def damaged(draw):
     return fmt, kind, bytes(content)
 
 
-@settings(QUICK, max_examples=120)
+@settings(QUICK, max_examples=30 * MUCH)
 @given(damaged(), st.booleans())
 def test_any_damage_to_a_file(broken, named):
     fmt, kind, content = broken
@@ -242,7 +243,7 @@ def test_any_damage_to_a_file(broken, named):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("fmt", FORMATS)
-@settings(QUICK, max_examples=20)
+@settings(QUICK, max_examples=10 * MUCH)
 @given(st.data())
 def test_any_rows(fmt, method, data):
     sound = [] if fmt == "auto" else [lines(GOOD[fmt])] * data.draw(st.integers(0, 1))
@@ -383,7 +384,7 @@ def mapping(named, rows, method="sft"):
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
 
 
-@settings(QUICK, max_examples=120)
+@settings(QUICK, max_examples=30 * MUCH)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
 def test_any_mapping(named, rows):
     prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)

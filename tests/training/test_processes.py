@@ -41,13 +41,8 @@ CASES = {
 }
 
 
-BY_HAND = (
-    "sft, DDP",
-    "sft, adapter",
-    "dpo, on four",
-    "dpo, DDP",
-    "sft, untied",
-)  # each part of them is in another case too
+# each part of them is in another case too
+BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP")
 
 
 @pytest.mark.parametrize(
