@@ -26,13 +26,14 @@ def prepare(
     (loaded,) = load_all([recipe], settings)
     data = prepare_data(loaded)
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
+    page = _written(Path(loaded.output_dir), loaded, data)
     if as_json:
         print(json.dumps(data.report, indent=2, ensure_ascii=False))
         return
     print("\n".join(tables(data.report)))
     if data.report["dropped"]:
         print(f"\nall dropped rows   {dropped_file(data)}")
-    if (page := _written(Path(loaded.output_dir), loaded, data)) is not None:
+    if page is not None:
         print(f"to look at         {page}")
 
 

@@ -55,7 +55,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
                 writer.write(done.chunk, done.source)
                 signatures.write(done.signatures)
                 tally.add(done)
-                listed.writelines(map(_line, done.dropped))
+                listed.writelines(_line(drop) for drop in done.dropped if drop.reason != "not_selected")
         note = writer.close()
         documents = open_documents(folder, **note)
         lost = list(repeated(documents, recipe.data.clean, folder / SIGNATURES))

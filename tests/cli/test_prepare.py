@@ -1,10 +1,13 @@
 """`nesso-tune prepare` as a user meets it."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from nesso_tune import load_recipe
 from nesso_tune.cli.main import main
+from nesso_tune.training.rundir import open_run
 
 
 @pytest.fixture
@@ -44,6 +47,26 @@ def test_json_is_the_report(recipe, capsys):
     assert (report["rows_read"], report["rows_kept"], report["dropped"], report["cache_hit"]) == (10, 10, {}, False)
     assert report["train"]["rows"] + report["validation"]["rows"] == 10
     assert report["packing"].keys() == {"rows", "fill"}
+
+
+def test_a_page_is_written_into_the_run_directory_and_training_takes_it_over(
+    recipe, capsys, tmp_path, base, write_rows
+):
+    unusable = write_rows([{"messages": [{"role": "user", "content": "q"}]}], "unusable.jsonl")
+    assert run(recipe, "--set", f"data.sources=[{{path: {tmp_path}/rows.jsonl}}, {{path: {unusable}}}]") == 0
+    out = capsys.readouterr().out
+    assert f"to look at         {tmp_path}/run/data_report.html" in out
+    listed = Path(out.split("all dropped rows   ")[1].split("\n")[0])
+    assert json.loads(listed.read_text())["reason"] == "no_assistant_turn"
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())
+    assert report["rows_read"] == 11
+    assert open_run(load_recipe(recipe)).checkpoint is None  # not a foreign folder
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_no_error(recipe, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert run(recipe, "--set", f"output_dir={tmp_path}/file/run") == 0
+    assert "no data_report.html" in capsys.readouterr().err
 
 
 def test_settings_override(recipe, capsys):
