@@ -6,7 +6,7 @@ import pytest
 
 from nesso_tune.recipes import load_recipe
 from tests.data.test_real import shared
-from tests.support.runs import main_here
+from tests.support.runs import main_here, thorough
 
 
 @pytest.fixture
@@ -38,8 +38,15 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("own_base", [True, False], ids=["a base here", "a base on the hub"])
-@pytest.mark.parametrize(("name", "prefix", "expected"), FILES.values(), ids=FILES)
+# each kind of file with a base that is here, one of them with a base on the hub; by hand all with both
+@pytest.mark.parametrize(
+    ("name", "prefix", "expected", "own_base"),
+    [
+        pytest.param(*file, own, id=f"{kind}-{'a base here' if own else 'a base on the hub'}",
+                     marks=thorough if not own and kind != "pairs" else ())
+        for kind, file in FILES.items() for own in (True, False)
+    ],
+)  # fmt: skip
 def test_from_a_file_to_a_chat(user, tmp_path, whole_base, name, prefix, expected, own_base):
     data = part_of(name, prefix, tmp_path / "mine.jsonl")
     base = whole_base if own_base else "mii-llm/zagreus-0.4B-ita"

@@ -13,7 +13,7 @@ from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.bases import TABLE, known_config
 from nesso_tune.recipes.shipped import shipped_recipes
 from nesso_tune.smoke import LENGTH, ROWS, STEPS, smoke_recipe
-from tests.support.runs import main_here, metrics, recipe, write_recipe
+from tests.support.runs import main_here, metrics, recipe, thorough, write_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,12 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+BY_HAND = ("open-zagreus",)  # the shape and the method of `sft`
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=thorough if name in BY_HAND else ()) for name in shipped_recipes()]
+)
 def test_every_shipped_recipe(name, capsys, elsewhere):
     run = elsewhere / f"{load_recipe(name).output_dir}-smoke"
     code, _, err = main_here(capsys, "train", name, "--smoke")

@@ -98,9 +98,9 @@ def ended(processes, within):
 
 @pytest.mark.parametrize(
     ("module", "sharing"),
-    [("tests.support.fsdp_on_cpu", {"fsdp": "full_shard", "state_dict": "sharded"}), ("nesso_tune", {"fsdp": "none"})],
-    ids=["sharded", "DDP"],
-)
+    [pytest.param("tests.support.fsdp_on_cpu", {"fsdp": "full_shard", "state_dict": "sharded"}, id="sharded"),
+     pytest.param("nesso_tune", {"fsdp": "none"}, id="DDP", marks=thorough)],
+)  # fmt: skip
 def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks, module, sharing):
     train(one := some(tmp_path, "one", talks, steps=5, **sharing))
     path = write_recipe(tmp_path / "two.yaml", some(tmp_path, "two", talks, steps=5, **sharing))
