@@ -67,7 +67,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Objects:
-    """Rows that are parsed already: those of a JSON array."""
+    """Rows that are parsed already: those of a JSON array, or of a data set of the hub."""
 
     prefix: str
     first: int
@@ -87,7 +87,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of an Arrow table (Parquet, hub data), as a record batch in Arrow's own bytes."""
+    """Rows of a Parquet file, as a record batch in Arrow's own bytes."""
 
     prefix: str
     first: int
@@ -213,14 +213,14 @@ def _parquet(file: Path) -> Iterator[Block]:
         with parquet.ParquetFile(file) as table:
             share = size / max(1, table.metadata.num_rows)
             for batch in table.iter_batches(batch_size=ROWS):
-                yield table_block(f"{file} row ", number, batch, round(share * batch.num_rows))
+                yield _table(f"{file} row ", number, batch, round(share * batch.num_rows))
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         what = str(error).partition("\n")[0]
         raise DataError(str(file), f"is not a readable Parquet file ({what})", "check the file") from None
 
 
-def table_block(prefix: str, first: int, batch: Any, size: int) -> Table:
+def _table(prefix: str, first: int, batch: Any, size: int) -> Table:
     """A block of an Arrow record batch."""
     import pyarrow
 

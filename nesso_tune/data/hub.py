@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from nesso_tune.chat.network import offline_if_unreachable
-from nesso_tune.data.blocks import ROWS, Block, table_block
+from nesso_tune.data.blocks import ROWS, Block, Objects, without_nulls
 from nesso_tune.errors import DataError, RunEnvironmentError
 from nesso_tune.recipes.data import Source
 
@@ -18,13 +18,17 @@ def hub_fingerprint(source: Source) -> str:
 
 
 def hub_blocks(source: Source) -> Iterator[Block]:
-    """A hub data set in blocks, with `id row N` as the place of a row."""
-    rows = _load(source.path, source.subset, source.split, source.revision).with_format("arrow")
-    share, number = hub_size(source) / max(1, len(rows)), 1
-    for table in rows.iter(batch_size=ROWS):
-        for batch in table.combine_chunks().to_batches():
-            yield table_block(f"{source.path} row ", number, batch, round(share * batch.num_rows))
-            number += batch.num_rows
+    """A hub data set in blocks, with `id row N` as the place of a row.
+
+    Rows are decoded by `datasets`: what it keeps as JSON or in other ways of its own is not in the table as it is.
+    """
+    rows = _load(source.path, source.subset, source.split, source.revision)
+    share = hub_size(source) / max(1, len(rows))
+    for start in range(0, len(rows), ROWS):
+        columns = rows[start : start + ROWS]
+        count = min(ROWS, len(rows) - start)
+        decoded = [without_nulls({name: values[i] for name, values in columns.items()}) for i in range(count)]
+        yield Objects(f"{source.path} row ", start + 1, decoded, round(share * count))
 
 
 def hub_size(source: Source) -> int:

@@ -22,7 +22,9 @@ import platform
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,12 +71,16 @@ def measured(command: list[str], environment: dict[str, str]) -> tuple[float, fl
 
 def _memory(process: psutil.Popen) -> int:
     total = 0
-    try:
-        for one in (process, *process.children(recursive=True)):
+    for one in _all_of(process):
+        with suppress(psutil.Error):  # it ended meanwhile
             total += one.memory_info().rss
-    except psutil.Error:  # it ended meanwhile
-        pass
     return total
+
+
+def _all_of(process: psutil.Popen) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return [process, *process.children(recursive=True)]
+    return []
 
 
 def ours(base: Path, data: Path) -> tuple[float, float, dict[str, Any]]:
@@ -152,9 +158,14 @@ def whole_documents(base: Path, data: Path) -> None:
         section = {"sequence_len": SEQUENCE, "validation_size": 0, "sources": [{"path": str(data)}]}
         recipe = {"output_dir": f"{folder}/run", "model": {"base": str(base)}, "data": section}
         prepared = prepare_data(SFTRecipe.model_validate(recipe))
-        lengths = sorted(length for row in prepared.train for length in row["seq_lengths"])
-        whole = sorted(prepared.train.documents.lengths.tolist())
-        print(f"packing: {prepared.report['packing']}, documents split: {0 if lengths == whole else 'some'}")
+        packed, documents = Counter[tuple[int, ...]](), prepared.train.documents
+        for row in prepared.train:
+            start = 0
+            for length in row["seq_lengths"]:
+                packed[tuple(row["input_ids"][start : start + length])] += 1
+                start += length
+        whole = Counter(tuple(documents.input_ids(i).tolist()) for i in range(len(documents)))
+        print(f"packing: {prepared.report['packing']}, documents split: {(packed - whole).total()}")
 
 
 def main() -> None:
