@@ -11,6 +11,7 @@ from functools import partial
 from nesso_tune.chat.tools import CALL
 from nesso_tune.conversation import Completion, Conversation, Message, PreferencePair
 from nesso_tune.data.convert import Item
+from nesso_tune.data.messages import is_empty
 from nesso_tune.data.tools import Unusable
 from nesso_tune.recipes.data import CleanSection
 
@@ -89,11 +90,6 @@ def _turns(
     if fault is not None:
         raise Unusable("roles_out_of_order", fault)
     return messages
-
-
-def is_empty(message: Message) -> bool:
-    """Whether a turn neither says nor calls anything."""
-    return not message.content.strip() and not message.tool_calls
 
 
 def disorder(messages: Sequence[Message]) -> str | None:

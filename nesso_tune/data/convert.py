@@ -8,7 +8,7 @@ from typing import Any
 from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Completion, Conversation, Message, PreferencePair, Tokenized
 from nesso_tune.data.formats import PLACEHOLDER, DataFormat, Row, find, lookup
-from nesso_tune.data.messages import column_of, messages_of, system_of, text_of, turns_of
+from nesso_tune.data.messages import column_of, is_empty, messages_of, system_of, text_of, turns_of
 from nesso_tune.data.tools import Tool, Unusable, read_tools
 from nesso_tune.recipes.data import AUTO, Source
 
@@ -54,7 +54,7 @@ def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Co
     messages = [*system_of(row, fmt, messages), *messages]
     if not any(message.role == "assistant" for message in messages):
         raise Unusable("no_assistant_turn")
-    if any(_says_nothing(message) for message in messages if message.role == "assistant"):
+    if any(is_empty(message) for message in messages if message.role == "assistant"):
         raise Unusable("empty_answer")
     return Conversation(tuple(messages), _tools(row, fmt), language, source)
 
@@ -87,7 +87,7 @@ def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> Preference
     answer, other = chosen[0], rejected[0]
     if answer.role != "assistant" or other.role != "assistant" or prompt[-1].role == "assistant":
         raise Unusable("answer_not_by_assistant")
-    if _says_nothing(answer) or _says_nothing(other):
+    if is_empty(answer) or is_empty(other):
         raise Unusable("empty_answer")
     if (answer.content, answer.tool_calls) == (other.content, other.tool_calls):
         raise Unusable("chosen_equals_rejected")
@@ -170,10 +170,6 @@ def _code(said: str) -> str:
     code = said.strip().lower().replace("_", "-").split("-")[0]
     code = LANGUAGE_NAMES.get(code, code)
     return code if CODE.fullmatch(code) else UNKNOWN_LANGUAGE
-
-
-def _says_nothing(message: Message) -> bool:
-    return not message.content.strip() and not message.tool_calls
 
 
 def _tools(row: Row, fmt: DataFormat) -> tuple[Tool, ...]:

@@ -36,13 +36,14 @@ def repeated(documents: Documents, clean: CleanSection, signatures: Path) -> Ite
         clean: what the recipe asks for.
         signatures: file of MinHashes, laid end to end, where near duplicates are looked for.
     """
-    exact = exact_duplicates(documents.identities)
+    left = np.arange(len(documents))
     if clean.duplicates == "drop":
+        exact = exact_duplicates(documents.identities)
         for entry in np.flatnonzero(exact >= 0):
             yield Repeated(int(entry), int(exact[entry]), "duplicate")
+        left = np.flatnonzero(exact < 0)
     if clean.near_duplicates is None or len(documents) == 0:
         return
-    left = np.flatnonzero(exact < 0) if clean.duplicates == "drop" else np.arange(len(documents))
     stored = np.memmap(signatures, np.uint32, mode="r", shape=(len(documents), VALUES))
     near = near_duplicates(stored if len(left) == len(stored) else stored[left], clean.near_duplicates)
     for position in np.flatnonzero(near >= 0):

@@ -187,9 +187,9 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     Raises:
         DataError: if the rows have not the columns of the named format, or fit none.
     """
-    if source.format != "auto" and (missing := load_format(source.format).adapted(source).unnamed):
-        kind = load_format(source.format).kind
-        raise RecipeError(f"format {source.format}", f"names no {missing[0]}, which kind {kind} needs",
+    named = None if source.format == "auto" else load_format(source.format).adapted(source)
+    if named is not None and named.unnamed:
+        raise RecipeError(f"format {source.format}", f"names no {named.unnamed[0]}, which kind {named.kind} needs",
                           "name the column there, or in the source")  # fmt: skip
     found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
     if found is None:

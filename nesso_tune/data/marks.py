@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from nesso_tune.chat.tools import function_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.data.convert import Item
+from nesso_tune.data.messages import is_empty
 
 ZERO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
@@ -48,7 +49,7 @@ def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
             found.append("opens_with_assistant")
         if item.messages[-1].role != "assistant":
             found.append("ends_without_answer")
-        if any(not turn.content.strip() and turn.role in ("user", "system") for turn in item.messages):
+        if any(is_empty(turn) and turn.role in ("user", "system") for turn in item.messages):
             found.append("empty_turn")
     return found
 

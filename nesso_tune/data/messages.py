@@ -135,3 +135,8 @@ def system_of(row: Row, fmt: DataFormat, messages: Sequence[Message]) -> list[Me
     if not isinstance(said, str) or not said.strip() or messages[0].role == "system":
         return []
     return [Message("system", text_of(said))]
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn neither says nor calls anything."""
+    return not message.content.strip() and not message.tool_calls
