@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
+from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.data_report import write_data_report
@@ -84,6 +85,7 @@ def train(
         Preempted: among them, if a signal asked to stop; the same call continues.
     """
     check_trackers(recipe)
+    check_adapter(recipe.model.adapter)
     with StopRequest() as request:
         opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
         try:

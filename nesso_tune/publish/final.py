@@ -23,7 +23,8 @@ def whole_model(
 ) -> tuple[PreTrainedModel, State]:
     """The model to publish and its canonical weights, whole on the first process (elsewhere none).
 
-    An adapter is merged into a fresh copy of its base, so that it matters nowhere how the trained one is spread.
+    An adapter is merged into a fresh copy of its base, so that it matters nowhere how the trained one is spread; of a
+    quantised base into what it was quantised to, since that is the model that was trained and evaluated.
 
     Args:
         trained: the model as it was trained, wrapped and maybe sharded. Every process takes part.
@@ -34,7 +35,7 @@ def whole_model(
     if section.adapter is None or not is_first():
         return model, state
     fresh = load_model(section, chat, seed)
-    adapted = adapt(fresh, section.adapter, chat.new_ids, seed)
+    adapted = adapt(fresh, section, chat.new_ids, seed, merging=True)
     set_weights(fresh, state)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
     return merged, weights_of(merged.requires_grad_(True))  # of which frozen ones would be left out

@@ -51,6 +51,8 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if recipe.model.adapter is None:
         ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
         ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
+    elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
+        ways += ["hold the base in 4 bits (model.adapter.type: qlora)"]
     ways = ways or ["take a GPU with more memory, or a smaller base"]
     needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"

@@ -118,6 +118,20 @@ def _model(raw: Raw) -> Iterator[Finding]:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
 
 
+def _qlora(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "model", "adapter", "type") != "qlora":
+        return
+    for key, value in (("fsdp", "full_shard"), ("state_dict", "sharded")):
+        if get(raw, "distributed", key) == value:
+            remedy = "remove it, or set model.adapter.type: lora"
+            yield Finding(("distributed", key), "has no effect under model.adapter.type: qlora, of one process", remedy)
+    for key in ("nodes", "gpus_per_node"):
+        count = get(raw, "cluster", key)
+        if isinstance(count, int) and count > 1:
+            remedy = "set it to 1, or model.adapter.type: lora"
+            yield Finding(("cluster", key), "contradicts model.adapter.type: qlora, which runs in one process", remedy)
+
+
 def _distributed(raw: Raw) -> Iterator[Finding]:
     if get(raw, "distributed", "fsdp") == "none" and get(raw, "distributed", "state_dict") == "sharded":
         yield Finding(
@@ -179,5 +193,6 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _model, _distributed, _cluster, _secrets, _output, _dpo, *DATA_RULES,
+    _exclusive, _inert, _schedule, _validation, _model, _qlora, _distributed, _cluster, _secrets, _output, _dpo,
+    *DATA_RULES,
 )  # fmt: skip

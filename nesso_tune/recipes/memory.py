@@ -7,6 +7,7 @@ attention kernel; a test holds the count against what torch really keeps. The re
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nesso_tune.recipes.schema import Recipe
@@ -16,6 +17,7 @@ from nesso_tune.recipes.shape import ModelShape
 CONTEXT = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
 CHUNK_BYTES = 10 * (1 << 27)  # logits that the head holds at once: in bfloat16, in float32, and their slope
 STATE = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in 4 bits: it, a byte for 64, and a float32 for 256 of these
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,23 @@ def estimate_memory(
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
     trained = trained_parameters(adapter, shape)
-    frozen = 0 if adapter is None else shape.parameters
     compute = 2 if bfloat16 else 0  # a float32 computation takes the weights as they are
     if sharded:  # of the blocks two are gathered at a time, of the embeddings all for the whole step
         working = (compute or 4) * (2 * shape.layer_parameters + shape.embedding_parameters)
         working += 4 * (shape.layer_parameters + shape.embedding_parameters)  # their whole gradients
+    elif adapter is not None and adapter.type == "qlora":  # one matrix at a time, and the head
+        working = (compute or 4) * shape.hidden_size * shape.intermediate_size
+        working += compute * shape.vocab_size * shape.hidden_size
     else:
         working = compute * shape.parameters
     layer = tokens * layer_activations(shape, bfloat16)
+    if adapter is not None and adapter.type == "dora":
+        layer += tokens * dora_activations(adapter, shape, bfloat16)
+        working += dora_working(shape, bfloat16)
     kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
     logits = min(CHUNK_BYTES, 10 * tokens * shape.vocab_size)
     return Memory(
-        state=(STATE * trained + 4 * frozen) // (processes if sharded else 1),
+        state=(STATE * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
         activations=kept + layer,  # one layer more: recomputed, or on its way back
         logits=logits + 4 * shape.vocab_size * shape.hidden_size,
         working=working + CONTEXT,
@@ -84,14 +91,49 @@ def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:
     return shape.parameters if adapter is None else adapter_parameters(adapter, shape)
 
 
+def frozen_bytes(adapter: LoraSection | None, shape: ModelShape) -> int:
+    """Bytes of the base beside an adapter: float32, but for the matrices of its layers under qlora."""
+    if adapter is None:
+        return 0
+    if adapter.type != "qlora":
+        return 4 * shape.parameters
+    in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in _matrices(shape).values())
+    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4 * in_four_bits)
+
+
 def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:
-    """Weights of a low-rank adapter: rank x (inputs + outputs) of every layer it stands on."""
+    """Weights of an adapter: rank x (inputs + outputs) of every layer it stands on; under dora a length an output."""
+    lengths = 1 if section.type == "dora" else 0
+    sizes = [section.r * (inputs + outputs) + lengths * outputs for inputs, outputs in _adapted(section, shape)]
+    return shape.layers * sum(sizes)
+
+
+def dora_activations(section: LoraSection, shape: ModelShape, bfloat16: bool) -> int:
+    """Bytes that autograd keeps more of a decoder layer for each token: two results of every layer that is scaled."""
+    return (4 if bfloat16 else 8) * sum(outputs for _, outputs in _adapted(section, shape))
+
+
+def dora_working(shape: ModelShape, bfloat16: bool) -> int:
+    """Bytes that peft takes to measure the outputs of the widest layer: it makes the update's matrix from that of ones,
+    and adds it to the weights."""
+    wide, narrow = shape.intermediate_size, shape.hidden_size
+    square, matrix = wide * wide, wide * narrow
+    return max(6 * square + 2 * matrix, 2 * square + 12 * matrix) if bfloat16 else 4 * square + 12 * matrix
+
+
+def _adapted(section: LoraSection, shape: ModelShape) -> list[tuple[int, int]]:
+    """Inputs and outputs of a decoder layer's matrices that have an adapter."""
+    sizes, targets = _matrices(shape), section.target_modules
+    names = sizes if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
+    last = [name.rsplit(".", 1)[-1] for name in names]
+    return [sizes[name] for name in last if name in sizes]
+
+
+def _matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of a decoder layer's matrices."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    sizes = {
-        "q_proj": hidden + queries, "k_proj": hidden + keys, "v_proj": hidden + keys, "o_proj": queries + hidden,
-        "gate_proj": hidden + inner, "up_proj": hidden + inner, "down_proj": inner + hidden,
+    return {
+        "q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys), "o_proj": (queries, hidden),
+        "gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden),
     }  # fmt: skip
-    targets = section.target_modules
-    names = sizes if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
-    return shape.layers * section.r * sum(sizes.get(name.rsplit(".", 1)[-1], 0) for name in names)

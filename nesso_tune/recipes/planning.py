@@ -27,9 +27,10 @@ def make_plan(
         shape: the base model's shape; None looks for it in the base's folder, the hub cache and a table.
 
     Raises:
-        RecipeError: if batch sizes, steps or schedule do not fit together.
+        RecipeError: if batch sizes, steps or schedule do not fit together, or not to the number of devices.
     """
     world, shape = world or World(), shape or find_shape(recipe.model)
+    _check_processes(recipe, world)
     train = recipe.train
     accumulation = _accumulation(recipe, world)
     global_batch = train.micro_batch_size * accumulation * world.processes
@@ -68,6 +69,15 @@ def make_plan(
         memory=memory,
     )
     return replace(plan, advice=tuple(advise(recipe, plan)))
+
+
+def _check_processes(recipe: Recipe, world: World) -> None:
+    adapter = recipe.model.adapter
+    if adapter is not None and adapter.type == "qlora" and world.processes > 1:
+        raise RecipeError(
+            "model.adapter.type", f"qlora runs in one process, here are {world.processes}",
+            "start one (nesso-tune train), or use type: lora",
+        )  # fmt: skip
 
 
 def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bool | None:

@@ -30,8 +30,9 @@ class Section(BaseModel):
 class LoraSection(Section):
     """Train a low-rank adapter (Hu et al., 2021, arXiv:2106.09685) instead of all weights."""
 
-    type: Literal["lora"] = "lora"
-    """Kind of adapter."""
+    type: Literal["lora", "dora", "qlora"] = "lora"
+    """lora; dora also learns the length of every output's weights (Liu et al., 2024, arXiv:2402.09353); qlora is lora
+    over a base held in 4 bits (Dettmers et al., 2023, arXiv:2305.14314), in one process."""
     r: Count = 16
     """Rank of the update matrices."""
     alpha: float = Field(default=32, gt=0)

@@ -102,6 +102,8 @@ def unsupported(config: dict[str, Any]) -> str | None:
         return "is a mixture of experts; version 1 trains dense decoders"
     if any(isinstance(config.get(name), dict) for name in ("text_config", "vision_config", "audio_config")):
         return "is multimodal; version 1 trains decoders of text"
+    if config.get("quantization_config"):
+        return "is quantised; version 1 trains the model that it was made of (qlora quantises by itself)"
     return "is an encoder-decoder; version 1 trains decoders" if config.get("is_encoder_decoder") else None
 
 

@@ -37,7 +37,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "nesso_tune": version("nesso-tune"),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in (*PACKAGES, *_quantiser(recipe))},
         "python": platform.python_version(),
         "base": base,
         "tokenizer": data.chat.fingerprint,
@@ -50,6 +50,12 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
         "device": gpu,
         "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
     }
+
+
+def _quantiser(recipe: Recipe) -> tuple[str, ...]:
+    """What makes a base's 4 bits, where there are any."""
+    adapter = recipe.model.adapter
+    return ("bitsandbytes",) if adapter is not None and adapter.type == "qlora" else ()
 
 
 def check_same_run(run: Path, noted: Mapping[str, Any], facts: Mapping[str, Any], finished: bool) -> None:

@@ -78,7 +78,7 @@ def fit(
     flat = model.config._attn_implementation == "flash_attention_2"
     collate, kind, names, loss_over, arguments = _method(recipe, chat.pad_id, languages, flat)
     if recipe.model.adapter is not None:
-        adapt(model, recipe.model.adapter, chat.new_ids, recipe.seed)
+        adapt(model, recipe.model, chat.new_ids, recipe.seed)
     trainer: Trainer = kind(
         model=model,
         args=arguments(recipe, plan, model),

@@ -36,6 +36,15 @@ FIRES = {
     ),
     "two splits": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "beside"),
     "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "learns nothing"),
+    "shares of a qlora": (
+        "{model: {adapter: {type: qlora}}, distributed: {fsdp: full_shard}}", "distributed.fsdp", "has no effect under",
+    ),
+    "shards of a qlora": (
+        "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict", "of one",
+    ),
+    "GPUs of a qlora": (
+        "{model: {adapter: {type: qlora}}, cluster: {gpus_per_node: 4}}", "cluster.gpus_per_node", "contradicts",
+    ),
     "revision of nothing": ("model: {random_init: true, revision: main}", "model.revision", "no effect"),
     "smoothing of sigmoid": ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing", "no effect on the loss sigmoid"),
     "smoothing of others": (
@@ -109,6 +118,8 @@ SILENT = {
     "validation sources alone": "data: {validation_size: 0, validation_sources: [{path: v}]}",
     "random weights": "model: {random_init: true, adapter: null, revision: null}",
     "adapter": "model: {random_init: false, adapter: {r: 4}, revision: main}",
+    "qlora on one GPU": "{model: {adapter: {type: qlora}}, cluster: {nodes: 1}, distributed: {fsdp: auto}}",
+    "dora, shared": "{model: {adapter: {type: dora}}, cluster: {nodes: 2}, distributed: {fsdp: full_shard}}",
     "robust": "dpo: {label_smoothing: 0.1, loss: {robust: 1.0}}",
     "exo": "dpo: {label_smoothing: 0.001, loss: {exo_pair: 1.0}}",
     "length": "dpo: {ld_alpha: 0.5}",

@@ -1,17 +1,29 @@
 """The memory estimate, against what torch really keeps; GPUs by name; what follows from the two."""
 
+from itertools import accumulate
+
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import RecipeError
+from nesso_tune.model.adapters import adapt, lora_config
+from nesso_tune.model.quantized import quantise
 from nesso_tune.recipes.advice import ROOMY
 from nesso_tune.recipes.bases import known_config
 from nesso_tune.recipes.gpus import GIB, TABLE, Gpu, find_gpu
-from nesso_tune.recipes.memory import adapter_parameters, estimate_memory, layer_activations
+from nesso_tune.recipes.memory import (
+    adapter_parameters,
+    dora_activations,
+    dora_working,
+    estimate_memory,
+    frozen_bytes,
+    layer_activations,
+)
 from nesso_tune.recipes.plan import DataVolume, World
 from nesso_tune.recipes.planning import make_plan
-from nesso_tune.recipes.sections import LoraSection
+from nesso_tune.recipes.sections import LoraSection, ModelSection
 from nesso_tune.recipes.shape import shape_of
 
 from .texts import DPO, SFT, read
@@ -24,10 +36,13 @@ SHAPES = {
 }
 
 
-def kept(config, layers, tokens, bfloat16):
+def kept(config, layers, tokens, bfloat16, adapter=None):
     """Bytes that autograd keeps of a forward pass, weights aside."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"num_hidden_layers": layers})).train()
+    if adapter is not None:
+        dtype = "bfloat16" if bfloat16 else "float32"
+        adapt(model, ModelSection(base="b", dtype=dtype, adapter=adapter), [], seed=0)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
@@ -79,19 +94,78 @@ def test_the_whole_logits_are_never_there():
     assert memory(shape=EIGHT).logits > memory().logits
 
 
-def test_an_adapter_is_what_peft_makes():
-    from peft import LoraConfig, get_peft_model
-
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_what_peft_makes(kind):
     config = known_config("mii-llm/zagreus-0.4B-ita") | {"num_hidden_layers": 2}
     for targets in ("all-linear", ("q_proj", "v_proj"), ("down_proj",)):
+        section = LoraSection(type=kind, r=8, target_modules=targets)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-            names = targets if isinstance(targets, str) else list(targets)
-            adapted = get_peft_model(model, LoraConfig(r=8, target_modules=names, task_type="CAUSAL_LM"))
-        section = LoraSection(r=8, target_modules=targets)
+            adapted = get_peft_model(model, lora_config(section, model, []))
         assert adapter_parameters(section, shape_of(config)) == adapted.get_nb_trainable_parameters()[0]
-    lora = memory(text=SFT.replace("base: b", "base: b, adapter: {}"))
-    assert lora.state < memory().state / 3
+
+
+def test_adapters_need_less_than_all_weights_and_four_bits_less_than_thirty_two():
+    whole, lora, dora, qlora = (
+        memory(EIGHT, SFT if kind is None else SFT.replace("base: b", f"base: b, adapter: {{type: {kind}}}"))
+        for kind in (None, "lora", "dora", "qlora")
+    )
+    assert lora.state < whole.state / 3
+    assert dora.state > lora.state
+    assert dora.activations > 1.5 * lora.activations
+    assert dora.working > lora.working
+    assert qlora.activations == lora.activations
+    trained = 16 * adapter_parameters(LoraSection(), EIGHT)
+    layers, tables = 32 * (EIGHT.layer_parameters - 2 * EIGHT.hidden_size), 4 * EIGHT.embedding_parameters
+    assert qlora.state - trained - tables == pytest.approx(layers * 4.127 / 8, rel=1e-3), "bits a weight, as published"
+    assert qlora.state < lora.state / 3
+    assert qlora.working < lora.working / 3, "nothing is kept in compute precision"
+
+
+def test_a_base_in_four_bits_is_as_large_as_counted():
+    config = {"model_type": "llama", "vocab_size": 256, "hidden_size": 256, "intermediate_size": 512,
+              "num_attention_heads": 4, "num_hidden_layers": 2}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    quantise(model, torch.float32)
+    states = [module.weight.quant_state for module in model.modules() if hasattr(module, "compute_dtype")]
+    scales = sum(tensor.nbytes for state in states for tensor in (state.absmax, state.state2.absmax))
+    held = scales + sum(parameter.nbytes for parameter in model.parameters())
+    assert frozen_bytes(LoraSection(type="qlora"), shape_of(config)) == pytest.approx(held, rel=1e-3)
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("kind", ["lora", "dora", "qlora"])
+def test_a_layer_with_an_adapter_keeps_what_is_counted(kind, bfloat16):
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 128, "intermediate_size": 320,
+              **SHAPES["grouped"]}  # fmt: skip
+    section = LoraSection(type=kind, r=8)
+
+    def of_a_layer(tokens):
+        return (kept(config, 3, tokens, bfloat16, section) - kept(config, 1, tokens, bfloat16, section)) / 2
+
+    a_token, shape = (of_a_layer(512) - of_a_layer(256)) / 256, shape_of(config | {"num_hidden_layers": 1})
+    counted = layer_activations(shape, bfloat16)
+    counted += dora_activations(section, shape, bfloat16) if kind == "dora" else 0
+    assert a_token <= counted <= 1.15 * a_token
+
+
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_dora_takes_what_is_counted_to_measure_its_outputs(bfloat16):
+    config = {"model_type": "llama", "vocab_size": 64, "hidden_size": 512, "intermediate_size": 1024,
+              "num_attention_heads": 4, "num_hidden_layers": 1}  # fmt: skip
+    more = peak(config, "dora", bfloat16) - peak(config, "lora", bfloat16)
+    assert more == pytest.approx(dora_working(shape_of(config), bfloat16), rel=0.05)
+
+
+def peak(config, kind, bfloat16):
+    """The most bytes that one token's step holds at a time, weights aside."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    adapt(model, ModelSection(base="b", adapter=LoraSection(type=kind, r=8)), [], seed=0)
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with profile as seen, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        model.model(torch.ones(1, 1, dtype=torch.long), use_cache=False).last_hidden_state.sum().backward()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 def test_gpus_have_names():
@@ -177,6 +251,20 @@ FOLLOWED = {  # what advice says when the recipe is written another way
 @pytest.mark.parametrize(("keys", "more", "words"), FOLLOWED.values(), ids=FOLLOWED)
 def test_advice_can_be_followed_as_it_is_said(keys, more, words):
     assert words in " / ".join(plan(keys, **more).advice)
+
+
+def test_a_base_that_is_too_large_may_be_held_in_four_bits():
+    lora = SFT.replace("base: b", "base: b, adapter: {type: TYPE}")
+    for kind, said in (("lora", True), ("dora", True), ("qlora", False)):
+        advice = " / ".join(plan("max_steps: 90", gpu=8, shape=EIGHT, text=lora.replace("TYPE", kind)).advice)
+        assert ("model.adapter.type: qlora" in advice) is said
+    shared = plan("max_steps: 90", gpu=4, shape=EIGHT, text=lora.replace("TYPE", "lora"), processes=2)
+    assert "qlora" not in " / ".join(shared.advice), "it runs in one process"
+
+
+def test_four_bits_are_of_one_process():
+    with pytest.raises(RecipeError, match=r"model\.adapter\.type: qlora runs in one process, here are 2"):
+        plan("max_steps: 9", text=SFT.replace("base: b", "base: b, adapter: {type: qlora}"), processes=2)
 
 
 def test_no_advice_that_cannot_help():
