@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from nesso_tune.data.packing import Rows
 from nesso_tune.recipes.schema import EvaluationSection
-from nesso_tune.training.answers import answer, measure
+from nesso_tune.training.answers import Answer, answer, length_ratios, measure
 from nesso_tune.training.collate import Batch, CountedBatch
-from nesso_tune.training.metrics import MetricsLog
+from nesso_tune.training.metrics import MetricsLog, read_metrics
+from nesso_tune.training.processes import from_first
 from nesso_tune.training.prompts import Prompt, choose_prompts
 
 LossOver = Callable[[Any, list[CountedBatch]], dict[str, float]]
 SHOWN = 8  # answers that are written out at each evaluation
+PARENT = "parent"  # the event of the line with the figures of the parent's answers
 
 
 @dataclass
@@ -33,6 +35,9 @@ class Evaluator:
         tokenizer: chat-ready.
         log: where the answers are written.
         total_steps: the step at which the training prompts are answered.
+        sources: names of the sources that `rows` come from (`train_rows`, where nothing is held out), for the figures
+            by source; none if empty.
+        parent: figures of the parent's answers to the same prompts, in DPO; see `meet_parent`.
     """
 
     section: EvaluationSection
@@ -44,6 +49,8 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     log: MetricsLog
     total_steps: int
+    sources: tuple[str, ...] = ()
+    parent: Mapping[str, float] = field(default_factory=dict)
     prompts: list[Prompt] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,11 +61,39 @@ class Evaluator:
         """Metrics by name, ready for a line of metrics.jsonl."""
         metrics: dict[str, Any] = self.loss_over(trainer, self._batches(trainer)) if len(self.rows) else {}
         prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
-        metrics |= self._answers(trainer, self.prompts, prefix, shown=True)
+        answers = self._answers(trainer, self.prompts)
+        self._show(answers[:SHOWN], trainer.state.global_step)
+        metrics |= measure(answers, prefix, self.sources)
+        metrics |= length_ratios(metrics, self.parent, prefix)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
             known = choose_prompts(self.train_rows, self.section.train_samples)
-            metrics |= self._answers(trainer, known, "train_", shown=False)
+            same = self.train_rows.documents is self.rows.documents or not len(self.rows)
+            metrics |= measure(self._answers(trainer, known), "train_", self.sources if same else ())
         return metrics
+
+    def meet_parent(self, trainer: Any, begins: bool) -> None:
+        """Takes the figures of the parent, the model that training starts from; all processes call this.
+
+        Where a run begins the parent is asked, and a line of metrics.jsonl keeps the figures; later they are read back.
+        If other prompts were asked then, or other lengths allowed, there are none.
+        """
+        if begins:
+            self._ask_parent(trainer)
+        self.parent = from_first(self._noted() if trainer.is_world_process_zero() else {})
+
+    def _ask_parent(self, trainer: Any) -> None:
+        was_training = trainer.model.training
+        trainer.model.eval()
+        answers = self._answers(trainer, self.prompts)
+        trainer.model.train(was_training)
+        if answers:
+            allowed = {"max_new_tokens": self.section.max_new_tokens}
+            self.log.write({"step": 0, "event": PARENT, **allowed, **measure(answers, sources=self.sources)})
+
+    def _noted(self) -> dict[str, Any]:
+        asked = {"event": PARENT, "answers": len(self.prompts), "max_new_tokens": self.section.max_new_tokens}
+        lines = read_metrics(self.log.path) if self.log.path.exists() else []
+        return next((line for line in lines if asked.items() <= line.items()), {})
 
     def _batches(self, trainer: Any) -> list[CountedBatch]:
         """This process's share of the validation rows, filled up to what the others have."""
@@ -68,17 +103,17 @@ class Evaluator:
         mine = [(min(i + rank, len(batches) - 1), i + rank < len(batches)) for i in range(0, len(batches), world)]
         return [(self.collate([self.rows[row] for row in batches[i]]), counted) for i, counted in mine]
 
-    def _answers(self, trainer: Any, prompts: list[Prompt], prefix: str, shown: bool) -> dict[str, float]:
+    def _answers(self, trainer: Any, prompts: list[Prompt]) -> list[Answer]:
         if not prompts:
-            return {}
+            return []
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         autocast = trainer.compute_loss_context_manager()
-        answers = answer(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
-        for one in answers[:SHOWN] if shown else []:
+        return answer(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
+
+    def _show(self, answers: list[Answer], step: int) -> None:
+        """Writes answers out, a line of metrics.jsonl each."""
+        for one in answers:
             question = self.tokenizer.decode(one.prompt.ids, skip_special_tokens=True)
             line = {"language": one.prompt.language, "prompt": question, "answer": one.text}
-            self.log.write(
-                {"step": trainer.state.global_step, "event": "answer", **line, "expected": one.expected,
-                 "stopped": one.stopped}
-            )  # fmt: skip
-        return measure(answers, prefix)
+            line |= {"expected": one.expected, "stopped": one.stopped}
+            self.log.write({"step": step, "event": "answer", **line})

@@ -26,6 +26,7 @@ from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
+from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 from nesso_tune.training.evaluation import Evaluator, LossOver
@@ -96,6 +97,7 @@ def fit(
         tally=Tally(names, languages, trainer.args.device),
         guard=Guard(recipe.train.on_spike, order, log),
         log=log,
+        alarms=Alarms(log, recipe.method, plan.steps, looks=trainer.is_world_process_zero()),
         evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
         room=room,
         keep=recipe.checkpoint.keep,
@@ -158,6 +160,9 @@ class _Beginning(TrainerCallback):
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
         if isinstance(trainer, dpo.PairTrainer):
             trainer.reference = self._reference(trainer)
+            if isinstance(track.evaluate, Evaluator):
+                track.evaluate.meet_parent(trainer, begins=self._run.checkpoint is None)
+        track.alarms.recall(self._run.metrics)
         track.line_tokens = int(trainer.sum_over_processes(torch.tensor(float(track.tokens))))
         track.line_started = time.monotonic()
 

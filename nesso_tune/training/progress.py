@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-KEYS = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
+KEYS = (
+    "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
+    "eval_rewards/accuracies", "closer_to_chosen", "answer_length_ratio",
+)  # fmt: skip
 
 
 class ProgressBar(TrainerCallback):
@@ -42,6 +45,7 @@ class ProgressBar(TrainerCallback):
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         numbers = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tok/s"
+        numbers += f"  {logs['mfu']:.1%} MFU" if "mfu" in logs else ""
         if self._bar is not None:
             self._bar.update(self._task, numbers=numbers)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -21,21 +22,26 @@ class Prompt:
         expected: the answer's ids, end token included (in preference data the chosen one).
         rejected: the rejected answer's ids; empty for conversations.
         language: code.
+        source: index of the source that it comes from.
     """
 
     ids: list[int]
     expected: list[int]
     rejected: list[int]
     language: str
+    source: int = 0
 
 
 def choose_prompts(rows: Rows, count: int) -> list[Prompt]:
-    """`count` prompts of the entries in `rows`, as evenly as possible over the languages, in a fixed order."""
-    by_language: dict[str, list[int]] = defaultdict(list)
-    for entry in np.unique(rows.entries):
-        by_language[rows.documents.language(int(entry))].append(int(entry))
+    """`count` prompts of the entries in `rows`, as evenly as possible over the languages, in a fixed order.
+
+    Those of a language are taken from its sources in turn.
+    """
+    by_language: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number in map(int, np.unique(rows.entries)):
+        by_language[rows.documents.language(number)][int(rows.documents.sources[number])].append(number)
     chosen: list[Prompt] = []
-    queues = [iter(entries) for _, entries in sorted(by_language.items())]
+    queues = [_in_turn([by_source[i] for i in sorted(by_source)]) for _, by_source in sorted(by_language.items())]
     while queues and len(chosen) < count:
         for queue in list(queues):
             entry = next(queue, None)
@@ -46,15 +52,21 @@ def choose_prompts(rows: Rows, count: int) -> list[Prompt]:
     return chosen
 
 
+def _in_turn(queues: Sequence[Sequence[int]]) -> Iterator[int]:
+    """The first of each, then the second of each, and so on."""
+    rounds = zip_longest(*queues)
+    return (entry for entries in rounds for entry in entries if entry is not None)
+
+
 def _prompt(documents: Documents, entry: int) -> Prompt | None:
     """The last answer of a conversation, or a pair."""
-    language = documents.language(entry)
+    language, source = documents.language(entry), int(documents.sources[entry])
     if documents.parts == 3:
         prompt, chosen, rejected = (documents.input_ids(entry, part).tolist() for part in range(3))
-        return Prompt(prompt, chosen, rejected, language)
+        return Prompt(prompt, chosen, rejected, language, source)
     ids, learned = documents.input_ids(entry).tolist(), documents.trained[documents.part(entry)]
     start, end = _last_run(learned.tolist())
-    return Prompt(ids[:start], ids[start:end], [], language) if start > 0 else None
+    return Prompt(ids[:start], ids[start:end], [], language, source) if start > 0 else None
 
 
 def _last_run(flags: Sequence[int]) -> tuple[int, int]:

@@ -25,6 +25,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training import checkpoint as ckpt
 from nesso_tune.training import state
+from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
@@ -45,6 +46,7 @@ class Track:
     tally: Tally
     guard: Guard
     log: MetricsLog
+    alarms: Alarms
     evaluate: Evaluate | None
     room: Room
     keep: int
@@ -145,6 +147,7 @@ class TrackedTrainer(_Base):
         super().log(logs, start_time)
         logs["epoch"] = round(track.order.epoch_at(self.state.global_step * track.plan.global_batch), 4)
         track.log.write({"step": self.state.global_step, **logs})
+        track.alarms.look({"step": self.state.global_step, **logs})
         track.line_started, track.line_tokens, track.paused = time.monotonic(), tokens, 0.0
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -155,6 +158,7 @@ class TrackedTrainer(_Base):
         metrics = self.track.evaluate(self)
         self.model.train(was_training)
         self.track.log.write({"step": self.state.global_step, **metrics})
+        self.track.alarms.look({"step": self.state.global_step, **metrics})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
         self.track.paused += time.monotonic() - began

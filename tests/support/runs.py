@@ -100,5 +100,5 @@ def metrics(run):
 
 
 def steps(run, key="loss"):
-    """{step: value} of a metric's training lines."""
-    return {line["step"]: line[key] for line in metrics(run) if key in line}
+    """{step: value} of a metric, over the lines of training and of evaluations."""
+    return {line["step"]: line[key] for line in metrics(run) if key in line and "event" not in line}
