@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
+from nesso_tune.training.best import in_words
 from nesso_tune.training.checkpoint import MANIFEST, read_data
 from nesso_tune.training.facts import check_same_run, other_environment, run_facts
 from nesso_tune.training.fit import fit
@@ -50,7 +52,7 @@ class TrainResult:
 
     Attributes:
         model_dir: the finished model, `final/`.
-        metrics: the last value of every metric.
+        metrics: the last value of every metric; where `train.best_metric` took earlier weights, up to their step.
         notes: what was found on opening the run directory.
         trained: False if the run had been finished before.
         asked_to_stop: a signal came so late that the run ended first; nothing more should be begun.
@@ -154,7 +156,7 @@ def _train(
     room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
     with room.told():
         if is_first():
-            room.check_run(plan, run.step, recipe.checkpoint.keep)
+            room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
             write_start(run, recipe, facts)
@@ -163,12 +165,15 @@ def _train(
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
-        metrics = last_metrics(run.metrics)
+        metrics, best = last_metrics(run.metrics), trainer.track.best
+        chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
+        for text in chosen:
+            say(text)
         if is_first():
-            card = model_card(recipe, plan, data.report, metrics)
+            card = model_card(recipe, plan, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, plan, data.report)
-            write_end(run)
+            write_end(run, {} if best is None else {"best": best.state()})
     asked = any(gather_object([request.asked]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 
@@ -187,10 +192,12 @@ def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) ->
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of every metric in a metrics file."""
+    """The last value of every metric in a metrics file, up to the step whose weights were taken."""
+    lines = read_metrics(path) if path.exists() else []
+    taken = next((line["taken"] for line in reversed(lines) if line.get("event") == "best"), math.inf)
     out: dict[str, Any] = {}
-    for line in read_metrics(path) if path.exists() else []:
-        if "event" not in line:
+    for line in lines:
+        if "event" not in line and line["step"] <= taken:
             out |= line
     return out
 

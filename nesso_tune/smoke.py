@@ -25,6 +25,7 @@ from nesso_tune.data.hub import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.model.standin import FALLBACK, build_standin, shrunk
 from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.metric_names import whole_metric
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.recipes.shape import find_config, unsupported
@@ -77,6 +78,8 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
         raw["data"]["too_long"] = "drop"  # the length is another one
     raw["data"] |= _data(recipe, say)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
+    if recipe.train.best_metric is not None:  # a language, or a source, may not be among the first rows
+        raw["train"]["best_metric"] = whole_metric(recipe.train.best_metric)
     _shorten_schedule(raw["train"]["schedule"])
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:

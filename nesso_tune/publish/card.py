@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nesso_tune.recipes.plan import Plan
@@ -14,8 +14,13 @@ SHOWN = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rew
 RESULTS = "## Results on held-out data (train_: on training data)"
 
 
-def model_card(recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
-    """README.md of `final/`, with the figures of the run. Private sources are left out."""
+def model_card(
+    recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: Mapping[str, Any], chosen: Sequence[str] = ()
+) -> str:
+    """README.md of `final/`, with the figures of the run. Private sources are left out.
+
+    `chosen` says which of the run's weights these are, and why, where they are not the last ones by themselves.
+    """
     private = any(source.private for source in recipe.data.sources)
     public = [source.path for source in recipe.data.sources if not source.private]
     languages = [code for code in report["languages"] if code != "und"]
@@ -33,6 +38,7 @@ def model_card(recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: M
             "## Use", "", "```python", *SNIPPET, "```", "",
             "## Training", "",
             f"- {plan.steps:,} steps of {plan.global_batch} rows, {plan.epochs:.3g} epochs",
+            *(f"- {text}" for text in chosen),
             f"- learning rate: {schedule}",
             f"- {report['rows_kept']:,} rows, {report['supervised_tokens']:,} supervised tokens", "",
             "Data:", "", *sources, "",

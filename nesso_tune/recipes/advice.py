@@ -171,6 +171,18 @@ def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield f"only {plan.total_steps} steps: {f'{lower}, or ' if lower else ''}raise train.num_epochs"
 
 
+def _patience(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    patience = recipe.train.early_stopping_patience
+    if patience is None or plan.total_steps is None or plan.evaluate_every is None:
+        return
+    evaluations = math.ceil(plan.total_steps / plan.evaluate_every)
+    if patience >= evaluations - 1:  # the first is always the best so far, and after the last the run is over
+        yield (
+            f"train.early_stopping_patience: {patience} cannot end a run of {evaluations} evaluation(s): lower it, or "
+            "lower evaluation.every_steps"
+        )
+
+
 def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
     data = recipe.data
     if plan.volume is None or recipe.evaluation is None:
@@ -191,4 +203,16 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield "more rows are held out for evaluation than trained on; lower data.validation_size"
 
 
-RULES = (_end_token, _too_long, _fits, _rate, _warm_up, _faster, _context, _small_epoch, _few_steps, _validation)
+RULES = (
+    _end_token,
+    _too_long,
+    _fits,
+    _rate,
+    _warm_up,
+    _faster,
+    _context,
+    _small_epoch,
+    _few_steps,
+    _patience,
+    _validation,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from nesso_tune.errors import RecipeError
@@ -47,6 +48,24 @@ TABLE: dict[str, tuple[int, float | None]] = {
     "h200-141gb": (140, 989),
     "b200-180gb": (179, 2250),
 }
+
+# Of a kind in the table, those that multiply at another rate: (word, another word) of the name: TFLOP/s
+OTHERWISE = {("h100", "pcie"): 756.0, ("h100", "nvl"): 835.0, ("h200", "nvl"): 836.0}
+SLOWER = {"mig", "laptop", "max", "ti", "d", "super"}  # parts and variants of a GPU: not its peak
+
+
+def bf16_peak(device_name: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a GPU by the name that its driver gives it, e.g. `NVIDIA A100-SXM4-80GB`.
+
+    None where the table does not have it, or has only a larger or another variant of it.
+    """
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    for (kind, variant), peak in OTHERWISE.items():
+        if {kind, variant} <= words:
+            return peak
+    if words & SLOWER:
+        return None
+    return next((peak for name, (_, peak) in TABLE.items() if set(name.split("-")[:-1]) <= words), None)
 
 
 def find_gpu(name: str) -> Gpu:

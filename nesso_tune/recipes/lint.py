@@ -11,6 +11,7 @@ from posixpath import normpath
 
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
 from nesso_tune.recipes.lint_data import DATA_RULES
+from nesso_tune.recipes.metric_names import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
@@ -107,6 +108,38 @@ def _validation(raw: Raw) -> Iterator[Finding]:
         )
 
 
+def _best(raw: Raw) -> Iterator[Finding]:
+    metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
+    if patience is not None and metric is None:  # what is waited for also decides what final/ holds: it has to be said
+        yield Finding(
+            ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
+            "set train.best_metric: eval_loss, or remove it",
+        )  # fmt: skip
+    if isinstance(metric, str) and (fault := _unmeasured(raw, metric)) is not None:
+        yield Finding(("train", "best_metric"), *fault)
+
+
+def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
+    """Why a metric will not be measured, as far as a recipe tells, and what to do; None if it may be."""
+    whole, method = whole_metric(metric), get(raw, "method")
+    only, evaluation = ONLY.get(whole or ""), get(raw, "evaluation")
+    none_held = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
+    if whole is None:
+        return f"`{metric}` is not known to be better lower or higher", did_you_mean(metric, [*HELD_OUT, *ANSWERS])
+    if "evaluation" in raw and evaluation is None:
+        return "nothing is measured with evaluation: null", "set evaluation: {}, or remove it"
+    if only is not None and method in ("sft", "dpo") and method != only:
+        return f"`{metric}` is measured under method: {only} only", "use eval_loss"
+    if none_held and not whole.startswith(TRAIN):
+        return f"`{metric}` is measured on held-out rows, and there are none", "set data.validation_size, or remove it"
+    if whole.removeprefix(TRAIN) in ANSWERS and get(evaluation, "samples") == 0:
+        return (
+            f"`{metric}` is measured on answers, and evaluation.samples: 0 asks for none",
+            "set evaluation.samples: 8",
+        )
+    return None
+
+
 def _model(raw: Raw) -> Iterator[Finding]:
     if get(raw, "model", "random_init") is True:
         if get(raw, "model", "adapter") is not None:
@@ -193,6 +226,6 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _model, _qlora, _distributed, _cluster, _secrets, _output, _dpo,
+    _exclusive, _inert, _schedule, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets, _output, _dpo,
     *DATA_RULES,
 )  # fmt: skip

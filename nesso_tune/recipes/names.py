@@ -43,6 +43,9 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     "train.optimizer": ("optim", "optimiser"),
     "train.adam_epsilon": ("eps",),
     "train.max_grad_norm": ("gradient_clipping", "grad_clip", "gradient_clip_val"),
+    "train.best_metric": ("metric_for_best_model", "load_best_model_at_end", "save_best_model", "monitor"),
+    "train.early_stopping_patience": ("early_stopping", "patience", "early_stop_patience"),
+    "train.profile": ("profiler", "torch_profiler", "profiler_steps", "pytorch_profiler"),
     "train.gradient_checkpointing": ("activation_checkpointing", "use_gradient_checkpointing"),
     "train.schedule.type": ("lr_scheduler", "lr_scheduler_type", "scheduler"),
     "train.schedule.warmup_ratio": ("warmup",),
@@ -71,6 +74,8 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
 FOREIGN = {theirs: ours for ours, names in CALLED_HERE.items() for theirs in names}
 NAMES_LIST = {
     "neftune_noise_alpha": "NEFTune is not offered",
+    "greater_is_better": "the name of train.best_metric says which way is better",
+    "early_stopping_threshold": "any improvement of train.best_metric counts",
     "tensor_parallel_size": "tensor parallelism is not in version 1",
     "load_in_4bit": "quantised training is not offered yet",
     "load_in_8bit": "quantised training is not offered yet",

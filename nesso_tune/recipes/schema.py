@@ -67,6 +67,13 @@ class TrainSection(Section):
     on_spike: Literal["warn", "skip", "stop"] = "warn"
     """When loss or gradient norm leap far above those of the last 128 steps: say so, make no update of that step, or
     end the run. NaN and infinity always end it."""
+    best_metric: NonEmpty | None = None
+    """final/ takes the weights of the evaluation that is best by this metric: eval_loss, eval_loss/it, stop_rate,
+    eval_rewards/accuracies and the like; the checkpoint is kept. null takes the last weights."""
+    early_stopping_patience: Count | None = None
+    """End the run after this many evaluations without a better best_metric."""
+    profile: bool = False
+    """Write a trace of a few steps into output_dir/profile/: where their time goes, for Perfetto or chrome://tracing."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass to save memory; auto does so where a step would not fit otherwise."""
     schedule: Schedule = Schedule()

@@ -134,10 +134,24 @@ def is_step(name: str) -> bool:
 
 
 def prune(run: Path, keep: int, written: Path) -> None:
-    """Removes all but the newest `keep` checkpoints, and never the one that was `written` last."""
-    for old in checkpoints(run)[keep:]:
-        if old != written:
+    """Removes all but the newest `keep` checkpoints, the one `written` last, and what any of these knows as the best.
+
+    So, whichever of them a run goes on from, the best weights before it are there.
+    """
+    kept = {*checkpoints(run)[:keep], written}
+    kept |= {run / f"{PREFIX}{step}" for step in map(_best_step, kept) if step is not None}
+    for old in checkpoints(run):
+        if old not in kept:
             discard(old)
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    """The step of the best evaluation that a checkpoint's manifest notes, if any."""
+    try:
+        noted = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("best")
+    except (*GONE, ValueError):
+        return None
+    return noted["step"] if isinstance(noted, dict) else None
 
 
 @contextmanager

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -28,12 +26,14 @@ from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
+from nesso_tune.training.best import best_of, take_best
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 from nesso_tune.training.evaluation import Evaluator, LossOver
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.pace import Pace
+from nesso_tune.training.profiling import Profile
 from nesso_tune.training.progress import ProgressBar
 from nesso_tune.training.reference import compute_reference, load_reference, save_reference
 from nesso_tune.training.rundir import RunDir
@@ -41,6 +41,7 @@ from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.space import Room
 from nesso_tune.training.tally import Tally
+from nesso_tune.training.throughput import Operations, Throughput
 from nesso_tune.training.trainer import Track
 
 Trainer = sft.ConversationTrainer | dpo.PairTrainer
@@ -68,18 +69,36 @@ def fit(
         request: whether a signal asked to stop.
 
     Returns:
-        The trainer, whose `model_wrapped` holds the trained weights.
+        The trainer, whose `model_wrapped` holds the last weights, or with `train.best_metric` the best ones.
 
     Raises:
         NumericalError: if loss or gradient are not finite or leap, or the DPO reference is not what it starts from.
         Preempted: if the run was asked to stop; a checkpoint is saved.
+        RecipeError, RunEnvironmentError: if `train.best_metric` is not measured, or the best checkpoint is damaged.
     """
+    trainer = _trainer(model, data, recipe, plan, run, facts, room)
+    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
+    if recipe.train.profile:
+        trainer.add_callback(Profile(trainer, run.path, plan.steps))
+    _train_until_asked(trainer, plan, run, request)
+    return trainer
+
+
+def _trainer(
+    model: PreTrainedModel,
+    data: PreparedData,
+    recipe: Recipe,
+    plan: Plan,
+    run: RunDir,
+    facts: dict[str, Any],
+    room: Room,
+) -> Trainer:
+    """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
     languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
     chat = data.chat
     flat = model.config._attn_implementation == "flash_attention_2"
     collate, kind, names, loss_over, arguments = _method(recipe, chat.pad_id, languages, flat)
-    if recipe.model.adapter is not None:
-        adapt(model, recipe.model, chat.new_ids, recipe.seed)
+    best, operations = best_of(recipe, names, data.validation), _adapted(model, recipe, chat.new_ids)
     trainer: Trainer = kind(
         model=model,
         args=arguments(recipe, plan, model),
@@ -99,14 +118,23 @@ def fit(
         log=log,
         alarms=Alarms(log, recipe.method, plan.steps, looks=trainer.is_world_process_zero()),
         evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
+        best=best,
+        throughput=Throughput(operations),
         room=room,
         keep=recipe.checkpoint.keep,
         in_shards=recipe.distributed.in_shards(plan.processes),
         facts=facts,
     )
-    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
-    _train_until_asked(trainer, plan, run, request)
     return trainer
+
+
+def _adapted(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> Operations:
+    """Puts the recipe's adapter, if it has one, into the model; the operations that training it takes."""
+    operations = Operations.of(model)
+    if recipe.model.adapter is None:
+        return operations
+    adapt(model, recipe.model, new_ids, recipe.seed)
+    return operations.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def _method(recipe: Recipe, pad_id: int, languages: tuple[str, ...], flat: bool) -> tuple[Any, Any, Any, Any, Any]:
@@ -129,7 +157,7 @@ def _evaluator(
 
 
 def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:
-    """Trains to the end.
+    """Trains to the end, and takes the best weights if they are wanted.
 
     Raises:
         Preempted: if a signal asked to stop; a checkpoint of that step is saved.
@@ -137,9 +165,13 @@ def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopR
     trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
     request.wait_for_steps()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    if stop.stopped_at is not None:
+    best = trainer.track.best
+    ended = best is not None and best.out_of_patience  # maybe at the step at which it was asked to stop
+    if stop.stopped_at is not None and not ended:
         trainer.track.log.write({"step": stop.stopped_at, "event": "preempted"})
         raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")
+    if best is not None:
+        take_best(trainer)
 
 
 class _Beginning(TrainerCallback):
@@ -163,8 +195,7 @@ class _Beginning(TrainerCallback):
             if isinstance(track.evaluate, Evaluator):
                 track.evaluate.meet_parent(trainer, begins=self._run.checkpoint is None)
         track.alarms.recall(self._run.metrics)
-        track.line_tokens = int(trainer.sum_over_processes(torch.tensor(float(track.tokens))))
-        track.line_started = time.monotonic()
+        track.throughput.begin(trainer)
 
     def _reference(self, trainer: dpo.PairTrainer) -> dpo.Reference:
         if self._run.checkpoint is not None:

@@ -28,11 +28,13 @@ from nesso_tune.training.checkpoint import (
 )
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
+PROFILE = "profile"  # traces of `train.profile`
 DATA_REPORT = ("data_report.html", "data_report.json")
-OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", *DATA_REPORT)
+OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", PROFILE, *DATA_REPORT)
 BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is; of a report a half, too
 # A finished or running model does not depend on these; they may change between sessions.
-FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences")
+FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences",
+        "train.profile")  # fmt: skip
 
 
 @dataclass
@@ -138,9 +140,9 @@ def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     _replace_text(run.path / RECIPE, recipe.to_yaml())
 
 
-def write_end(run: RunDir) -> None:
-    """Marks the run finished, with the sizes of the files in `final/`."""
-    manifest = read_data(run.path, MANIFEST)
+def write_end(run: RunDir, facts: Mapping[str, Any] | None = None) -> None:
+    """Marks the run finished, with the sizes of the files in `final/` and with `facts` that its end has shown."""
+    manifest = {**read_data(run.path, MANIFEST), **(facts or {})}
     _replace(run.path / MANIFEST, {**manifest, "finished": True, "final": _sizes(run.final)})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,18 +32,22 @@ class Room:
     checkpoint: int
     final: int
 
-    def check_run(self, plan: Plan, begun: int, keep: int) -> None:
+    def check_run(self, plan: Plan, begun: int, keep: int, best: bool = False) -> None:
         """Makes sure that all that is still to be written fits: checkpoints before they are pruned, and `final/`.
 
         Args:
             plan: says how many saves there are.
             begun: the step that the run continues from.
             keep: checkpoints that are kept.
+            best: the best one is kept too, and any evaluation may be the best.
 
         Raises:
             RunEnvironmentError: naming what is needed and what is free.
         """
-        here, left = len(checkpoints(self.run)), saves_left(plan.steps, plan.save_every, begun)
+        every, keep = plan.save_every, keep + best
+        if best and every is not None and plan.evaluate_every is not None:
+            every = math.gcd(every, plan.evaluate_every)
+        here, left = len(checkpoints(self.run)), saves_left(plan.steps, every, begun)
         most = max(min(here + left, keep + 1) - here, min(1, left))
         at_end = max(min(here + left, keep) - here, 0)
         need = max(most * self.checkpoint, at_end * self.checkpoint + self.final)

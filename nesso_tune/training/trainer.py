@@ -2,14 +2,15 @@
 
 Taken over from transformers: data order (`get_train_dataloader`), set-up of FSDP (`_prepare_for_training`), schedule
 (`create_scheduler`), checkpoints (`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds
-(`log`), and the look at loss and gradient before an update (`training_step`, `_clip_grad_norm`). Taken over from TRL:
-telemetry, which is off.
+(`log`), and the look at loss and gradient before an update (`training_step`, `_clip_grad_norm`); around its own are put
+the time that batches take (`get_batch_samples`) and the end of a run that has stopped early (`_run_epoch`). Taken over
+from TRL: telemetry, which is off.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,16 @@ from nesso_tune.recipes.plan import Plan
 from nesso_tune.training import checkpoint as ckpt
 from nesso_tune.training import state
 from nesso_tune.training.alarms import Alarms
+from nesso_tune.training.best import Best
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
+from nesso_tune.training.processes import from_first
 from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sharding import set_precision, tied_tables_together
 from nesso_tune.training.space import Room
 from nesso_tune.training.tally import Tally
+from nesso_tune.training.throughput import LENGTHS, Throughput, WithLengths
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
 
@@ -48,6 +52,8 @@ class Track:
     log: MetricsLog
     alarms: Alarms
     evaluate: Evaluate | None
+    best: Best | None  # None: the last weights are taken
+    throughput: Throughput
     room: Room
     keep: int
     in_shards: bool  # each process writes its own share of a checkpoint's tensors
@@ -56,9 +62,6 @@ class Track:
     supervised_tokens: int = 0
     seconds: float = 0.0  # of earlier sessions
     started: float = field(default_factory=time.monotonic)
-    line_started: float = 0.0
-    line_tokens: int = 0
-    paused: float = 0.0  # evaluating and saving, since the last line
 
     def elapsed(self) -> float:
         """Seconds of training, earlier sessions included."""
@@ -85,10 +88,21 @@ class TrackedTrainer(_Base):
             self.track.order,
             batch_size=self.args.per_device_train_batch_size,
             shuffle=False,
-            collate_fn=self.data_collator,
+            collate_fn=WithLengths(self.data_collator),
             num_workers=0,
         )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro batches of a step; how long they are waited for is noted."""
+        return super().get_batch_samples(self.track.throughput.timed(epoch_iterator), num_batches, device)
+
+    def _run_epoch(self, **options: Any) -> None:
+        """Nothing is left to train where an earlier session has stopped early."""
+        if self.track.best is not None and self.track.best.out_of_patience:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**options)
 
     def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
         set_precision(self)
@@ -115,9 +129,10 @@ class TrackedTrainer(_Base):
         """The sum over all processes, on each of them."""
         return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
 
-    def training_step(self, *arguments: Any, **options: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro batch; its share of the step's loss is noted for the look before the update."""
-        loss: Tensor = super().training_step(*arguments, **options)
+        self.track.throughput.add(inputs.pop(LENGTHS))
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.track.guard.note(loss)
         return loss
 
@@ -129,29 +144,23 @@ class TrackedTrainer(_Base):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One line of metrics.jsonl for each logging step and each evaluation."""
+        """One line of metrics.jsonl for each logging step, and the same for the trackers."""
         if "loss" not in logs:  # the closing summary of transformers repeats what the lines say
             return
-        track, now = self.track, time.monotonic()
+        track = self.track
         logs |= track.tally.means(self.sum_over_processes)  # token-weighted (SFT) or over pairs (DPO), by language
         track.tally.reset()
-        counts = self.sum_over_processes(torch.tensor([track.tokens, track.supervised_tokens], dtype=torch.float64))
-        tokens, supervised = (int(n) for n in counts)
-        busy = max(now - track.line_started - track.paused, 1e-9)
-        logs |= {
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "tokens_per_second": round((tokens - track.line_tokens) / busy, 1),
-            "seconds": round(track.elapsed(), 3),
-        }
+        logs |= track.throughput.line(self) | {"seconds": round(track.elapsed(), 3)}
+        began = time.monotonic()
+        # transformers counts the whole run as one epoch, and puts that into the line
+        self.state.epoch = round(track.order.epoch_at(self.state.global_step * track.plan.global_batch), 4)
         super().log(logs, start_time)
-        logs["epoch"] = round(track.order.epoch_at(self.state.global_step * track.plan.global_batch), 4)
         track.log.write({"step": self.state.global_step, **logs})
         track.alarms.look({"step": self.state.global_step, **logs})
-        track.line_started, track.line_tokens, track.paused = time.monotonic(), tokens, 0.0
+        track.throughput.paused += time.monotonic() - began
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss on the validation rows and answers to some prompts; one line of metrics.jsonl."""
+        """Loss on the validation rows and answers to some prompts; one line of metrics.jsonl, and for the trackers."""
         assert self.track.evaluate is not None  # the pace asks for none otherwise
         began, was_training = time.monotonic(), self.model.training
         self.model.eval()
@@ -161,8 +170,24 @@ class TrackedTrainer(_Base):
         self.track.alarms.look({"step": self.state.global_step, **metrics})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
-        self.track.paused += time.monotonic() - began
+        # trackers listen to log lines, and sort them by the beginning of a name
+        tracked = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in numbers.items()}
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, tracked)
+        self._look_for_the_best(numbers)
+        self.track.throughput.paused += time.monotonic() - began
         return numbers
+
+    def _look_for_the_best(self, metrics: dict[str, float]) -> None:
+        """Has the weights of a better evaluation saved, and ends the run when none was better for too long."""
+        best, step = self.track.best, self.state.global_step
+        if best is None:
+            return
+        if best.note(step, from_first(metrics)):
+            self.control.should_save = True
+        if best.out_of_patience and step < self.track.plan.steps:
+            self.control.should_save = self.control.should_training_stop = True
+            found = {"metric": best.metric, "value": best.value, "best_step": best.step}
+            self.track.log.write({"step": step, "event": "early_stopped", **found})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process
@@ -186,11 +211,12 @@ class TrackedTrainer(_Base):
                 "epoch": track.order.epoch_at(self.state.global_step * track.plan.global_batch),
                 "tokens": sum(tokens for _, tokens, _ in noted),
                 "supervised_tokens": sum(supervised for *_, supervised in noted),
+                **({} if track.best is None else {"best": track.best.state()}),
             }
             written = writer.finish({**track.facts, **where}, files)
             ckpt.prune(Path(self.args.output_dir), track.keep, written)
         self.accelerator.wait_for_everyone()
-        track.paused += time.monotonic() - began
+        track.throughput.paused += time.monotonic() - began
 
     def _save_tensors(self, writer: ckpt.CheckpointWriter) -> None:
         wrapped, optimizer = self.model_wrapped, self.optimizer.optimizer
@@ -214,6 +240,7 @@ class TrackedTrainer(_Base):
             "seconds": track.elapsed(),
             "tally": track.tally.state(),
             "usual": track.guard.state(),
+            "best": None if track.best is None else track.best.state(),
         }
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -236,7 +263,9 @@ class TrackedTrainer(_Base):
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
         track.seconds = counts["seconds"]
         track.tally.restore(counts["tally"])
-        track.guard.restore(counts.get("usual", {}))
+        track.guard.restore(counts.get("usual") or {})
+        if track.best is not None:
+            track.best.restore(counts.get("best"))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: bfloat16 needs no scaling, so a file of that name is not ours."""
@@ -267,4 +296,5 @@ def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
     tallies = torch.tensor([counts["tally"] for counts in each], dtype=torch.float64).sum(dim=0)
     tally = tallies if rank == 0 else torch.zeros_like(tallies)
     seconds = max(counts["seconds"] for counts in each)
-    return {**whole, "seconds": seconds, "tally": tally.tolist(), "usual": each[0].get("usual", {})}
+    same = {name: each[0].get(name) for name in ("usual", "best")}  # on all processes
+    return {**whole, "seconds": seconds, "tally": tally.tolist(), **same}

@@ -88,6 +88,21 @@ FIRES = {
     "a late warning": (
         "data: {preferences: {conflicting: {warn: 0.5, fail: 0.1}}}", "data.preferences.conflicting.warn", "never",
     ),
+    "patience for nothing": (
+        "train: {early_stopping_patience: 2}", "train.early_stopping_patience", "waits for a better train.best_metric",
+    ),
+    "the best of what": ("train: {best_metric: eval_los}", "train.best_metric", "is not known to be better lower"),
+    "the best of a reward": ("{method: dpo, train: {best_metric: eval_rewards/chosen}}", "train.best_metric", "known"),
+    "the best of no evaluation": ("{evaluation: null, train: {best_metric: eval_loss}}", "train.best_metric", "null"),
+    "the best of nothing held out": (
+        "{data: {validation_size: 0}, train: {best_metric: eval_loss/it}}", "train.best_metric", "there are none",
+    ),
+    "the best of no answers": (
+        "{evaluation: {samples: 0}, train: {best_metric: stop_rate}}", "train.best_metric", "asks for none",
+    ),
+    "the best of another method": (
+        "{method: sft, train: {best_metric: eval_rewards/accuracies}}", "train.best_metric", "method: dpo only",
+    ),
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
                         "--gres is written from elsewhere"),
@@ -107,6 +122,13 @@ FIRES = {
 
 SILENT = {
     "shards": "distributed: {state_dict: sharded}",
+    "the best loss": "train: {best_metric: eval_loss, early_stopping_patience: 3}",
+    "the best of a source": "train: {best_metric: eval_loss/source/a.jsonl}",
+    "the best of a language": "{method: dpo, train: {best_metric: eval_rewards/accuracies/it}}",
+    "the best on training prompts": "{data: {validation_size: 0}, train: {best_metric: train_stop_rate}}",
+    "the best of what is held out": (
+        "{data: {validation_size: 0, validation_sources: [{path: v}]}, train: {best_metric: eval_loss}}"
+    ),
     "job": "cluster: {extra: [--exclusive, --mail-type=END], env: {NCCL_DEBUG: INFO}}",
     "nothing": "{}",
     "cosine": schedule("type: cosine, constant_ratio: 0.8, min_ratio: 0.3, warmup_ratio: 0.03"),
