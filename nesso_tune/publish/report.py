@@ -7,22 +7,29 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.publish.plots import plot
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.training.alarms import alarms_of
 from nesso_tune.training.metrics import read_metrics
 
 Line = Mapping[str, Any]
-Points = list[tuple[float, float]]
-WIDTH, HEIGHT, MARGIN = 420, 180, 40
-COLOURS = ("#1b5e9b", "#2e8b57", "#b3541e", "#7a4fa3", "#555555")
 PLOTS = {  # title: the metrics drawn in it, with their parts by language
     "Loss": ("loss",),
+    "Loss by source": ("loss/source",),
     "Loss on held-out rows": ("eval_loss",),
-    "Stop rate and exact answers": ("stop_rate", "exact_match"),
-    "Learning rate": ("learning_rate",),
-    "Gradient norm": ("grad_norm",),
+    "Loss on held-out rows by source": ("eval_loss/source",),
+    "Answers that end by themselves": ("stop_rate",),
+    "Answers equal to the data's": ("exact_match",),
+    "Answers in the language of their prompt": ("language_fidelity",),
+    "Answers that end in a loop": ("repetition_rate",),
+    "Tokens of an answer": ("answer_tokens",),
+    "Preference: length of the answers, by the parent's": ("answer_length_ratio",),
+    "Preference: chosen answers against the reference, nats a token": ("logps/chosen_shift", "eval_logps/chosen_shift"),
     "Preference: accuracy on held-out pairs": ("eval_rewards/accuracies",),
     "Preference: margin on held-out pairs": ("eval_rewards/margins",),
+    "Learning rate": ("learning_rate",),
+    "Gradient norm": ("grad_norm",),
 }
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 920px; padding: 0 1rem; color: #222 }
@@ -37,12 +44,15 @@ td, th { border-bottom: 1px solid #ddd; padding: .3rem; text-align: left; vertic
 def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> Path:
     """Writes report.html into a run directory, from its metrics.jsonl; private sources are not named."""
     lines = read_metrics(run / "metrics.jsonl")
-    plots = [svg for title, names in PLOTS.items() if (svg := _plot(title, names, lines))]
+    plots = [svg for title, names in PLOTS.items() if (svg := plot(title, names, lines))]
+    alarms = _rows(alarms_of(lines), ("step", "alarm", "said"))
     answers = [line for line in lines if line.get("event") == "answer"]
     last = [line for line in answers if line["step"] == answers[-1]["step"]]
     body = [
         f"<h1>{escape(Path(recipe.output_dir).name)}</h1>",
         f"<p>{escape(_summary(recipe, plan, data))}</p>",
+        "<h2>Alarms</h2>" if alarms else "",
+        _table(("step", "alarm", "what is wrong; what to do"), alarms),
         f'<div class="plots">{"".join(plots)}</div>',
         "<h2>Data</h2>",
         _table(("language", "rows", "tokens", "supervised tokens"), _languages(data)),
@@ -97,43 +107,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [("th", head), *(("td", row) for row in rows)]
     lines = ("".join(f"<{tag}>{escape(text)}</{tag}>" for text in row) for tag, row in cells)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _plot(title: str, names: Sequence[str], lines: Sequence[Line]) -> str:
-    """An SVG of the metrics over the steps; empty if none was measured."""
-    keys = sorted({key for line in lines for key in line if any(key == n or key.startswith(f"{n}/") for n in names)})
-    series = {key: _points(key, lines) for key in keys}
-    series = {key: points for key, points in series.items() if points}
-    if not series:
-        return ""
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    low, high = min(*ys, 0.0), max(*ys, 1e-12)
-    width, height = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
-
-    def place(x: float, y: float) -> str:
-        across = (x - min(xs)) / max(max(xs) - min(xs), 1)
-        return f"{MARGIN + across * width:.1f},{HEIGHT - MARGIN - (y - low) / (high - low) * height:.1f}"
-
-    drawn = []
-    for (key, points), colour in zip(series.items(), COLOURS * 4, strict=False):
-        path = " ".join(place(x, y) for x, y in points)
-        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        at = MARGIN + 90 * (len(drawn) - 1)
-        drawn.append(f'<text x="{at}" y="{HEIGHT - 4}" font-size="11" fill="{colour}">{escape(key)}</text>')
-    axes = (
-        f'<path d="M{MARGIN},{MARGIN} V{HEIGHT - MARGIN} H{WIDTH - MARGIN}" fill="none" stroke="#999"/>'
-        f'<text x="2" y="{MARGIN + 4}" font-size="11">{high:.3g}</text>'
-        f'<text x="2" y="{HEIGHT - MARGIN}" font-size="11">{low:.3g}</text>'
-        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - MARGIN + 14}" font-size="11" text-anchor="end">'
-        f"step {max(xs):g}</text>"
-    )
-    return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">{axes}{"".join(drawn)}</svg></figure>'
-    )
-
-
-def _points(key: str, lines: Sequence[Line]) -> Points:
-    found = ((line["step"], line[key]) for line in lines if key in line)
-    return [(float(x), float(y)) for x, y in found if isinstance(y, (int, float))]

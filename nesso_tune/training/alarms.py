@@ -1,6 +1,6 @@
 """Alarms: the run goes on, but what comes out of it may be worse than what went in, and a team must see it.
 
-An alarm begins when a figure is beyond its limit twice in a row, or in the end of the run: what passes by the next look
+An alarm begins when a figure is beyond its limit twice in a row, or at the end of the run: what passes by the next look
 is a phase of learning. It is said once, and again only if all its figures had come back in between. What is usual is
 taken from the parent's answers (DPO), or from the best that the run itself has reached (SFT). All that is known comes
 from the lines of metrics.jsonl, so that a run that is continued neither repeats an alarm nor loses one.
@@ -28,12 +28,12 @@ EVENT = "alarm"
 CHOSEN_SHIFT = -0.1
 KEPT = 0.75  # of the usual share of good answers: with 8 prompts 6 of 8 are still no alarm
 MANY = 4  # answers below which a share says nothing
-# Answers that must have changed: two, where there is one thing to compare with; the best of many evaluations is partly
-# luck, so one more.
-CHANGED = {"dpo": 2, "sft": 3}
+CHANGED = 2  # answers that must have become worse
+LUCK = 1  # and as many more where the best of several evaluations is what they are compared with
 SOUND = 0.5  # share of good answers that a run must have reached before it can fall
-END = 2 / 3  # what SFT should have reached in its end where the data does not say: fewer than half good is an alarm
-# Longer than both the parent's answers and the chosen ones by half: growth that the pairs show is what they teach.
+END = 2 / 3  # what SFT should reach by its end where the data does not say: fewer than half good is an alarm
+# Longer by half than the parent's answers and than the chosen ones, or shorter than both by as much: a change that the
+# pairs show is what they teach.
 GROWTH = 1.5
 ROUNDING = 1e-9
 HOLD = "lower train.learning_rate, raise dpo.beta, or add or raise the sft term (dpo.loss: {sigmoid: 1.0, sft: 0.2})"
@@ -121,7 +121,7 @@ class Alarms:
         self._log, self._method, self._total, self._looks = log, method, total_steps, looks
         self._parent: Line = {}
         self._best: dict[str, float] = {}  # share of good answers, by figure
-        self._noticed: set[str] = set()  # figures that were beyond their limit when they were last looked at
+        self._noticed: set[tuple[str, str]] = set()  # alarm and figure that was beyond its limit at the last look
         self._lasting: dict[str, set[str]] = defaultdict(set)  # figures by alarm
 
     def recall(self, metrics: Path) -> None:
@@ -145,15 +145,16 @@ class Alarms:
         found: dict[str, Reading] = {}
         before = {alarm for alarm, figures in self._lasting.items() if figures}
         for reading in self._readings({name: value for name, value in line.items() if _is_number(value)}):
+            alarm, figure = reading.alarm, reading.figure
             if reading.is_beyond():
-                if reading.figure in self._noticed or line["step"] == self._total:
-                    self._lasting[reading.alarm].add(reading.figure)
-                    found.setdefault(reading.alarm, reading)
-                self._noticed.add(reading.figure)
+                if (alarm, figure) in self._noticed or line["step"] == self._total:
+                    self._lasting[alarm].add(figure)
+                    found.setdefault(alarm, reading)
+                self._noticed.add((alarm, figure))
                 continue
-            self._noticed.discard(reading.figure)
+            self._noticed.discard((alarm, figure))
             if reading.is_back():
-                self._lasting[reading.alarm].discard(reading.figure)
+                self._lasting[alarm].discard(figure)
         return [reading for alarm, reading in found.items() if alarm not in before]
 
     def _readings(self, line: Line) -> Iterator[Reading]:
@@ -171,10 +172,9 @@ class Alarms:
     def _share(self, share: Share, line: Line, prefix: str, part: str) -> Iterator[Reading]:
         figure = f"{prefix}{share.figure}{part}"
         value, answers = line[figure], line[f"{prefix}{share.of}{part}"]
-        good, usual, beside, remedy = _good(share, value), 0.0, "", ""
+        good, usual, beside, remedy, changed = _good(share, value), 0.0, "", HOLD, CHANGED
         reach = line[f"{prefix}{share.target}{part}"] if share.target else 1.0
         if self._method == "dpo":
-            remedy = HOLD
             if (parents := self._parent.get(f"{share.figure}{part}")) is not None:
                 usual, beside = min(_good(share, parents), reach), f"of the parent's {parents:.0%}"
         else:
@@ -182,28 +182,31 @@ class Alarms:
             self._best[figure] = max(best, good)
             if best >= SOUND:
                 usual, beside, remedy = min(best, reach), f"{_good(share, best):.0%} did before", share.earlier
+                changed += LUCK
             end = reach if share.target else END
             if line["step"] == self._total and end > usual:
-                usual, beside, remedy = end, "and the run is over", share.end
+                usual, beside, remedy, changed = end, "and the run is over", share.end, CHANGED
         said = f"{value:.0%} of the answers{_named(part)} {share.what}, {beside}; {remedy}"
-        limit, enough = KEPT * usual, answers >= MANY and (usual - good) * answers >= CHANGED[self._method] - ROUNDING
+        limit, enough = KEPT * usual, answers >= MANY and (usual - good) * answers >= changed - ROUNDING
         if usual > 0:
             yield Reading(share.alarm, figure, value, _good(share, limit), _good(share, usual), said, enough)
 
     def _length(self, line: Line, prefix: str, part: str) -> Iterator[Reading]:
         figure = f"{prefix}answer_length_ratio{part}"
-        ratio, stopped = line[figure], line[f"{prefix}stop_rate{part}"]
+        ratio, stopped = line[figure], line.get(f"{prefix}stop_rate{part}", math.nan)
         if not self._parent.get(f"answer_tokens{part}"):
             return
         chosen = line[f"{prefix}expected_tokens{part}"] / self._parent[f"answer_tokens{part}"]
-        usual = max(1.0, chosen)
-        said = (
+        what = (
             f"the answers{_named(part)} are {ratio:.2g} times as long as the parent's, the chosen ones {chosen:.2g} "
-            f"times, and {stopped:.0%} of them end by themselves; set dpo.ld_alpha: 0.5, raise dpo.beta, or lower "
-            "train.learning_rate"
+            f"times, and {stopped:.0%} of them end by themselves"
         )
         enough = line[f"{prefix}answers{part}"] >= MANY
-        yield Reading("answers_grow", figure, ratio, GROWTH * usual, usual, said, enough)
+        most, least = max(1.0, chosen), min(1.0, chosen)
+        remedy = "set dpo.ld_alpha: 0.5, raise dpo.beta, or lower train.learning_rate"
+        yield Reading("answers_grow", figure, ratio, GROWTH * most, most, f"{what}; {remedy}", enough)
+        if least > 0:
+            yield Reading("answers_shrink", figure, ratio, least / GROWTH, least, f"{what}; {HOLD}", enough)
 
 
 def alarms_of(lines: Iterable[Line]) -> list[Line]:
