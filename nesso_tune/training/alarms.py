@@ -21,7 +21,7 @@ from nesso_tune.training.evaluation import PARENT
 from nesso_tune.training.metrics import MetricsLog, read_metrics
 
 Line = Mapping[str, Any]
-EVENT = "alarm"
+EVENT, EARLY_STOPPED = "alarm", "early_stopped"
 # Nats a token: each token of the chosen answers is a tenth less likely than under the reference, an answer of 200
 # tokens e^-20 times as likely. Margins that come from the rejected answers leave it near 0; displaced likelihood
 # (arXiv:2410.08847) goes on falling, so the limit need not be tight.
@@ -120,6 +120,8 @@ class Alarms:
     def __init__(self, log: MetricsLog, method: str, total_steps: int, looks: bool) -> None:
         self._log, self._method, self._total, self._looks = log, method, total_steps, looks
         self._parent: Line = {}
+        self._evaluation: Line = {}  # the last one
+        self._over = False
         self._best: dict[str, float] = {}  # share of good answers, by figure
         self._noticed: set[tuple[str, str]] = set()  # alarm and figure that was beyond its limit at the last look
         self._lasting: dict[str, set[str]] = defaultdict(set)  # figures by alarm
@@ -140,14 +142,19 @@ class Alarms:
         """The alarms that begin with a line; of each, the first of its figures that make it begin."""
         if line.get("event") == PARENT:
             self._parent = line
+        if line.get("event") == EARLY_STOPPED:  # the evaluation before it was the end
+            self._over, line = True, self._evaluation
         if "event" in line:
             return []
+        if any(name in line for name in ("answers", "train_answers")):
+            self._evaluation = line
+        self._over |= line.get("step") == self._total
         found: dict[str, Reading] = {}
         before = {alarm for alarm, figures in self._lasting.items() if figures}
         for reading in self._readings({name: value for name, value in line.items() if _is_number(value)}):
             alarm, figure = reading.alarm, reading.figure
             if reading.is_beyond():
-                if (alarm, figure) in self._noticed or line["step"] == self._total:
+                if (alarm, figure) in self._noticed or self._over:
                     self._lasting[alarm].add(figure)
                     found.setdefault(alarm, reading)
                 self._noticed.add((alarm, figure))
@@ -184,7 +191,7 @@ class Alarms:
                 usual, beside, remedy = min(best, reach), f"{_good(share, best):.0%} did before", share.earlier
                 changed += LUCK
             end = reach if share.target else END
-            if line["step"] == self._total and end > usual:
+            if self._over and end > usual:
                 usual, beside, remedy, changed = end, "and the run is over", share.end, CHANGED
         said = f"{value:.0%} of the answers{_named(part)} {share.what}, {beside}; {remedy}"
         limit, enough = KEPT * usual, answers >= MANY and (usual - good) * answers >= changed - ROUNDING

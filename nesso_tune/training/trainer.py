@@ -188,6 +188,7 @@ class TrackedTrainer(_Base):
             self.control.should_save = self.control.should_training_stop = True
             found = {"metric": best.metric, "value": best.value, "best_step": best.step}
             self.track.log.write({"step": step, "event": "early_stopped", **found})
+            self.track.alarms.look({"step": step, "event": "early_stopped"})
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process

@@ -101,6 +101,13 @@ def test_sft_may_begin_badly_but_not_end_so():
     )
 
 
+def test_where_a_run_stops_early_is_its_end():
+    for method in ("sft", "dpo"):
+        lines = numbered(method, {}, {}, {"stop_rate": 0.25})
+        assert alarms(method, lines) == []
+        assert alarms(method, [*lines, {"step": 3, "event": "early_stopped"}]) == [(3, "stop_rate_falls")]
+
+
 def history():
     """A DPO run in which alarms come, last, go and come again."""
     shift = [0.0, -0.2, -0.2, -0.2, 0.0, -0.2, -0.06, -0.2, -0.2, -0.2]

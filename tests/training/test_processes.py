@@ -72,8 +72,9 @@ def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, pro
     for key in keys:
         assert len(steps(one, key)) in (2, 4), key
         assert steps(both, key) == pytest.approx(steps(one, key), abs=1e-5), key
-    answers = [[line for line in metrics(run) if line.get("event") == "answer"] for run in (one, both)]
+    answers = [[line for line in metrics(run) if line.get("event") in ("answer", "parent")] for run in (one, both)]
     assert answers[0] == answers[1]
+    assert len([line for line in answers[0] if line["event"] == "parent"]) == (method == "dpo")
     check_gradients(*(load_file(f"{run}.gradients") for run in (one, both)))
     a, b = (load_file(run / "final" / "model.safetensors") for run in (one, both))
     for name in a:
