@@ -90,6 +90,7 @@ class Documents:
         language_names: codes of the languages that occur.
         prefixes: what stands before a row's number in its place, by file.
         parts: documents per entry: 1 (conversations) or 3 (pairs).
+        source_names: what the sources are called in figures.
     """
 
     ids: Ints
@@ -106,6 +107,7 @@ class Documents:
     language_names: tuple[str, ...]
     prefixes: tuple[str, ...]
     parts: int
+    source_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.languages)
@@ -141,6 +143,10 @@ class Documents:
     def language(self, entry: int) -> str:
         """Language code of an entry."""
         return self.language_names[int(self.languages[entry])]
+
+    def source(self, entry: int) -> str:
+        """What the source of an entry is called."""
+        return self.source_names[int(self.sources[entry])] if self.source_names else ""
 
     def place(self, entry: int) -> str:
         """Where an entry's row stands: `file:line`, or `file row N`."""

@@ -52,9 +52,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Rows(Sequence[dict[str, Any]]):
     """Rows as a model sees them; each is documents laid end to end, or one preference pair.
 
-    A row of conversations has `input_ids`, `labels` (-100 where not learned), `seq_lengths` (tokens of each document)
-    and `languages` (code of each document). A row of pairs has `prompt_ids`, `chosen_ids`, `rejected_ids`, `languages`
-    and `pair`, its number.
+    A row of conversations has `input_ids`, `labels` (-100 where not learned), `seq_lengths` (tokens of each document),
+    `languages` and `sources` (code and source of each document). A row of pairs has `prompt_ids`, `chosen_ids`,
+    `rejected_ids`, `languages`, `sources` and `pair`, its number.
     """
 
     documents: Documents
@@ -83,17 +83,20 @@ class Rows(Sequence[dict[str, Any]]):
         if not -len(self) <= key < len(self):
             raise IndexError(key)
         members = self.members(key % len(self))
-        languages = [self.documents.language(entry) for entry in members]
+        of = {
+            "languages": [self.documents.language(entry) for entry in members],
+            "sources": [self.documents.source(entry) for entry in members],
+        }
         if self.documents.parts == 3:
             (pair,) = members
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             ids = {name: self.documents.input_ids(pair, i).tolist() for i, name in enumerate(names)}
-            return {**ids, "languages": languages, "pair": self.first_pair + int(pair)}
+            return {**ids, **of, "pair": self.first_pair + int(pair)}
         return {
             "input_ids": [token for entry in members for token in self.documents.input_ids(entry).tolist()],
             "labels": [label for entry in members for label in self.documents.labels(entry).tolist()],
             "seq_lengths": [len(self.documents.input_ids(entry)) for entry in members],
-            "languages": languages,
+            **of,
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from nesso_tune.data import cache
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report
+from nesso_tune.data.mixture import groups_of, mixture_report, name_of
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.preferences import check_preferences
 from nesso_tune.data.sources import content_of
@@ -194,12 +194,17 @@ def _documents(
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            return open_documents(folder, **note["documents"])
+            return replace(open_documents(folder, **note["documents"]), source_names=shown_names(sources))
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
 
     documents, note, hit = cache.make(KIND, key, build, opened)
     return documents, {"key": key, **note}, hit
+
+
+def shown_names(sources: Sequence[Source]) -> tuple[str, ...]:
+    """What sources are called where anyone may read it: private ones have a number."""
+    return tuple(f"private source {i + 1}" if source.private else name_of(source) for i, source in enumerate(sources))
 
 
 def _key(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> str:

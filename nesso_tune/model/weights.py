@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from nesso_tune.chat.files import base_folder, check_complete, check_pinned
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, first_line
-from nesso_tune.model.attention import choose_attention
+from nesso_tune.model.attention import attend_by_document, choose_attention
 from nesso_tune.recipes.sections import ModelSection
 
 ANSWER_TOKENS = 512  # what `generate` writes at most if its caller does not say
@@ -36,7 +36,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     transformers_logging.disable_progress_bar()
     kernel = choose_attention(section.attention)
     try:
-        model = _made(folder, section, where, config, kernel, seed)
+        model = _made(folder, section, where, config, "eager" if kernel == "eager" else "sdpa", seed)
     except _NoSuchKernel:
         if section.attention != "auto":
             raise RecipeError(
@@ -47,6 +47,11 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
     model.config.bos_token_id = chat.bos_token_id
     model.generation_config = _generation_config(model, chat)
+    if not attend_by_document(model, kernel) and section.attention == "flash":
+        raise RecipeError(
+            "model.attention", f"{section.base} cannot attend document by document, which flash does here",
+            "set attention: auto",
+        )  # fmt: skip
     return model
 
 

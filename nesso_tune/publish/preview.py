@@ -18,6 +18,7 @@ from nesso_tune.recipes.describe import row_name
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path
 from nesso_tune.training.collate import ConversationCollator, PairCollator
+from nesso_tune.training.tally import Groups
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
 def _packed(recipe: Recipe, data: PreparedData, number: int) -> ViewRow:
     """A packed row, with the labels that the collator gives to the trainer."""
     row, documents = data.train[number], data.train.documents
-    languages = tuple(sorted(set(row["languages"])))
-    batch = ConversationCollator(data.chat.pad_id, languages)([row])
+    batch = ConversationCollator(data.chat.pad_id, Groups.of(documents))([row])
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     parts, start = [], 0
     for entry, language, length in zip(data.train.members(number), row["languages"], row["seq_lengths"], strict=True):
@@ -113,7 +113,7 @@ def _pair(recipe: Recipe, data: PreparedData, number: int) -> ViewRow:
     """A pair as prompt, chosen and rejected answer, with the mask that the collator gives to the trainer."""
     row, documents = data.train[number], data.train.documents
     (entry,) = data.train.members(number)
-    batch = PairCollator(data.chat.pad_id, tuple(row["languages"]))([row])
+    batch = PairCollator(data.chat.pad_id, Groups.of(documents))([row])
     source = recipe.data.sources[int(documents.sources[entry])].path
     parts = [
         Part(name, row["languages"][0], source, pieces_of(ids, learned, data.chat.backend))

@@ -8,71 +8,109 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.model.attention import Segments
+from nesso_tune.model.head import Row
+from nesso_tune.training.tally import Groups
+
 Batch = dict[str, Any]
-Row = dict[str, Any]
 CountedBatch = tuple[Batch, bool]  # False: computed only so that all processes take part
+OURS = ("group_ids", "tokens", "entries")  # columns of a batch that no model takes
 
 
 @dataclass(frozen=True)
 class ConversationCollator:
-    """Packed rows to a batch [rows, length], or, for flash attention, to one row of all tokens end to end.
+    """Packed rows to one row of all their tokens, end to end; or, with masks, to a batch [rows, length].
 
-    Documents are told apart by `position_ids` that restart at 0, and by the absence of an attention mask; the tail of
-    a shorter row is one more document that teaches nothing. The first token of every document has no label: it would
-    be predicted from another document. `language_ids` says for every token which language its document is in.
+    The first token of every document has no label: it would be predicted from another document. `group_ids` says for
+    every token which language and source its document is of.
+
+    Attributes:
+        pad_id: fills what is longer than its documents; that is one more document, which teaches nothing.
+        groups: languages and sources.
+        by_document: the model attends by document. Without, documents are told apart by `position_ids` that restart
+            at 0, and by the absence of an attention mask.
+        length: tokens that every row is filled up to; None: no more than needed.
     """
 
     pad_id: int
-    languages: tuple[str, ...]
-    flat: bool = False
+    groups: Groups
+    by_document: bool = True
+    length: int | None = None
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
-        length = max(len(row["input_ids"]) for row in rows)
-        tensors = [self._row(row, len(row["input_ids"]) if self.flat else length) for row in rows]
-        join = (lambda parts: torch.cat(parts)[None]) if self.flat else torch.stack
-        batch: Batch = {name: join([tensor[name] for tensor in tensors]) for name in tensors[0]}
-        batch["tokens"] = torch.tensor(sum(len(row["input_ids"]) for row in rows))
-        if self.flat:
-            starts = (batch["position_ids"][0] == 0).nonzero().flatten()
-            bounds = torch.cat([starts, torch.tensor([batch["position_ids"].shape[1]])]).to(torch.int32)
-            batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = bounds
-            batch["max_length_q"] = batch["max_length_k"] = int(bounds.diff().max())
-        return batch
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        tokens = torch.tensor(sum(len(row["input_ids"]) for row in rows))
+        if not self.by_document:
+            length = self.length or max(len(row["input_ids"]) for row in rows)
+            parts = [self._laid([row], length) for row in rows]
+            batch = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+            return {**batch, "tokens": tokens}
+        lengths = [n for row in rows for n in row["seq_lengths"]]
+        length = self.length * len(rows) if self.length else int(tokens)
+        batch = {name: tensor[None] for name, tensor in self._laid(rows, length).items()}
+        segments = Segments.of_documents([*lengths, length - int(tokens)])
+        before = (batch["labels"][0, 1:] != IGNORED).nonzero().flatten()
+        return {**batch, "row": Row(batch["input_ids"], segments, before), "tokens": tokens}
 
-    def _row(self, row: Row, length: int) -> dict[str, torch.Tensor]:
-        lengths = [*row["seq_lengths"], length - len(row["input_ids"])]
+    def _laid(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+        """The documents of some rows end to end, [length]."""
+        lengths = [n for row in rows for n in row["seq_lengths"]]
+        lengths.append(length - sum(lengths))
         positions = np.concatenate([np.arange(n) for n in lengths])
-        languages = [self.languages.index(code) for code in row["languages"]]
-        labels = np.full(length, -100)
-        labels[: len(row["labels"])] = row["labels"]
-        labels[positions == 0] = -100
-        ids = np.full(length, self.pad_id)
-        ids[: len(row["input_ids"])] = row["input_ids"]
-        of_token = np.repeat([*languages, 0], lengths)
-        names = ("input_ids", "labels", "position_ids", "language_ids")
-        return {
-            n: torch.from_numpy(a.astype(np.int64))
-            for n, a in zip(names, (ids, labels, positions, of_token), strict=True)
-        }
+        groups = [self.groups.number(*of) for row in rows for of in zip(row["languages"], row["sources"], strict=True)]
+        laid = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORED)}
+        for name, array in laid.items():
+            own = [token for row in rows for token in row[name]]
+            array[: len(own)] = own
+        laid["labels"][positions == 0] = IGNORED
+        laid |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in laid.items()}
 
 
 class PairCollator:
-    """Preference pairs to TRL's batch [chosen … rejected …, length], with the reference's log-probabilities.
+    """Preference pairs to TRL's batch [chosen … rejected …, length], and the same as one row without padding.
 
-    `language_ids` says for every pair which language it is in.
+    In the row every pair is its prompt, its chosen and its rejected answer: the prompt stands there once for both.
+    `group_ids` says for every pair which language and source it is of.
     """
 
-    def __init__(self, pad_id: int, languages: tuple[str, ...]) -> None:
+    def __init__(self, pad_id: int, groups: Groups, by_document: bool = True) -> None:
         self._padded = DataCollatorForPreference(pad_token_id=pad_id, max_length=None)
-        self._languages = languages
+        self.groups, self.by_document = groups, by_document
 
-    def __call__(self, rows: Sequence[Row]) -> Batch:
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         batch: Batch = self._padded(list(rows))
-        batch["language_ids"] = torch.tensor([self._languages.index(row["languages"][0]) for row in rows])
+        groups = [self.groups.number(row["languages"][0], row["sources"][0]) for row in rows]
+        batch["group_ids"] = torch.tensor(groups)
         batch["entries"] = torch.tensor([row["pair"] for row in rows])
-        batch["tokens"] = torch.tensor(
-            sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
-        )
+        batch["tokens"] = torch.tensor(sum(map(pair_tokens, rows)))
+        if self.by_document:
+            batch["row"] = one_row(rows)
         return batch
+
+
+Collator = ConversationCollator | PairCollator
+PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def pair_tokens(row: dict[str, Any]) -> int:
+    """Tokens of a pair, its prompt counted once."""
+    return sum(len(row[part]) for part in PARTS)
+
+
+def one_row(rows: Sequence[dict[str, Any]]) -> Row:
+    """Pairs as one row; its learned tokens are in the order of TRL's batch: all chosen answers, then all rejected."""
+    ids = torch.tensor([token for row in rows for part in PARTS for token in row[part]])[None]
+    sizes = [tuple(len(row[part]) for part in PARTS) for row in rows]
+    before: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+    start = 0
+    for prompt, chosen, rejected in sizes:
+        asked, end = start + prompt - 1, start + prompt + chosen  # the last token of the prompt precedes both answers
+        before["chosen"].append(torch.arange(asked, asked + chosen))
+        before["rejected"].append(torch.cat([torch.tensor([asked]), torch.arange(end, end + rejected - 1)]))
+        start = end + rejected
+    order = torch.cat([*before["chosen"], *before["rejected"]])
+    return Row(ids, Segments.of_pairs(sizes), order)  # type: ignore[arg-type]

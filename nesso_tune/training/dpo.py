@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl import DPOTrainer
 
+from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.errors import NumericalError
-from nesso_tune.training.collate import CountedBatch
+from nesso_tune.training.collate import OURS, Batch, CountedBatch
 from nesso_tune.training.sharding import drops_at_random
-from nesso_tune.training.tally import Tally
+from nesso_tune.training.tally import Groups, Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
            "logps/rejected")  # fmt: skip
-NAMES = ("loss", *METRICS)
-NOT_FOR_TRL = ("language_ids", "entries", "tokens")  # columns of our collator
+NAMES = ("loss", "token_accuracy", *METRICS, "logps/chosen_shift")
 Reference = dict[int, tuple[float, float]]  # pair -> log-probability of its chosen and rejected answer
 
 
@@ -51,22 +53,21 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
         return dataset
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        extra = {name: inputs.pop(name) for name in NOT_FOR_TRL}
-        inputs |= self.reference_of(extra["entries"])
+        own = {name: inputs.pop(name) for name in OURS}
+        inputs |= self.reference_of(own["entries"])
         seen: list[Any] = []
 
         def recorded(**kwargs: Any) -> Any:
             seen.append(model(**kwargs))
             return seen[-1]
 
-        loss = super()._compute_loss(recorded, inputs, return_outputs)
-        track = self.track
+        loss = loss_of(self, recorded, inputs)
+        track, outputs = self.track, seen[0]
         if self.state.global_step == 0:
-            self._assert_policy_is_reference(seen[0].log_probs, inputs)
-        add_pair_losses(self, track.tally, seen[0], inputs, extra["language_ids"])
-        track.tokens += int(extra["tokens"])
+            self._assert_policy_is_reference(outputs.log_probs, inputs)
+        add_pair_losses(self, track.tally, outputs, inputs, own["group_ids"])
+        track.tokens += int(own["tokens"])
         track.supervised_tokens += int(inputs["completion_mask"].sum())
-        self._metrics["train"].clear()  # the tally has them, by language and over all processes
         return loss
 
     def reference_of(self, entries: Tensor) -> dict[str, Tensor]:
@@ -112,43 +113,74 @@ def answer_log_probs(log_probs: Tensor, completion_mask: Tensor, ld_alpha: float
     return (log_probs * torch.where(beyond, ld_alpha, 1.0)).sum(dim=1)
 
 
-def add_pair_losses(
-    trainer: PairTrainer, tally: Tally, outputs: Any, inputs: dict[str, Any], language_ids: Tensor
-) -> None:
-    """Adds TRL's own loss and metrics of each language's pairs to a tally, from log-probabilities already computed."""
-    pairs = len(language_ids)
-    for language in language_ids.unique():
-        rows = (language_ids == language).nonzero().flatten()
-        both = torch.cat([rows, rows + pairs])
-        values = pair_metrics(trainer, outputs, inputs, rows, both)
-        where, weight = language.reshape(1), torch.tensor([float(len(rows))], device=rows.device)
-        for name, value in values.items():
-            tally.add(name, where, torch.as_tensor(value, device=rows.device).reshape(1), weight)
-
-
 @torch.no_grad()
-def pair_metrics(
-    trainer: PairTrainer, outputs: Any, inputs: dict[str, Any], rows: Tensor, both: Tensor
-) -> dict[str, float | Tensor]:
-    """TRL's loss and metrics for some pairs of a batch.
+def add_pair_losses(
+    trainer: PairTrainer, tally: Tally, outputs: Any, inputs: dict[str, Any], group_ids: Tensor
+) -> None:
+    """Adds loss and metrics of some pairs to a tally, by group, from log-probabilities already computed.
 
-    `_compute_loss` asks its model for per-token fields and its accelerator to gather; here both answer with what is
-    at hand, so that the numbers are TRL's without another forward pass or any communication.
+    The metrics are TRL's, pair by pair; the loss of a group is TRL's loss of its pairs.
     """
+    values = pair_metrics(trainer, outputs, inputs)
+    ones = torch.ones(len(group_ids), device=group_ids.device)
+    for name, value in values.items():
+        tally.add(name, group_ids, value, ones)
+    chosen = inputs["completion_mask"][: len(group_ids), 1:].bool()
+    right, of_token = outputs.is_top1[: len(group_ids)][chosen], group_ids[:, None].expand(chosen.shape)[chosen]
+    tally.add("token_accuracy", of_token, right.float(), torch.ones(len(right), device=right.device))
+    for group in group_ids.unique():
+        rows = (group_ids == group).nonzero().flatten()
+        loss = group_loss(trainer, outputs, inputs, rows)
+        tally.add("loss", group.reshape(1), loss.reshape(1), torch.tensor([float(len(rows))], device=rows.device))
+
+
+def pair_metrics(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """TRL's metrics of each pair, [pairs], and `logps/chosen_shift`.
+
+    That is how much likelier the chosen answer became than it is under the reference, in nats a token.
+    """
+    mask = inputs["completion_mask"]
+    chosen, rejected = answer_log_probs(outputs.log_probs, mask, trainer.ld_alpha).chunk(2)
+    shift, other = chosen - inputs["ref_chosen_logps"], rejected - inputs["ref_rejected_logps"]
+    return {
+        "rewards/accuracies": (shift > other).float(),
+        "rewards/margins": trainer.beta * (shift - other),
+        "rewards/chosen": trainer.beta * shift,
+        "rewards/rejected": trainer.beta * other,
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logps/chosen_shift": shift / mask.chunk(2)[0].sum(dim=1),
+    }
+
+
+def group_loss(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
+    """TRL's loss of some pairs of a batch, from log-probabilities already computed."""
+    both = torch.cat([rows, rows + len(inputs["ref_chosen_logps"])])
     fields = ("log_probs", "entropy", "mean_logits", "is_top1")
-    sub_outputs = SimpleNamespace(**{name: getattr(outputs, name).detach()[both] for name in fields})
-    sub_inputs = {n: v[rows] if n.startswith("ref_") else v[both] for n, v in inputs.items() if n != "use_cache"}
-    found: dict[str, dict[str, list[float]]] = {"train": defaultdict(list)}
+    of_rows = SimpleNamespace(**{name: getattr(outputs, name).detach()[both] for name in fields})
+    names = ("input_ids", "attention_mask", "completion_mask")
+    inputs = {n: v[rows] for n, v in inputs.items() if n.startswith("ref_")} | {n: inputs[n][both] for n in names}
+    return loss_of(trainer, lambda **_: of_rows, inputs)
+
+
+def loss_of(trainer: PairTrainer, model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    """TRL's loss. Its figures are left aside, and with them their gathering over all processes at every micro batch.
+
+    `_compute_loss` asks its model for per-token fields and its accelerator to gather; here the latter gives back what
+    it gets, since the tally has the figures, by group and over all processes.
+    """
     view = SimpleNamespace(
         **{name: getattr(trainer, name) for name in SETTINGS},
         model=SimpleNamespace(training=True),
-        accelerator=SimpleNamespace(device=both.device, gather=lambda x: x, gather_for_metrics=lambda x: x),
-        _metrics=found,
+        accelerator=SimpleNamespace(
+            device=trainer.accelerator.device, gather=lambda x: x, gather_for_metrics=lambda x: x
+        ),
+        _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
     )
-    loss = DPOTrainer._compute_loss(view, lambda **_: sub_outputs, sub_inputs, False)
-    return {"loss": loss, **{name: found["train"][name][0] for name in METRICS}}
+    loss: Tensor = DPOTrainer._compute_loss(view, model, inputs, False)
+    return loss
 
 
 # What TRL's `_compute_loss` reads of its trainer.
@@ -157,19 +189,24 @@ SETTINGS = ("beta", "loss_types", "loss_weights", "ld_alpha", "label_smoothing",
 
 
 @torch.no_grad()
-def evaluate_pairs(trainer: PairTrainer, batches: list[CountedBatch]) -> dict[str, float]:
-    """Loss and metrics over batches of pairs, whole and by language. `batches` as in `sft.evaluate_loss`."""
-    tally = Tally(NAMES, trainer.track.tally.languages, trainer.accelerator.device)
+def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The model's outputs on a batch of the collator, its inputs on the device, and what is ours of them."""
+    inputs = send_to_device(batch, trainer.accelerator.device)
+    own = {name: inputs.pop(name) for name in OURS}
+    asked = {name: value for name, value in inputs.items() if name != "completion_mask"}
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+    with trainer.compute_loss_context_manager():
+        outputs = trainer.model_wrapped(**asked, labels=labels, fused_lm_head=True)
+    return outputs, inputs, own
+
+
+@torch.no_grad()
+def evaluate_pairs(trainer: PairTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
+    """Loss and metrics over batches of pairs, whole and by group. `batches` as in `sft.evaluate_loss`."""
+    tally = Tally(NAMES, groups, trainer.accelerator.device)
     for batch, counted in batches:
-        inputs = trainer._prepare_inputs(dict(batch))
-        extra = {name: inputs.pop(name) for name in NOT_FOR_TRL}
-        inputs |= trainer.reference_of(extra["entries"])
-        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-        with trainer.compute_loss_context_manager():
-            outputs = trainer.model_wrapped(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
-                fused_lm_head=True,
-            )  # fmt: skip
+        outputs, inputs, own = score_pairs(trainer, batch)
         if counted:
-            add_pair_losses(trainer, tally, outputs, inputs, extra["language_ids"])
+            inputs |= trainer.reference_of(own["entries"])
+            add_pair_losses(trainer, tally, outputs, inputs, own["group_ids"])
     return {f"eval_{name}": value for name, value in tally.means(trainer.sum_over_processes).items()}

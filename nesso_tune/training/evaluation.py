@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from nesso_tune.data.packing import Rows
 from nesso_tune.recipes.schema import EvaluationSection
 from nesso_tune.training.answers import Answer, answer, length_ratios, measure
-from nesso_tune.training.collate import Batch, CountedBatch
+from nesso_tune.training.collate import Collator, CountedBatch
 from nesso_tune.training.metrics import MetricsLog, read_metrics
 from nesso_tune.training.processes import from_first
 from nesso_tune.training.prompts import Prompt, choose_prompts
+from nesso_tune.training.tally import Groups
 
-LossOver = Callable[[Any, list[CountedBatch]], dict[str, float]]
+LossOver = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]
 SHOWN = 8  # answers that are written out at each evaluation
 PARENT = "parent"  # the event of the line with the figures of the parent's answers
 
@@ -43,7 +44,7 @@ class Evaluator:
     section: EvaluationSection
     rows: Rows
     train_rows: Rows
-    collate: Callable[[list[dict[str, Any]]], Batch]
+    collate: Collator
     micro_batch: int
     loss_over: LossOver
     tokenizer: PreTrainedTokenizerBase
@@ -59,7 +60,9 @@ class Evaluator:
 
     def __call__(self, trainer: Any) -> dict[str, Any]:
         """Metrics by name, ready for a line of metrics.jsonl."""
-        metrics: dict[str, Any] = self.loss_over(trainer, self._batches(trainer)) if len(self.rows) else {}
+        metrics: dict[str, Any] = {}
+        if len(self.rows):
+            metrics |= self.loss_over(trainer, self._batches(trainer), self.collate.groups)
         prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
         answers = self._answers(trainer, self.prompts)
         self._show(answers[:SHOWN], trainer.state.global_step)

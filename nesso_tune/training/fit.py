@@ -20,14 +20,15 @@ from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
-from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.model.attention import attends_by_document
+from nesso_tune.model.head import attach_supervised_head, has_plain_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.best import best_of, take_best
-from nesso_tune.training.collate import ConversationCollator, PairCollator
+from nesso_tune.training.collate import Collator, ConversationCollator, PairCollator
 from nesso_tune.training.evaluation import Evaluator, LossOver
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
@@ -40,7 +41,7 @@ from nesso_tune.training.rundir import RunDir
 from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.space import Room
-from nesso_tune.training.tally import Tally
+from nesso_tune.training.tally import Groups, Tally
 from nesso_tune.training.throughput import Operations, Throughput
 from nesso_tune.training.trainer import Track
 
@@ -94,11 +95,10 @@ def _trainer(
     room: Room,
 ) -> Trainer:
     """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
-    languages = tuple(sorted({*data.stream.documents.language_names, *data.validation.documents.language_names}))
-    chat = data.chat
-    flat = model.config._attn_implementation == "flash_attention_2"
-    collate, kind, names, loss_over, arguments = _method(recipe, chat.pad_id, languages, flat)
-    best, operations = best_of(recipe, names, data.validation), _adapted(model, recipe, chat.new_ids)
+    kind, names, loss_over, arguments = _method(recipe)
+    groups = Groups.of(data.stream.documents)
+    collate = _collator(model, recipe, data.chat.pad_id, groups)
+    best, operations = best_of(recipe, names, data.validation), _adapted(model, recipe, data.chat.new_ids)
     trainer: Trainer = kind(
         model=model,
         args=arguments(recipe, plan, model),
@@ -108,16 +108,16 @@ def _trainer(
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it
-    attach_supervised_head(model, statistics=recipe.method == "dpo")
+    attach_supervised_head(model)
     log, order = MetricsLog(run.metrics, trainer.is_world_process_zero()), RunOrder(data.stream, plan.rows_seen)
     trainer.track = Track(
         plan=plan,
         order=order,
-        tally=Tally(names, languages, trainer.args.device),
+        tally=Tally(names, groups, trainer.args.device),
         guard=Guard(recipe.train.on_spike, order, log),
         log=log,
         alarms=Alarms(log, recipe.method, plan.steps, looks=trainer.is_world_process_zero()),
-        evaluate=_evaluator(recipe, data, plan, collate, loss_over, log),
+        evaluate=_evaluator(model, recipe, data, plan, loss_over, log),
         best=best,
         throughput=Throughput(operations),
         room=room,
@@ -137,22 +137,32 @@ def _adapted(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> Oper
     return operations.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def _method(recipe: Recipe, pad_id: int, languages: tuple[str, ...], flat: bool) -> tuple[Any, Any, Any, Any, Any]:
-    """Collator, trainer, names of its metrics, evaluation and arguments of SFT or DPO."""
+def _method(recipe: Recipe) -> tuple[Any, Any, Any, Any]:
+    """Trainer, names of its metrics, evaluation and arguments of SFT or DPO."""
     if isinstance(recipe, SFTRecipe):
-        collate = ConversationCollator(pad_id, languages, flat)
-        return collate, sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
-    return PairCollator(pad_id, languages), dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
+        return sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
+    return dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
+
+
+def _collator(model: PreTrainedModel, recipe: Recipe, pad_id: int, groups: Groups) -> Collator:
+    """Rows to batches: without padding where the model attends by document and its logits are the head's alone."""
+    by_document = attends_by_document(model) and has_plain_head(model)
+    if recipe.method == "dpo":
+        return PairCollator(pad_id, groups, by_document)
+    return ConversationCollator(pad_id, groups, by_document)
 
 
 def _evaluator(
-    recipe: Recipe, data: PreparedData, plan: Plan, collate: Any, loss_over: LossOver, log: MetricsLog
+    model: PreTrainedModel, recipe: Recipe, data: PreparedData, plan: Plan, loss_over: LossOver, log: MetricsLog
 ) -> Evaluator | None:
     if recipe.evaluation is None:
         return None
+    asked = data.validation.documents if len(data.validation) else data.train.documents
+    collate = _collator(model, recipe, data.chat.pad_id, Groups.of(asked))
+    sources = asked.source_names if len(collate.groups.sources) > 1 else ()
     return Evaluator(
         recipe.evaluation, data.validation, data.train, collate, plan.micro_batch, loss_over, data.tokenizer, log,
-        plan.steps,
+        plan.steps, sources,
     )  # fmt: skip
 
 
@@ -203,7 +213,7 @@ class _Beginning(TrainerCallback):
         rows = [*in_order(self._data.stream.documents, self._data.stream.entries, None), *self._data.validation]
         if trainer.is_world_process_zero():
             print(f"scoring {len(rows):,} pairs with the reference, once", file=sys.stderr, flush=True)
-        reference = compute_reference(trainer, rows, trainer.data_collator, trainer.args.per_device_eval_batch_size)
+        reference = compute_reference(trainer, rows, trainer.data_collator)
         if trainer.is_world_process_zero():
             save_reference(self._run.path, reference, self._start)
         return reference

@@ -16,39 +16,28 @@ from torch import Tensor
 
 from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.training.checkpoint import as_environment_error, sync
-from nesso_tune.training.collate import PairCollator
-from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs
+from nesso_tune.training.collate import PairCollator, pair_tokens
+from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
 FILE = "reference.safetensors"
 
 
 @torch.no_grad()
-def compute_reference(
-    trainer: PairTrainer, rows: Sequence[dict[str, Any]], collate: PairCollator, batch_size: int
-) -> Reference:
+def compute_reference(trainer: PairTrainer, rows: Sequence[dict[str, Any]], collate: PairCollator) -> Reference:
     """Scores every pair with the model as it is now; the processes share the pairs.
 
     Pairs of like length stand in one batch. Every process computes the same number of batches, as a sharded model
     needs all of them to take part.
     """
-    ordered = sorted(
-        rows, key=lambda row: -len(row["prompt_ids"]) - max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    )
-    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    batches = in_batches(rows, trainer.args.per_device_train_batch_size)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    rounds = -(-len(batches) // world)
     scored: list[tuple[int, float, float]] = []
     trainer.model.eval()
-    for i in range(rounds):
-        batch = trainer._prepare_inputs(collate(batches[min(i * world + rank, len(batches) - 1)]))
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        with trainer.compute_loss_context_manager():
-            outputs = trainer.model_wrapped(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True
-            )
-        sums = answer_log_probs(outputs.log_probs, batch["completion_mask"], trainer.ld_alpha)
+    for i in range(-(-len(batches) // world)):
+        outputs, inputs, own = score_pairs(trainer, collate(batches[min(i * world + rank, len(batches) - 1)]))
+        sums = answer_log_probs(outputs.log_probs, inputs["completion_mask"], trainer.ld_alpha)
         chosen, rejected = sums.float().cpu().chunk(2)
-        scored += zip(batch["entries"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+        scored += zip(own["entries"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
     trainer.model.train()
     everyone = gather_object(scored) if world > 1 else scored
     if wrong := sorted({pair for pair, *sums in everyone if not all(map(math.isfinite, sums))}):
@@ -57,6 +46,21 @@ def compute_reference(
             "see whether the base answers sensibly (nesso-tune chat), or set model.dtype: float32",
         )  # fmt: skip
     return {pair: (better, worse) for pair, better, worse in everyone}
+
+
+def in_batches(rows: Sequence[dict[str, Any]], micro_batch: int) -> list[list[dict[str, Any]]]:
+    """Pairs in batches, long ones first: never more tokens than the largest micro batch of training may have."""
+    ordered = sorted(rows, key=pair_tokens, reverse=True)
+    most = sum(map(pair_tokens, ordered[:micro_batch]))
+    batches: list[list[dict[str, Any]]] = []
+    room = 0
+    for row in ordered:
+        if pair_tokens(row) > room:
+            batches.append([])
+            room = most
+        batches[-1].append(row)
+        room -= pair_tokens(row)
+    return batches
 
 
 def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:

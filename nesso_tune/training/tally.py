@@ -1,45 +1,74 @@
-"""Sums per language, kept on the device and added up over all processes when a line is written."""
+"""Sums per language and source, kept on the device and added up over all processes when a line is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from nesso_tune.data.documents import Documents
+
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 
 
+@dataclass(frozen=True)
+class Groups:
+    """The languages and sources of some data; a group is one of each."""
+
+    languages: tuple[str, ...]
+    sources: tuple[str, ...]
+
+    @classmethod
+    def of(cls, documents: Documents) -> Groups:
+        """Those of documents, in a fixed order."""
+        return cls(tuple(sorted(documents.language_names)), tuple(dict.fromkeys(documents.source_names)) or ("",))
+
+    def __len__(self) -> int:
+        return len(self.languages) * len(self.sources)
+
+    def number(self, language: str, source: str) -> int:
+        """The number of a group."""
+        return self.languages.index(language) * len(self.sources) + self.sources.index(source)
+
+    def parts(self) -> Iterator[tuple[str, list[int]]]:
+        """What is added to a metric's name, and the groups that it is of: the whole, languages, several sources."""
+        width = len(self.sources)
+        yield "", list(range(len(self)))
+        for i, code in enumerate(self.languages):
+            yield f"/{code}", list(range(i * width, (i + 1) * width))
+        for i, name in enumerate(self.sources if width > 1 else ()):
+            yield f"/source/{name}", list(range(i, len(self), width))
+
+
 class Tally:
-    """Weighted means by name and language.
+    """Weighted means by name and group.
 
     Every value is added with a weight (tokens or pairs); a mean over the whole is the mean of all that was added, so
     the parts always add up to the whole.
     """
 
-    def __init__(self, names: Sequence[str], languages: Sequence[str], device: torch.device | str = "cpu") -> None:
-        self.names, self.languages = tuple(names), tuple(languages)
-        self._sums = torch.zeros(len(self.names), len(self.languages), 2, dtype=torch.float64, device=device)
+    def __init__(self, names: Sequence[str], groups: Groups, device: torch.device | str = "cpu") -> None:
+        self.names, self.groups = tuple(names), groups
+        self._sums = torch.zeros(len(self.names), len(groups), 2, dtype=torch.float64, device=device)
 
-    def add(self, name: str, language_ids: Tensor, values: Tensor, weights: Tensor) -> None:
+    def add(self, name: str, group_ids: Tensor, values: Tensor, weights: Tensor) -> None:
         """Adds values of one name; all tensors are one-dimensional and of the same length."""
         row = self._sums[self.names.index(name)]
         weights = weights.to(torch.float64)
-        row[:, 0].index_add_(0, language_ids, values.detach().to(torch.float64) * weights)
-        row[:, 1].index_add_(0, language_ids, weights)
+        row[:, 0].index_add_(0, group_ids, values.detach().to(torch.float64) * weights)
+        row[:, 1].index_add_(0, group_ids, weights)
 
     def means(self, reduce: Reduce = lambda tensor: tensor) -> dict[str, float]:
-        """`name` and `name/code` for every language seen; names without anything added are left out."""
+        """`name`, `name/code` for every language and `name/source/NAME` for every source, as far as they were seen."""
         sums = reduce(self._sums.clone()).cpu()
         out: dict[str, float] = {}
         for i, name in enumerate(self.names):
-            weight = sums[i, :, 1]
-            if weight.sum() == 0:
-                continue
-            out[name] = float(sums[i, :, 0].sum() / weight.sum())
-            for j, code in enumerate(self.languages):
-                if weight[j] > 0:
-                    out[f"{name}/{code}"] = float(sums[i, j, 0] / weight[j])
+            for suffix, groups in self.groups.parts():
+                total, weight = sums[i, groups].sum(dim=0).tolist()
+                if weight > 0:
+                    out[f"{name}{suffix}"] = total / weight
         return out
 
     def weight(self, name: str, reduce: Reduce = lambda tensor: tensor) -> int:
