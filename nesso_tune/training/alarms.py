@@ -225,7 +225,8 @@ def _chosen(line: Line) -> Iterator[Reading]:
     for figure, where in (("logps/chosen_shift", ""), ("eval_logps/chosen_shift", " of the held-out pairs")):
         if figure in line:
             shift = line[figure]
-            said = f"the chosen answers{where} changed by {shift:.2g} nats a token against the reference; {HOLD}"
+            less = f"less likely than under the reference, by {-shift:.2g} nats a token"
+            said = f"the chosen answers{where} are {less}; {HOLD}"
             yield Reading("chosen_falls", figure, shift, CHOSEN_SHIFT, 0.0, said)
 
 
