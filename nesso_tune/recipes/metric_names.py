@@ -20,7 +20,7 @@ ANSWERS: dict[str, Better] = {
     "repetition_rate": "lower",
 }  # fmt: skip
 ONLY = {  # what is measured by one method alone
-    "eval_token_accuracy": "sft", "eval_rewards/accuracies": "dpo", "eval_rewards/margins": "dpo",
+    "eval_rewards/accuracies": "dpo", "eval_rewards/margins": "dpo",
     "closer_to_chosen": "dpo",
 }  # fmt: skip
 TRAIN = "train_"  # begins the name of what is measured on answers to prompts that were trained on

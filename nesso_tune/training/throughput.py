@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nesso_tune.recipes.gpus import bf16_peak
 
-LENGTHS = "document_lengths"  # in a batch: tokens of every document that the model reads
+SQUARES = "squared_lengths"  # of a batch: the sum of its documents' squared lengths
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Operations:
         + 12 x layers x width x (sum of squared document lengths) / 2
 
     Documents of a packed row do not see each other, and no token sees what comes after it: hence the sum over
-    documents, and the half. The head scores learned positions alone; an embedding is looked up, not multiplied. Under
-    an adapter the frozen weights have no gradient: 4 instead of 6 for them, and 6 for the adapter's own. Padding,
-    recomputation (gradient checkpointing), unpacking of quantised weights and the optimizer are not counted.
+    documents, and the half. A pair's prompt counts once for both answers. The head scores learned positions alone; an
+    embedding is looked up, not multiplied. Under an adapter the frozen weights have no gradient: 4 instead of 6 for
+    them, and 6 for the adapter's own. Padding, recomputation (gradient checkpointing), unpacking of quantised weights
+    and the optimizer are not counted.
 
     Attributes:
         token: for each token that is read.
@@ -67,20 +68,24 @@ def _multiplied(module: nn.Module | None) -> int:
 
 
 @dataclass(frozen=True)
-class WithLengths:
-    """A collator that also says how long the documents of a batch are, for `Throughput.add`."""
+class WithSquares:
+    """A collator that also says how much attention a batch takes, for `Throughput.add`."""
 
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(rows), LENGTHS: [length for row in rows for length in lengths_of(row)]}
+        return {**self.collate(rows), SQUARES: sum(map(squares_of, rows))}
 
 
-def lengths_of(row: Mapping[str, Any]) -> list[int]:
-    """Tokens of each document in a packed row, or of both conversations of a pair."""
+def squares_of(row: Mapping[str, Any]) -> int:
+    """Twice the pairs of tokens of which one attends to the other: squared lengths of the documents in a row.
+
+    Of a preference pair, both answers with the prompt before them, less the prompt's own that is in both.
+    """
     if "seq_lengths" in row:
-        return list(map(int, row["seq_lengths"]))
-    return [len(row["prompt_ids"]) + len(row[answer]) for answer in ("chosen_ids", "rejected_ids")]
+        return sum(int(length) ** 2 for length in row["seq_lengths"])
+    prompt, chosen, rejected = (len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    return (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2
 
 
 class Throughput:
@@ -100,11 +105,9 @@ class Throughput:
         tokens, supervised = trainer.sum_over_processes(_counts(trainer)).tolist()
         self._restart(int(tokens), int(supervised))
 
-    def add(self, lengths: Iterable[int]) -> None:
-        """Takes a micro batch, by the tokens of its documents."""
-        for length in lengths:
-            self._read += length
-            self._squares += length * length
+    def add(self, squares: int) -> None:
+        """Takes a micro batch, by what `squares_of` says of its rows."""
+        self._squares += squares
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches; the time until each is there is noted."""
@@ -132,18 +135,16 @@ class Throughput:
             for its next batch.
         """
         busy = max(time.monotonic() - self._since - self.paused, 1e-9)
-        own = [*_counts(trainer).tolist(), self._read, self._squares, self._waited, peak_memory()]
+        own = [*_counts(trainer).tolist(), self._squares, self._waited, peak_memory()]
         device = trainer.accelerator.device
         each = trainer.accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).tolist()
-        (tokens, supervised, read, squares), (waits, memory) = (
-            [int(sum(process[i] for process in each)) for i in range(4)],
-            [max(process[i] for process in each) for i in (4, 5)],
-        )
-        learned = supervised - self._supervised_before
+        tokens, supervised, squares = (int(sum(process[i] for process in each)) for i in range(3))
+        waits, memory = (max(process[i] for process in each) for i in (3, 4))
+        read, learned = tokens - self._tokens_before, supervised - self._supervised_before
         line: dict[str, int | float] = {
             "tokens": tokens,
             "supervised_tokens": supervised,
-            "tokens_per_second": round((tokens - self._tokens_before) / busy, 1),
+            "tokens_per_second": round(read / busy, 1),
             "supervised_tokens_per_second": round(learned / busy, 1),
             "peak_memory_gb": round(memory / 1e9, 3),
             "data_wait_share": round(min(waits / busy, 1.0), 4),
@@ -158,8 +159,7 @@ class Throughput:
     def _restart(self, tokens: int, supervised: int) -> None:
         self._since, self.paused = time.monotonic(), 0.0
         self._tokens_before, self._supervised_before = tokens, supervised
-        self._read = self._squares = 0  # of this process
-        self._waited = 0.0
+        self._squares, self._waited = 0, 0.0  # of this process
 
 
 def _counts(trainer: Any) -> torch.Tensor:

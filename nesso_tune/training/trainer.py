@@ -36,7 +36,7 @@ from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sharding import set_precision, tied_tables_together
 from nesso_tune.training.space import Room
 from nesso_tune.training.tally import Tally
-from nesso_tune.training.throughput import LENGTHS, Throughput, WithLengths
+from nesso_tune.training.throughput import SQUARES, Throughput, WithSquares
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
 
@@ -88,7 +88,7 @@ class TrackedTrainer(_Base):
             self.track.order,
             batch_size=self.args.per_device_train_batch_size,
             shuffle=False,
-            collate_fn=WithLengths(self.data_collator),
+            collate_fn=WithSquares(self.data_collator),
             num_workers=0,
         )
         return self.accelerator.prepare(loader)
@@ -131,7 +131,7 @@ class TrackedTrainer(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro batch; its share of the step's loss is noted for the look before the update."""
-        self.track.throughput.add(inputs.pop(LENGTHS))
+        self.track.throughput.add(inputs.pop(SQUARES))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.track.guard.note(loss)
         return loss
