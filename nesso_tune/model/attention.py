@@ -26,7 +26,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from nesso_tune.errors import RecipeError
 
 Kernel = Literal["flash", "sdpa", "eager"]
-BY_DOCUMENT = {"flash": "nesso_by_document_flash", "sdpa": "nesso_by_document_sdpa"}  # registered below
+# Registered below. transformers takes what has "flash" in its name for one of its own kernels.
+BY_DOCUMENT = {"flash": "nesso_by_document_varlen", "sdpa": "nesso_by_document_by_run"}
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD = 256  # widest head of the flash kernels
 NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands where transformers would otherwise make one of [row, row]

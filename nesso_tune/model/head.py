@@ -25,7 +25,7 @@ from nesso_tune.model.attention import Segments, through
 
 # Logits that are held at once, 6 bytes each in bfloat16 (8 in float32) while they are scored, 4 (8) on the way back.
 SCORED = {"cpu": 1 << 25, "cuda": 1 << 27}
-DERIVED = {"cpu": 1 << 27, "cuda": 1 << 27}
+DERIVED = {"cpu": 1 << 26, "cuda": 1 << 27}
 SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 

@@ -1,5 +1,8 @@
 """The LM head on supervised positions equals the plain head on all positions."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional
@@ -7,70 +10,64 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model import head as module
-from nesso_tune.model.head import attach_supervised_head, score
+from nesso_tune.model.attention import Segments, attend_by_document
+from nesso_tune.model.head import Row, attach_supervised_head, score, spread
 
 VOCABULARY, WIDTH = 53, 16
 
 
 @pytest.fixture(params=[1, 7, 10_000], ids=["one row a chunk", "uneven chunks", "one chunk"])
 def chunks(request, monkeypatch):
-    monkeypatch.setitem(module.CHUNK_ELEMENTS, "cpu", request.param * VOCABULARY)
+    for most in (module.SCORED, module.DERIVED):
+        monkeypatch.setitem(most, "cpu", request.param * VOCABULARY)
 
 
 def example(bias=False, dtype=torch.float64):
     torch.manual_seed(0)
-    hidden = torch.randn(2, 12, WIDTH, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(20, WIDTH, dtype=dtype, requires_grad=True)
     head = torch.nn.Linear(WIDTH, VOCABULARY, bias=bias).to(dtype)
-    labels = torch.randint(0, VOCABULARY, (2, 12))
-    labels[0, :5] = labels[1, ::3] = -100
-    return hidden, head, labels
+    return hidden, head, torch.randint(0, VOCABULARY, (20,))
 
 
 @pytest.mark.usefixtures("chunks")
 @pytest.mark.parametrize("bias", [False, True])
-def test_loss_and_gradients_equal_cross_entropy_over_all_logits(bias):
-    hidden, head, labels = example(bias)
-    wanted = functional.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    wanted.backward()
+@pytest.mark.parametrize("weights", ["alike", "different"])
+def test_log_probs_and_gradients_equal_those_over_all_logits(bias, weights):
+    hidden, head, targets = example(bias)
+    of_each = torch.rand(20, dtype=torch.float64) if weights == "different" else torch.ones(20, dtype=torch.float64)
+    wanted = functional.cross_entropy(head(hidden), targets, reduction="none")
+    (wanted * of_each).sum().backward()
     reference = [hidden.grad.clone(), *(p.grad.clone() for p in head.parameters())]
     hidden.grad = None
     head.zero_grad()
 
-    loss = -score(hidden, head, labels).log_probs.sum()
-    loss.backward()
-    torch.testing.assert_close(loss.double(), wanted, rtol=1e-6, atol=0)
+    log_probs, top1 = score(hidden, head, targets)
+    (-log_probs * of_each).sum().backward()
+    torch.testing.assert_close(-log_probs.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert torch.equal(top1, head(hidden).argmax(-1) == targets)
     for ours, theirs in zip([hidden.grad, *(p.grad for p in head.parameters())], reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("chunks")
-def test_statistics_equal_those_of_the_full_distribution():
-    hidden, head, labels = example(dtype=torch.float32)
-    out, logits = score(hidden, head, labels), head(hidden)[:, :-1]
-    mask, distribution = labels[:, 1:] != -100, torch.distributions.Categorical(logits=logits)
-    torch.testing.assert_close(out.entropy, distribution.entropy() * mask, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(out.mean_logits, logits.mean(-1) * mask, rtol=1e-5, atol=1e-6)
-    assert torch.equal(out.is_top1, (logits.argmax(-1) == labels[:, 1:]) & mask)
-    assert torch.equal(out.label_mask, mask)
-    lean = score(hidden, head, labels, statistics=False)
-    torch.testing.assert_close(lean.log_probs, out.log_probs)
-    assert lean.entropy is None
-
-
-def test_only_learned_positions_are_scored():
-    """A position without a label may hold anything, even NaN, and changes nothing."""
-    hidden, head, labels = example(dtype=torch.float32)
-    before = score(hidden, head, labels).log_probs.sum()
-    poisoned = hidden.detach().clone()
-    poisoned[:, :-1][labels[:, 1:] == -100] = float("nan")
-    assert torch.equal(score(poisoned, head, labels).log_probs.sum(), before)
+def test_in_bfloat16_a_token_that_is_almost_certain_keeps_its_slope():
+    """softmax - 1 of such a token is lost if the softmax is rounded before the 1 is taken off."""
+    hidden = torch.zeros(1, WIDTH, requires_grad=True)
+    head = torch.nn.Linear(WIDTH, VOCABULARY, bias=True)
+    with torch.no_grad():
+        head.bias.zero_()[5] = 12.0  # probability 0.9997
+    with torch.autocast("cpu", torch.bfloat16):
+        log_probs, _ = score(hidden, head, torch.tensor([5]))
+    (-log_probs.sum()).backward()
+    others = 1 - functional.softmax(head.bias.detach().double(), -1)[5]
+    assert float(head.bias.grad[5]) == pytest.approx(-float(others), rel=0.02)
 
 
 def test_a_batch_without_labels_is_a_zero_with_a_gradient():
-    hidden, head, labels = example(dtype=torch.float32)
-    out = score(hidden, head, torch.full_like(labels, -100)).log_probs.sum()
-    out.backward()
-    assert float(out.detach()) == 0.0
+    hidden, head, _ = example(dtype=torch.float32)
+    mask = torch.zeros(2, 11, dtype=torch.bool)
+    out = spread(*score(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
+    out.log_probs.sum().backward()
+    assert float(out.log_probs.detach().sum()) == 0.0
     assert not hidden.grad.any()
     assert not head.weight.grad.any()
 
@@ -84,12 +81,14 @@ def tiny(**options):
 @pytest.mark.parametrize("tied", [True, False])
 def test_attached_head_equals_trls_own(tied):
     ours, theirs = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
-    assert attach_supervised_head(ours, statistics=True)
+    assert attach_supervised_head(
+        ours,
+    )
     add_fused_lm_head(theirs, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     ids = torch.randint(0, VOCABULARY, (2, 10))
     labels = ids.masked_fill(torch.rand(2, 10) < 0.4, -100)
     outputs = [model(input_ids=ids, labels=labels, fused_lm_head=True) for model in (ours, theirs)]
-    for name in ("log_probs", "entropy", "mean_logits", "is_top1", "label_mask"):
+    for name in ("log_probs", "is_top1", "label_mask"):
         torch.testing.assert_close(getattr(outputs[0], name), getattr(outputs[1], name), rtol=1e-5, atol=1e-6)
     for model, out in zip((ours, theirs), outputs, strict=True):
         (-out.log_probs.sum()).backward()
@@ -100,7 +99,7 @@ def test_attached_head_equals_trls_own(tied):
 
 def test_without_the_flag_the_model_is_unchanged():
     model, plain = tiny(), tiny()
-    attach_supervised_head(model, statistics=False)
+    attach_supervised_head(model)
     ids = torch.randint(0, VOCABULARY, (1, 6))
     assert torch.equal(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -111,5 +110,63 @@ def test_a_model_that_caps_its_logits_keeps_trls_head():
     model = tiny()
     model.config.final_logit_softcapping = 30.0
     before = model.forward
-    assert not attach_supervised_head(model, statistics=False)
+    assert not attach_supervised_head(model)
     assert model.forward == before
+
+
+LENGTHS = [9, 4, 12, 1, 6]
+
+
+def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_document():
+    """In float32, to 1e-6 of the loss and of every gradient's norm."""
+    ours, plain = tiny(tie_word_embeddings=True), tiny(tie_word_embeddings=True)
+    assert attend_by_document(ours, "sdpa")
+    attach_supervised_head(ours)
+    torch.manual_seed(1)
+    documents = [torch.randint(0, VOCABULARY, (length,)) for length in LENGTHS]
+    labels = [ids.masked_fill(torch.rand(len(ids)) < 0.4, -100) for ids in documents]
+    learned = sum(int((own[1:] != -100).sum()) for own in labels)
+    wanted = sum(
+        functional.cross_entropy(plain(input_ids=ids[None]).logits[0, :-1], own[1:], reduction="sum")
+        for ids, own in zip(documents, labels, strict=True) if len(ids) > 1
+    ) / learned  # fmt: skip
+    wanted.backward()
+
+    for own in labels:
+        own[0] = -100
+    ids, targets = torch.cat(documents)[None], torch.cat(labels)[None]
+    row = Row(ids, Segments.of_documents(LENGTHS), (targets[0, 1:] != -100).nonzero().flatten())
+    loss = -ours(labels=targets, row=row, fused_lm_head=True).log_probs.sum() / learned
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
+    for (name, ours_p), plain_p in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        off = float((ours_p.grad - plain_p.grad).norm() / plain_p.grad.norm())
+        assert off < 1e-6, (name, off)
+
+
+MEASURE = """
+import resource, sys, torch
+from nesso_tune.model.head import score
+vocabulary, width, learned = int(sys.argv[1]), 64, 2000
+torch.set_num_threads(1)
+head, hidden = torch.nn.Linear(width, vocabulary, bias=False), torch.randn(learned, width, requires_grad=True)
+head.weight.grad = torch.zeros_like(head.weight)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with torch.autocast("cpu", torch.bfloat16):
+    log_probs, _ = score(hidden, head, torch.randint(0, vocabulary, (learned,)))
+log_probs.sum().backward()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_does_not_grow_with_logits_of_the_whole_batch():
+    """What a vocabulary four times as large takes more is for its rows of weights, not for logits."""
+    used = {}
+    for vocabulary in (32_000, 128_000):
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(vocabulary)], capture_output=True, text=True, check=True
+        )
+        used[vocabulary] = int(done.stdout)
+    of_weights = 96_000 * 64 * (2 + 4 + 2)  # a copy in bfloat16, the gradient, and a chunk's share of it
+    assert used[128_000] - used[32_000] < of_weights + 96_000 * 2000 * 2 / 4, "a quarter of the logits in bfloat16"
+    assert used[128_000] < 128_000 * 2000 * 2, "all together less than the logits alone"

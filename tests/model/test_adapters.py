@@ -1,0 +1,117 @@
+"""LoRA, DoRA and LoRA over 4 bits: what is trained, what is not, what is merged, and where none can stand."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.model.adapters import adapt
+from nesso_tune.model.quantized import round_weights
+from nesso_tune.publish.final import whole_model
+from nesso_tune.recipes.memory import adapter_parameters
+from nesso_tune.recipes.sections import LoraSection, ModelSection
+from nesso_tune.recipes.shape import shape_of
+from nesso_tune.training.state import weights_of
+from tests.support.adapters import KINDS, ROWS, adapted, apart, base_in, learn, logits, of, switch_off
+from tests.support.runs import main_here, write_recipe
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_trained_and_what_is_not(tmp_path, kind, tied):
+    plain, held, model, chat = adapted(base_in(tmp_path, tied), kind)
+    assert chat.new_ids == [2, 3]
+    width, tables = plain.config.hidden_size, 1 if tied else 2
+    trained = sum(p.numel() for p in held.parameters() if p.requires_grad)
+    counted = adapter_parameters(model.adapter, shape_of(plain.config.to_dict()))
+    assert trained == counted + tables * len(chat.new_ids) * width
+    before = {name: p.detach().clone() for name, p in held.named_parameters() if not p.requires_grad}
+    learn(held)
+    after = dict(held.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items()), "the base is frozen"
+    assert all(p.dtype == torch.float32 for p in held.parameters() if p.requires_grad), "masters are float32"
+    final, state = whole_model(held, held, model, chat, seed=1)
+    for table in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
+        changed = (state[table] != plain.state_dict()[table]).any(dim=1).nonzero().flatten().tolist()
+        assert changed == chat.new_ids, "the new rows, and no other"
+    assert set(state) == {name for name, _ in plain.named_parameters()}, "a plain model, with nothing of peft"
+    assert not hasattr(final.config, "quantization_config")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
+    """To rounding: in float32 that of sums in another order, in bfloat16 that of the computation itself."""
+    plain, held, model, chat = adapted(base_in(tmp_path), kind, dtype)
+    start = logits(held, dtype)
+    learn(held, dtype)
+    trained = logits(held, dtype)
+    assert apart(trained, start) > 0.1
+    final, _ = whole_model(held, held, model, chat, seed=1)
+    exact, within = logits(final), 1e-5 if dtype == "float32" else 0.03
+    assert apart(exact, trained) < within
+    assert apart(logits(final.to(getattr(torch, dtype))), trained) < within
+    if kind == "qlora":  # merged into the base before its quantisation it would be another model
+        adapt(plain, model.model_copy(update={"adapter": LoraSection(r=4)}), chat.new_ids, seed=1)
+        plain.load_state_dict(weights_of(held), strict=False)
+        assert apart(logits(plain), trained) > max(0.04, 2 * apart(exact, trained))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_starts_from_its_base_and_so_does_it_end_without_the_adapter(tmp_path, kind, tied):
+    plain, held, *_ = adapted(base_in(tmp_path, tied), kind)
+    if kind == "qlora":
+        round_weights(plain, torch.float32)
+    base = logits(plain)
+    torch.testing.assert_close(logits(held), base, rtol=0, atol=1e-5)
+    learn(held.train())
+    assert apart(logits(held), base) > 0.1
+    switch_off(held)
+    torch.testing.assert_close(logits(held), base, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_base_is_refused(tmp_path, talks, capsys, kind):
+    base = base_in(tmp_path, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    path = write_recipe(tmp_path / "r.yaml", of(base, kind, "sft", tmp_path / "run", talks))
+    for verb in ("check", "train"):
+        code, _, err = main_here(capsys, verb, path)
+        assert code == ModelError.exit_code
+        assert "is quantised; version 1 trains the model that it was made of" in err
+
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "intermediate_size": 64}  # fmt: skip
+REFUSED = {
+    "a layer that is not there": ("llama", "lora", ["q_proj", "attn"], "no layer `attn`; use all-linear, or some of"),
+    "a block that is not there": ("llama", "lora", ["layers.9.self_attn.q_proj"], "no layer `layers.9"),
+    "half a name": ("llama", "dora", "proj", "no layer `proj`"),
+    "the head": ("llama", "lora", ["q_proj", "lm_head"], "the head's own weights"),
+    "what peft does not know": ("mamba", "dora", "all-linear", "peft cannot adapt MambaForCausalLM"),
+    "nothing to quantise": ("gpt2", "qlora", "all-linear", "finds no linear layers in GPT2LMHeadModel"),
+}
+
+
+@pytest.mark.parametrize(("architecture", "kind", "targets", "says"), REFUSED.values(), ids=REFUSED)
+def test_where_no_adapter_can_stand(architecture, kind, targets, says):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2} if architecture == "gpt2" else TINY
+    some = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, vocab_size=64, **sizes))
+    section = ModelSection(base="b", adapter=LoraSection(type=kind, target_modules=targets))
+    with pytest.raises(RecipeError, match=says):
+        adapt(some, section, [3], seed=0)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_layers_of_other_kinds_have_adapters_too(kind):
+    """GPT-2 holds its matrices the other way round."""
+    some = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2))
+    view = adapt(some, ModelSection(base="b", adapter=LoraSection(type=kind)), [2, 3], seed=0)
+    rows = ROWS.clamp(max=63)
+    before = some(rows).logits
+    optimizer = torch.optim.SGD([p for p in some.parameters() if p.requires_grad], lr=1.0)
+    some(rows, labels=rows).loss.backward()
+    optimizer.step()
+    trained = some.eval()(rows).logits
+    assert apart(trained, before) > 1e-3
+    torch.testing.assert_close(view.merge_and_unload()(rows).logits, trained, rtol=0, atol=1e-4)
