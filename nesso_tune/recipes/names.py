@@ -14,6 +14,7 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     "model.attention": ("flash_attention", "flash_attn", "attn_implementation", "sdp_attention", "xformers_attention"),
     "model.dtype": ("bf16", "fp16", "tf32", "torch_dtype", "precision"),
     "model.adapter": ("peft", "use_peft", "finetuning_type", "peft_config", "lora"),
+    "model.adapter.type": ("use_dora", "load_in_4bit", "quantization_bit", "quantization_config", "bnb_config"),
     "model.adapter.r": ("lora_r", "lora_rank", "rank"),
     "model.adapter.alpha": ("lora_alpha",),
     "model.adapter.dropout": ("lora_dropout",),
@@ -77,8 +78,7 @@ NAMES_LIST = {
     "greater_is_better": "the name of train.best_metric says which way is better",
     "early_stopping_threshold": "any improvement of train.best_metric counts",
     "tensor_parallel_size": "tensor parallelism is not in version 1",
-    "load_in_4bit": "quantised training is not offered yet",
-    "load_in_8bit": "quantised training is not offered yet",
+    "load_in_8bit": "a base is held in 4 bits (model.adapter.type: qlora) or not quantised",
 }
 
 

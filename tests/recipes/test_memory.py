@@ -1,6 +1,8 @@
 """The memory estimate, against what torch really keeps; GPUs by name; what follows from the two."""
 
+import re
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config
 from nesso_tune.model.quantized import quantise
+from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.advice import ROOMY
 from nesso_tune.recipes.bases import known_config
 from nesso_tune.recipes.gpus import GIB, TABLE, Gpu, find_gpu
@@ -166,6 +169,20 @@ def peak(config, kind, bfloat16):
         model.model(torch.ones(1, 1, dtype=torch.long), use_cache=False).last_hidden_state.sum().backward()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def test_the_documented_figures_are_those_of_the_plan():
+    text = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \(?`?(\w+)`?\)? \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) (GB|MB) \|$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["null", "lora", "dora", "qlora"]
+    for kind, *sizes, checkpoint, unit in rows:
+        adapter = None if kind == "null" else {"type": kind}
+        for base, size in zip(("Qwen/Qwen3-1.7B-Base", "meta-llama/Llama-3.1-8B"), sizes, strict=True):
+            train = {"train.gradient_checkpointing": True, "train.micro_batch_size": 1}
+            some = load_recipe("lora", {**train, "model.base": base, "model.adapter": adapter})
+            made = make_plan(some, World(1, find_gpu("a100-80gb")))
+            assert f"{made.memory.total / GIB:.1f}" == size
+        assert f"{made.checkpoint_bytes / (1e9 if unit == 'GB' else 1e6):.3g}" == checkpoint
 
 
 def test_gpus_have_names():

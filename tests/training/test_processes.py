@@ -26,6 +26,7 @@ def base_of(folder, tied):
 # name: method, processes, rows of a process at a time and sections of both recipes; "tied": of a base made for it
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
 LORA = {"adapter": {"type": "lora", "r": 4}}
+DORA = {"adapter": {"type": "dora", "r": 4}}
 CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
     "sft, untied": ("sft", 2, 2, FULL, False, {}),
@@ -34,6 +35,9 @@ CASES = {
     "sft, recomputed": ("sft", 2, 2, FULL, None, {"train": {"gradient_checkpointing": True}}),
     "sft, adapter": ("sft", 2, 2, FULL, True, {"model": LORA}),
     "sft, adapter, untied, shards on four": ("sft", 4, 1, SHARDS, False, {"model": LORA}),
+    "sft, dora, recomputed": ("sft", 2, 2, FULL, True, {"model": DORA, "train": {"gradient_checkpointing": True}}),
+    "sft, dora, DDP": ("sft", 2, 2, DDP, True, {"model": DORA}),
+    "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA}),
     "dpo": ("dpo", 2, 2, SHARDS, None, {}),
     "dpo, on four": ("dpo", 4, 2, FULL, None, {}),
     "dpo, DDP": ("dpo", 2, 2, DDP, None, {}),
@@ -42,7 +46,8 @@ CASES = {
 
 
 # each part of them is in another case too
-BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP")
+BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP",
+           "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
 
 
 @pytest.mark.parametrize(
