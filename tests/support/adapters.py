@@ -60,7 +60,7 @@ def logits(model, dtype="float32"):
 
 
 def apart(one, other):
-    return float((one - other).norm() / other.norm())
+    return float((one - other).detach().norm() / other.detach().norm())
 
 
 def switch_off(model):
