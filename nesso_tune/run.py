@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.model.adapters import check_adapter
+from nesso_tune.model.attention import attends_by_document, kernel_in_words
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.data_report import write_data_report
@@ -149,7 +150,10 @@ def _train(
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
-    facts = run_facts(recipe, data, plan)
+    kernel = kernel_in_words(model, recipe.model.dtype)
+    if not attends_by_document(model) and recipe.model.attention != "eager":
+        say(f"attention: {kernel}: this base cannot attend document by document, so batches are padded")
+    facts = run_facts(recipe, data, plan, kernel)
     run = _compared(run, facts, say)
     whole = final_bytes(model, "float32")
     saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each

@@ -130,7 +130,7 @@ class EvaluationSection(Section):
     every_steps: Interval = 0.1
     """Interval: steps, or a share of the run."""
     samples: int = Field(default=8, ge=0)
-    """Validation prompts that are answered greedily, balanced over languages: stop rate and exact matches."""
+    """Validation prompts that are answered greedily, balanced over languages: docs/metrics.md says what is measured."""
     train_samples: int = Field(default=0, ge=0)
     """Training prompts that are answered at the end of the run, to see what was memorised."""
     max_new_tokens: Count = 256

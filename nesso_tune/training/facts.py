@@ -26,13 +26,13 @@ MADE_OF = {
 }  # fmt: skip
 # Where it runs: it is continued elsewhere too, but rounds otherwise, so no longer to the bit.
 RUNS_ON = {
-    "world_size": "processes", "threads": "CPU threads", "device": "device", "python": "Python", "versions": "",
-    "nesso_tune": "nesso-tune",
+    "world_size": "processes", "threads": "CPU threads", "device": "device", "attention": "attention",
+    "python": "Python", "versions": "", "nesso_tune": "nesso-tune",
 }  # fmt: skip
 
 
-def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
-    """What the manifests of a run and of its checkpoints record."""
+def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "") -> dict[str, Any]:
+    """What the manifests of a run and of its checkpoints record; `attention` is what the model computes it with."""
     base = base_hash(recipe.model)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
@@ -48,6 +48,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan) -> dict[str, Any]:
         "global_batch": plan.global_batch,
         "threads": torch.get_num_threads(),
         "device": gpu,
+        "attention": attention,
         "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
     }
 

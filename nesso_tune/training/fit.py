@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nesso_tune.model.adapters import adapt
 from nesso_tune.model.attention import attends_by_document
 from nesso_tune.model.head import attach_supervised_head, has_plain_head
 from nesso_tune.recipes.plan import Plan
-from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
@@ -34,9 +35,17 @@ from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
 from nesso_tune.training.pace import Pace
+from nesso_tune.training.processes import from_first
 from nesso_tune.training.profiling import Profile
 from nesso_tune.training.progress import ProgressBar
-from nesso_tune.training.reference import compute_reference, load_reference, save_reference
+from nesso_tune.training.reference import (
+    cache_reference,
+    cached_reference,
+    compute_reference,
+    load_reference,
+    reference_key,
+    save_reference,
+)
 from nesso_tune.training.rundir import RunDir
 from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
@@ -78,7 +87,7 @@ def fit(
         RecipeError, RunEnvironmentError: if `train.best_metric` is not measured, or the best checkpoint is damaged.
     """
     trainer = _trainer(model, data, recipe, plan, run, facts, room)
-    trainer.add_callback(_Beginning(trainer, data, run, facts["start"], recipe.distributed.shards(plan.processes)))
+    trainer.add_callback(_Beginning(trainer, data, run, facts, recipe))
     if recipe.train.profile:
         trainer.add_callback(Profile(trainer, run.path, plan.steps))
     _train_until_asked(trainer, plan, run, request)
@@ -187,35 +196,50 @@ def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopR
 class _Beginning(TrainerCallback):
     """What happens when the weights are in place and the first step has not begun."""
 
-    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, start: str, sharded: bool) -> None:
-        self._trainer, self._data, self._run, self._start, self._sharded = trainer, data, run, start, sharded
+    def __init__(
+        self, trainer: Trainer, data: PreparedData, run: RunDir, facts: dict[str, Any], recipe: Recipe
+    ) -> None:
+        self._trainer, self._data, self._run, self._facts, self._recipe = trainer, data, run, facts, recipe
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, track = self._trainer, self._trainer.track
-        if self._sharded:
+        if self._recipe.distributed.shards(track.plan.processes):
             check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
             facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}
             facts |= {"environment": self._run.environment} if self._run.environment else {}
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
-        if isinstance(trainer, dpo.PairTrainer):
-            trainer.reference = self._reference(trainer)
+        if isinstance(trainer, dpo.PairTrainer) and isinstance(self._recipe, DPORecipe):
+            trainer.reference = self._reference(trainer, self._recipe)
             if isinstance(track.evaluate, Evaluator):
                 track.evaluate.meet_parent(trainer, begins=self._run.checkpoint is None)
         track.alarms.recall(self._run.metrics)
         track.throughput.begin(trainer)
 
-    def _reference(self, trainer: dpo.PairTrainer) -> dpo.Reference:
+    def _reference(self, trainer: dpo.PairTrainer, recipe: DPORecipe) -> dpo.Reference:
         if self._run.checkpoint is not None:
-            return load_reference(self._run.path, self._start)
-        rows = [*in_order(self._data.stream.documents, self._data.stream.entries, None), *self._data.validation]
-        if trainer.is_world_process_zero():
-            print(f"scoring {len(rows):,} pairs with the reference, once", file=sys.stderr, flush=True)
-        reference = compute_reference(trainer, rows, trainer.data_collator)
-        if trainer.is_world_process_zero():
-            save_reference(self._run.path, reference, self._start)
+            return load_reference(self._run.path, self._facts["start"])
+        began, data, first = time.monotonic(), self._data, trainer.is_world_process_zero()
+        parts = [in_order(data.stream.documents, data.stream.entries, None), data.validation]
+        parts = [part for part in parts if len(part)]
+        key = reference_key(recipe, self._facts, parts) if first else ""
+        reference: dpo.Reference | None = from_first(cached_reference(key) if first else None)
+        cached, pairs = reference is not None, sum(map(len, parts))
+        if first:
+            said = f"{pairs:,} pairs are scored already" if cached else f"scoring {pairs:,} pairs, once"
+            print(f"reference: {said}", file=sys.stderr, flush=True)
+        if reference is None:
+            groups = Groups.of(*(part.documents for part in parts))
+            collate = PairCollator(data.chat.pad_id, groups, trainer.data_collator.by_document)
+            reference = compute_reference(trainer, parts, collate)
+        if first:
+            if not cached:
+                cache_reference(key, reference)
+            save_reference(self._run.path, reference, self._facts["start"])
+        seconds = round(time.monotonic() - began, 3)
+        trainer.track.log.write({"step": 0, "event": "reference", "pairs": pairs, "cached": cached, "seconds": seconds})
         return reference
 
 

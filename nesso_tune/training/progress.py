@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 KEYS = (
     "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
-    "eval_rewards/accuracies", "closer_to_chosen", "answer_length_ratio",
+    "eval_rewards/accuracies", "closer_to_chosen",
 )  # fmt: skip
 
 

@@ -1,10 +1,14 @@
-"""The frozen reference of DPO: the log-probabilities under the weights that the run starts from, computed once."""
+"""The frozen reference of DPO: the log-probabilities under the weights that the run starts from, computed once.
+
+They stand in the cache, for later runs of the same pairs from the same weights, and in the run directory, since after a
+resume the model is no longer what the run started from.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +17,41 @@ from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
+from nesso_tune.data import cache
+from nesso_tune.data.packing import Rows
 from nesso_tune.errors import NumericalError, RunEnvironmentError
+from nesso_tune.recipes.schema import DPORecipe
 from nesso_tune.training.checkpoint import as_environment_error, sync
-from nesso_tune.training.collate import PairCollator, pair_tokens
+from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
 FILE = "reference.safetensors"
+KIND, CACHED = "reference", 1  # its place in the cache, and the version of what is there
 
 
 @torch.no_grad()
-def compute_reference(trainer: PairTrainer, rows: Sequence[dict[str, Any]], collate: PairCollator) -> Reference:
+def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: PairCollator) -> Reference:
     """Scores every pair with the model as it is now; the processes share the pairs.
 
     Pairs of like length stand in one batch. Every process computes the same number of batches, as a sharded model
     needs all of them to take part.
+
+    Args:
+        trainer: its model is scored, as it is wrapped.
+        parts: pairs to train on and pairs held out.
+        collate: pairs to a batch.
     """
-    batches = in_batches(rows, trainer.args.per_device_train_batch_size)
+    rows: Sequence[dict[str, Any]] = ConcatDataset(parts)  # type: ignore[arg-type, assignment]
+    sizes = [int(size) for part in parts for size in part.documents.lengths[part.entries]]
+    batches = in_batches(sizes, trainer.args.per_device_train_batch_size)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     scored: list[tuple[int, float, float]] = []
     trainer.model.eval()
     for i in range(-(-len(batches) // world)):
-        outputs, inputs, own = score_pairs(trainer, collate(batches[min(i * world + rank, len(batches) - 1)]))
+        some = [rows[row] for row in batches[min(i * world + rank, len(batches) - 1)]]
+        outputs, inputs, own = score_pairs(trainer, collate(some))
         sums = answer_log_probs(outputs.log_probs, inputs["completion_mask"], trainer.ld_alpha)
         chosen, rejected = sums.float().cpu().chunk(2)
         scored += zip(own["entries"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
@@ -48,19 +65,67 @@ def compute_reference(trainer: PairTrainer, rows: Sequence[dict[str, Any]], coll
     return {pair: (better, worse) for pair, better, worse in everyone}
 
 
-def in_batches(rows: Sequence[dict[str, Any]], micro_batch: int) -> list[list[dict[str, Any]]]:
-    """Pairs in batches, long ones first: never more tokens than the largest micro batch of training may have."""
-    ordered = sorted(rows, key=pair_tokens, reverse=True)
-    most = sum(map(pair_tokens, ordered[:micro_batch]))
-    batches: list[list[dict[str, Any]]] = []
+def in_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
+    """Rows of these sizes in batches, long ones first: none has more tokens than a micro batch of training may have."""
+    ordered = sorted(range(len(sizes)), key=lambda row: -sizes[row])
+    most = sum(sizes[row] for row in ordered[:micro_batch])
+    batches: list[list[int]] = []
     room = 0
     for row in ordered:
-        if pair_tokens(row) > room:
+        if sizes[row] > room:
             batches.append([])
             room = most
         batches[-1].append(row)
-        room -= pair_tokens(row)
+        room -= sizes[row]
     return batches
+
+
+def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[Rows]) -> str:
+    """Hash of everything that decides the log-probabilities: the model, how it computes, and the pairs' token ids.
+
+    `facts` are those of the run's manifest.
+    """
+    model = recipe.model
+    what = [
+        *(facts[name] for name in ("base", "tokenizer", "attention", "device", "versions")),
+        recipe.seed if model.random_init else None,
+        model.adapter.type if model.adapter is not None else None,
+        model.dtype, recipe.data.sequence_len, recipe.dpo.ld_alpha,
+    ]  # fmt: skip
+    digest = hashlib.sha256()
+    for part in parts:
+        for entry in part.entries.tolist():
+            lengths = [part.documents.input_ids(entry, i) for i in range(part.documents.parts)]
+            digest.update(f"{part.first_pair + entry} {[len(ids) for ids in lengths]}".encode())
+            for ids in lengths:
+                digest.update(ids.tobytes())
+    return cache.key_of([CACHED, *what, digest.hexdigest()])
+
+
+def cached_reference(key: str) -> Reference | None:
+    """The reference of this key that an earlier run left in the cache, if it is there and whole."""
+    if cache.find(KIND, key) is None:
+        return None
+    try:
+        return load_reference(cache.cache_root() / KIND / key, key)
+    except RunEnvironmentError:
+        return None
+
+
+def cache_reference(key: str, reference: Reference) -> None:
+    """Leaves a reference for later runs."""
+
+    def build(staging: Path) -> dict[str, Any]:
+        save_reference(staging, reference, key)
+        return {"pairs": len(reference)}
+
+    def opened(folder: Path, _: dict[str, Any]) -> Reference:
+        try:
+            return load_reference(folder, key)
+        except RunEnvironmentError as error:
+            raise cache.Damaged(str(error)) from None
+
+    cache.make(KIND, key, build, opened)
 
 
 def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:

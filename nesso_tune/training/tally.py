@@ -21,9 +21,11 @@ class Groups:
     sources: tuple[str, ...]
 
     @classmethod
-    def of(cls, documents: Documents) -> Groups:
+    def of(cls, *all_of: Documents) -> Groups:
         """Those of documents, in a fixed order."""
-        return cls(tuple(sorted(documents.language_names)), tuple(dict.fromkeys(documents.source_names)) or ("",))
+        languages = sorted({code for documents in all_of for code in documents.language_names})
+        sources = dict.fromkeys(name for documents in all_of for name in documents.source_names)
+        return cls(tuple(languages), tuple(sources) or ("",))
 
     def __len__(self) -> int:
         return len(self.languages) * len(self.sources)

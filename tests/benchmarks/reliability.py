@@ -119,7 +119,7 @@ def main() -> None:
         data = prepare_data(some)
         plan = make_plan(some, World(), data.volume)
         model = load_model(some.model, data.chat, some.seed)
-        run, facts, turn = open_run(some), run_facts(some, data, plan), InTurn()
+        run, facts, turn = open_run(some), run_facts(some, data, plan, ""), InTurn()
         write_start(run, some, facts)
         with StopRequest() as request, measured(turn):
             trainer = fit(model, data, some, plan, run, facts, Room(run.path, 0, 0), request)

@@ -96,7 +96,9 @@ def ours(said: argparse.Namespace, data: Path) -> Figures:
 def theirs(said: argparse.Namespace, data: Path) -> Figures:
     """What the peer's script prints."""
     options = ["--data", str(data)] if said.what == "dpo" else ["--steps", str(said.steps)]
-    options += ["--pairs", str(said.pairs)] + (["--precompute"] if said.precompute else []) if said.what == "dpo" else []
+    options += (
+        ["--pairs", str(said.pairs)] + (["--precompute"] if said.precompute else []) if said.what == "dpo" else []
+    )
     mode = "dpo" if said.what == "dpo" else "sft"
     out, _, memory = timed([sys.executable, str(said.peer), mode, str(said.assets), *options])
     figures: Figures = json.loads(out.splitlines()[-1])

@@ -1,42 +1,20 @@
 """The DPO step: TRL's numbers, the reference that the run starts from, and figures by language."""
 
+import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
+from safetensors.torch import load, load_file, save_file
 
 from nesso_tune import NumericalError, RunEnvironmentError
 from nesso_tune.run import train
 from nesso_tune.training import dpo, fit
-from nesso_tune.training.dpo import PairTrainer, answer_log_probs
+from nesso_tune.training.dpo import answer_log_probs
 from nesso_tune.training.reference import load_reference
 from tests.support.runs import metrics, recipe, steps
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """(trainer, outputs, inputs, TRL's loss) of every micro batch of a test's runs."""
-    seen = []
-    original = PairTrainer._compute_loss
-
-    def watched(self, model, inputs, return_outputs):
-        kept = {}
-
-        def keeping(*arguments):
-            kept["arguments"] = arguments
-
-        add = dpo.add_pair_losses
-        monkeypatch.setattr(dpo, "add_pair_losses", lambda *a: (keeping(*a), add(*a)))
-        loss = original(self, model, inputs, return_outputs)
-        monkeypatch.setattr(dpo, "add_pair_losses", add)
-        trainer, _, outputs, sub_inputs, languages = kept["arguments"]
-        seen.append((trainer, outputs, sub_inputs, languages, loss.detach()))
-        return loss
-
-    monkeypatch.setattr(PairTrainer, "_compute_loss", watched)
-    return seen
 
 
 def test_first_loss_is_ln_2_and_every_log_ratio_is_zero(tmp_path, pairs):
@@ -46,43 +24,18 @@ def test_first_loss_is_ln_2_and_every_log_ratio_is_zero(tmp_path, pairs):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        {"loss": {"sigmoid": 1.0}},
-        {"loss": {"sigmoid": 1.0, "sft": 0.2}},
-        {"loss": {"ipo": 1.0}},
-        {"loss": {"hinge": 1.0}},
-        {"loss": {"robust": 1.0}, "label_smoothing": 0.1},
-        {"loss": {"sigmoid_norm": 1.0}, "beta": 5.0},
-        {"loss": {"apo_zero": 1.0}},
-        {"loss": {"sigmoid": 1.0}, "ld_alpha": 0.5},
-    ],
-    ids=lambda s: "+".join(s["loss"]) + ("+ld" if "ld_alpha" in s else ""),
-)
-def test_figures_of_all_pairs_are_trls(tmp_path, pairs, batches, section):
-    """Our way to a language's loss, taken over all pairs of a batch, is TRL's loss of the batch."""
-    rates = {"learning_rate": 1e-2, "max_steps": 3, "micro_batch_size": 4}
-    train(recipe("dpo", tmp_path / "run", [pairs], dpo=section, train=rates, evaluation=None))
-    assert len(batches) == 3
-    for trainer, outputs, inputs, languages, loss in batches:
-        rows = torch.arange(len(languages))
-        values = dpo.pair_metrics(trainer, outputs, inputs, rows, torch.cat([rows, rows + len(rows)]))
-        assert float(values["loss"]) == pytest.approx(float(loss), rel=1e-6)
-    assert float(batches[2][-1]) != pytest.approx(float(batches[0][-1]), rel=1e-4), "the policy has moved"
-
-
-def test_sigmoid_loss_equals_its_closed_form_in_float64(tmp_path, pairs, batches):
-    """-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected)), Rafailov et al. 2023, eq. 7."""
-    section = {"loss": {"sigmoid": 1.0}, "beta": 0.3}
-    rates = {"learning_rate": 1e-2, "max_steps": 3, "micro_batch_size": 4}
-    train(recipe("dpo", tmp_path / "run", [pairs], dpo=section, train=rates, evaluation=None))
-    for _, outputs, inputs, _, loss in batches:
-        sums = (outputs.log_probs.double() * inputs["completion_mask"][:, 1:]).sum(dim=1)
-        chosen, rejected = sums.chunk(2)
-        gap = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
-        wanted = -functional.logsigmoid(0.3 * gap.detach()).mean()
-        assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+def test_a_run_on_rows_has_the_numbers_of_a_run_on_padded_pairs(tmp_path, pairs):
+    """`attention: eager` takes TRL's own way: both answers padded, each with its prompt."""
+    for kernel in ("auto", "eager"):
+        rates = {"learning_rate": 1e-2, "max_steps": 3, "micro_batch_size": 4}
+        train(recipe("dpo", tmp_path / kernel, [pairs], model={"attention": kernel}, train=rates))
+    ours, padded = ([line for line in metrics(tmp_path / name) if "event" not in line] for name in ("auto", "eager"))
+    for mine, theirs in zip(ours, padded, strict=True):
+        for name in ("loss", "loss/it", "eval_loss", *dpo.METRICS, "logps/chosen_shift", "token_accuracy", "grad_norm"):
+            assert (name in mine) == (name in theirs), name
+            assert mine.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-4, abs=1e-4), name
+    assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["attention"] == "sdpa, by document"
+    assert json.loads((tmp_path / "eager" / "manifest.json").read_text())["attention"] == "eager, with masks"
 
 
 def test_answer_log_probs_count_the_answer_only_and_discount_what_lies_beyond():
@@ -122,7 +75,7 @@ def test_the_reference_is_the_start_also_after_a_resume(tmp_path, pairs):
     some = recipe("dpo", tmp_path / "run", [pairs], train={"learning_rate": 1e-2})
     train(some)
     run = tmp_path / "run"
-    fingerprint = __import__("json").loads((run / "manifest.json").read_text())["start"]
+    fingerprint = json.loads((run / "manifest.json").read_text())["start"]
     before = load_reference(run, fingerprint)
     assert len(before) == 20
     with pytest.raises(RunEnvironmentError, match="other data"):
@@ -133,6 +86,72 @@ def test_the_reference_is_the_start_also_after_a_resume(tmp_path, pairs):
     (run / "reference.safetensors").unlink()
     with pytest.raises(RunEnvironmentError, match="missing"):
         load_reference(run, fingerprint)
+
+
+def scored(run):
+    """Whether the run found its reference in the cache."""
+    return next(line["cached"] for line in metrics(run) if line.get("event") == "reference")
+
+
+def test_a_second_run_scores_nothing(tmp_path, pairs, monkeypatch):
+    train(recipe("dpo", tmp_path / "a", [pairs]))
+    assert not scored(tmp_path / "a")
+
+    def never(*_):
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(fit, "compute_reference", never)
+    other = {"learning_rate": 5e-4, "max_steps": 20, "micro_batch_size": 4, "schedule": {"warmup_steps": 1}}
+    train(recipe("dpo", tmp_path / "b", [pairs], train=other, dpo={"beta": 0.3, "loss": {"ipo": 1.0}}))
+    assert scored(tmp_path / "b")
+    references = [(tmp_path / name / "reference.safetensors").read_bytes() for name in "ab"]
+    tensors = [load(one) for one in references]
+    assert torch.equal(tensors[0]["log_probs"], tensors[1]["log_probs"])
+    assert steps(tmp_path / "b")[20] < steps(tmp_path / "b")[1], "two epochs and more, with one pass over the reference"
+
+
+CHANGES = {
+    "a pair": lambda rows, sections: rows[3].update(chosen="Tutt'altra cosa."),
+    "the order of the answers": lambda rows, sections: rows[3].update(
+        chosen=rows[3]["rejected"], rejected=rows[3]["chosen"]
+    ),
+    "the length": lambda rows, sections: sections["data"].update(sequence_len=120),
+    "the template": lambda rows, sections: sections.update(chat={"template": "llama3"}),
+    "the weights": lambda rows, sections: sections.update(seed=7),
+    "the discount": lambda rows, sections: sections.update(dpo={"ld_alpha": 0.5}),
+    "the precision": lambda rows, sections: sections["model"].update(dtype="bfloat16"),
+    "the kernel": lambda rows, sections: sections["model"].update(attention="eager"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_changes_the_reference_is_scored_anew(tmp_path, pairs, write_rows, change):
+    rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
+    few = {"train": {"max_steps": 1}, "evaluation": None}
+    train(recipe("dpo", tmp_path / "a", [write_rows(rows, "a.jsonl")], **few))
+    sections = {"data": {}, "model": {}}
+    change(rows, sections)
+    train(recipe("dpo", tmp_path / "b", [write_rows(rows, "b.jsonl")], **few, **sections))
+    assert not scored(tmp_path / "b")
+
+
+def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_path, pairs):
+    few = {"train": {"max_steps": 1}, "evaluation": None}
+    train(recipe("dpo", tmp_path / "base", [pairs], **few))
+    model = {"base": str(tmp_path / "base" / "final"), "random_init": False}
+    for name, seen in (("a", False), ("b", True)):
+        train(recipe("dpo", tmp_path / name, [pairs], model=model, **few))
+        assert scored(tmp_path / name) is seen
+    weights = tmp_path / "base" / "final" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] *= 1.01
+    save_file(tensors, weights, metadata={"format": "pt"})
+    train(recipe("dpo", tmp_path / "c", [pairs], model=model, **few))
+    assert not scored(tmp_path / "c")
+    for file in (Path(os.environ["NESSO_TUNE_CACHE"]) / "reference").glob("*/reference.safetensors"):
+        file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
+    train(recipe("dpo", tmp_path / "d", [pairs], model=model, **few))
+    assert not scored(tmp_path / "d")
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path, pairs, monkeypatch):

@@ -74,8 +74,8 @@ def test_the_rows_that_are_named_are_those_that_were_trained(tmp_path, poison, w
     original, seen = ConversationTrainer.compute_loss, []
 
     def wrong(self, model, inputs, *arguments, **options):
-        english = self.track.tally.languages.index("en")
-        bad = bool((inputs["language_ids"][:, :5] == english).any(dim=1).any())
+        english = self.track.tally.groups.languages.index("en")
+        bad = bool((inputs["group_ids"][:, :5] == english).any(dim=1).any())
         loss = original(self, model, inputs, *arguments, **options)
         seen.append(bad)
         return loss * math.nan if bad else loss

@@ -25,7 +25,7 @@ LOSSES = {
     "ipo": {"loss_type": ["ipo"]},
     "hinge": {"loss_type": ["hinge"]},
     "robust": {"loss_type": ["robust"], "label_smoothing": 0.1},
-    "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 5.0},
+    "sigmoid_norm": {"loss_type": ["sigmoid_norm"], "beta": 1.0},  # a larger one magnifies what float32 rounds
     "apo_zero": {"loss_type": ["apo_zero"]},
     "apo_down": {"loss_type": ["apo_down"]},
     "exo_pair, smoothed": {"loss_type": ["exo_pair"], "label_smoothing": 0.05},

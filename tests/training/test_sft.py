@@ -12,7 +12,6 @@ from trl.trainer import base_trainer
 from nesso_tune import prepare_data
 from nesso_tune.recipes.schedule import lr_multiplier
 from nesso_tune.run import train
-from nesso_tune.training import fit
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.trainer import TrackedTrainer
 from tests.support.runs import BASE, metrics, recipe, steps
@@ -51,9 +50,6 @@ def test_accumulation_changes_nothing(tmp_path, talks, gradients):
 def test_loss_equals_trls_on_the_same_batch(tmp_path, talks, monkeypatch):
     """Fails when TRL's own loss, or what it asks of a model, changes."""
     compared, compute_ours = [], ConversationTrainer.compute_loss
-    attach = fit.attach_supervised_head
-    # TRL's version also wants the statistics that our head leaves out
-    monkeypatch.setattr(fit, "attach_supervised_head", lambda model, statistics: attach(model, statistics=True))
 
     def both(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         plain = {name: inputs[name] for name in ("input_ids", "labels", "position_ids")}
