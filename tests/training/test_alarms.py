@@ -8,7 +8,7 @@ from nesso_tune.run import train
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.dpo import PairTrainer
 from nesso_tune.training.metrics import MetricsLog
-from tests.support.runs import metrics, recipe
+from tests.support.runs import metrics, recipe, steps
 
 LAST = 900
 PARENT = {"event": "parent", "stop_rate": 1.0, "stop_rate/it": 1.0, "language_fidelity": 1.0,
@@ -190,10 +190,22 @@ def alarm_lines(run):
 def test_a_healthy_dpo_run_has_no_alarm(tmp_path, parent):
     train(preferring(parent, tmp_path / "run", *HEALTHY))
     assert alarm_lines(tmp_path / "run") == []
+    shifts = steps(tmp_path / "run", "eval_logps/chosen_shift")
+    assert len(shifts) == 3
+    assert min(shifts.values()) > -0.05
 
 
 class Stopped(Exception):
     """Stands for a run that ends in the middle."""
+
+
+def dies_at(step, original=PairTrainer.training_step):
+    def training_step(self, *arguments):
+        if self.state.global_step >= step:
+            raise Stopped
+        return original(self, *arguments)
+
+    return training_step
 
 
 def test_dpo_without_restraint_has_alarms_and_the_same_ones_after_a_resume(tmp_path, parent, monkeypatch, capsys):
@@ -201,22 +213,17 @@ def test_dpo_without_restraint_has_alarms_and_the_same_ones_after_a_resume(tmp_p
     train(preferring(parent, whole, *WRONG))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("alarm at step")]
     wanted = alarm_lines(whole)
-    assert {line["alarm"] for line in wanted} & {
-        "stop_rate_falls",
-        "repetition_rises",
-        "answers_grow",
-        "answers_shrink",
-    }
+    names = {line["alarm"] for line in wanted}
+    assert "chosen_falls" in names
+    assert names & {"stop_rate_falls", "repetition_rises", "answers_grow", "answers_shrink"}
     assert len(said) == len(wanted)
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert page.index("Alarms") < page.index("<svg")
     assert f"<td>{wanted[0]['alarm']}</td>" in page
-    original = PairTrainer.training_step
     # it dies after the evaluation of step 20, and goes on from there, or from before
     for every in (20, 15):
         with monkeypatch.context() as patch:
-            patch.setattr(PairTrainer, "training_step", lambda self, *a: (
-                original(self, *a) if self.state.global_step < 23 else fall()))  # fmt: skip
+            patch.setattr(PairTrainer, "training_step", dies_at(23))
             broken = preferring(parent, tmp_path / f"{every}", *WRONG, every=every)
             with pytest.raises(Stopped):
                 train(broken)
@@ -225,7 +232,3 @@ def test_dpo_without_restraint_has_alarms_and_the_same_ones_after_a_resume(tmp_p
         assert alarm_lines(tmp_path / f"{every}") == wanted
         lines = [[line for line in metrics(run) if "answers" in line] for run in (whole, tmp_path / f"{every}")]
         assert lines[0] == lines[1], "with the parent's, which was asked once"
-
-
-def fall():
-    raise Stopped
