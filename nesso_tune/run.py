@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.compiling import can_compile
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.data_report import write_data_report
@@ -153,6 +154,9 @@ def _train(
     kernel = kernel_in_words(model, recipe.model.dtype)
     if not attends_by_document(model) and recipe.model.attention != "eager":
         say(f"attention: {kernel}: this base cannot attend document by document, so batches are padded")
+    if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
+        say("torch_compile: there is no C++ compiler here, so layers are not compiled")
+        plan = replace(plan, torch_compile=False)
     facts = run_facts(recipe, data, plan, kernel)
     run = _compared(run, facts, say)
     whole = final_bytes(model, "float32")

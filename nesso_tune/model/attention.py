@@ -248,6 +248,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float |
     return result
 
 
+# Not traced where layers are compiled: what it does depends on the lengths of every row.
+_apart: Any = torch.compiler.disable(_attention)
 for _kernel, _name in BY_DOCUMENT.items():
-    AttentionInterface.register(_name, partial(_attention, flash=_kernel == "flash"))
+    AttentionInterface.register(_name, partial(_apart, flash=_kernel == "flash"))
     AttentionMaskInterface.register(_name, sdpa_mask)

@@ -140,6 +140,17 @@ def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
     return None
 
 
+def _compile(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "train", "torch_compile") is not True:
+        return
+    lacking = "pairs" if get(raw, "method") == "dpo" else "rows that are not packed"
+    if get(raw, "method") == "dpo" or get(raw, "data", "packing") is False:
+        yield Finding(
+            ("train", "torch_compile"), f"compiles for one constant length, which {lacking} do not have",
+            "set it to false",
+        )  # fmt: skip
+
+
 def _model(raw: Raw) -> Iterator[Finding]:
     if get(raw, "model", "random_init") is True:
         if get(raw, "model", "adapter") is not None:
@@ -226,6 +237,6 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets, _output, _dpo,
-    *DATA_RULES,
+    _exclusive, _inert, _schedule, _compile, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets,
+    _output, _dpo, *DATA_RULES,
 )  # fmt: skip

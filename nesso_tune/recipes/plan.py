@@ -113,6 +113,7 @@ class Plan:
     final_bytes: int | None
     gpu: Gpu | None = None
     gradient_checkpointing: bool | None = None  # None: not decided, the GPU is not known
+    torch_compile: bool = False
     memory: Memory | None = None  # of a step on each GPU, as decided (with checkpointing where it is not)
     shares: SchedulePlan | None = None  # where the steps are not known yet: the schedule of a run of 1000
     advice: tuple[str, ...] = ()

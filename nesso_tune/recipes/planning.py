@@ -7,12 +7,16 @@ from dataclasses import replace
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.advice import ROOMY, advise
+from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.memory import Memory, estimate_memory, trained_parameters
 from nesso_tune.recipes.plan import DataVolume, Plan, SchedulePlan, World
 from nesso_tune.recipes.presets import auto_learning_rate
 from nesso_tune.recipes.schedule import check_schedule
 from nesso_tune.recipes.schema import Interval, Recipe
 from nesso_tune.recipes.shape import ModelShape, find_shape
+
+# Operations of a process from which compiling pays on a CPU: some 20 seconds of it against a fifth of several minutes.
+WORTH_COMPILING = 1e14
 
 
 def make_plan(
@@ -66,6 +70,7 @@ def make_plan(
         final_bytes=shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4) if shape else None,
         gpu=world.gpu,
         gradient_checkpointing=checkpointing,
+        torch_compile=_compiles(recipe, shape, world, total),
         memory=memory,
     )
     return replace(plan, advice=tuple(advise(recipe, plan)))
@@ -86,6 +91,17 @@ def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bo
     if said != "auto" or world.gpu is None:
         return None if said == "auto" else said
     return shape is None or _memory(recipe, shape, world, checkpointing=False).total > ROOMY * world.gpu.memory
+
+
+def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int | None) -> bool:
+    """Whether layers are compiled: as the recipe says, or on a CPU where each process has much to compute."""
+    said = recipe.train.torch_compile
+    if said != "auto":
+        return said
+    if not isinstance(recipe.data, SFTData) or not recipe.data.packing or world.gpu or shape is None or steps is None:
+        return False
+    tokens = steps * recipe.data.sequence_len * recipe.train.micro_batch_size * _accumulation(recipe, world)
+    return 6 * shape.parameters * tokens > WORTH_COMPILING
 
 
 def _memory(recipe: Recipe, shape: ModelShape, world: World, checkpointing: bool) -> Memory:

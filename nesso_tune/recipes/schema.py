@@ -76,6 +76,9 @@ class TrainSection(Section):
     """Write a trace of a few steps into output_dir/profile/: where their time goes, for Perfetto or chrome://tracing."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass to save memory; auto does so where a step would not fit otherwise."""
+    torch_compile: Literal["auto"] | bool = "auto"
+    """Compile the decoder layers for packed rows of one constant length (SFT); auto does so on a CPU where the run is
+    long enough to win back the time that it takes."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
 

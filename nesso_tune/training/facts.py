@@ -27,7 +27,7 @@ MADE_OF = {
 # Where it runs: it is continued elsewhere too, but rounds otherwise, so no longer to the bit.
 RUNS_ON = {
     "world_size": "processes", "threads": "CPU threads", "device": "device", "attention": "attention",
-    "python": "Python", "versions": "", "nesso_tune": "nesso-tune",
+    "torch_compile": "compiled layers", "python": "Python", "versions": "", "nesso_tune": "nesso-tune",
 }  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
         "threads": torch.get_num_threads(),
         "device": gpu,
         "attention": attention,
+        "torch_compile": plan.torch_compile,
         "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
     }
 

@@ -22,6 +22,7 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.attention import attends_by_document
+from nesso_tune.model.compiling import compile_layers
 from nesso_tune.model.head import attach_supervised_head, has_plain_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
@@ -106,7 +107,9 @@ def _trainer(
     """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
     kind, names, loss_over, arguments = _method(recipe)
     groups = Groups.of(data.stream.documents)
-    collate = _collator(model, recipe, data.chat.pad_id, groups)
+    collate = _collator(
+        model, recipe, data.chat.pad_id, groups, recipe.data.sequence_len if plan.torch_compile else None
+    )
     best, operations = best_of(recipe, names, data.validation), _adapted(model, recipe, data.chat.new_ids)
     trainer: Trainer = kind(
         model=model,
@@ -118,6 +121,8 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)  # our own lines say it
     attach_supervised_head(model)
+    if plan.torch_compile:
+        compile_layers(model)
     log, order = MetricsLog(run.metrics, trainer.is_world_process_zero()), RunOrder(data.stream, plan.rows_seen)
     trainer.track = Track(
         plan=plan,
@@ -153,12 +158,17 @@ def _method(recipe: Recipe) -> tuple[Any, Any, Any, Any]:
     return dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
 
 
-def _collator(model: PreTrainedModel, recipe: Recipe, pad_id: int, groups: Groups) -> Collator:
-    """Rows to batches: without padding where the model attends by document and its logits are the head's alone."""
+def _collator(
+    model: PreTrainedModel, recipe: Recipe, pad_id: int, groups: Groups, length: int | None = None
+) -> Collator:
+    """Rows to batches: without padding where the model attends by document and its logits are the head's alone.
+
+    Compiled layers want rows of one `length`.
+    """
     by_document = attends_by_document(model) and has_plain_head(model)
     if recipe.method == "dpo":
         return PairCollator(pad_id, groups, by_document)
-    return ConversationCollator(pad_id, groups, by_document)
+    return ConversationCollator(pad_id, groups, by_document, length)
 
 
 def _evaluator(

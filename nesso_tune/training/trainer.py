@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from nesso_tune.model.compiling import not_compiled
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training import checkpoint as ckpt
 from nesso_tune.training import state
@@ -164,7 +165,8 @@ class TrackedTrainer(_Base):
         assert self.track.evaluate is not None  # the pace asks for none otherwise
         began, was_training = time.monotonic(), self.model.training
         self.model.eval()
-        metrics = self.track.evaluate(self)
+        with not_compiled():
+            metrics = self.track.evaluate(self)
         self.model.train(was_training)
         self.track.log.write({"step": self.state.global_step, **metrics})
         self.track.alarms.look({"step": self.state.global_step, **metrics})

@@ -25,6 +25,10 @@ def source(text):
 
 # name: (recipe, path of the finding, words)
 FIRES = {
+    "compiled pairs": ("{method: dpo, train: {torch_compile: true}}", "train.torch_compile", "which pairs do not have"),
+    "compiled rows of any length": (
+        "{data: {packing: false}, train: {torch_compile: true}}", "train.torch_compile", "rows that are not packed",
+    ),
     "constant, an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "effect"),
     "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
     "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
