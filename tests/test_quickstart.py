@@ -42,6 +42,14 @@ def test_after_dpo_it_answers_in_the_chosen_style_and_still_stops(home):
     assert all(one["answer"].endswith(offers) for one in shown[-8:])
 
 
+def test_nothing_is_alarming(home):
+    for run in ("sft", "dpo"):
+        assert [line for line in metrics(home / run) if line.get("event") == "alarm"] == []
+        assert {last(home / run)[f"language_fidelity{part}"] for part in ("", "/it", "/en")} == {1.0}
+        assert last(home / run)["repetition_rate"] == 0
+    assert min(line["logps/chosen_shift"] for line in metrics(home / "dpo") if "logps/chosen_shift" in line) > -0.05
+
+
 def test_losses_of_both_languages_fall(home):
     for run in ("sft", "dpo"):
         first, *_, end = [line for line in metrics(home / run) if "eval_loss" in line]
