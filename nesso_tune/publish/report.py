@@ -34,10 +34,11 @@ PLOTS = {  # title: the metrics drawn in it, with their parts by language
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 920px; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; max-width: 100% }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: 1rem } figure { margin: 0; max-width: 100% }
 svg { max-width: 100%; height: auto } figcaption { font-weight: 600 }
 table { border-collapse: collapse; width: 100% }
 td, th { border-bottom: 1px solid #ddd; padding: .3rem; text-align: left; vertical-align: top; overflow-wrap: anywhere }
+th, .alarms td { overflow-wrap: normal }
 """
 
 
@@ -52,7 +53,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
         f"<h1>{escape(Path(recipe.output_dir).name)}</h1>",
         f"<p>{escape(_summary(recipe, plan, data))}</p>",
         "<h2>Alarms</h2>" if alarms else "",
-        _table(("step", "alarm", "what is wrong; what to do"), alarms),
+        f'<div class="alarms">{_table(("step", "alarm", "what is wrong; what to do"), alarms)}</div>',
         f'<div class="plots">{"".join(plots)}</div>',
         "<h2>Data</h2>",
         _table(("language", "rows", "tokens", "supervised tokens"), _languages(data)),
