@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ import typer
 
 from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders, is_of
 from nesso_tune.cli.options import SetOption, load_all, processes
+from nesso_tune.data.ahead import prepared_ahead
+from nesso_tune.data.prepare import prepare_data
 from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.recipes.schema import Recipe
 
@@ -44,25 +47,26 @@ def train(
     check_beforehand(loaded, number)
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
-    from nesso_tune.run import train as run_one
+    with prepared_ahead(prepare_data, loaded[0]) if _is_first() else nullcontext():
+        from nesso_tune.run import train as run_one
 
-    allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
-    for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
-        try:
-            result = run_one(
-                recipe,
-                resume=resume if resume == "never" or is_of(resume, recipe) else "auto",
-                overwrite=overwrite,
-                allow_changes=allowed,
-                say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]
-            )
-        except KeyboardInterrupt:
-            raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
-        done = "" if result.trained else "this run is finished (--overwrite trains it again): "
-        _say(f"{name}: {done}model in {result.model_dir}")
-        _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
-        if result.asked_to_stop and i + 1 < len(recipes):
-            raise Preempted(recipes[i + 1], "asked to stop before it began", "the same command goes on with it")
+        allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
+        for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
+            try:
+                result = run_one(
+                    recipe,
+                    resume=resume if resume == "never" or is_of(resume, recipe) else "auto",
+                    overwrite=overwrite,
+                    allow_changes=allowed,
+                    say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]
+                )
+            except KeyboardInterrupt:
+                raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
+            done = "" if result.trained else "this run is finished (--overwrite trains it again): "
+            _say(f"{name}: {done}model in {result.model_dir}")
+            _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+            if result.asked_to_stop and i + 1 < len(recipes):
+                raise Preempted(recipes[i + 1], "asked to stop before it began", "the same command goes on with it")
     if smoke:
         _say(f"smoke: passed; the weights are random, so `nesso-tune chat {result.model_dir}` talks nonsense")
         _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
@@ -85,6 +89,10 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
     return [smoke_recipe(recipe, made, _say) for recipe in recipes]
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one voice, not one a process
+    if _is_first():  # one voice, not one a process
         print(text, file=sys.stderr, flush=True)

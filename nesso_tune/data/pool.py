@@ -84,10 +84,10 @@ def _start(work: Callable[[Any], Any]) -> None:
     for asked in (signal.SIGINT, signal.SIGUSR1):  # the parent decides what comes of them
         signal.signal(asked, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A killed parent takes its workers along, and with them the lock that they inherited."""
     parent = parent_process()
     assert parent is not None

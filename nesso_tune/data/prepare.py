@@ -13,6 +13,7 @@ import numpy as np
 
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data import cache
+from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
@@ -82,6 +83,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         RecipeError, ModelError: if the recipe or the base's tokenizer does not fit.
     """
     _check_alone()
+    wait_for_it(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
     if data.validation_sources:

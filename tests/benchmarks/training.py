@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.training sft --assets ASSETS --peer PEER.py --data sft.jsonl [--rounds 3]
     python -m tests.benchmarks.training dpo --assets ASSETS --peer PEER.py --data pref.jsonl [--precompute]
-    python -m tests.benchmarks.training start --assets ASSETS --peer PEER.py --data sft.jsonl
+    python -m tests.benchmarks.training start --assets ASSETS --data sft.jsonl
 
 ASSETS holds `tiny`, `mid` and `zagreus`, folders with a model and its chat tokenizer; PEER.py runs TRL on them and
 prints a JSON line. Whole processes, one side after the other, the same model, rows, precision and tokens a step.
@@ -49,7 +49,7 @@ def timed(command: list[str], **environment: str) -> tuple[str, float, float]:
 def recipe(method: str, folder: Path, base: Path, data: Path, said: argparse.Namespace) -> dict[str, Any]:
     """The same work as a recipe."""
     sft = method == "sft"
-    source = {"path": str(data)} | ({"max_rows": 600} if sft else {})
+    source = {"path": str(data)} | ({"max_rows": 600} if said.what == "sft" else {})
     return {
         "method": method,
         "output_dir": str(folder / "run"),
@@ -78,23 +78,71 @@ def ours(said: argparse.Namespace, data: Path) -> Figures:
         method = "dpo" if said.what == "dpo" else "sft"
         file = folder / "recipe.yaml"
         file.write_text(json.dumps(recipe(method, folder, base, data, said)))
-        began = time.time()
-        _, whole, memory = timed(
-            [sys.executable, "-m", "nesso_tune", "train", str(file)], NESSO_TUNE_CACHE=str(folder / "cache")
-        )
+        command = [sys.executable, "-m", "nesso_tune", "train", str(file)]
+        if said.what == "start":
+            return {"first_step_s": first_line(command, folder)}
+        _, whole, memory = timed(command, NESSO_TUNE_CACHE=str(folder / "cache"))
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         steps = [line for line in lines if "loss" in line]
         figures = {"whole_s": round(whole, 2), "max_rss_mb": round(memory)}
-        if said.what == "start":
-            return figures | {"first_step_s": round(steps[0]["time"] - began, 2)} if "time" in steps[0] else figures
         rest = steps[-1]["seconds"] - steps[0]["seconds"]
         if said.what == "sft":
             return figures | {"tokens_per_s": round((steps[-1]["tokens"] - steps[0]["tokens"]) / rest, 1)}
         return figures | {"pairs_per_s": round(8 * (len(steps) - 1) / rest, 3), "train_s": steps[-1]["seconds"]}
 
 
+def first_line(command: list[str], folder: Path) -> float:
+    """Seconds from the start of a process to its first line about a step, written right after the update."""
+    began, file = time.monotonic(), folder / "run" / "metrics.jsonl"
+    environment = {**os.environ, "NESSO_TUNE_CACHE": str(folder / "cache")}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    while not (file.exists() and '"loss"' in file.read_text()):
+        if process.poll() is not None:
+            sys.exit(process.stderr.read().decode()[-3000:] if process.stderr else "")
+        time.sleep(0.005)
+    seconds = time.monotonic() - began
+    process.wait()
+    return round(seconds, 2)
+
+
+TRL_START = """
+import sys
+from datasets import disable_caching, load_dataset
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+disable_caching()
+class Stop(TrainerCallback):
+    def on_step_end(self, *_, **__):
+        print("first step", flush=True)
+base, data, folder = sys.argv[1:]
+rows = load_dataset("json", data_files=data, split="train").remove_columns(["lang", "source"])
+SFTTrainer(
+    model=base, processing_class=AutoTokenizer.from_pretrained(base), train_dataset=rows, callbacks=[Stop()],
+    args=SFTConfig(output_dir=folder, use_cpu=True, report_to="none", save_strategy="no", bf16=True, max_length=1024,
+                   packing=True, assistant_only_loss=True, max_steps=1, per_device_train_batch_size=1,
+                   gradient_checkpointing=False, disable_tqdm=True),
+).train()
+"""
+
+
+def trl_first_step(base: Path, data: Path) -> float:
+    """Seconds from the start of a process to the end of TRL's first step, on the same rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        command = [sys.executable, "-c", TRL_START, str(base), str(data), folder]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "first step" in line:
+                seconds = time.monotonic() - began
+        process.wait()
+    return round(seconds, 2)
+
+
 def theirs(said: argparse.Namespace, data: Path) -> Figures:
     """What the peer's script prints."""
+    if said.what == "start":
+        return {"first_step_s": trl_first_step(said.assets / "tiny", data)}
     options = ["--data", str(data)] if said.what == "dpo" else ["--steps", str(said.steps)]
     options += (
         ["--pairs", str(said.pairs)] + (["--precompute"] if said.precompute else []) if said.what == "dpo" else []
@@ -128,8 +176,9 @@ def main() -> None:
     """Measures both sides in turn."""
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=["sft", "dpo", "start"])
-    for name in ("assets", "peer", "data"):
+    for name in ("assets", "data"):
         parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--peer", type=Path, help="for sft and dpo")
     for name, default in (("rounds", 3), ("steps", 6), ("pairs", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--train", default="{}", help="further keys of our `train`, as JSON")
