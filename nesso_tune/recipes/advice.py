@@ -114,7 +114,7 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
     def total(micro_batch: int, checkpointing: bool) -> int:
         return estimate_memory(
-            recipe, shape, processes=plan.processes, micro_batch=micro_batch, checkpointing=checkpointing
+            recipe, shape, processes=plan.processes, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
         ).total
 
     checkpointing = bool(plan.gradient_checkpointing)

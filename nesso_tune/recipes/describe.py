@@ -98,13 +98,13 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     if memory is None:
         return []
-    needs = f"about {memory.total / GIB:.1f} GiB on each GPU"
+    needs = f"about {memory.total / GIB:.1f} GiB of each process on a CPU; --gpu NAME says it for a GPU"
     if plan.gpu:
         needs = f"about {memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.0f} GiB on each {plan.gpu.name}"
     how = f"{'without' if plan.gradient_checkpointing is False else 'with'} gradient checkpointing"
-    undecided = "; --gpu NAME tells whether that is needed" if plan.gradient_checkpointing is None else ""
+    undecided = ", where that is needed" if plan.gradient_checkpointing is None else ""
     parts = {"weights and optimizer": memory.state, "activations": memory.activations, "logits": memory.logits,
-             "gathered weights and CUDA": memory.working}  # fmt: skip
+             "weights in compute precision": memory.working}  # fmt: skip
     return [f"{needs}, {how}{undecided}", f"({', '.join(f'{n / GIB:.1f} {name}' for name, n in parts.items())})"]
 
 

@@ -1,7 +1,7 @@
-"""How much memory a training step needs on each GPU, from the shape of the model: an estimate to plan with.
+"""How much memory a training step needs on each GPU or on a CPU, from the shape of the model: an estimate to plan with.
 
-What autograd keeps of a decoder layer is counted tensor by tensor for transformers' Llama layers with a fused
-attention kernel; a test holds the count against what torch really keeps. The rest is arithmetic over the parameters
+What autograd keeps of a decoder layer is counted tensor by tensor for transformers' Llama layers that attend by
+document; a test holds the count against what torch really keeps. The rest is arithmetic over the parameters
 (Rajbhandari et al., 2020, arXiv:1910.02054, for what is sharded).
 """
 
@@ -15,14 +15,16 @@ from nesso_tune.recipes.sections import LoraSection
 from nesso_tune.recipes.shape import ModelShape
 
 CONTEXT = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
-CHUNK_BYTES = 10 * (1 << 27)  # logits that the head holds at once: in bfloat16, in float32, and their slope
+# Logits that the head holds at once (`model/head.py`), by whether that is on a GPU, times the bytes that each takes: in
+# bfloat16 and in float32 while they are scored, twice in compute precision on the way back.
+SCORED, DERIVED = {True: 1 << 27, False: 1 << 25}, {True: 1 << 27, False: 1 << 26}
 STATE = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in 4 bits: it, a byte for 64, and a float32 for 256 of these
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at the height of a step.
+    """Bytes on one GPU, or of one process on a CPU, at the height of a step.
 
     Attributes:
         state: weights, gradients and optimizer, its share where they are sharded.
@@ -43,7 +45,7 @@ class Memory:
 
 
 def estimate_memory(
-    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool
+    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool, on_gpu: bool
 ) -> Memory:
     """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length."""
     bfloat16 = recipe.model.dtype == "bfloat16"
@@ -65,25 +67,27 @@ def estimate_memory(
         layer += tokens * dora_activations(adapter, shape, bfloat16)
         working += dora_working(shape, bfloat16)
     kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
-    logits = min(CHUNK_BYTES, 10 * tokens * shape.vocab_size)
+    every = tokens * shape.vocab_size
+    scored = (6 if bfloat16 else 8) * min(SCORED[on_gpu], every)
+    logits = max(scored, (4 if bfloat16 else 8) * min(DERIVED[on_gpu], every))
     return Memory(
         state=(STATE * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
         activations=kept + layer,  # one layer more: recomputed, or on its way back
         logits=logits + 4 * shape.vocab_size * shape.hidden_size,
-        working=working + CONTEXT,
+        working=working + (CONTEXT if on_gpu else 0),
     )
 
 
 def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
     """Bytes that autograd keeps of one decoder layer for each token.
 
-    Norms compute in float32; the products keep their inputs, attention its queries, keys, values, result and
-    normalizer, the gated MLP four tensors of its inner width.
+    Norms compute in float32; the products keep their inputs, attention its queries, keys, values, normalizer and
+    result (run by run, and the runs together), the gated MLP four tensors of its inner width.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    wide = queries + keys + 2 * shape.intermediate_size
+    wide = queries * 3 / 2 + keys + 2 * shape.intermediate_size
     inner = 26 * shape.hidden_size + 4 * wide if bfloat16 else 24 * shape.hidden_size + 8 * wide
-    return inner + 4 * shape.heads + 8
+    return math.ceil(inner) + 4 * shape.heads + 8
 
 
 def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:

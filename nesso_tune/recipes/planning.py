@@ -106,7 +106,10 @@ def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int
 
 def _memory(recipe: Recipe, shape: ModelShape, world: World, checkpointing: bool) -> Memory:
     rows = recipe.train.micro_batch_size
-    return estimate_memory(recipe, shape, processes=world.processes, micro_batch=rows, checkpointing=checkpointing)
+    return estimate_memory(
+        recipe, shape, processes=world.processes, micro_batch=rows, checkpointing=checkpointing,
+        on_gpu=world.gpu is not None,
+    )  # fmt: skip
 
 
 def _accumulation(recipe: Recipe, world: World) -> int:

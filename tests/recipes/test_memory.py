@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config
+from nesso_tune.model.attention import Segments, attend_by_document, through
 from nesso_tune.model.quantized import quantise
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.advice import ROOMY
@@ -43,6 +44,7 @@ def kept(config, layers, tokens, bfloat16, adapter=None):
     """Bytes that autograd keeps of a forward pass, weights aside."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"num_hidden_layers": layers})).train()
+    assert attend_by_document(model, "sdpa")
     if adapter is not None:
         dtype = "bfloat16" if bfloat16 else "float32"
         adapt(model, ModelSection(base="b", dtype=dtype, adapter=adapter), [], seed=0)
@@ -57,7 +59,8 @@ def kept(config, layers, tokens, bfloat16, adapter=None):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-        model.model(torch.ones(1, tokens, dtype=torch.long), position_ids=torch.arange(tokens)[None], use_cache=False)
+        segments = Segments.of_documents([tokens // 2, tokens // 2])
+        through(model, torch.ones(1, tokens, dtype=torch.long), segments)
     return sum(storage.nbytes() for storage in seen.values())
 
 
@@ -75,7 +78,9 @@ def test_a_layer_keeps_what_is_counted(sizes, bfloat16):
 
 
 def memory(shape=ZAGREUS, text=SFT, processes=1, micro_batch=1, checkpointing=False):
-    return estimate_memory(read(text), shape, processes=processes, micro_batch=micro_batch, checkpointing=checkpointing)
+    return estimate_memory(
+        read(text), shape, processes=processes, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
+    )
 
 
 def test_the_state_is_sixteen_bytes_a_weight_and_is_shared_when_sharded():
@@ -149,7 +154,7 @@ def test_a_layer_with_an_adapter_keeps_what_is_counted(kind, bfloat16):
     a_token, shape = (of_a_layer(512) - of_a_layer(256)) / 256, shape_of(config | {"num_hidden_layers": 1})
     counted = layer_activations(shape, bfloat16)
     counted += dora_activations(section, shape, bfloat16) if kind == "dora" else 0
-    assert a_token <= counted <= 1.15 * a_token
+    assert a_token <= counted <= 1.2 * a_token
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])

@@ -1,0 +1,34 @@
+"""bfloat16 computes with float32 weights: a run in it follows the run in float32."""
+
+import statistics
+
+import pytest
+
+from nesso_tune.run import train
+from tests.support.runs import BASE, recipe, steps
+
+DATA = BASE.parent / "data"
+WINDOW = 20  # steps that are averaged: single losses are noisy in either
+
+
+def averaged(run, key="loss"):
+    values = list(steps(run, key).values())
+    return [statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values), WINDOW)]
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_bfloat16_follows_float32_over_200_steps(tmp_path, method):
+    source = DATA / ("conversations.jsonl" if method == "sft" else "pairs.jsonl")
+    rates = {"max_steps": 200, "micro_batch_size": 4, "learning_rate": 1e-3 if method == "sft" else 1e-4,
+             "schedule": {"warmup_steps": 10}}  # fmt: skip
+    for dtype in ("float32", "bfloat16"):
+        train(
+            recipe(method, tmp_path / dtype, [source], model={"dtype": dtype}, train=rates, evaluation=None,
+                   checkpoint={"every_steps": 200}, data={"validation_size": 0})
+        )  # fmt: skip
+    whole, half = (averaged(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert whole[-1] < 0.3 * whole[0], "there is something to follow"
+    for exact, rounded in zip(whole, half, strict=True):
+        assert rounded == pytest.approx(exact, rel=0.05, abs=0.01)
+    first = [steps(tmp_path / dtype)[1] for dtype in ("float32", "bfloat16")]
+    assert first[1] == pytest.approx(first[0], rel=0.01)
