@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch  # noqa: F401 - a command line that finds it loaded leaves nothing out for the tests after it
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -47,6 +47,7 @@ def train(
     check_beforehand(loaded, number)
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
+    _leave_out_quantisation(loaded)
     with prepared_ahead(prepare_data, loaded[0]) if _is_first() else nullcontext():
         from nesso_tune.run import train as run_one
 
@@ -87,6 +88,14 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
 
     made: dict[str, str] = {}
     return [smoke_recipe(recipe, made, _say) for recipe in recipes]
+
+
+def _leave_out_quantisation(recipes: list[Recipe]) -> None:
+    """Where no recipe needs bitsandbytes it is not there for this process: peft would load it, for a second."""
+    adapters = [recipe.model.adapter for recipe in recipes]
+    needed = any(adapter is not None and adapter.type == "qlora" for adapter in adapters)
+    if not needed and "torch" not in sys.modules:  # or others of this process may need it
+        sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
 def _is_first() -> bool:

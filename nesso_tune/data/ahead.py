@@ -6,6 +6,7 @@ finds it; what goes wrong in it is raised there, as if it had gone wrong there.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from typing import Any
 
 from nesso_tune.data.pool import end_with_parent
 from nesso_tune.recipes.schema import Recipe
+
+NICE = 10  # loading is the longer way, on one core: where cores are few it goes first
 
 _begun: tuple[Recipe, Connection] | None = None  # what is being prepared, and where it is said how that ended
 
@@ -67,6 +70,7 @@ def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection)
         signal.signal(asked, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     Thread(target=end_with_parent, daemon=True).start()
+    os.nice(NICE)
     try:
         prepare(recipe)
         told.send(None)
