@@ -45,9 +45,13 @@ class Memory:
 
 
 def estimate_memory(
-    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool, on_gpu: bool
-) -> Memory:
-    """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length."""
+    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool, on_gpu: bool,
+    supervised: float = 1.0,
+) -> Memory:  # fmt: skip
+    """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length.
+
+    `supervised` is the share of the tokens that are learned.
+    """
     bfloat16 = recipe.model.dtype == "bfloat16"
     sharded = recipe.distributed.shards(processes)
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
@@ -67,7 +71,7 @@ def estimate_memory(
         layer += tokens * dora_activations(adapter, shape, bfloat16)
         working += dora_working(shape, bfloat16)
     kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
-    every = tokens * shape.vocab_size
+    every = round(supervised * tokens) * shape.vocab_size
     scored = (6 if bfloat16 else 8) * min(SCORED[on_gpu], every)
     logits = max(scored, (4 if bfloat16 else 8) * min(DERIVED[on_gpu], every))
     return Memory(

@@ -49,7 +49,7 @@ def make_plan(
         epochs = total * global_batch / volume.rows
     evaluation = recipe.evaluation
     checkpointing = _checkpointing(recipe, shape, world)
-    memory = None if shape is None else _memory(recipe, shape, world, checkpointing is not False)
+    memory = None if shape is None else _memory(recipe, shape, world, checkpointing is not False, volume)
     plan = Plan(
         method=recipe.method,
         processes=world.processes,
@@ -104,11 +104,14 @@ def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int
     return 6 * shape.parameters * tokens > WORTH_COMPILING
 
 
-def _memory(recipe: Recipe, shape: ModelShape, world: World, checkpointing: bool) -> Memory:
+def _memory(
+    recipe: Recipe, shape: ModelShape, world: World, checkpointing: bool, volume: DataVolume | None = None
+) -> Memory:
     rows = recipe.train.micro_batch_size
     return estimate_memory(
         recipe, shape, processes=world.processes, micro_batch=rows, checkpointing=checkpointing,
         on_gpu=world.gpu is not None,
+        supervised=volume.supervised_tokens / volume.tokens if volume and volume.tokens else 1.0,
     )  # fmt: skip
 
 

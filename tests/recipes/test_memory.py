@@ -1,6 +1,9 @@
 """The memory estimate, against what torch really keeps; GPUs by name; what follows from the two."""
 
+import json
 import re
+import subprocess
+import sys
 from itertools import accumulate
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from nesso_tune.recipes.plan import DataVolume, World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.sections import LoraSection, ModelSection
 from nesso_tune.recipes.shape import shape_of
+from tests.support.runs import BASE, ROOT, thorough
 
 from .texts import DPO, SFT, read
 
@@ -319,3 +323,21 @@ def test_a_split_that_is_proposed_fits_and_keeps_the_batch():
     after = plan("max_steps: 90, micro_batch_size: 2, gradient_accumulation_steps: 3", gpu=40)
     assert after.global_batch == before.global_batch
     assert after.memory.total <= 40 * GIB
+
+
+@thorough
+def test_a_run_on_a_cpu_takes_what_is_planned(tmp_path):
+    """Peak resident memory less that before the model is loaded, within 20 %."""
+    for file in BASE.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
+               "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32_000, "initializer_range": 0.02,
+               "max_position_embeddings": 1024}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    data = BASE.parent / "data" / "conversations.jsonl"
+    command = ["-m", "tests.benchmarks.memory", str(tmp_path), "--data", str(data), "--random"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True, cwd=ROOT)
+    figures = list(map(json.loads, done.stdout.splitlines()))
+    assert [line["gradient_checkpointing"] for line in figures] == [False, True]
+    assert all(0.8 < line["ratio"] < 1.2 for line in figures), figures
