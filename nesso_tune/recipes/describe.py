@@ -5,10 +5,8 @@ from __future__ import annotations
 from nesso_tune.recipes.curve import curve
 from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.gpus import GIB
-from nesso_tune.recipes.plan import DataVolume, Plan
+from nesso_tune.recipes.plan import USUAL, DataVolume, Plan
 from nesso_tune.recipes.schema import DistributedSection, Recipe
-
-USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
 
 
 def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[str]:
@@ -33,7 +31,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     if plan.gpu and plan.memory is None:
         lines.append(_line("memory", f"cannot be said for {plan.gpu.name}: the size of the base is not known"))
     lines += [_line(name, text) for name, text in zip(("memory", ""), _memory(plan), strict=False)]
-    lines += [_line("time", text) for text in _time(plan, sequence_len)]
+    lines += [_line("time", text) for text in _time(plan)]
     if plan.checkpoint_bytes and plan.final_bytes:
         sizes = f"{size(plan.checkpoint_bytes)} a checkpoint, {size(plan.final_bytes)} for final/"
         lines.append(_line("disk", sizes))
@@ -98,25 +96,22 @@ def _memory(plan: Plan) -> list[str]:
     memory = plan.memory
     if memory is None:
         return []
-    needs = f"about {memory.total / GIB:.1f} GiB of each process on a CPU; --gpu NAME says it for a GPU"
+    how = f"{'with' if plan.gradient_checkpointing else 'without'} gradient checkpointing"
     if plan.gpu:
-        needs = f"about {memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.0f} GiB on each {plan.gpu.name}"
-    how = f"{'without' if plan.gradient_checkpointing is False else 'with'} gradient checkpointing"
-    undecided = ", where that is needed" if plan.gradient_checkpointing is None else ""
+        needs = f"about {memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.0f} GiB on each {plan.gpu.name}, {how}"
+    else:
+        needs = f"about {memory.total / GIB:.1f} GiB for a process on a CPU, {how}; --gpu NAME says it for a GPU"
+    working = "gathered weights and CUDA" if plan.gpu else "weights in compute precision"
     parts = {"weights and optimizer": memory.state, "activations": memory.activations, "logits": memory.logits,
-             "weights in compute precision": memory.working}  # fmt: skip
-    return [f"{needs}, {how}{undecided}", f"({', '.join(f'{n / GIB:.1f} {name}' for name, n in parts.items())})"]
+             working: memory.working}  # fmt: skip
+    return [needs, f"({', '.join(f'{n / GIB:.1f} {name}' for name, n in parts.items())})"]
 
 
-def _time(plan: Plan, sequence_len: int) -> list[str]:
-    """Hours at usual shares of the GPU's peak, at 6 operations a weight and token (Kaplan et al., 2020)."""
-    if not plan.gpu or not plan.gpu.teraflops or not plan.parameters or not plan.total_steps:
+def _time(plan: Plan) -> list[str]:
+    """Seconds of a step, and hours of the run, at usual shares of the GPU's peak."""
+    if plan.step_seconds is None or plan.total_steps is None:
         return []
-    tokens = plan.total_steps * plan.global_batch * sequence_len
-    if plan.volume and plan.volume.rows:
-        tokens = round(plan.volume.tokens / plan.volume.rows * plan.total_steps * plan.global_batch)
-    work = (8 if plan.gradient_checkpointing else 6) * plan.parameters * tokens
-    fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) / 3600 for share in USUAL)
+    fast, slow = (seconds * plan.total_steps / 3600 for seconds in plan.step_seconds)
     if slow >= 1:
         took = f"{_short(fast)} to {_short(slow)} hours"
     elif slow >= 1 / 60:
@@ -125,7 +120,9 @@ def _time(plan: Plan, sequence_len: int) -> list[str]:
         took = "less than a minute"
     if plan.processes > 1:
         took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
-    return [f"{took} at {USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak, evaluation not counted"]
+    step = " to ".join(f"{seconds:.2g}" for seconds in plan.step_seconds)
+    shares = f"{USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak"
+    return [f"{took}, {step} s a step, at {shares}, evaluation not counted"]
 
 
 def in_short(parameters: int) -> str:

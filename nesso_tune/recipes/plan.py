@@ -12,6 +12,8 @@ from nesso_tune.recipes.memory import Memory
 from nesso_tune.recipes.schedule import Shape, lr_multiplier
 from nesso_tune.recipes.shape import ModelShape
 
+USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
+
 
 @dataclass(frozen=True)
 class World:
@@ -114,7 +116,8 @@ class Plan:
     gpu: Gpu | None = None
     gradient_checkpointing: bool | None = None  # None: not decided, the GPU is not known
     torch_compile: bool = False
-    memory: Memory | None = None  # of a step on each GPU, as decided (with checkpointing where it is not)
+    step_seconds: tuple[float, float] | None = None  # of an optimizer step, at usual shares of the GPU's peak
+    memory: Memory | None = None  # of a step on each GPU, as decided (without checkpointing where it is not)
     shares: SchedulePlan | None = None  # where the steps are not known yet: the schedule of a run of 1000
     advice: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.advice import ROOMY, advise
 from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.memory import Memory, estimate_memory, trained_parameters
-from nesso_tune.recipes.plan import DataVolume, Plan, SchedulePlan, World
+from nesso_tune.recipes.plan import USUAL, DataVolume, Plan, SchedulePlan, World
 from nesso_tune.recipes.presets import auto_learning_rate
 from nesso_tune.recipes.schedule import check_schedule
 from nesso_tune.recipes.schema import Interval, Recipe
@@ -49,7 +49,7 @@ def make_plan(
         epochs = total * global_batch / volume.rows
     evaluation = recipe.evaluation
     checkpointing = _checkpointing(recipe, shape, world)
-    memory = None if shape is None else _memory(recipe, shape, world, checkpointing is not False, volume)
+    memory = None if shape is None else _memory(recipe, shape, world, bool(checkpointing), volume)
     plan = Plan(
         method=recipe.method,
         processes=world.processes,
@@ -73,7 +73,24 @@ def make_plan(
         torch_compile=_compiles(recipe, shape, world, total),
         memory=memory,
     )
+    plan = replace(plan, step_seconds=_step_seconds(recipe, plan))
     return replace(plan, advice=tuple(advise(recipe, plan)))
+
+
+def _step_seconds(recipe: Recipe, plan: Plan) -> tuple[float, float] | None:
+    """Seconds of an optimizer step, at 6 operations a weight and token (Kaplan et al., 2020, arXiv:2001.08361).
+
+    8 where blocks are computed twice. Under an adapter the weights get no gradient: 2 less.
+    """
+    if not plan.gpu or not plan.gpu.teraflops or not plan.parameters:
+        return None
+    tokens = plan.global_batch * recipe.data.sequence_len
+    if plan.volume and plan.volume.rows:
+        tokens = round(plan.volume.tokens / plan.volume.rows * plan.global_batch)
+    operations = (8 if plan.gradient_checkpointing else 6) - (2 if recipe.model.adapter is not None else 0)
+    work = operations * plan.parameters * tokens
+    fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) for share in USUAL)
+    return fast, slow
 
 
 def _check_processes(recipe: Recipe, world: World) -> None:
