@@ -261,6 +261,21 @@ def test_advice(keys, more, words):
 
 
 BATCH = "global_batch_size: 8, max_steps: 2000"
+
+
+def test_the_time_of_a_step_is_its_operations_by_the_share_of_the_peak():
+    """6 x 437.8 M weights x 8 x 4096 tokens at 40 % and 20 % of 312 TFLOP/s."""
+    volume = DataVolume(1000, 1000 * 4096, 1000 * 2000)
+    fast, slow = plan("max_steps: 90, gradient_accumulation_steps: 8", volume=volume).step_seconds
+    assert fast == pytest.approx(6 * ZAGREUS.parameters * 8 * 4096 / (312e12 * 0.4), rel=1e-3)
+    assert slow == pytest.approx(2 * fast)
+    again = plan("max_steps: 90, gradient_accumulation_steps: 8, gradient_checkpointing: true", volume=volume)
+    assert again.step_seconds[0] == pytest.approx(fast * 8 / 6)
+    two = plan("max_steps: 90, gradient_accumulation_steps: 4", volume=volume, processes=2)
+    assert two.step_seconds[0] == pytest.approx(fast / 2), "the same batch on two"
+    assert make_plan(read(SFT), World(1), volume, ZAGREUS).step_seconds is None, "without a GPU nothing is said"
+
+
 FOLLOWED = {  # what advice says when the recipe is written another way
     "split of a global batch": (BATCH, {}, "train.micro_batch_size: 4, accumulation becomes 2"),
     "rate, global batch": (BATCH, {}, "or train.global_batch_size: 256"),

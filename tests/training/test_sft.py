@@ -65,6 +65,22 @@ def test_loss_equals_trls_on_the_same_batch(tmp_path, talks, monkeypatch):
         assert ours == pytest.approx(theirs, rel=1e-6)
 
 
+def test_figures_by_source_add_up_to_the_whole_and_name_no_private_one(tmp_path, talks, write_rows):
+    rows = [{"prompt": f"Quanto fa {i}?", "response": f"Fa {i}.", "lang": "it"} for i in range(30)]
+    held = [{"path": write_rows(rows[:6], "x.jsonl"), "alias": "sums"}, {"path": write_rows(rows[6:9], "y.jsonl")}]
+    sources = [{"path": str(talks), "alias": "talks"}, {"path": write_rows(rows, "secret.jsonl"), "private": True}]
+    data = {"sources": sources, "validation_sources": held, "validation_size": 0.01}
+    train(recipe("sft", tmp_path / "run", [], data=data))
+    lines = metrics(tmp_path / "run")
+    seen = {key for line in lines for key in line if "/source/" in key and key.startswith(("loss", "eval_loss"))}
+    assert seen == {"loss/source/talks", "loss/source/private source 2", "eval_loss/source/sums",
+                    f"eval_loss/source/{held[1]['path']}"}  # fmt: skip
+    assert "secret" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    evaluation = next(line for line in lines if "eval_loss" in line)
+    parts = [evaluation[key] for key in sorted(seen) if key.startswith("eval")]
+    assert min(parts) <= evaluation["eval_loss"] <= max(parts)
+
+
 def test_losses_by_language_add_up_to_the_whole(tmp_path, talks):
     train(recipe("sft", tmp_path / "run", [talks]))
     for line in metrics(tmp_path / "run"):
