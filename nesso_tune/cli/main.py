@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         _note(code)
-        if _one_of_several():
+        if os.environ.get("WORLD_SIZE", "") not in ("", "0"):  # a launcher's, even if it is the only one
             _leave(code)
         raise
 
@@ -74,10 +74,10 @@ def _one_of_several() -> bool:
 
 
 def _leave(code: int) -> None:
-    """Ends one of several processes without taking libraries apart.
+    """Ends a launcher's process without taking libraries apart.
 
-    A thread of gloo's that is still there when its objects go aborts the process (seen once: "terminate
-    called without an active exception"), and the launcher then calls a finished run failed.
+    A thread of gloo's that is still there when its objects go aborts the process ("terminate called without an
+    active exception"), and the launcher then calls a finished run failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -190,10 +190,13 @@ def _attention(
         return result, None
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("attention by document knows no caps, sinks or biases")
-    q, k, v = (tensor.transpose(1, 2)[0] for tensor in (query, key, value))  # [row, heads, width]
+    device = query.device.type
+    # rotary embeddings are float32, and so are queries and keys after them: flash kernels want what is computed in
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (tensor.transpose(1, 2)[0].to(precision) for tensor in (query, key, value))  # [row, heads, width]
     if segments.gather is not None:
         q, k, v = (tensor.index_select(0, segments.gather) for tensor in (q, k, v))
-    fits = query.dtype in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD and query.is_cuda
+    fits = precision in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD and query.is_cuda
     if flash and fits and not dropout:
         result = _flash(q, k, v, segments, scaling, sliding_window)
     else:
