@@ -22,7 +22,8 @@ from nesso_tune.recipes.schema import Recipe
 
 NICE = 10  # loading is the longer way, on one core: where cores are few it goes first
 
-_begun: tuple[Recipe, Connection] | None = None  # what is being prepared, and where it is said how that ended
+# What is being prepared, by which process, and where it says how that ended.
+_begun: tuple[Recipe, BaseProcess, Connection] | None = None
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def prepared_ahead(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator
     process: BaseProcess = context.Process(target=_prepare, args=(prepare, recipe, told))
     process.start()
     told.close()  # or its end would not be seen
-    _begun = recipe, result
+    _begun = recipe, process, result
     try:
         yield
     finally:
@@ -56,11 +57,13 @@ def wait_for_it(recipe: Recipe) -> None:
     global _begun
     if _begun is None or _begun[0] is not recipe:
         return
-    result, _begun = _begun[1], None
+    (_, process, result), _begun = _begun, None
+    error = None
     with suppress(EOFError):  # ended from outside: then it is done here
         error = result.recv()
-        if error is not None:
-            raise error
+    process.join()
+    if error is not None:
+        raise error
 
 
 def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection) -> None:

@@ -163,7 +163,13 @@ def test_rows_behave_like_a_sequence(documents):
     assert len(rows) == 3
     assert rows[-1] == rows[2] == list(rows)[2] == rows[1:][1]
     assert rows["input_ids"] == [[0] * 3, [2] * 4, [6] * 2]
-    assert rows[0] == {"input_ids": [0, 0, 0], "labels": [-100, 0, 0], "seq_lengths": [3], "languages": ["it"]}
+    assert rows[0] == {
+        "input_ids": [0, 0, 0],
+        "labels": [-100, 0, 0],
+        "seq_lengths": [3],
+        "languages": ["it"],
+        "sources": [""],
+    }
     for beyond in (3, -4):
         with pytest.raises(IndexError):
             rows[beyond]

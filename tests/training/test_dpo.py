@@ -124,15 +124,15 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_changes_the_reference_is_scored_anew(tmp_path, pairs, write_rows, change):
-    rows = [json.loads(line) for line in Path(pairs).read_text(encoding="utf-8").splitlines()]
+def test_what_changes_the_reference_is_scored_anew(tmp_path, pairs, write_rows):
+    lines = Path(pairs).read_text(encoding="utf-8").splitlines()
     few = {"train": {"max_steps": 1}, "evaluation": None}
-    train(recipe("dpo", tmp_path / "a", [write_rows(rows, "a.jsonl")], **few))
-    sections = {"data": {}, "model": {}}
-    change(rows, sections)
-    train(recipe("dpo", tmp_path / "b", [write_rows(rows, "b.jsonl")], **few, **sections))
-    assert not scored(tmp_path / "b")
+    train(recipe("dpo", tmp_path / "first", [pairs], **few))
+    for name, change in CHANGES.items():
+        rows, sections = [json.loads(line) for line in lines], {"data": {}, "model": {}}
+        change(rows, sections)
+        train(recipe("dpo", tmp_path / name, [write_rows(rows, f"{name}.jsonl")], **few, **sections))
+        assert not scored(tmp_path / name), name
 
 
 def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_path, pairs):

@@ -231,11 +231,10 @@ def test_a_pairs_row_holds_each_prompt_once():
 
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_reference_batches_hold_all_pairs_and_no_more_tokens_than_a_micro_batch(micro):
-    from nesso_tune.training.collate import pair_tokens
     from nesso_tune.training.reference import in_batches
 
-    rows = [{**pairs()[i % 3], "pair": i} for i in range(17)]
-    batches = in_batches(rows, micro)
-    assert sorted(row["pair"] for batch in batches for row in batch) == list(range(17))
-    most = sum(sorted(map(pair_tokens, rows), reverse=True)[:micro])
-    assert all(sum(map(pair_tokens, batch)) <= most for batch in batches)
+    sizes = [sum(SIZES[i % 3]) + i for i in range(17)]
+    batches = in_batches(sizes, micro)
+    assert sorted(row for batch in batches for row in batch) == list(range(17))
+    most = sum(sorted(sizes, reverse=True)[:micro])
+    assert all(sum(sizes[row] for row in batch) <= most for batch in batches)

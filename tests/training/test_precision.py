@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from nesso_tune.run import train
-from tests.support.runs import BASE, recipe, steps
+from tests.support.runs import BASE, recipe, steps, thorough
 
 DATA = BASE.parent / "data"
 WINDOW = 20  # steps that are averaged: single losses are noisy in either
@@ -16,15 +16,15 @@ def averaged(run, key="loss"):
     return [statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values), WINDOW)]
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=thorough)])
 def test_bfloat16_follows_float32_over_200_steps(tmp_path, method):
     source = DATA / ("conversations.jsonl" if method == "sft" else "pairs.jsonl")
-    rates = {"max_steps": 200, "micro_batch_size": 4, "learning_rate": 1e-3 if method == "sft" else 1e-4,
+    rates = {"max_steps": 200, "micro_batch_size": 2, "learning_rate": 1e-3 if method == "sft" else 1e-4,
              "schedule": {"warmup_steps": 10}}  # fmt: skip
     for dtype in ("float32", "bfloat16"):
         train(
             recipe(method, tmp_path / dtype, [source], model={"dtype": dtype}, train=rates, evaluation=None,
-                   checkpoint={"every_steps": 200}, data={"validation_size": 0})
+                   checkpoint={"every_steps": 200}, data={"validation_size": 0, "sequence_len": 64})
         )  # fmt: skip
     whole, half = (averaged(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
     assert whole[-1] < 0.3 * whole[0], "there is something to follow"
