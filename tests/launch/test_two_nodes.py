@@ -172,6 +172,7 @@ def test_a_node_that_never_comes(nodes, tmp_path, talks, alone, says):
     assert not (tmp_path / "run").exists()
 
 
+@thorough
 def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks):
     (tmp_path / "disk").mkdir()
     path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "disk/run", talks))
