@@ -46,8 +46,8 @@ CASES = {
 
 
 # each part of them is in another case too
-BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP", "dpo, adapter",
-           "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
+BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP",
+           "dpo, adapter", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
 
 
 @pytest.mark.parametrize(
