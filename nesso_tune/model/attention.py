@@ -30,7 +30,6 @@ Kernel = Literal["flash", "sdpa", "eager"]
 BY_DOCUMENT = {"flash": "nesso_by_document_varlen", "sdpa": "nesso_by_document_by_run"}
 FLASH_TYPES = (torch.bfloat16, torch.float16)
 FLASH_HEAD = 256  # widest head of the flash kernels
-NO_MASK = torch.ones(1, 1, 1, 1, dtype=torch.bool)  # stands where transformers would otherwise make one of [row, row]
 # How far hidden states may be off, as a share of the largest: rounding stays far below, a leak is far above.
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -165,10 +164,10 @@ def isolates(model: PreTrainedModel) -> bool:
 
 def through(model: PreTrainedModel, ids: Tensor, segments: Segments) -> Tensor:
     """Last hidden states of a row of tokens, [1, row, width]."""
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # or transformers makes one of [row, row]
     hidden: Tensor = model.base_model(
-        input_ids=ids, position_ids=segments.positions, attention_mask=NO_MASK.to(ids.device), use_cache=False,
-        segments=segments,
-    ).last_hidden_state  # fmt: skip
+        input_ids=ids, position_ids=segments.positions, attention_mask=no_mask, use_cache=False, segments=segments
+    ).last_hidden_state
     return hidden
 
 

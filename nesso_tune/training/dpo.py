@@ -96,7 +96,7 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
         if off > allowed:
             raise NumericalError(
                 "step 1", f"the policy differs from its reference by {off:.2g} per token before any update",
-                "remove reference.safetensors from the run directory and start anew with --overwrite",
+                "remove the folder `reference` of the cache (NESSO_TUNE_CACHE) and start anew with --overwrite",
             )  # fmt: skip
 
 

@@ -17,8 +17,9 @@ def rows_read(file):
 
 @pytest.mark.parametrize(
     ("method", "first", "second", "state"),
-    [("sft", 2, 1, "sharded"), ("dpo", 1, 2, "full"),
+    [("sft", 2, 1, "sharded"),
      *(pytest.param(*case, marks=thorough) for case in (("sft", 1, 2, "sharded"), ("sft", 2, 2, "sharded"),
+                                                        ("dpo", 1, 2, "full"),
                                                         ("sft", 2, 4, "sharded"),
                                                         ("dpo", 2, 1, "full"), ("dpo", 2, 2, "full")))],
 )  # fmt: skip
