@@ -6,10 +6,13 @@ import socket
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401 - a command line that finds it loaded leaves nothing out for the tests after it
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["KINETO_LOG_LEVEL"] = "99"  # read at the first profile of a process, whichever test makes it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: F401 - it reads the above; a command line that finds it loaded leaves nothing out for others
+
 ROOT = Path(__file__).parent.parent
 
 
