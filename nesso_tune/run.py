@@ -153,7 +153,7 @@ def _train(
     _choose_threads(model.num_parameters())
     kernel = kernel_in_words(model, recipe.model.dtype)
     if not attends_by_document(model) and recipe.model.attention != "eager":
-        say(f"attention: {kernel}: this base cannot attend document by document, so batches are padded")
+        say(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
         say("torch_compile: there is no C++ compiler here, so layers are not compiled")
         plan = replace(plan, torch_compile=False)

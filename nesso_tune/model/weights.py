@@ -14,6 +14,7 @@ from nesso_tune.chat.files import base_folder, check_complete, check_pinned
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, first_line
 from nesso_tune.model.attention import attend_by_document, choose_attention
+from nesso_tune.model.head import has_plain_head
 from nesso_tune.recipes.sections import ModelSection
 
 ANSWER_TOKENS = 512  # what `generate` writes at most if its caller does not say
@@ -47,7 +48,8 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
     model.config.bos_token_id = chat.bos_token_id
     model.generation_config = _generation_config(model, chat)
-    if not attend_by_document(model, kernel) and section.attention == "flash":
+    # a head that is more than its products stays with TRL, which wants batches
+    if not (has_plain_head(model) and attend_by_document(model, kernel)) and section.attention == "flash":
         raise RecipeError(
             "model.attention", f"{section.base} cannot attend document by document, which flash does here",
             "set attention: auto",

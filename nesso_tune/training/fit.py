@@ -23,7 +23,7 @@ from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.attention import attends_by_document
 from nesso_tune.model.compiling import compile_layers
-from nesso_tune.model.head import attach_supervised_head, has_plain_head
+from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 from nesso_tune.training import dpo, sft
@@ -161,11 +161,11 @@ def _method(recipe: Recipe) -> tuple[Any, Any, Any, Any]:
 def _collator(
     model: PreTrainedModel, recipe: Recipe, pad_id: int, groups: Groups, length: int | None = None
 ) -> Collator:
-    """Rows to batches: without padding where the model attends by document and its logits are the head's alone.
+    """Rows to batches, without padding where the model attends by document.
 
     Compiled layers want rows of one `length`.
     """
-    by_document = attends_by_document(model) and has_plain_head(model)
+    by_document = attends_by_document(model)
     if recipe.method == "dpo":
         return PairCollator(pad_id, groups, by_document)
     return ConversationCollator(pad_id, groups, by_document, length)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.model.attention import attends_by_document, kernel_in_words
 from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 
@@ -140,3 +141,15 @@ def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
     chat = chat_tokenizer(wanted, ChatSection())
     with pytest.raises(RecipeError, match="has no sdpa attention; set attention: auto or eager"):
         load_model(wanted, chat, 1)
+
+
+def test_a_base_that_scales_its_logits_is_trained_in_batches(base, tmp_path):
+    """Its head stays TRL's, and so does what a run says of its attention."""
+    assert attends_by_document(load(base, random_init=True)[0])
+    folder = tmp_path / "granite"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "granite", "logits_scaling": 8.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load(folder, random_init=True)
+    assert not attends_by_document(model)
+    assert kernel_in_words(model, "float32") == "sdpa, with masks"
