@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, every write of a save among them, lose nothing and end with the same bits.
 
-Three kills here; by hand: NESSO_TUNE_KILLS=100 pytest tests/test_kill_at_random.py -s
+Two kills here; by hand: NESSO_TUNE_KILLS=100 pytest tests/test_kill_at_random.py -s
 """
 
 import os
@@ -19,7 +19,7 @@ from nesso_tune.training.checkpoint import checkpoints, read_manifest
 from tests.support.runs import ROOT, command, recipe, steps, write_recipe
 from tests.test_kill import kill_at, last_step
 
-KILLS = int(os.environ.get("NESSO_TUNE_KILLS", "3"))
+KILLS = int(os.environ.get("NESSO_TUNE_KILLS", "2"))
 STEPS = 48 if KILLS <= 5 else 160  # room for ten kills in one run
 WRITES = 60  # of two or three saves, or of the end
 

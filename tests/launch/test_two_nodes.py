@@ -182,6 +182,7 @@ def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks)
     assert "set output_dir on a file system that they share" in said[0]
 
 
+@thorough
 def test_the_doctor_sees_both_machines_and_the_one_that_differs(nodes, tmp_path):
     (folder := tmp_path / "trl-0.0.1.dist-info").mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
