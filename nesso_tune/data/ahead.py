@@ -7,17 +7,15 @@ finds it; what goes wrong in it is raised there, as if it had gone wrong there.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from threading import Thread
 from typing import Any
 
-from nesso_tune.data.pool import end_with_parent
+from nesso_tune.data.pool import follow_parent
 from nesso_tune.recipes.schema import Recipe
 
 NICE = 10  # loading is the longer way, on one core: where cores are few it goes first
@@ -69,10 +67,7 @@ def wait_for_it(recipe: Recipe) -> None:
 def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection) -> None:
     global _begun
     _begun = None
-    for asked in (signal.SIGINT, signal.SIGUSR1):  # the parent decides what comes of them
-        signal.signal(asked, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=end_with_parent, daemon=True).start()
+    follow_parent()
     os.nice(NICE)
     try:
         prepare(recipe)

@@ -79,6 +79,16 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
     return groups
 
 
+def private_paths(data: DataSection) -> set[str]:
+    """Paths that are named nowhere: those of private sources, whoever else reads them."""
+    return {source.path for source in (*data.sources, *data.validation_sources) if source.private}
+
+
+def shown_name(source: Source, number: int, hidden: set[str]) -> str:
+    """What the `number`-th source is called where anyone may read it; those of `hidden` paths have a number."""
+    return f"private source {number + 1}" if source.path in hidden else name_of(source)
+
+
 def name_of(source: Source) -> str:
     """What a source is called in reports and shares."""
     return source.alias or source.path

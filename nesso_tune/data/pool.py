@@ -81,13 +81,18 @@ def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
     gc.set_threshold(100_000)  # rows make many objects and no cycles
-    for asked in (signal.SIGINT, signal.SIGUSR1):  # the parent decides what comes of them
+    follow_parent()
+
+
+def follow_parent() -> None:
+    """In a forked process: the parent decides what comes of signals, and takes the process along when it ends."""
+    for asked in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(asked, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=end_with_parent, daemon=True).start()
+    Thread(target=_end_with_parent, daemon=True).start()
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """A killed parent takes its workers along, and with them the lock that they inherited."""
     parent = parent_process()
     assert parent is not None

@@ -17,7 +17,7 @@ from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, name_of
+from nesso_tune.data.mixture import groups_of, mixture_report, private_paths, shown_name
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.preferences import check_preferences
 from nesso_tune.data.sources import content_of
@@ -185,7 +185,8 @@ def dropped_file(data: PreparedData) -> Path:
 def _documents(
     recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
 ) -> tuple[Documents, dict[str, Any], bool]:
-    key = _key(recipe, sources, chat)
+    key, hidden = _key(recipe, sources, chat), private_paths(recipe.data)
+    names = tuple(shown_name(source, i, hidden) for i, source in enumerate(sources))
 
     def build(staging: Path) -> dict[str, Any]:
         note = build_documents(staging, recipe, sources, chat)
@@ -196,17 +197,12 @@ def _documents(
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            return replace(open_documents(folder, **note["documents"]), source_names=shown_names(sources))
+            return replace(open_documents(folder, **note["documents"]), source_names=names)
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
 
     documents, note, hit = cache.make(KIND, key, build, opened)
     return documents, {"key": key, **note}, hit
-
-
-def shown_names(sources: Sequence[Source]) -> tuple[str, ...]:
-    """What sources are called where anyone may read it: private ones have a number."""
-    return tuple(f"private source {i + 1}" if source.private else name_of(source) for i, source in enumerate(sources))
 
 
 def _key(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> str:

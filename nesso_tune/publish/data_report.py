@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.mixture import name_of
+from nesso_tune.data.mixture import name_of, private_paths, shown_name
 from nesso_tune.data.preferences import SAYS
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.publish import data_page as draw
@@ -67,10 +67,10 @@ class _Named:
 
     def is_private(self, number: int) -> bool:
         """Whether a source is; so is one that reads the path of a private one."""
-        return any(source.path == self.data.sources[number].path for source in self.private)
+        return self.data.sources[number].path in private_paths(self.data)
 
     def name(self, number: int) -> str:
-        return f"private source {number + 1}" if self.is_private(number) else name_of(self.data.sources[number])
+        return shown_name(self.data.sources[number], number, private_paths(self.data))
 
     def may_be_shown(self, place: str) -> bool:
         """Whether the place of a row, with what is said after it, names no private source.

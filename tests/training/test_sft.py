@@ -76,6 +76,12 @@ def test_figures_by_source_add_up_to_the_whole_and_name_no_private_one(tmp_path,
     assert seen == {"loss/source/talks", "loss/source/private source 2", "eval_loss/source/sums",
                     f"eval_loss/source/{held[1]['path']}"}  # fmt: skip
     assert "secret" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    twice = [*sources, {"path": sources[1]["path"]}]  # whoever reads a private file does not name it either
+    some = recipe(
+        "sft", tmp_path / "twice", [], data={**data, "sources": twice}, train={"max_steps": 1}, evaluation=None
+    )
+    train(some)
+    assert "secret" not in (tmp_path / "twice" / "metrics.jsonl").read_text()
     evaluation = next(line for line in lines if "eval_loss" in line)
     parts = [evaluation[key] for key in sorted(seen) if key.startswith("eval")]
     assert min(parts) <= evaluation["eval_loss"] <= max(parts)
