@@ -29,6 +29,7 @@ Kernel = Literal["flash", "sdpa", "eager"]
 # Registered below. transformers takes what has "flash" in its name for one of its own kernels.
 BY_DOCUMENT = {"flash": "nesso_by_document_varlen", "sdpa": "nesso_by_document_by_run"}
 FLASH_TYPES = (torch.bfloat16, torch.float16)
+FLASH_ATTN = find_spec("flash_attn") is not None  # asked once: a layer asks for every row
 FLASH_HEAD = 256  # widest head of the flash kernels
 # How far hidden states may be off, as a share of the largest: rounding stays far below, a leak is far above.
 CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -112,7 +113,7 @@ def kernel_in_words(model: PreTrainedModel, dtype: str) -> str:
     if not attends_by_document(model):
         return f"{used}, with masks"
     if used == BY_DOCUMENT["flash"] and dtype == "bfloat16":
-        return f"{'flash-attn' if find_spec('flash_attn') else 'flash of torch'}, by document"
+        return f"{'flash-attn' if FLASH_ATTN else 'flash of torch'}, by document"
     return "sdpa, by document"
 
 
@@ -238,7 +239,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float |
     longest, bounds = max(segments.lengths), segments.bounds
     sees = (-1 if window is None else window - 1, 0)  # tokens to the left and to the right
     result: Tensor
-    if find_spec("flash_attn"):
+    if FLASH_ATTN:
         from flash_attn import flash_attn_varlen_func
 
         result = flash_attn_varlen_func(
