@@ -120,6 +120,9 @@ def of_os(error: OSError) -> RunEnvironmentError:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
+    if error.errno == errno.ENOLCK:  # of a library's lock; ours say where else to go
+        remedy = "mount it with locks, or put output_dir, NESSO_TUNE_CACHE and HF_HOME on another disk"
+        return RunEnvironmentError(where, "the file system does not support file locks", remedy)
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
         return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path")
     if error.errno in (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY):

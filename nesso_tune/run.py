@@ -80,7 +80,8 @@ def train(
     Args:
         recipe: what to do.
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
-        overwrite: removes an earlier run in `output_dir` first.
+        overwrite: replaces an earlier run in `output_dir`: it is deleted at the first checkpoint of this one, and put
+            back if none comes.
         allow_changes: dotted recipe keys whose change is accepted when a run continues.
         say: gets what a person should know on the way (what is continued, what was set aside).
 
@@ -91,7 +92,9 @@ def train(
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
     with StopRequest() as request:
-        opened = open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes) if is_first() else None
+        opened = (
+            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say) if is_first() else None
+        )
         try:
             if opened is not None:
                 for text in _opening(opened, recipe):
@@ -107,8 +110,8 @@ def train(
                 return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
             part()
-            if opened is not None:
-                opened.close()
+            for text in [] if opened is None else opened.close():
+                say(text)
 
 
 def _about_data(report: dict[str, Any]) -> list[str]:

@@ -30,6 +30,8 @@ from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.recipes.shape import find_config, unsupported
 from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path, shipped
+from nesso_tune.training.checkpoint import MANIFEST
+from nesso_tune.training.overwrite import ASIDE, MOVING
 
 Say = Callable[[str], None]
 STEPS, LENGTH, LOWEST = 4, 4096, -1e300
@@ -92,15 +94,16 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
 
 def _check_free(output: Path) -> None:
     """Raises RunEnvironmentError if a folder holds a run that is no smoke run: its base would be a stand-in."""
-    try:
-        noted = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
-        base = noted["recipe"]["model"]["base"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if not base.endswith("-smoke/final") and Path(base).parent != cache.cache_root() / KIND:
-        raise RunEnvironmentError(
-            str(output), "holds a run that is no smoke run", "give that run, or this one, another output_dir"
-        )
+    for folder in (output, output / ASIDE, output / MOVING):
+        try:
+            noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            base = noted["recipe"]["model"]["base"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if not base.endswith("-smoke/final") and Path(base).parent != cache.cache_root() / KIND:
+            raise RunEnvironmentError(
+                str(output), "holds a run that is no smoke run", "give that run, or this one, another output_dir"
+            )
 
 
 def _shorten_schedule(schedule: dict[str, Any]) -> None:

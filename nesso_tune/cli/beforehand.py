@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from nesso_tune.chat.files import check_at_hand
@@ -35,7 +36,9 @@ def is_of(resume: str, recipe: Recipe) -> bool:
 def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
     """Raises RecipeError for a checkpoint that is of none of the recipes, and for a key that none of them has."""
     if resume not in ("auto", "never"):
-        if not Path(resume).exists():
+        # an --overwrite that was killed left it there; opening the run puts it back, see `training/overwrite.py`
+        aside = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
+        if not Path(resume).exists() and not any(aside):
             raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
         if not any(is_of(resume, recipe) for recipe in recipes):
             raise RecipeError(

@@ -11,14 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from platformdirs import user_cache_dir
 
+from nesso_tune.data.locks import acquire
 from nesso_tune.errors import RunEnvironmentError, is_full
 from nesso_tune.recipes.describe import size
 
 Opened = TypeVar("Opened")
 DONE = "done.json"  # written last: a folder without it is not trusted
+ELSEWHERE = "name a folder on another disk in NESSO_TUNE_CACHE"
 
 
 def cache_root() -> Path:
@@ -60,7 +62,7 @@ def make(
     """
     root = cache_root() / kind
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{key}.lock"):
+    with acquire(root / f"{key}.lock", ELSEWHERE):
         found = find(kind, key)
         if found:
             with suppress(Damaged):
@@ -81,8 +83,9 @@ def make(
             written = sum(file.stat().st_size for file in staging.iterdir())
             shutil.rmtree(staging, ignore_errors=True)
             what = f"the data needs more than {size(written)}, {size(shutil.disk_usage(root).free)} are free"
-            remedy = "free some space, or name a folder on another disk in NESSO_TUNE_CACHE"
-            raise RunEnvironmentError(str(root), f"the disk is full: {what}", remedy) from error
+            raise RunEnvironmentError(
+                str(root), f"the disk is full: {what}", f"free some space, or {ELSEWHERE}"
+            ) from error
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return opened(root / key, note), note, False
@@ -91,6 +94,5 @@ def make(
 def _sweep(root: Path) -> None:
     """Removes what killed builds of other results left: whoever still builds holds the lock."""
     for left in root.glob("*.partial"):
-        lock = FileLock(left.with_suffix(".lock"))
-        with suppress(Timeout), lock.acquire(timeout=0):
+        with suppress(Timeout), acquire(left.with_suffix(".lock"), ELSEWHERE, timeout=0):
             shutil.rmtree(left, ignore_errors=True)

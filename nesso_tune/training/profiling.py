@@ -11,7 +11,7 @@ from typing import Any
 from torch.profiler import profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from nesso_tune.training.rundir import PROFILE
+from nesso_tune.training.layout import PROFILE
 
 WARM_UP, STEPS = 5, 3  # steps of a session that are let pass, and that are recorded
 

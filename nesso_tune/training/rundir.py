@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 
+from nesso_tune.data.locks import acquire
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
@@ -19,19 +19,15 @@ from nesso_tune.training.checkpoint import (
     MANIFEST,
     PREFIX,
     checkpoints,
-    is_step,
     read_data,
     read_manifest,
     remove,
     remove_staging,
     sync,
 )
+from nesso_tune.training.layout import FINAL, LOCK, METRICS, RECIPE, check_path, is_foreign, run_manifest
+from nesso_tune.training.overwrite import ASIDE, FAILED_METRICS, is_pending, move_aside, settle
 
-FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
-PROFILE = "profile"  # traces of `train.profile`
-DATA_REPORT = ("data_report.html", "data_report.json")
-OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", PROFILE, *DATA_REPORT)
-BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is; of a report a half, too
 # A finished or running model does not depend on these; they may change between sessions.
 FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences",
         "train.profile")  # fmt: skip
@@ -48,6 +44,8 @@ class RunDir:
         notes: what was found and done on opening, for the user.
         changed: keys of the recipe whose change was accepted, with both values.
         environment: what is otherwise than where the checkpoint was written, with both values.
+        made: the folder was not there before.
+        lock: keeps others out; only the main process has it.
     """
 
     path: Path
@@ -56,7 +54,8 @@ class RunDir:
     notes: tuple[str, ...] = ()
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    lock: FileLock | None = None
+    made: bool = False
+    lock: BaseFileLock | None = None
 
     @property
     def final(self) -> Path:
@@ -77,61 +76,77 @@ class RunDir:
         """The same for the other processes: they do not hold the lock."""
         return replace(self, lock=None)
 
-    def close(self) -> None:
-        """Lets others in; a folder in which nothing came about is removed again."""
-        if self.lock is not None:
-            if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-                shutil.rmtree(self.path, ignore_errors=True)
-            self.lock.release()
+    def close(self) -> list[str]:
+        """Lets others in; a folder that was made for this run and in which nothing came about is removed again.
+
+        Returns:
+            What a person should know: an earlier run that was to be overwritten is put back.
+        """
+        if self.lock is None:
+            return []
+        notes: list[str] = []
+        try:
+            if settle(self.path):
+                failed = f"; {FAILED_METRICS} is of this one" if (self.path / FAILED_METRICS).exists() else ""
+                notes.append(f"no checkpoint was saved, so the earlier run is put back{failed}")
+        except OSError as error:
+            notes.append(f"the earlier run is in {self.path / ASIDE}, the next start puts it back ({error})")
+        if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            if self.made:
+                self.path.rmdir()
+        self.lock.release()
+        return notes
 
 
-def open_run(recipe: Recipe, *, resume: str = "auto", overwrite: bool = False, allowed: tuple[str, ...] = ()) -> RunDir:
+def open_run(
+    recipe: Recipe,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    allowed: tuple[str, ...] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> RunDir:
     """Opens the run directory of a recipe for writing; another process that wants it is refused.
 
     Args:
         recipe: the run.
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
-        overwrite: removes an earlier run first.
+        overwrite: moves an earlier run aside, see `overwrite.py`.
         allowed: dotted keys whose change is accepted when a run continues.
+        say: told at once what is found, whether or not the folder can be opened then.
 
     Raises:
         RunEnvironmentError: if the folder is foreign, locked or not writable, or no checkpoint is usable.
         RecipeError: if the folder holds a run of another recipe.
     """
     path = Path(recipe.output_dir)
-    _check_path(path)
+    check_path(path)
     if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
         raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
-    manifest = _manifest(path, overwrite)
-    if resume not in ("auto", "never"):
-        _check_chosen(Path(resume), path, manifest, overwrite)
-    if manifest is None and path.exists() and any(_is_foreign(p) for p in path.iterdir()):
+    foreign = not is_pending(path) and run_manifest(path, overwrite) is None and path.exists()
+    if foreign and any(is_foreign(entry) for entry in path.iterdir()):
         raise RunEnvironmentError(
             str(path), "is not empty and holds no run of nesso-tune", "set another output_dir; nothing was written"
         )
+    made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    lock = _locked(path)
+    run = RunDir(path, made=made, lock=_locked(path, made))
     try:
-        if overwrite:
-            _clear(path)
-            manifest = None
+        if settle(path):
+            say("an --overwrite ended before its first checkpoint: the earlier run is put back")
+        manifest = run_manifest(path, overwrite)
+        if resume not in ("auto", "never"):
+            _check_chosen(Path(resume), path, manifest, overwrite)
         remove_staging(path)
-        if manifest is None:
-            return RunDir(path, lock=lock)
-        return _continue(path, manifest, recipe, resume, allowed, lock)
+        if overwrite and manifest is not None:
+            move_aside(path)
+            manifest = None
+        return run if manifest is None else _continue(run, manifest, recipe, resume, allowed)
     except BaseException:
-        lock.release()
+        for text in run.close():
+            say(text)
         raise
-
-
-def _check_path(path: Path) -> None:
-    """Raises RunEnvironmentError for a path that leads nowhere."""
-    try:
-        path.resolve()
-    except (OSError, RuntimeError):  # links that lead to each other
-        raise RunEnvironmentError(str(path), "is a link that leads nowhere", "set another output_dir") from None
-    if path.is_symlink() and not path.exists():
-        raise RunEnvironmentError(str(path), "is a link to what is not there", "make it, or set another output_dir")
 
 
 def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
@@ -162,9 +177,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def _continue(
-    path: Path, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...], lock: FileLock
-) -> RunDir:
+def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...]) -> RunDir:
+    path = run.path
     changed = differences(manifest["recipe"], dump(recipe))
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
@@ -179,14 +193,14 @@ def _continue(
             "train it again with --overwrite, or set another output_dir",
         )  # fmt: skip
     if finished:
-        return RunDir(path, finished=True, lock=lock)
+        return replace(run, finished=True)
     if resume == "never":
         raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
     if resume != "auto":
         chosen = _chosen(Path(resume), path)
         for later in checkpoints(path)[: checkpoints(path).index(path / chosen.name)]:
             _set_aside(later, "later")  # or it would win the next time
-        return RunDir(path, chosen, changed=changed, lock=lock)
+        return replace(run, checkpoint=chosen, changed=changed)
     newest, damaged = _newest_whole(path)
     if newest is None and (damaged or any(path.glob(f"damaged-{PREFIX}*"))):
         said = "; ".join(f"{candidate.name}: {why}" for candidate, why in damaged) or "all were set aside before"
@@ -200,7 +214,7 @@ def _continue(
         notes.insert(0, "its final/ is missing or damaged: made again")
         if os.path.lexists(path / FINAL):
             notes[0] += f"; what stands there is kept as {_set_aside(path / FINAL, 'damaged').name}"
-    return RunDir(path, newest, notes=tuple(notes), changed=changed, lock=lock)
+    return replace(run, checkpoint=newest, notes=tuple(notes), changed=changed)
 
 
 def _newest_whole(path: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
@@ -267,48 +281,18 @@ def _sizes(folder: Path) -> dict[str, int] | None:
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else None
 
 
-def _is_foreign(path: Path) -> bool:
-    """Whether a file in a folder without a manifest is neither from `prepare` nor from a run stopped as it began."""
-    return path.name not in BEFOREHAND and not path.name.startswith(tuple(f".{name}." for name in DATA_REPORT))
-
-
-def _manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The manifest of the run in a folder; None if it holds none."""
-    if path.exists() and not path.is_dir():
-        raise RunEnvironmentError(str(path), "is a file", "set another output_dir")
+def _locked(path: Path, made: bool) -> BaseFileLock:
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except NotADirectoryError:
-        raise RunEnvironmentError(str(path), "cannot be a folder", "set another output_dir") from None
-    except (OSError, ValueError, RecursionError):
-        manifest = {"nesso_tune": "damaged"}
-    if not isinstance(manifest, dict) or "nesso_tune" not in manifest:
-        return None
-    if not isinstance(manifest.get("recipe"), dict) and not (overwrite and (path / RECIPE).is_file()):
-        raise RunEnvironmentError(str(path / MANIFEST), "is damaged", "restore it, or start anew with --overwrite")
-    return dict(manifest)
-
-
-def _locked(path: Path) -> FileLock:
-    lock = FileLock(path / LOCK)  # held by the operating system: it ends with its process, however that ends
-    try:
-        lock.acquire(timeout=0)
+        return acquire(path / LOCK, "set another output_dir", timeout=0).lock
     except Timeout:
         raise RunEnvironmentError(
             str(path), "another nesso-tune is writing into it", "wait for it, or set another output_dir"
         ) from None
-    return lock
-
-
-def _clear(path: Path) -> None:
-    """Removes an earlier run, and nothing that is not of a run; last what marks the folder as one."""
-    kinds = ("", "damaged-", "later-")
-    saved = [p for kind in kinds for p in path.glob(f"{kind}{PREFIX}*") if is_step(p.name.removeprefix(kind))]
-    for target in [*saved, path / f"damaged-{FINAL}", *(path / name for name in OURS if name != MANIFEST)]:
-        remove(target)
-    remove(path / MANIFEST)
+    except RunEnvironmentError:
+        (path / LOCK).unlink(missing_ok=True)
+        if made:
+            path.rmdir()
+        raise
 
 
 def _replace(file: Path, data: Mapping[str, Any]) -> None:

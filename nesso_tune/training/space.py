@@ -13,6 +13,7 @@ from nesso_tune.errors import RunEnvironmentError, is_full
 from nesso_tune.recipes.describe import size
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training.checkpoint import checkpoints, remove_staging
+from nesso_tune.training.overwrite import bytes_aside
 from nesso_tune.training.processes import is_first
 
 REMEDY = "free some space, lower checkpoint.keep, or set another output_dir"
@@ -35,6 +36,8 @@ class Room:
     def check_run(self, plan: Plan, begun: int, keep: int, best: bool = False) -> None:
         """Makes sure that all that is still to be written fits: checkpoints before they are pruned, and `final/`.
 
+        An earlier run that is overwritten takes its room until the first checkpoint is saved, and no longer.
+
         Args:
             plan: says how many saves there are.
             begun: the step that the run continues from.
@@ -51,9 +54,18 @@ class Room:
         most = max(min(here + left, keep + 1) - here, min(1, left))
         at_end = max(min(here + left, keep) - here, 0)
         need = max(most * self.checkpoint, at_end * self.checkpoint + self.final)
-        if need > (free := self.free()):
-            what = f"{most} more checkpoint(s) and final/ need {size(need)}, {size(free)} are free"
+        free, earlier = self.free(), bytes_aside(self.run)
+        if need > free + earlier:
+            later = f", {size(earlier)} more when the earlier run is deleted" if earlier else ""
+            what = f"{most} more checkpoint(s) and final/ need {size(need)}, {size(free)} are free{later}"
             raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", REMEDY)
+        if earlier and self.checkpoint > free:
+            what = (
+                f"the first checkpoint needs {size(self.checkpoint)}, {size(free)} are free, and the earlier run "
+                f"({size(earlier)}) is kept until it is saved"
+            )
+            remedy = "free some space, remove the earlier run's checkpoints yourself, or set another output_dir"
+            raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", remedy)
 
     def check_save(self, step: int) -> None:
         """Makes sure that one more checkpoint fits.

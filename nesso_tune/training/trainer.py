@@ -32,6 +32,7 @@ from nesso_tune.training.best import Best
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
+from nesso_tune.training.overwrite import delete_earlier
 from nesso_tune.training.processes import from_first
 from nesso_tune.training.randomness import random_states, set_random_states
 from nesso_tune.training.sharding import set_precision, tied_tables_together
@@ -217,6 +218,7 @@ class TrackedTrainer(_Base):
                 **({} if track.best is None else {"best": track.best.state()}),
             }
             written = writer.finish({**track.facts, **where}, files)
+            delete_earlier(Path(self.args.output_dir))
             ckpt.prune(Path(self.args.output_dir), track.keep, written)
         self.accelerator.wait_for_everyone()
         track.throughput.paused += time.monotonic() - began
