@@ -9,7 +9,7 @@ import pytest
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.run import train
-from nesso_tune.training import checkpoint, rundir
+from nesso_tune.training import checkpoint
 from nesso_tune.training.metrics import MetricsLog, read_metrics
 from nesso_tune.training.rundir import differences, open_run, write_end, write_start
 from tests.support.runs import recipe
@@ -75,17 +75,6 @@ def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
     other = recipe("sft", tmp_path / "run", [talks], seed=7)
     with pytest.raises(RecipeError, match="seed: 42, the recipe now says 7"):
         open_run(other)
-
-
-def test_overwrite_removes_the_run_and_nothing_else(some):
-    run = open_run(some)
-    write_start(run, some, {"nesso_tune": "0"})
-    (run.path / "notes.md").write_text("mine")
-    (run.path / "checkpoint-2").mkdir()
-    run.metrics.write_text("{}\n")
-    run.close()
-    open_run(some, overwrite=True).close()
-    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "notes.md"]
 
 
 def test_leftovers_of_interrupted_saves_are_removed(some):
@@ -246,28 +235,6 @@ def test_a_damaged_final_is_kept_beside_and_made_again_with_a_word(tmp_path, tal
     assert train(some, say=said.append).trained
     assert "made again" in said[0]
     assert "starts from the beginning" in said[1]
-
-
-def test_overwrite_that_was_stopped_can_be_repeated(tmp_path, talks, monkeypatch):
-    """Whatever it is stopped at, the folder is still that of a run."""
-    some, run = stopped(tmp_path, talks)
-    (run / "checkpoint-7").symlink_to(tmp_path / "nowhere")
-    (run / "checkpoint-9").write_text("a file")
-    (run / "checkpoint-mine").mkdir()
-    removed, original = [], rundir.remove
-
-    def stop(path):
-        if len(removed) == 3:
-            raise KeyboardInterrupt
-        removed.append(path)
-        original(path)
-
-    monkeypatch.setattr(rundir, "remove", stop)
-    with pytest.raises(KeyboardInterrupt):
-        open_run(some, overwrite=True)
-    monkeypatch.undo()
-    open_run(some, overwrite=True).close()
-    assert [path.name for path in run.iterdir() if path.name != ".lock"] == ["checkpoint-mine"]
 
 
 @pytest.mark.parametrize("name", ["final", "checkpoint-2"])
