@@ -27,6 +27,7 @@ from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.best import in_words
 from nesso_tune.training.checkpoint import MANIFEST, read_data
 from nesso_tune.training.facts import check_same_run, other_environment, run_facts
+from nesso_tune.training.finite import check_final
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
 from nesso_tune.training.metrics import read_metrics
@@ -181,6 +182,7 @@ def _train(
         for text in chosen:
             say(text)
         if is_first():
+            check_final(state, recipe.model.dtype, trainer.state.global_step)
             card = model_card(recipe, plan, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, plan, data.report)

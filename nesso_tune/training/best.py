@@ -45,7 +45,7 @@ class Best:
         return self.patience is not None and self.waited >= self.patience
 
     def note(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """Takes an evaluation; whether it is better than all before. An equal one is not, nor is NaN.
+        """Takes an evaluation; whether it is better than all before. An equal one is not, nor is NaN or infinity.
 
         Raises:
             RecipeError: if the metric was not measured, with those that were.
@@ -54,7 +54,7 @@ class Best:
             raise RecipeError(KEY, f"`{self.metric}` is not measured", did_you_mean(self.metric, sorted(metrics)))
         value = float(metrics[self.metric])
         sign = 1 if better(self.metric) == "higher" else -1
-        if math.isnan(value) or (self.value is not None and sign * value <= sign * self.value):
+        if not math.isfinite(value) or (self.value is not None and sign * value <= sign * self.value):
             self.waited += 1
             return False
         self.step, self.value, self.waited = step, value, 0

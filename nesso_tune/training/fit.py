@@ -83,7 +83,8 @@ def fit(
         The trainer, whose `model_wrapped` holds the last weights, or with `train.best_metric` the best ones.
 
     Raises:
-        NumericalError: if loss or gradient are not finite or leap, or the DPO reference is not what it starts from.
+        NumericalError: if loss, gradient, weights or evaluation are not finite, or the first two leap, or the DPO
+            reference is not what it starts from.
         Preempted: if the run was asked to stop; a checkpoint is saved.
         RecipeError, RunEnvironmentError: if `train.best_metric` is not measured, or the best checkpoint is damaged.
     """

@@ -99,7 +99,7 @@ class Guard:
         if self._on_spike == "stop":
             raise NumericalError(
                 f"step {step}", f"{said} leaps above the last {WINDOW} steps, nothing was updated{_among(rows)}",
-                f"look at these rows, lower train.learning_rate, or set on_spike: skip; {_intact(trainer)}",
+                f"look at these rows, lower train.learning_rate, or set on_spike: skip; {intact(trainer)}",
             )  # fmt: skip
         if trainer.is_world_process_zero():
             what = "no update is made" if self._on_spike == "skip" else "the update is made"
@@ -116,7 +116,7 @@ class Guard:
         what = f"the loss is {values['loss']}" if in_loss else f"the gradient's norm is {values['grad_norm']}"
         return NumericalError(
             f"step {step}", f"{what}, nothing was updated{_among(rows)}",
-            f"look at these rows, or lower train.learning_rate; {_intact(trainer)}",
+            f"look at these rows, or lower train.learning_rate; {intact(trainer)}",
         )  # fmt: skip
 
     def _rows(self, trainer: Any, step: int, of: Sequence[Place]) -> list[str]:
@@ -140,6 +140,7 @@ def _among(rows: Sequence[str]) -> str:
     return f"; its rows: {', '.join(rows[:SHOWN])}{more}" if rows else ""
 
 
-def _intact(trainer: Any) -> str:
+def intact(trainer: Any) -> str:
+    """From where a run that ends with a numerical error goes on."""
     saved = checkpoints(Path(trainer.args.output_dir))
     return f"{saved[0].name} is intact, the same command continues from it" if saved else "nothing had been saved yet"

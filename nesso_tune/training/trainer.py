@@ -29,6 +29,7 @@ from nesso_tune.training import checkpoint as ckpt
 from nesso_tune.training import state
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.best import Best
+from nesso_tune.training.finite import check_evaluation, check_trained
 from nesso_tune.training.guards import Guard
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
@@ -170,6 +171,7 @@ class TrackedTrainer(_Base):
             metrics = self.track.evaluate(self)
         self.model.train(was_training)
         self.track.log.write({"step": self.state.global_step, **metrics})
+        check_evaluation(self, from_first(metrics))
         self.track.alarms.look({"step": self.state.global_step, **metrics})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
@@ -195,6 +197,7 @@ class TrackedTrainer(_Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process
+        check_trained(self)
         writer = ckpt.CheckpointWriter(Path(self.args.output_dir), self.state.global_step)
         if main:
             track.room.check_save(self.state.global_step)

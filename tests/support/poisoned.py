@@ -1,12 +1,16 @@
 """The command line with a loss that is NaN at one step on one process. For tests only.
 
-NAN_AT_STEP, NAN_AT_RANK: where.
+NAN_AT_STEP, NAN_AT_RANK: where. NAN_IN=weights: in the last row of the first weight instead, after that step; of
+sharded weights, in the shard of that process.
 """
 
 import math
 import os
 
+from torch.distributed.tensor import DTensor
+
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
+from nesso_tune.training.pace import Pace
 from nesso_tune.training.sft import ConversationTrainer
 
 STEP, RANK = int(os.environ["NAN_AT_STEP"]), int(os.environ["NAN_AT_RANK"])
@@ -19,7 +23,18 @@ def wrong(self, *arguments, **options):
     return loss * math.nan if here else loss
 
 
-ConversationTrainer.compute_loss = wrong
+def spoil(self, args, state, control, model=None, **more):
+    weight = next(iter(model.parameters())).detach()
+    sharded = isinstance(weight, DTensor)
+    if state.global_step == STEP and (not sharded or int(os.environ["RANK"]) == RANK):
+        (weight.to_local() if sharded else weight)[-1] = math.nan
+    return paced(self, args, state, control, model=model, **more)
+
+
+if os.environ.get("NAN_IN") == "weights":
+    paced, Pace.on_step_end = Pace.on_step_end, spoil
+else:
+    ConversationTrainer.compute_loss = wrong
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

@@ -300,7 +300,7 @@ def test_room_for_both(earlier, monkeypatch):
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks(tmp_path, talks, capsys, monkeypatch, number):
-    """What the kernel answers on Lustre without `-o flock` or NFS without a lock manager: for the run, for the cache."""
+    """What the kernel answers on Lustre without `-o flock` or NFS without a lock manager: to the run, to the cache."""
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     flock, refused = fcntl.flock, [str(tmp_path / "run")]
 
