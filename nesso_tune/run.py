@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data
+from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attends_by_document, kernel_in_words
 from nesso_tune.model.compiling import can_compile
@@ -21,6 +22,8 @@ from nesso_tune.publish.card import model_card
 from nesso_tune.publish.data_report import write_data_report
 from nesso_tune.publish.final import final_bytes, save_final, whole_model
 from nesso_tune.publish.report import write_report
+from nesso_tune.recipes.advice import more_epochs
+from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
@@ -163,6 +166,7 @@ def _train(
         plan = replace(plan, torch_compile=False)
     facts = run_facts(recipe, data, plan, kernel)
     run = _compared(run, facts, say)
+    _check_end(run, recipe, plan)
     whole = final_bytes(model, "float32")
     saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
     room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
@@ -171,6 +175,8 @@ def _train(
             room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
+                for text in more_epochs(recipe, plan):
+                    say(text)
             write_start(run, recipe, facts)
             write_data_report(run.path, recipe, data)
         wait_for_all()
@@ -183,9 +189,10 @@ def _train(
             say(text)
         if is_first():
             check_final(state, recipe.model.dtype, trainer.state.global_step)
-            card = model_card(recipe, plan, data.report, metrics, chosen)
+            trained = plan.trained(ended := trainer.state.global_step, trainer.track.epochs_at(ended))
+            card = model_card(recipe, trained, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
-            write_report(run.path, recipe, plan, data.report)
+            write_report(run.path, recipe, trained, data.report)
             write_end(run, {} if best is None else {"best": best.state()})
     asked = any(gather_object([request.asked]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
@@ -202,6 +209,17 @@ def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) ->
         changes = ", ".join(f"{what} {before} -> {now}" for what, (before, now) in environment.items())
         say(f"not where {run.checkpoint.name} was written ({changes}): it goes on, but it may round otherwise")
     return replace(run, environment=environment)
+
+
+def _check_end(run: RunDir, recipe: Recipe, plan: Plan) -> None:
+    """Raises RecipeError if a changed recipe ends before the step that the run continues from."""
+    if run.checkpoint is None or run.step <= plan.steps:
+        return
+    key = "train.num_epochs" if recipe.train.max_steps is None else "train.max_steps"
+    raise RecipeError(
+        key, f"the run ends at step {plan.steps:,} now, but {run.checkpoint.name} is later",
+        f"raise it, or name a checkpoint up to step {plan.steps:,} with --resume",
+    )  # fmt: skip
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

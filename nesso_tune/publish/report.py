@@ -76,7 +76,8 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
 def _summary(recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> str:
     schedule = plan.schedule.in_words() if plan.schedule else ""
     return (
-        f"{recipe.method.upper()} from {recipe.model.base}: {plan.steps:,} steps of {plan.global_batch} rows; "
+        f"{recipe.method.upper()} from {recipe.model.base}: {plan.steps:,} steps of {plan.global_batch} rows, "
+        f"{plan.epochs:.3g} epochs; "
         f"{schedule}; {data['rows_kept']:,} of {data['rows_read']:,} rows kept."
     )
 

@@ -10,11 +10,13 @@ from nesso_tune.recipes.gpus import GIB
 from nesso_tune.recipes.memory import estimate_memory
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.presets import far_batch, tuned_near
-from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.recipes.schema import DEFAULT_EPOCHS, Recipe, SFTRecipe
 
 ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
 FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
 FEW_STEPS = 30
+MORE = 0.1  # share of epochs beyond those of the recipe that is worth a word
+OFTEN, SELDOM = 4, 0.5  # times the usual epochs, and epochs, from which `max_steps` hardly fit the data
 MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
 SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
 COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
@@ -164,6 +166,31 @@ def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
 
 
+def more_epochs(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Said as a run begins, too."""
+    asked, volume = recipe.num_epochs, plan.volume
+    if asked is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
+        return
+    if plan.epochs > asked * (1 + MORE):
+        steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
+        way = _smaller_batch(recipe) or "give more data"
+        yield f"{asked:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
+
+
+def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    steps, epochs = recipe.train.max_steps, plan.epochs
+    if steps is None or epochs is None:
+        return
+    usual = DEFAULT_EPOCHS[recipe.method]
+    if epochs > OFTEN * usual:
+        yield (
+            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
+            "heart; lower it, or set it to null and train.num_epochs instead"
+        )
+    elif epochs < SELDOM:
+        yield f"train.max_steps: {steps:,} see only {epochs:.2g} of the data's rows: raise it, or give less data"
+
+
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
         return
@@ -212,6 +239,8 @@ RULES = (
     _faster,
     _context,
     _small_epoch,
+    more_epochs,
+    _max_steps,
     _few_steps,
     _patience,
     _validation,

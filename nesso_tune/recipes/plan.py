@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nesso_tune.recipes.gpus import Gpu
@@ -95,6 +95,7 @@ class Plan:
 
     Rows are seen in one seeded order that runs through all epochs without a break, in steps of exactly
     `global_batch` rows: `total_steps` is rounded up, and the last step is filled from the start of the next epoch.
+    `epochs` are those of all steps, so they may be more than the recipe asks for.
     """
 
     method: str
@@ -141,6 +142,10 @@ class Plan:
         """The factor on the peak learning rate at optimizer step `step`."""
         assert self.schedule is not None
         return self.schedule.multiplier(step)
+
+    def trained(self, steps: int, epochs: float) -> Plan:
+        """The plan with what was trained: fewer steps and epochs where the run has stopped early."""
+        return replace(self, total_steps=steps, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for `--json`, with the schedule in words."""

@@ -45,8 +45,8 @@ def make_plan(
     total = train.max_steps
     if total is None and volume is not None and epochs is not None:
         total = max(1, math.ceil(round(epochs * volume.rows, 6) / global_batch))
-    elif total is not None and volume is not None and volume.rows:
-        epochs = total * global_batch / volume.rows
+    if total is not None and volume is not None and volume.rows:
+        epochs = total * global_batch / volume.rows  # of whole steps: more than the recipe asks for
     evaluation = recipe.evaluation
     checkpointing = _checkpointing(recipe, shape, world)
     memory = None if shape is None else _memory(recipe, shape, world, bool(checkpointing), volume)

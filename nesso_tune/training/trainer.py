@@ -66,6 +66,10 @@ class Track:
     seconds: float = 0.0  # of earlier sessions
     started: float = field(default_factory=time.monotonic)
 
+    def epochs_at(self, step: int) -> float:
+        """Epochs of the rows that were seen when `step` steps were made."""
+        return self.order.epoch_at(step * self.plan.global_batch)
+
     def elapsed(self) -> float:
         """Seconds of training, earlier sessions included."""
         return self.seconds + time.monotonic() - self.started
@@ -156,7 +160,7 @@ class TrackedTrainer(_Base):
         logs |= track.throughput.line(self) | {"seconds": round(track.elapsed(), 3)}
         began = time.monotonic()
         # transformers counts the whole run as one epoch, and puts that into the line
-        self.state.epoch = round(track.order.epoch_at(self.state.global_step * track.plan.global_batch), 4)
+        self.state.epoch = round(track.epochs_at(self.state.global_step), 4)
         super().log(logs, start_time)
         track.log.write({"step": self.state.global_step, **logs})
         track.alarms.look({"step": self.state.global_step, **logs})
@@ -215,7 +219,7 @@ class TrackedTrainer(_Base):
             files = {name: facts for own, *_ in noted for name, facts in own.items()}
             where = {
                 "step": self.state.global_step,
-                "epoch": track.order.epoch_at(self.state.global_step * track.plan.global_batch),
+                "epoch": track.epochs_at(self.state.global_step),
                 "tokens": sum(tokens for _, tokens, _ in noted),
                 "supervised_tokens": sum(supervised for *_, supervised in noted),
                 **({} if track.best is None else {"best": track.best.state()}),
