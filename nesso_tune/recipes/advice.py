@@ -16,7 +16,7 @@ ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be tr
 FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
 FEW_STEPS = 30
 MORE = 0.1  # share of epochs beyond those of the recipe that is worth a word
-OFTEN, SELDOM = 4, 0.5  # times the usual epochs, and epochs, from which `max_steps` hardly fit the data
+OFTEN = 4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
 MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
 SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
 COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
@@ -187,8 +187,6 @@ def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
             f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
             "heart; lower it, or set it to null and train.num_epochs instead"
         )
-    elif epochs < SELDOM:
-        yield f"train.max_steps: {steps:,} see only {epochs:.2g} of the data's rows: raise it, or give less data"
 
 
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:

@@ -67,6 +67,25 @@ def test_steps_are_rounded_up(epochs, rows, batch, steps):
     assert plan(f"num_epochs: {epochs}, global_batch_size: {batch}", rows).total_steps == steps
 
 
+@pytest.mark.parametrize(
+    ("epochs", "rows", "batch", "trained"),
+    [(1, 10, 64, 6.4), (3, 62, 64, 3.0968), (3, 31, 64, 4.129), (2, 100, 10, 2.0)],
+)
+def test_epochs_are_those_of_whole_steps(epochs, rows, batch, trained):
+    of = plan(f"num_epochs: {epochs}, global_batch_size: {batch}", rows)
+    assert of.epochs == of.total_steps * batch / rows == pytest.approx(trained, rel=1e-4)
+    said = f"{epochs} epoch(s) of {rows} rows become {trained:.3g} in "
+    assert (said in " / ".join(of.advice)) == (trained > 1.1 * epochs)
+
+
+@pytest.mark.parametrize(
+    ("steps", "words"), [(900, "train.max_steps: 900 are 45 epochs, usual are 3"), (240, ""), (9, "")]
+)
+def test_max_steps_far_from_the_data(steps, words):
+    said = [text for text in plan(f"max_steps: {steps}, global_batch_size: 10", 200).advice if "max_steps" in text]
+    assert [text.startswith(words) for text in said] == [True] * bool(words)
+
+
 def test_max_steps_decide_and_the_epochs_follow():
     of = plan("max_steps: 30, global_batch_size: 10", 200)
     assert (of.total_steps, of.epochs) == (30, 1.5)

@@ -1,0 +1,89 @@
+"""What a run says of itself is what was trained: steps and epochs in card, report, metrics and plan."""
+
+import shutil
+
+import pytest
+
+from nesso_tune import RecipeError
+from nesso_tune.data.prepare import prepare_data
+from nesso_tune.recipes.planning import make_plan
+from nesso_tune.run import train
+from nesso_tune.training.checkpoint import checkpoints
+from tests.support.runs import metrics, recipe, steps, sums
+
+TEN = {"packing": False, "validation_size": 2}  # rows to train on
+
+
+@pytest.fixture
+def rows(tmp_path):
+    return sums(tmp_path)
+
+
+def said_of(run):
+    """The line of the card, and the whole report."""
+    card = (run / "final" / "README.md").read_text()
+    return next(line for line in card.splitlines() if " steps of " in line), (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("plan", "batch", "made", "epochs"),
+    [({"num_epochs": 1.0}, 32, 1, "3.2"), ({"num_epochs": 1.5}, 8, 2, "1.6"), ({"max_steps": 3}, 4, 3, "1.2")],
+)
+def test_epochs_are_steps_times_batch_by_rows(tmp_path, rows, plan, batch, made, epochs):
+    some = recipe("sft", tmp_path / "run", [rows], data=TEN, evaluation=None,
+                  train={"max_steps": None, "global_batch_size": batch, **plan})  # fmt: skip
+    said = []
+    train(some, say=said.append)
+    assert make_plan(some, volume=prepare_data(some).volume).epochs == pytest.approx(float(epochs))
+    assert steps(tmp_path / "run", "epoch")[made] == pytest.approx(float(epochs))
+    card, report = said_of(tmp_path / "run")
+    assert card == f"- {made} steps of {batch} rows, {epochs} epochs"
+    assert f"{made} steps of {batch} rows, {epochs} epochs" in report
+    told = [text for text in said if "whole step(s)" in text]
+    assert told == (
+        ["1 epoch(s) of 10 rows become 3.2 in 1 whole step(s) of 32 rows: lower train.global_batch_size"]
+        if batch == 32
+        else []
+    )
+
+
+def test_a_run_that_stopped_early(tmp_path, rows):
+    """Each evaluation is worse than the one before: it ends at the third of eight."""
+    plan = {"max_steps": 8, "learning_rate": 1.0, "best_metric": "eval_loss", "early_stopping_patience": 2}
+    some = recipe("sft", tmp_path / "run", [rows], data=TEN, train=plan, checkpoint={"every_steps": 8},
+                  evaluation={"every_steps": 1, "samples": 0})  # fmt: skip
+    train(some)
+    last = max(steps(tmp_path / "run"))
+    assert last < 8
+    (stopped,) = [line for line in metrics(tmp_path / "run") if line.get("event") == "early_stopped"]
+    assert stopped["step"] == last
+    card, report = said_of(tmp_path / "run")
+    assert card == f"- {last} steps of 2 rows, {last * 2 / 10:.3g} epochs"
+    assert card.removeprefix("- ") in report
+
+
+@pytest.mark.parametrize(("key", "whole", "short", "exact"), [("max_steps", 6, 3, 4), ("num_epochs", 1.2, 0.6, 0.8)])
+def test_an_end_before_the_checkpoint_is_refused(tmp_path, rows, key, whole, short, exact):
+    """The end at the checkpoint is fine: then that is what was trained."""
+
+    def ending(end):
+        return recipe("sft", tmp_path / "run", [rows], data=TEN, evaluation=None,
+                      train={"max_steps": None, key: end})  # fmt: skip
+
+    run, allowed = tmp_path / "run", (f"train.{key}",)
+    train(ending(whole))
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-6")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        RecipeError, match=rf"train\.{key}: the run ends at step 3 now, but checkpoint-4 is later; raise it, or name"
+    ):
+        train(ending(short), allow_changes=allowed)
+    assert (run / "metrics.jsonl").read_bytes() == before
+    assert not (run / "final").exists()
+    assert train(ending(exact), allow_changes=allowed).trained
+    assert said_of(run)[0] == "- 4 steps of 2 rows, 0.8 epochs"
+    shutil.rmtree(run / "final")
+    assert train(ending(short), allow_changes=allowed, resume=str(run / "checkpoint-2")).trained
+    assert said_of(run)[0] == "- 3 steps of 2 rows, 0.6 epochs"
+    assert [saved.name for saved in checkpoints(run)] == ["checkpoint-3", "checkpoint-2"]
