@@ -28,7 +28,7 @@ from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.best import in_words
-from nesso_tune.training.checkpoint import MANIFEST, read_data
+from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_data
 from nesso_tune.training.facts import check_same_run, other_environment, run_facts
 from nesso_tune.training.finite import check_final
 from nesso_tune.training.fit import fit
@@ -114,7 +114,7 @@ def train(
                 return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
             part()
-            for text in [] if opened is None else opened.close():
+            for text in [] if opened is None else _closing(opened, overwrite and resume == "auto"):
                 say(text)
 
 
@@ -140,6 +140,13 @@ def _opening(run: RunDir, recipe: Recipe) -> list[str]:
         )
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
         lines.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
+    return lines
+
+
+def _closing(run: RunDir, overwrites: bool) -> list[str]:
+    lines = run.close()
+    if overwrites and not lines and checkpoints(run.path) and not run.final.exists():
+        lines.append("continue this run without --overwrite, which would start it again")
     return lines
 
 

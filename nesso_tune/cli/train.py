@@ -27,7 +27,9 @@ def train(
         str,
         typer.Option(metavar="auto|never|PATH", help="Continue an unfinished run, never, or from here."),
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove an earlier run of this output_dir.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run, kept until this one has a checkpoint.")
+    ] = False,
     allow_changes: Annotated[
         str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the run that is continued.")
     ] = "",

@@ -77,6 +77,8 @@ def delete_earlier(path: Path) -> None:
 
 def bytes_aside(path: Path) -> int:
     """Size of the earlier run that was moved aside; 0 if none was."""
+    if not is_pending(path):
+        return 0
     files = (Path(folder) / name for folder, _, names in os.walk(path / ASIDE) for name in names)
     return sum(file.lstat().st_size for file in files)
 

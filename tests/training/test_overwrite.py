@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nesso_tune import DataError, RecipeError, RunEnvironmentError
+from nesso_tune import DataError, NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.run import train
 from nesso_tune.training import checkpoint
@@ -228,8 +228,9 @@ def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkey
 
 
 def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
+    """What ends the new run after that is the new run's own: it is continued, without --overwrite."""
     run, _, new, _ = earlier
-    there, save = [], ConversationTrainer._save_checkpoint
+    there, said, save = [], [], ConversationTrainer._save_checkpoint
 
     def seen(self, *arguments):
         there.append(is_pending(run))
@@ -237,11 +238,16 @@ def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
         there.append(is_pending(run))
 
     monkeypatch.setattr(ConversationTrainer, "_save_checkpoint", seen)
-    assert train(new, overwrite=True).trained
-    assert there == [True, False, False, False]
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned(patch, 3)
+        with pytest.raises(NumericalError, match="checkpoint-2 is intact"):
+            train(new, overwrite=True, say=said.append)
+    assert there == [True, False]
+    assert said[-1] == "continue this run without --overwrite, which would start it again"
     left = {path.name for path in run.iterdir()}
-    assert {MINE, "checkpoint-mine"} < left
-    assert not [name for name in left if name.startswith(("damaged", "later", ASIDE, f".{ASIDE}"))]
+    assert {MINE, "checkpoint-mine", "checkpoint-2"} < left
+    assert not [name for name in left if name.startswith(("final", "damaged", "later", "failed", ASIDE, f".{ASIDE}"))]
+    assert train(new).trained
     assert json.loads((run / "manifest.json").read_text())["recipe"]["seed"] == 7
 
 
