@@ -48,8 +48,12 @@ def test_after_the_last_update(tmp_path, talks, capsys, evaluation):
 
 @pytest.mark.parametrize(
     ("value", "moment", "adapter"),
-    [(math.nan, None, None), (-math.inf, "exp_avg_sq", None), (math.inf, None, {"type": "lora", "r": 4})],
-    ids=["weights", "moments", "adapter"],
+    [
+        (math.nan, None, None),
+        pytest.param(math.inf, None, {"type": "lora", "r": 4}, marks=thorough),
+        (-math.inf, "exp_avg_sq", {"type": "lora", "r": 4}),
+    ],
+    ids=["weights", "adapter", "moments of an adapter"],
 )
 def test_a_checkpoint_is_never_poisoned(tmp_path, talks, whole_base, capsys, poison, value, moment, adapter):
     """Undone, the run continues from the checkpoint before."""

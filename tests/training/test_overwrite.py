@@ -304,7 +304,7 @@ def test_room_for_both(earlier, monkeypatch):
     assert train(new, overwrite=True).trained, "which does not suffice for two of them and final/"
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, pytest.param(errno.EOPNOTSUPP, marks=thorough)])
 def test_a_file_system_without_locks(tmp_path, talks, capsys, monkeypatch, number):
     """What the kernel answers on Lustre without `-o flock` or NFS without a lock manager: to the run, to the cache."""
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
