@@ -11,6 +11,7 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model.attention import Segments, attend_by_document
 from nesso_tune.model.head import Row, attach_supervised_head
@@ -112,14 +113,16 @@ def trl(tmp_path_factory):
     return made
 
 
-def ours_and_theirs(trl, settings, split=(0, 4)):
+def ours_and_theirs(trl, settings, split=(0, 4), rows=True):
     """Our loss of a step of some micro batches, and TRL's of all its pairs at once, with their gradients."""
     inputs = PairCollator(0, GROUPS, by_document=False)(pairs())
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
     inputs |= reference(inputs, settings.get("ld_alpha"))
     model = net()
-    ours = by_rows(model)
+    ours = by_rows(model) if rows else deepcopy(model)
     trainer = trl(model.train(), **settings)
+    if not rows:
+        add_fused_lm_head(ours, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     theirs = DPOTrainer._compute_loss(trainer, model, dict(inputs), False)
     theirs.backward()
     given = zip(inputs["ref_chosen_logps"].tolist(), inputs["ref_rejected_logps"].tolist(), strict=True)
@@ -127,7 +130,7 @@ def ours_and_theirs(trl, settings, split=(0, 4)):
     tally = Tally(dpo.pair_figures(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
     trainer.track = SimpleNamespace(tally=tally, tokens=0, supervised_tokens=0)
     trainer.state.global_step = 1
-    batches = [PairCollator(0, GROUPS)(pairs()[start:end]) for start, end in pairwise(split)]
+    batches = [PairCollator(0, GROUPS, by_document=rows)(pairs()[start:end]) for start, end in pairwise(split)]
     items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     trainer.current_gradient_accumulation_steps = len(batches)
     losses = [trainer.compute_loss(ours.train(), dict(batch), num_items_in_batch=items) for batch in batches]
@@ -159,11 +162,11 @@ def test_loss_gradients_and_metrics_are_trls(trl, settings):
     assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6), "what is reported is what is optimised"
 
 
-@pytest.mark.parametrize("split", [(0, 1, 2, 3, 4), (0, 2, 4)])
-def test_a_step_is_trls_loss_of_all_its_pairs_however_it_is_split(trl, split):
+@pytest.mark.parametrize(("split", "rows"), [((0, 1, 2, 3, 4), True), ((0, 2, 4), True), ((0, 2, 4), False)])
+def test_a_step_is_trls_loss_of_all_its_pairs_however_it_is_split(trl, split, rows):
     """TRL's own sft term is a mean over each micro batch: 1e-2 off where the answers differ in length."""
     settings = {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1.0, 0.2, 0.5], "ld_alpha": 0.5}
-    both = ours_and_theirs(trl, settings, split)
+    both = ours_and_theirs(trl, settings, split, rows)
     assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
     check_gradients(both)
     means = both.tally.means()
