@@ -62,7 +62,7 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
         """The chosen answers' tokens in a step, over all processes; None without the sft term."""
-        if SFT not in self.loss_types:
+        if SFT not in self.loss_types or not batch_samples:
             return None
         return self.sum_over_processes(sum(chosen_mask(batch).sum() for batch in batch_samples))
 
