@@ -15,6 +15,7 @@ from nesso_tune.recipes.metric_names import ANSWERS, HELD_OUT, ONLY, TRAIN, did_
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+SORTED_LOSSES = ("aot", "aot_unpaired")  # they compare the sorted ratios of a batch, so none is a mean over pairs
 # What a Slurm job is told once, from these keys: said a second time it could disagree.
 _COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
 JOB_OPTIONS = {
@@ -232,8 +233,28 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
         yield Finding(
             ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
         )
+    for name in sorted(names & set(SORTED_LOSSES)):
+        yield from _of_a_whole_step(raw, name)
     if get(raw, "dpo", "ld_alpha") == 1:
         yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
+
+
+def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
+    """What keeps a loss that sorts the pairs of a micro batch from sorting those of the optimizer step."""
+    rows, whole, times = (
+        get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
+    )
+    rows = 1 if rows is None else rows
+    if not isinstance(rows, int):
+        return
+    step = whole if isinstance(whole, int) else rows * times if isinstance(times, int) else rows
+    if step > rows:
+        yield Finding(
+            ("dpo", "loss"), f"{loss} sorts the pairs of a step, and the {step} of a step come {rows} at a time",
+            f"set train.micro_batch_size: {step} and one device, or use another loss",
+        )  # fmt: skip
+    elif step == 1:
+        yield Finding(("dpo", "loss"), f"{loss} sorts pairs, and a step has one", "raise train.micro_batch_size")
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (

@@ -8,11 +8,12 @@ from dataclasses import replace
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.advice import ROOMY, advise
 from nesso_tune.recipes.data import SFTData
+from nesso_tune.recipes.lint import SORTED_LOSSES
 from nesso_tune.recipes.memory import Memory, estimate_memory, trained_parameters
 from nesso_tune.recipes.plan import USUAL, DataVolume, Plan, SchedulePlan, World
 from nesso_tune.recipes.presets import auto_learning_rate
 from nesso_tune.recipes.schedule import check_schedule
-from nesso_tune.recipes.schema import Interval, Recipe
+from nesso_tune.recipes.schema import DPORecipe, Interval, Recipe
 from nesso_tune.recipes.shape import ModelShape, find_shape
 
 # Operations of a process from which compiling pays on a CPU: some 20 seconds of it against a fifth of several minutes.
@@ -99,6 +100,12 @@ def _check_processes(recipe: Recipe, world: World) -> None:
         raise RecipeError(
             "model.adapter.type", f"qlora runs in one process, here are {world.processes}",
             "start one (nesso-tune train), or use type: lora",
+        )  # fmt: skip
+    losses = [name for name in recipe.dpo.loss if name in SORTED_LOSSES] if isinstance(recipe, DPORecipe) else []
+    if losses and world.processes > 1:
+        raise RecipeError(
+            "dpo.loss", f"{losses[0]} sorts the pairs of a step, and {world.processes} processes share them",
+            "start one (nesso-tune train), or use another loss",
         )  # fmt: skip
 
 

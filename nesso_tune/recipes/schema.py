@@ -89,7 +89,9 @@ class DPOSection(Section):
     beta: float = Field(default=0.1, gt=0)
     """How strongly the policy is held to the reference."""
     loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(default={"sigmoid": 1.0}, min_length=1)
-    """Weights by loss name; several are added up, e.g. {sigmoid: 1.0, sft: 0.2}."""
+    """Weights by loss name; several are added up, e.g. {sigmoid: 1.0, sft: 0.2}. Each is a mean over the pairs of an
+    optimizer step; sft is a mean over the tokens of their chosen answers; aot and aot_unpaired sort the pairs, and need
+    the whole step in one micro batch."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Assumed share of flipped labels; used by robust, exo_pair, aot and aot_unpaired."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)

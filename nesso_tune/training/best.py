@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.checkpoint import PREFIX, read_manifest
 from nesso_tune.training.metrics import read_metrics
 from nesso_tune.training.processes import from_first, is_first
+from nesso_tune.training.tally import Figures
 
 KEY = "train.best_metric"
 
@@ -70,12 +71,12 @@ class Best:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
 
 
-def best_of(recipe: Recipe, names: Iterable[str], validation: Rows) -> Best | None:
+def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
     """What a recipe wants to be kept; None if it takes the last weights.
 
     Args:
         recipe: says the metric and the patience.
-        names: of what is measured on held-out rows, without `eval_`.
+        figures: what is measured on held-out rows, without `eval_`.
         validation: the held-out rows.
 
     Raises:
@@ -89,8 +90,12 @@ def best_of(recipe: Recipe, names: Iterable[str], validation: Rows) -> Best | No
         languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.entries)})
         if not languages:
             raise RecipeError(KEY, f"`{metric}` is not measured: no row is held out", "raise data.validation_size")
-        measured = [f"eval_{name}{part}" for name in names for part in ("", *(f"/{code}" for code in languages))]
-        of_source = metric.startswith(f"{whole}/source/")  # which there are shows the first evaluation
+        parts = ["", *(f"/{code}" for code in languages)]
+        measured = [
+            f"eval_{name}{part}" for name in figures.names for part in (parts[:1] if name in figures.whole else parts)
+        ]
+        divided = whole.removeprefix("eval_") not in figures.whole
+        of_source = divided and metric.startswith(f"{whole}/source/")  # which there are shows the first evaluation
         if (whole if of_source else metric) not in measured:
             raise RecipeError(KEY, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
     return Best(metric, recipe.train.early_stopping_patience)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,19 +14,27 @@ from trl import DPOTrainer
 
 from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.errors import NumericalError
+from nesso_tune.recipes.lint import SORTED_LOSSES
 from nesso_tune.training.collate import OURS, Batch, CountedBatch
 from nesso_tune.training.sharding import drops_at_random
-from nesso_tune.training.tally import Groups, Tally
+from nesso_tune.training.tally import Figures, Groups, Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
            "logps/rejected")  # fmt: skip
-NAMES = ("loss", "token_accuracy", *METRICS, "logps/chosen_shift")
+SFT = "sft"  # the one term that is a mean over tokens, those of the chosen answers
+SFT_LOSS, PREFERENCE_LOSS = "loss_sft", "loss_preference"  # the term by itself; all other terms, added up
 Reference = dict[int, tuple[float, float]]  # pair -> log-probability of its chosen and rejected answer
 
 
 class PairTrainer(TrackedTrainer, DPOTrainer):
-    """Loss and metrics are TRL's, a mean over pairs. `reference` is set before the first step."""
+    """The loss of an optimizer step is TRL's loss of all its pairs, however they are split.
+
+    Its terms are means over the pairs of the step; `sft` is a mean over the tokens of their chosen answers. TRL takes
+    the latter over a micro batch, so that a token in a micro batch of short answers would count more.
+
+    `reference` is set before the first step.
+    """
 
     reference: Reference
 
@@ -52,7 +60,16 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
         """The reference is computed by `reference.py`, on the wrapped model, once."""
         return dataset
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """The chosen answers' tokens in a step, over all processes; None without the sft term."""
+        if SFT not in self.loss_types or not batch_samples:
+            return None
+        return self.sum_over_processes(sum(chosen_mask(batch).sum() for batch in batch_samples))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a micro batch, so that its mean over the step's micro batches and processes is the step's."""
         own = {name: inputs.pop(name) for name in OURS}
         inputs |= self.reference_of(own["entries"])
         seen: list[Any] = []
@@ -61,14 +78,20 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
             seen.append(model(**kwargs))
             return seen[-1]
 
-        loss = loss_of(self, recorded, inputs)
+        preference = preference_loss(self, recorded, inputs)
         track, outputs = self.track, seen[0]
         if self.state.global_step == 0:
             self._assert_policy_is_reference(outputs.log_probs, inputs)
-        add_pair_losses(self, track.tally, outputs, inputs, own["group_ids"])
+        # each step counts alike in the mean of several
+        each_token = None if num_items_in_batch is None else 1 / num_items_in_batch.double()
+        add_pair_losses(self, track.tally, outputs, inputs, own["group_ids"], preference, each_token)
         track.tokens += int(own["tokens"])
         track.supervised_tokens += int(inputs["completion_mask"].sum())
-        return loss
+        if num_items_in_batch is None:
+            return preference
+        micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        sft = -outputs.log_probs.chunk(2)[0].sum() / num_items_in_batch * micro_batches
+        return preference + sft_weight(self) * sft
 
     def reference_of(self, entries: Tensor) -> dict[str, Tensor]:
         """The reference's log-probabilities of some pairs, on the device."""
@@ -113,25 +136,81 @@ def answer_log_probs(log_probs: Tensor, completion_mask: Tensor, ld_alpha: float
     return (log_probs * torch.where(beyond, ld_alpha, 1.0)).sum(dim=1)
 
 
+def chosen_mask(inputs: Mapping[str, Any]) -> Tensor:
+    """Where the tokens of the chosen answers are among what is predicted, [pairs, length - 1]."""
+    mask: Tensor = inputs["completion_mask"].chunk(2)[0][:, 1:]
+    return mask.bool()
+
+
+def sft_weight(trainer: PairTrainer) -> float:
+    """The weight of the sft term in the loss."""
+    return float(trainer.loss_weights[trainer.loss_types.index(SFT)])
+
+
+def pair_figures(losses: Mapping[Any, float]) -> Figures:
+    """What is reported of a loss: itself, its two kinds of terms where it has an sft term, and the metrics."""
+    of_pairs, weight = any(name != SFT for name in losses), losses.get(SFT)
+    metrics = ("token_accuracy", *METRICS, "logps/chosen_shift")
+    whole = frozenset({"loss", PREFERENCE_LOSS} if any(name in SORTED_LOSSES for name in losses) else ())
+    if weight is None:
+        return Figures(("loss", *metrics), whole=whole)
+    parts = {PREFERENCE_LOSS: 1.0, SFT_LOSS: weight} if of_pairs else {SFT_LOSS: weight}
+    return Figures((*parts, *metrics), {"loss": parts}, whole)
+
+
 @torch.no_grad()
 def add_pair_losses(
-    trainer: PairTrainer, tally: Tally, outputs: Any, inputs: dict[str, Any], group_ids: Tensor
+    trainer: PairTrainer,
+    tally: Tally,
+    outputs: Any,
+    inputs: dict[str, Any],
+    group_ids: Tensor,
+    preference: Tensor | None = None,
+    each_token: Tensor | None = None,
 ) -> None:
     """Adds loss and metrics of some pairs to a tally, by group, from log-probabilities already computed.
 
-    The metrics are TRL's, pair by pair; the loss of a group is TRL's loss of its pairs.
+    The metrics are TRL's, pair by pair.
+
+    Args:
+        trainer: its settings decide.
+        tally: of the `pair_figures` of its loss.
+        outputs, inputs: of the model.
+        group_ids: of each pair.
+        preference: the pairs' `preference_loss`, where it is known.
+        each_token: what a token weighs in the sft term; 1 if not given.
     """
     values = pair_metrics(trainer, outputs, inputs)
     ones = torch.ones(len(group_ids), device=group_ids.device)
     for name, value in values.items():
         tally.add(name, group_ids, value, ones)
-    chosen = inputs["completion_mask"][: len(group_ids), 1:].bool()
+    chosen = chosen_mask(inputs)
     right, of_token = outputs.is_top1[: len(group_ids)][chosen], group_ids[:, None].expand(chosen.shape)[chosen]
-    tally.add("token_accuracy", of_token, right.float(), torch.ones(len(right), device=right.device))
-    for group in group_ids.unique():
-        rows = (group_ids == group).nonzero().flatten()
-        loss = group_loss(trainer, outputs, inputs, rows)
-        tally.add("loss", group.reshape(1), loss.reshape(1), torch.tensor([float(len(rows))], device=rows.device))
+    tokens = torch.ones(len(right), device=right.device, dtype=torch.float64)
+    tally.add("token_accuracy", of_token, right.float(), tokens)
+    if SFT in trainer.loss_types:
+        log_probs = outputs.log_probs[: len(group_ids)][chosen]
+        tally.add(SFT_LOSS, of_token, -log_probs, tokens if each_token is None else tokens * each_token)
+    _add_preference_loss(trainer, tally, outputs, inputs, group_ids, preference)
+
+
+def _add_preference_loss(
+    trainer: PairTrainer,
+    tally: Tally,
+    outputs: Any,
+    inputs: dict[str, Any],
+    group_ids: Tensor,
+    whole: Tensor | None,
+) -> None:
+    """A mean over pairs: TRL's loss of the pairs of each group; of all at once where it is no such mean."""
+    name = PREFERENCE_LOSS if SFT in trainer.loss_types else "loss"
+    if name not in tally.names:  # sft is the only term
+        return
+    groups = group_ids[:1] if name in tally.figures.whole else group_ids.unique()
+    for group in groups:
+        rows = (group_ids == group).nonzero().flatten() if len(groups) > 1 else torch.arange(len(group_ids))
+        loss = whole if whole is not None and len(groups) == 1 else group_loss(trainer, outputs, inputs, rows)
+        tally.add(name, group.reshape(1), loss.reshape(1), torch.tensor([float(len(rows))], device=group.device))
 
 
 def pair_metrics(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -154,38 +233,42 @@ def pair_metrics(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any]) -> 
 
 
 def group_loss(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any], rows: Tensor) -> Tensor:
-    """TRL's loss of some pairs of a batch, from log-probabilities already computed."""
+    """`preference_loss` of some pairs of a batch, from log-probabilities already computed."""
     both = torch.cat([rows, rows + len(inputs["ref_chosen_logps"])])
     fields = ("log_probs", "entropy", "mean_logits", "is_top1")
     of_rows = SimpleNamespace(**{name: getattr(outputs, name).detach()[both] for name in fields})
     names = ("input_ids", "attention_mask", "completion_mask")
     inputs = {n: v[rows] for n, v in inputs.items() if n.startswith("ref_")} | {n: inputs[n][both] for n in names}
-    return loss_of(trainer, lambda **_: of_rows, inputs)
+    return preference_loss(trainer, lambda **_: of_rows, inputs)
 
 
-def loss_of(trainer: PairTrainer, model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
-    """TRL's loss. Its figures are left aside, and with them their gathering over all processes at every micro batch.
+def preference_loss(trainer: PairTrainer, model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
+    """TRL's loss without its sft term: a mean over the pairs, except for the losses that sort them.
 
-    `_compute_loss` asks its model for per-token fields and its accelerator to gather; here the latter gives back what
-    it gets, since the tally has the figures, by group and over all processes.
+    TRL's figures are left aside, since the tally has them, by group and over all processes. `_compute_loss` asks its
+    accelerator to gather what they are made of; here that is always 0, so that nothing waits for the device.
     """
+    terms = [term for term in zip(trainer.loss_types, trainer.loss_weights, strict=True) if term[0] != SFT]
+    nothing = torch.zeros(())
     view = SimpleNamespace(
         **{name: getattr(trainer, name) for name in SETTINGS},
+        loss_types=[name for name, _ in terms],
+        loss_weights=[weight for _, weight in terms],
         model=SimpleNamespace(training=True),
         accelerator=SimpleNamespace(
-            device=trainer.accelerator.device, gather=lambda x: x, gather_for_metrics=lambda x: x
+            device=trainer.accelerator.device, gather=lambda _: nothing, gather_for_metrics=lambda _: nothing
         ),
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
     )
-    loss: Tensor = DPOTrainer._compute_loss(view, model, inputs, False)
-    return loss
+    loss: Tensor | float = DPOTrainer._compute_loss(view, model, inputs, False)
+    return loss if isinstance(loss, Tensor) else torch.tensor(loss, device=trainer.accelerator.device)  # of no term
 
 
-# What TRL's `_compute_loss` reads of its trainer.
-SETTINGS = ("beta", "loss_types", "loss_weights", "ld_alpha", "label_smoothing", "f_divergence_type",
-            "f_alpha_divergence_coef", "use_weighting", "precompute_ref_logps", "aux_loss_enabled", "args")  # fmt: skip
+# What TRL's `_compute_loss` reads of its trainer, besides the terms of the loss.
+SETTINGS = ("beta", "ld_alpha", "label_smoothing", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting",
+            "precompute_ref_logps", "aux_loss_enabled", "args")  # fmt: skip
 
 
 @torch.no_grad()
@@ -202,8 +285,12 @@ def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[Any, dict[str, Any]
 
 @torch.no_grad()
 def evaluate_pairs(trainer: PairTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
-    """Loss and metrics over batches of pairs, whole and by group. `batches` as in `sft.evaluate_loss`."""
-    tally = Tally(NAMES, groups, trainer.accelerator.device)
+    """Loss and metrics over batches of pairs, whole and by group. `batches` as in `sft.evaluate_loss`.
+
+    The loss is that of all pairs as one step: means over all pairs and all tokens of their chosen answers. A loss that
+    sorts pairs is the mean over batches, weighted by their pairs.
+    """
+    tally = Tally(trainer.track.tally.figures, groups, trainer.accelerator.device)
     for batch, counted in batches:
         outputs, inputs, own = score_pairs(trainer, batch)
         if counted:

@@ -51,7 +51,7 @@ from nesso_tune.training.rundir import RunDir
 from nesso_tune.training.sharding import check_sharded
 from nesso_tune.training.signals import StopRequest, StopWhenAsked
 from nesso_tune.training.space import Room
-from nesso_tune.training.tally import Groups, Tally
+from nesso_tune.training.tally import Figures, Groups, Tally
 from nesso_tune.training.throughput import Operations, Throughput
 from nesso_tune.training.trainer import Track
 
@@ -106,12 +106,12 @@ def _trainer(
     room: Room,
 ) -> Trainer:
     """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
-    kind, names, loss_over, arguments = _method(recipe)
+    kind, figures, loss_over, arguments = _method(recipe)
     groups = Groups.of(data.stream.documents)
     collate = _collator(
         model, recipe, data.chat.pad_id, groups, recipe.data.sequence_len if plan.torch_compile else None
     )
-    best, operations = best_of(recipe, names, data.validation), _adapted(model, recipe, data.chat.new_ids)
+    best, operations = best_of(recipe, figures, data.validation), _adapted(model, recipe, data.chat.new_ids)
     trainer: Trainer = kind(
         model=model,
         args=arguments(recipe, plan, model),
@@ -128,7 +128,7 @@ def _trainer(
     trainer.track = Track(
         plan=plan,
         order=order,
-        tally=Tally(names, groups, trainer.args.device),
+        tally=Tally(figures, groups, trainer.args.device),
         guard=Guard(recipe.train.on_spike, order, log),
         log=log,
         alarms=Alarms(log, recipe.method, plan.steps, looks=trainer.is_world_process_zero()),
@@ -152,11 +152,11 @@ def _adapted(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> Oper
     return operations.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def _method(recipe: Recipe) -> tuple[Any, Any, Any, Any]:
-    """Trainer, names of its metrics, evaluation and arguments of SFT or DPO."""
+def _method(recipe: Recipe) -> tuple[Any, Figures, Any, Any]:
+    """Trainer, what is reported of its training, evaluation and arguments of SFT or DPO."""
     if isinstance(recipe, SFTRecipe):
-        return sft.ConversationTrainer, sft.NAMES, sft.evaluate_loss, sft_arguments
-    return dpo.PairTrainer, dpo.NAMES, dpo.evaluate_pairs, dpo_arguments
+        return sft.ConversationTrainer, sft.FIGURES, sft.evaluate_loss, sft_arguments
+    return dpo.PairTrainer, dpo.pair_figures(recipe.dpo.loss), dpo.evaluate_pairs, dpo_arguments
 
 
 def _collator(

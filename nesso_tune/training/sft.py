@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from trl import SFTTrainer
 
 from nesso_tune.training.collate import OURS, CountedBatch
-from nesso_tune.training.tally import Groups, Tally
+from nesso_tune.training.tally import Figures, Groups, Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
-NAMES = ("loss", "token_accuracy")
+FIGURES = Figures(("loss", "token_accuracy"))
 
 
 class ConversationTrainer(TrackedTrainer, SFTTrainer):
@@ -49,7 +49,7 @@ def evaluate_loss(trainer: ConversationTrainer, batches: Iterable[CountedBatch],
 
     `batches` are those of this process, as many as every other has; one that is not counted only keeps step.
     """
-    tally = Tally(NAMES, groups, trainer.accelerator.device)
+    tally = Tally(FIGURES, groups, trainer.accelerator.device)
     for batch, counted in batches:
         inputs = send_to_device(batch, trainer.accelerator.device)
         own = {name: inputs.pop(name) for name in OURS if name in inputs}

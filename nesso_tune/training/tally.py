@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -44,6 +45,26 @@ class Groups:
             yield f"/source/{name}", list(range(i, len(self), width))
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a tally reports.
+
+    Attributes:
+        means: names of weighted means.
+        sums: weighted sums of such means: {name: {mean: weight}}.
+        whole: names that are reported over everything only: they are no means over languages or sources.
+    """
+
+    means: tuple[str, ...]
+    sums: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that is reported over everything."""
+        return (*self.sums, *self.means)
+
+
 class Tally:
     """Weighted means by name and group.
 
@@ -51,8 +72,8 @@ class Tally:
     the parts always add up to the whole.
     """
 
-    def __init__(self, names: Sequence[str], groups: Groups, device: torch.device | str = "cpu") -> None:
-        self.names, self.groups = tuple(names), groups
+    def __init__(self, figures: Figures, groups: Groups, device: torch.device | str = "cpu") -> None:
+        self.figures, self.names, self.groups = figures, figures.means, groups
         self._sums = torch.zeros(len(self.names), len(groups), 2, dtype=torch.float64, device=device)
 
     def add(self, name: str, group_ids: Tensor, values: Tensor, weights: Tensor) -> None:
@@ -67,11 +88,18 @@ class Tally:
         sums = reduce(self._sums.clone()).cpu()
         out: dict[str, float] = {}
         for i, name in enumerate(self.names):
-            for suffix, groups in self.groups.parts():
+            for suffix, groups in self._parts_of(name):
                 total, weight = sums[i, groups].sum(dim=0).tolist()
                 if weight > 0:
                     out[f"{name}{suffix}"] = total / weight
+        for name, means in self.figures.sums.items():
+            for suffix, _ in self._parts_of(name):
+                if all(f"{mean}{suffix}" in out for mean in means):
+                    out[f"{name}{suffix}"] = sum(weight * out[f"{mean}{suffix}"] for mean, weight in means.items())
         return out
+
+    def _parts_of(self, name: str) -> Iterator[tuple[str, list[int]]]:
+        return islice(self.groups.parts(), 1 if name in self.figures.whole else None)
 
     def weight(self, name: str, reduce: Reduce = lambda tensor: tensor) -> int:
         """The whole weight that was added under a name."""
@@ -86,5 +114,7 @@ class Tally:
         return self._sums.cpu().tolist()
 
     def restore(self, state: list[list[list[float]]]) -> None:
-        """Takes sums back from `state`."""
-        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
+        """Takes sums back from `state`; those of other names or groups are dropped."""
+        sums = torch.tensor(state, dtype=torch.float64)
+        if sums.shape == self._sums.shape:
+            self._sums.copy_(sums)

@@ -155,7 +155,7 @@ class TrackedTrainer(_Base):
         if "loss" not in logs:  # the closing summary of transformers repeats what the lines say
             return
         track = self.track
-        logs |= track.tally.means(self.sum_over_processes)  # token-weighted (SFT) or over pairs (DPO), by language
+        logs |= track.tally.means(self.sum_over_processes)  # over tokens (SFT) or pairs (DPO), by language
         track.tally.reset()
         logs |= track.throughput.line(self) | {"seconds": round(track.elapsed(), 3)}
         began = time.monotonic()

@@ -55,6 +55,15 @@ FIRES = {
         "dpo: {label_smoothing: 0.1, loss: {ipo: 1.0, sft: 0.1}}", "dpo.label_smoothing", "the loss ipo, sft",
     ),
     "exo without smoothing": ("dpo: {loss: {exo_pair: 1.0}}", "dpo.loss", "needs label_smoothing"),
+    "sorted by parts": (
+        "{dpo: {loss: {aot: 1.0}}, train: {micro_batch_size: 4, global_batch_size: 16}}", "dpo.loss",
+        "aot sorts the pairs of a step, and the 16 of a step come 4 at a time",
+    ),
+    "sorted by accumulation": (
+        "{dpo: {loss: {sft: 1.0, aot_unpaired: 1.0}}, train: {gradient_accumulation_steps: 3}}", "dpo.loss",
+        "aot_unpaired sorts the pairs of a step, and the 3",
+    ),
+    "sorted alone": ("dpo: {loss: {aot: 1.0}}", "dpo.loss", "sorts pairs, and a step has one"),
     "alike": ("dpo: {ld_alpha: 1.0}", "dpo.ld_alpha", "what null does"),
     "answer in messages": (source("format: messages, response_field: x"), "data.sources.1.response_field", "messages"),
     "prompt in sharegpt": (source("format: sharegpt, prompt_field: x"), "data.sources.1.prompt_field", "sharegpt"),
@@ -149,6 +158,7 @@ SILENT = {
     "robust": "dpo: {label_smoothing: 0.1, loss: {robust: 1.0}}",
     "exo": "dpo: {label_smoothing: 0.001, loss: {exo_pair: 1.0}}",
     "length": "dpo: {ld_alpha: 0.5}",
+    "sorted": "{dpo: {loss: {aot: 1.0}}, train: {micro_batch_size: 16, global_batch_size: 16}}",
     "messages": source("format: messages, messages_field: m, role_field: r, content_field: c, roles: {a: user}"),
     "preference": source("format: preference, prompt_field: p, chosen_field: c, rejected_field: r"),
     "alpaca": source("format: alpaca, prompt_field: p, input_field: i, response_field: r"),

@@ -86,6 +86,14 @@ def test_max_steps_far_from_the_data(steps, words):
     assert [text.startswith(words) for text in said] == [True] * bool(words)
 
 
+def test_a_loss_that_sorts_the_pairs_of_a_step_is_of_one_process():
+    text = DPO + "dpo: {loss: {sigmoid: 1.0, aot: 0.5}}\n"
+    assert plan("micro_batch_size: 8", text=text).global_batch == 8
+    said = r"dpo\.loss: aot sorts the pairs of a step, and 2 processes share them; start one"
+    with pytest.raises(RecipeError, match=said):
+        plan("micro_batch_size: 8", text=text, processes=2)
+
+
 def test_max_steps_decide_and_the_epochs_follow():
     of = plan("max_steps: 30, global_batch_size: 10", 200)
     assert (of.total_steps, of.epochs) == (30, 1.5)

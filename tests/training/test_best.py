@@ -17,6 +17,7 @@ from nesso_tune.training.best import Best, best_of
 from nesso_tune.training.checkpoint import MANIFEST, WEIGHTS, checkpoints
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.state import load_shards, set_weights, weights_of
+from nesso_tune.training.tally import Figures
 from tests.support.runs import (
     loaded,
     main_here,
@@ -280,9 +281,10 @@ def test_a_metric_that_is_not_measured_ends_the_run_before_its_first_step(tmp_pa
     data, _ = loaded(some)
     none = Rows(data.validation.documents, data.validation.entries[:0], data.validation.bounds[:1])
     with pytest.raises(RecipeError, match=r"not measured: no row is held out; raise data\.validation_size"):
-        best_of(some, ("loss",), none)
+        best_of(some, Figures(("loss",)), none)
     of_source = overfitting(tmp_path / "run", rows, train={"best_metric": "eval_loss/source/a"})
-    assert best_of(of_source, ("loss",), data.validation).metric == "eval_loss/source/a", "is seen when it is measured"
+    best = best_of(of_source, Figures(("loss",)), data.validation)
+    assert best.metric == "eval_loss/source/a", "is seen when it is measured"
 
 
 def test_a_metric_of_answers_that_is_not_measured_ends_it_at_the_first_evaluation(tmp_path, rows, each_step):

@@ -3,16 +3,18 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
-from nesso_tune import NumericalError, RunEnvironmentError
+from nesso_tune import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.run import train
 from nesso_tune.training import dpo, fit
 from nesso_tune.training.dpo import answer_log_probs
+from nesso_tune.training.guards import Guard
 from nesso_tune.training.reference import load_reference
 from tests.support.runs import metrics, recipe, steps
 
@@ -28,10 +30,12 @@ def test_a_run_on_rows_has_the_numbers_of_a_run_on_padded_pairs(tmp_path, pairs)
     """`attention: eager` takes TRL's own way: both answers padded, each with its prompt."""
     for kernel in ("auto", "eager"):
         rates = {"learning_rate": 1e-2, "max_steps": 3, "micro_batch_size": 4}
-        train(recipe("dpo", tmp_path / kernel, [pairs], model={"attention": kernel}, train=rates))
+        train(recipe("dpo", tmp_path / kernel, [pairs], model={"attention": kernel}, train=rates,
+                     dpo={"loss": {"sigmoid": 1.0, "sft": 0.2}}))  # fmt: skip
     ours, padded = ([line for line in metrics(tmp_path / name) if "event" not in line] for name in ("auto", "eager"))
+    figures = ("loss", "loss/it", "loss_sft/it", "eval_loss", *dpo.METRICS, "logps/chosen_shift", "token_accuracy")
     for mine, theirs in zip(ours, padded, strict=True):
-        for name in ("loss", "loss/it", "eval_loss", *dpo.METRICS, "logps/chosen_shift", "token_accuracy", "grad_norm"):
+        for name in (*figures, "grad_norm"):
             assert (name in mine) == (name in theirs), name
             assert mine.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=1e-4, abs=1e-4), name
     assert json.loads((tmp_path / "auto" / "manifest.json").read_text())["attention"] == "sdpa, by document"
@@ -53,15 +57,55 @@ def test_figures_by_language(tmp_path, pairs):
         assert line[name] == pytest.approx((line[f"{name}/it"] + line[f"{name}/en"]) / 2), "three pairs of each"
 
 
-def test_accumulation_changes_nothing(tmp_path, pairs):
-    losses = []
-    for micro, accumulation in ((4, 1), (2, 2), (1, 4)):
-        out = tmp_path / f"{micro}"
+@pytest.fixture
+def optimised(monkeypatch):
+    """The losses of all optimizer steps of a test, each as the sum of what was derived."""
+    seen = []
+    original = Guard.lets_pass
+
+    def watched(self, trainer, norm):
+        seen.append(sum(map(float, self._losses)))
+        return original(self, trainer, norm)
+
+    monkeypatch.setattr(Guard, "lets_pass", watched)
+    return seen
+
+
+def test_accumulation_changes_nothing_and_the_loss_reported_is_the_one_optimised(tmp_path, pairs, optimised):
+    """A line over several steps is their mean; the held-out loss is that of all pairs as one step."""
+    for micro, accumulation, every in ((4, 1, 1), (1, 4, 3)):
         batch = {"max_steps": 3, "micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
-        train(recipe("dpo", out, [pairs], train=batch, evaluation=None))
-        losses.append(steps(out))
-    for other in losses[1:]:
-        assert other == pytest.approx(losses[0], abs=1e-5)
+        some = recipe("dpo", tmp_path / f"{micro}", [pairs], dpo={"loss": {"sigmoid": 1.0, "sft": 0.5}},
+                      train={**batch, "learning_rate": 1e-2}, data={"validation_size": 6},
+                      evaluation={"every_steps": 3, "samples": 0}, logging={"every_steps": every})  # fmt: skip
+        train(some)
+    whole, split = tmp_path / "4", tmp_path / "1"
+    assert optimised[:3] == pytest.approx(optimised[3:], rel=1e-5)
+    assert [*steps(whole).values()] == pytest.approx(optimised[:3], rel=1e-6)
+    assert steps(split) == pytest.approx({1: optimised[3], 3: sum(optimised[4:]) / 2}, rel=1e-6)
+    lines = [next(line for line in metrics(run) if "eval_loss" in line) for run in (whole, split)]
+    figures = ("eval_loss", "eval_loss_preference", "eval_loss_sft", "eval_loss/it", "eval_loss_sft/en")
+    for name in figures:
+        assert lines[0][name] == pytest.approx(lines[1][name], rel=1e-4), name
+        if "sft" not in name and "preference" not in name:
+            part = name.removeprefix("eval_loss")
+            terms = [lines[0][f"eval_loss_{term}{part}"] for term in ("preference", "sft")]
+            assert lines[0][name] == pytest.approx(terms[0] + 0.5 * terms[1], rel=1e-9), name
+
+
+def test_a_loss_that_sorts_the_pairs_of_a_step_is_reported_as_a_whole(tmp_path, pairs, optimised):
+    def of_best(name, metric):
+        batch = {"micro_batch_size": 6, "learning_rate": 1e-2, "best_metric": metric}
+        return recipe("dpo", tmp_path / name, [pairs], dpo={"loss": {"aot": 1.0, "sft": 0.5}}, train=batch,
+                      evaluation={"samples": 0})  # fmt: skip
+
+    train(of_best("run", "eval_loss"))
+    assert [*steps(tmp_path / "run").values()] == pytest.approx(optimised, rel=1e-6)
+    names = {name for line in metrics(tmp_path / "run") for name in line if "loss" in name}
+    whole = {"loss", "loss_preference", "eval_loss", "eval_loss_preference"}
+    assert names == whole | {f"{kind}loss_sft{part}" for kind in ("", "eval_") for part in ("", "/it", "/en")}
+    with pytest.raises(RecipeError, match="`eval_loss/it` is not measured by this run; did you mean `eval_loss`"):
+        train(of_best("it", "eval_loss/it"))
 
 
 def test_training_prefers_the_chosen(tmp_path, pairs):
@@ -72,9 +116,19 @@ def test_training_prefers_the_chosen(tmp_path, pairs):
 
 
 def test_the_reference_is_the_start_also_after_a_resume(tmp_path, pairs):
-    some = recipe("dpo", tmp_path / "run", [pairs], train={"learning_rate": 1e-2})
+    """And the figures of a line that began before it are those of a run that was never stopped."""
+    some = recipe("dpo", tmp_path / "run", [pairs], train={"learning_rate": 1e-2}, logging={"every_steps": 3},
+                  dpo={"loss": {"sigmoid": 1.0, "sft": 0.2}})  # fmt: skip
     train(some)
     run = tmp_path / "run"
+    before, weights = steps(run), (run / "final" / "model.safetensors").read_bytes()
+    for folder in ("final", "checkpoint-4"):
+        shutil.rmtree(run / folder)
+    train(some)
+    assert any(line.get("event") == "resumed" for line in metrics(run))
+    assert steps(run) == before
+    assert sorted(before) == [1, 3, 4]
+    assert (run / "final" / "model.safetensors").read_bytes() == weights
     fingerprint = json.loads((run / "manifest.json").read_text())["start"]
     before = load_reference(run, fingerprint)
     assert len(before) == 20

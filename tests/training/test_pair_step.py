@@ -1,7 +1,9 @@
 """The DPO step without padding and with shared prompts: TRL's loss, gradients and metrics, and their closed forms."""
 
 from copy import deepcopy
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -9,16 +11,20 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model.attention import Segments, attend_by_document
 from nesso_tune.model.head import Row, attach_supervised_head
+from nesso_tune.recipes.lint import SMOOTHED_LOSSES, SORTED_LOSSES
+from nesso_tune.recipes.schema import LossName
 from nesso_tune.training import dpo
 from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.tally import Groups, Tally
 from tests.support.runs import BASE
 
 VOCABULARY = 61
-SIZES = [(5, 7, 3), (2, 1, 6), (9, 4, 4)]  # tokens of prompt, chosen and rejected answer
+SIZES = [(5, 7, 3), (2, 1, 6), (9, 4, 4), (3, 6, 5)]  # tokens of prompt, chosen and rejected answer
+LANGUAGES = ("it", "en", "en", "it")
 GROUPS = Groups(("en", "it"), ("",))
 LOSSES = {
     "sigmoid": {"loss_type": ["sigmoid"]},
@@ -35,8 +41,13 @@ LOSSES = {
     "aot, smoothed": {"loss_type": ["aot"], "label_smoothing": 0.1},
     "aot_unpaired": {"loss_type": ["aot_unpaired"]},
     "discopop": {"loss_type": ["discopop"]},
-    "sigmoid and sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
-    "sigmoid, long answers discounted": {"loss_type": ["sigmoid"], "ld_alpha": 0.5},
+    "sft": {"loss_type": ["sft"], "loss_weights": [0.7]},
+    "sigmoid and sft, long answers discounted": {
+        "loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.2],
+        "ld_alpha": 0.5,
+    },
+    "four": {"loss_type": ["sft", "hinge", "aot", "ipo"], "loss_weights": [0.2, 0.5, 1.0, 0.3]},
 }
 
 
@@ -56,8 +67,8 @@ def pairs():
         return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
 
     return [
-        {"prompt_ids": some(p), "chosen_ids": some(c), "rejected_ids": some(r), "languages": ["it"], "sources": [""],
-         "pair": i}
+        {"prompt_ids": some(p), "chosen_ids": some(c), "rejected_ids": some(r), "languages": [LANGUAGES[i]],
+         "sources": [""], "pair": i}
         for i, (p, c, r) in enumerate(SIZES)
     ]  # fmt: skip
 
@@ -82,7 +93,7 @@ def reference(inputs, ld_alpha=None):
 
 @pytest.fixture(scope="module")
 def trl(tmp_path_factory):
-    """TRL's own trainer with its own head on the padded batch, for any settings."""
+    """A trainer for any settings; its `_compute_loss` is TRL's own, with TRL's head on the padded batch."""
 
     def made(model, **settings):
         arguments = DPOConfig(
@@ -92,41 +103,43 @@ def trl(tmp_path_factory):
         rows = [{"prompt": "Uno?", "chosen": "Due.", "rejected": "Tre."}]  # for its constructor
         tokenizer = AutoTokenizer.from_pretrained(BASE)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return DPOTrainer(
+        trainer = dpo.PairTrainer(
             model=model, ref_model=net(seed=7), args=arguments, train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         )  # fmt: skip
+        trainer.precompute_ref_logps = True  # the batch has them
+        return trainer
 
     return made
 
 
-def ours_and_theirs(trl, settings):
-    batch = PairCollator(0, GROUPS)(pairs())
-    row = batch.pop("row")
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+def ours_and_theirs(trl, settings, split=(0, 4), rows=True):
+    """Our loss of a step of some micro batches, and TRL's of all its pairs at once, with their gradients."""
+    inputs = PairCollator(0, GROUPS, by_document=False)(pairs())
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
     inputs |= reference(inputs, settings.get("ld_alpha"))
     model = net()
-    ours = by_rows(model)
+    ours = by_rows(model) if rows else deepcopy(model)
     trainer = trl(model.train(), **settings)
-    trainer.precompute_ref_logps = True  # the batch has them
+    if not rows:
+        add_fused_lm_head(ours, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     theirs = DPOTrainer._compute_loss(trainer, model, dict(inputs), False)
     theirs.backward()
-    seen = []
+    given = zip(inputs["ref_chosen_logps"].tolist(), inputs["ref_rejected_logps"].tolist(), strict=True)
+    trainer.reference = dict(enumerate(given))
+    tally = Tally(dpo.pair_figures(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
+    trainer.track = SimpleNamespace(tally=tally, tokens=0, supervised_tokens=0)
+    trainer.state.global_step = 1
+    batches = [PairCollator(0, GROUPS, by_document=rows)(pairs()[start:end]) for start, end in pairwise(split)]
+    items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    trainer.current_gradient_accumulation_steps = len(batches)
+    losses = [trainer.compute_loss(ours.train(), dict(batch), num_items_in_batch=items) for batch in batches]
+    (loss := sum(losses) / len(losses)).backward()
+    return SimpleNamespace(trainer=trainer, theirs=theirs.detach(), model=model, loss=loss.detach(), ours=ours,
+                           tally=tally, inputs=inputs)  # fmt: skip
 
-    def watched(**kwargs):
-        seen.append(ours.train()(**kwargs))
-        return seen[-1]
 
-    loss = dpo.loss_of(trainer, watched, {**inputs, "row": row})
-    loss.backward()
-    return SimpleNamespace(trainer=trainer, theirs=theirs, model=model, loss=loss, ours=ours, outputs=seen[0],
-                           inputs=inputs)  # fmt: skip
-
-
-@pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
-def test_loss_gradients_and_metrics_are_trls(trl, settings):
-    both = ours_and_theirs(trl, settings)
-    assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
+def check_gradients(both):
     for (name, ours), theirs in zip(both.ours.named_parameters(), both.model.parameters(), strict=True):
         torch.testing.assert_close(
             ours.grad,
@@ -135,14 +148,51 @@ def test_loss_gradients_and_metrics_are_trls(trl, settings):
             atol=2e-6 * float(theirs.grad.abs().max()),
             msg=lambda m, n=name: f"{n}: {m}",
         )
-    tally = Tally(dpo.NAMES, GROUPS)
-    dpo.add_pair_losses(both.trainer, tally, both.outputs, both.inputs, torch.ones(len(SIZES), dtype=torch.long))
-    means, reported = tally.means(), both.trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("settings", LOSSES.values(), ids=LOSSES)
+def test_loss_gradients_and_metrics_are_trls(trl, settings):
+    both = ours_and_theirs(trl, settings)
+    assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
+    check_gradients(both)
+    means, reported = both.tally.means(), both.trainer._metrics["train"]
     for name in dpo.METRICS:
         assert means[name] == pytest.approx(reported[name][0], rel=1e-5, abs=1e-6), name
     assert means["token_accuracy"] == pytest.approx(reported["mean_token_accuracy"][0], abs=1e-6)
+    assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6), "what is reported is what is optimised"
+
+
+@pytest.mark.parametrize(("split", "rows"), [((0, 1, 2, 3, 4), True), ((0, 2, 4), True), ((0, 2, 4), False)])
+def test_a_step_is_trls_loss_of_all_its_pairs_however_it_is_split(trl, split, rows):
+    """TRL's own sft term is a mean over each micro batch: 1e-2 off where the answers differ in length."""
+    settings = {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1.0, 0.2, 0.5], "ld_alpha": 0.5}
+    both = ours_and_theirs(trl, settings, split, rows)
+    assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
+    check_gradients(both)
+    means = both.tally.means()
     assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6)
-    assert means["loss/it"] == means["loss"]
+    assert means["loss"] == means["loss_preference"] + 0.5 * means["loss_sft"]
+    for name, counts in (("loss_preference", [1] * len(SIZES)), ("loss_sft", [chosen for _, chosen, _ in SIZES])):
+        parts = sum(means[f"{name}/{code}"] * n for code, n in zip(LANGUAGES, counts, strict=True))
+        assert means[name] == pytest.approx(parts / sum(counts), rel=1e-6), name
+
+
+@pytest.mark.parametrize("name", get_args(LossName))
+def test_every_loss_is_a_mean_over_pairs_or_known_to_be_none(trl, name):
+    """Whatever TRL adds: a mean over pairs is that of each pair alone."""
+    inputs = PairCollator(0, GROUPS, by_document=False)(pairs())
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
+    inputs |= {key: values.flip(0) for key, values in reference(inputs).items()}  # so that its order is another one
+    trainer = trl(net(), loss_type=[name], label_smoothing=0.1 if name in SMOOTHED_LOSSES else 0.0)
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    ours = by_rows(net())
+    with torch.no_grad():
+        outputs = ours(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
+                       fused_lm_head=True)  # fmt: skip
+        whole = DPOTrainer._compute_loss(trainer, lambda **_: outputs, dict(inputs), False)
+        alone = [dpo.group_loss(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
+    separable = float(torch.stack(alone).mean()) == pytest.approx(float(whole), rel=1e-6)
+    assert separable == (name not in (*SORTED_LOSSES, dpo.SFT))
 
 
 def closed_form(name, policy, given, beta):
@@ -223,10 +273,10 @@ def test_a_leak_would_be_seen(mutant):
 def test_a_pairs_row_holds_each_prompt_once():
     row = PairCollator(0, GROUPS)(pairs())["row"]
     assert row.ids.shape == (1, sum(map(sum, SIZES)))
-    assert row.segments.lengths == (12, 8, 3, 8, 13, 13)
+    assert row.segments.lengths == (12, 8, 3, 8, 13, 13, 9, 8)
     assert row.segments.positions[0, :15].tolist() == [*range(12), 5, 6, 7]
     assert row.before[:7].tolist() == [4, 5, 6, 7, 8, 9, 10], "the chosen answer is predicted from the prompt on"
-    assert row.before[12:15].tolist() == [4, 12, 13], "and the rejected one from the same last token of the prompt"
+    assert row.before[18:21].tolist() == [4, 12, 13], "and the rejected one from the same last token of the prompt"
 
 
 @pytest.mark.parametrize("micro", [1, 2, 5])

@@ -38,7 +38,7 @@ CASES = {
     "sft, dora, recomputed": ("sft", 2, 2, FULL, True, {"model": DORA, "train": {"gradient_checkpointing": True}}),
     "sft, dora, DDP": ("sft", 2, 2, DDP, True, {"model": DORA}),
     "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA}),
-    "dpo": ("dpo", 2, 2, SHARDS, None, {}),
+    "dpo": ("dpo", 2, 2, SHARDS, None, {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}),
     "dpo, on four": ("dpo", 4, 2, FULL, None, {}),
     "dpo, DDP": ("dpo", 2, 2, DDP, None, {}),
     "dpo, adapter": ("dpo", 2, 2, FULL, True, {"model": LORA}),
@@ -62,7 +62,8 @@ def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, pro
     batch = {"micro_batch_size": micro, "global_batch_size": 8, "gradient_accumulation_steps": None}
     for name in ("one", "several"):
         some = recipe(method, tmp_path / name, [source], distributed=sharing, data={"validation_size": 3},
-                      train={**batch, **sections.get("train", {})}, model=model)  # fmt: skip
+                      train={**batch, **sections.get("train", {})}, model=model,
+                      **{key: value for key, value in sections.items() if key == "dpo"})  # fmt: skip
         file = str(tmp_path / f"{name}.gradients")
         if name == "one":
             monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", kept)
