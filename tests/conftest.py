@@ -12,8 +12,20 @@ os.environ["KINETO_LOG_LEVEL"] = "99"  # read at the first profile of a process,
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: F401 - it reads the above; a command line that finds it loaded leaves nothing out for others
+from hypothesis import settings
+
+import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """No property test draws other examples than its profile says."""
+    fixed = settings().derandomize
+    for item in items:
+        given = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
+        if given is not None and (given.derandomize, given.database, given.deadline) != (fixed, None, None):
+            raise pytest.UsageError(f"{item.nodeid} sets its own examples; use tests.support.examples")
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import DataError, prepare_data
 from nesso_tune.data.mixture import groups_of
 from nesso_tune.data.packing import RowStream
 from nesso_tune.recipes.data import SFTData
+from tests.support.examples import examples
 
 from .test_packing import documents_of
 
@@ -24,7 +25,7 @@ def stream_of(documents, data, seed=1):
     return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(
     documents=st.integers(1500, 2500),
     longest=st.integers(2, 40),
