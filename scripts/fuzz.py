@@ -43,7 +43,9 @@ def main() -> None:
             failed.append(seed)
         seed, rounds = seed + 1, rounds + 1
     spent = (time.monotonic() - began) / 60
-    print(f"fuzz: {rounds} rounds, {spent:.1f} minutes, seeds {seed - rounds} to {seed - 1}, failed: {failed or 'none'}")
+    print(
+        f"fuzz: {rounds} rounds, {spent:.1f} minutes, seeds {seed - rounds} to {seed - 1}, failed: {failed or 'none'}"
+    )
     sys.exit(bool(failed))
 
 

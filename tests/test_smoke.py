@@ -158,7 +158,7 @@ def test_a_real_run_is_never_overwritten(talks, tmp_path):
 
 
 ELSEWHERE = {"base": "a/b", "random_init": False}
-EARLY = {"max_steps": 10**4, "schedule": {"warmup_steps": 9, "constant_ratio": 0.2}}
+EARLY = {"max_steps": 10**4, "schedule": {"warmup_steps": 9, "constant_ratio": 0.2, "min_ratio": 0.1}}
 SETTINGS = {
     "a long warm-up before an early end": {"train": EARLY},
     "too long is an error": {"data": {"sequence_len": 64, "too_long": "error"}, "model": ELSEWHERE},

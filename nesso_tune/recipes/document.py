@@ -149,7 +149,9 @@ class _Builder:
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if str(node.tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
             where = f"{self.document.name}:{node.start_mark.line + 1}"
-            raise RecipeError(where, f"the tag `{shortened(str(node.tag))}` is not read here", "remove it: values are plain data")
+            raise RecipeError(
+                where, f"the tag `{shortened(str(node.tag))}` is not read here", "remove it: values are plain data"
+            )
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):

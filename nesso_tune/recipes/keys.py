@@ -60,7 +60,9 @@ def suggest_key(model: type[BaseModel], path: Path) -> str:
     everywhere = sorted({names[-1] for names in key_paths(model)})
     for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
         if guess := closest(key, names, cutoff):
-            here = ".".join(shortened(str(part)) for part in (*path[:-1], guess))  # with the positions in lists, as --set takes them
+            here = ".".join(
+                shortened(str(part)) for part in (*path[:-1], guess)
+            )  # with the positions in lists, as --set takes them
             places = f"`{here}`" if guess in siblings else _places(model, guess, above)
             return f"did you mean {places}?"
     return f"remove it; the keys here are {', '.join(siblings)}"

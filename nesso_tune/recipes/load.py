@@ -17,7 +17,7 @@ from nesso_tune.recipes.lint import EXCLUSIVE
 from nesso_tune.recipes.names import FOREIGN, closest, shortened
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked
-from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
+from nesso_tune.recipes.shipped import find_recipe, local_path, shipped_recipes
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -42,7 +42,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for key, value in (overrides or {}).items():
         _override(document, key, value)
     _displace(document, overrides or {})
-    return validate(document)
+    recipe = validate(document)
+    _check_files(recipe, document)
+    return recipe
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
@@ -87,6 +89,22 @@ def validate(document: Document) -> Recipe:
     return recipe
 
 
+def _check_files(recipe: Recipe, document: Document) -> None:
+    """Raises RecipeError for files that say how data is read and are not there."""
+    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
+    for section in ("sources", "validation_sources"):
+        for i, source in enumerate(getattr(recipe.data, section)):
+            named[("data", section, i, "format")] = re.sub(r"(\.py):.*", r"\1", source.format)
+            named[("data", section, i, "tools_file")] = source.tools_file
+    missing = [
+        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",
+                "correct the path") for path, name in named.items()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise RecipeError(missing)
+
+
 def _in_order(problems: list[Problem]) -> list[Problem]:
     def line(problem: Problem) -> int:
         tail = problem.where.rsplit(":", 1)[-1]
@@ -104,7 +122,9 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
     if method is not None:
         guess = closest(str(method), RECIPES)
         remedy = f"did you mean `{guess}`?" if guess else "write method: sft or method: dpo"
-        return model, [Problem(document.where(("method",)), f"`method` must be sft or dpo, not {shortened(repr(method))}", remedy)]
+        return model, [
+            Problem(document.where(("method",)), f"`method` must be sft or dpo, not {shortened(repr(method))}", remedy)
+        ]
     said = next((key for key in raw if FOREIGN.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{said}`" if said else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # Keys of Axolotl, TRL / transformers and LLaMA-Factory, by what they are called here.
@@ -80,6 +81,21 @@ NAMES_LIST = {
     "tensor_parallel_size": "tensor parallelism is not in version 1",
     "load_in_8bit": "a base is held in 4 bits (model.adapter.type: qlora) or not quantised",
 }
+
+
+LANGUAGE_NAMES = {
+    "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
+    "german": "de", "spanish": "es", "portuguese": "pt",
+}  # fmt: skip
+OTHER_LANGUAGES = ("other", "und")  # all that are not named; rows that say no language
+CODE = re.compile(r"[a-z]{2,3}")
+
+
+def language_code(said: str) -> str | None:
+    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; None for what is no code, e.g. `Python`."""
+    code = said.strip().lower().replace("_", "-").split("-")[0]
+    code = LANGUAGE_NAMES.get(code, code)
+    return code if CODE.fullmatch(code) else None
 
 
 LONGEST = 200  # characters from which a word is no misspelt name
