@@ -107,7 +107,8 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
         return Problem(where, f"{key} is not set", f"give it a value: {_description(model, path)}")
     if kind == "value_error":
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
-    if kind in EMPTY and not (value.strip() if isinstance(value, str) else value):
+    blank = not value.strip() if isinstance(value, str) else value in ([], {})
+    if blank and any(one["type"] in EMPTY for one in items):
         return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
         return Problem(where, f"{key} must be {words}, not {_shown(value)}", f"write {words}")

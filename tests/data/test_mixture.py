@@ -83,6 +83,35 @@ def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
         groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}}))
 
 
+def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows):
+    ten = [{"prompt": f"Domanda {i}?", "response": "Sì.", "lang": "it"} for i in range(10)]
+    rare = [{"prompt": f"Question {i}?", "response": "Yes.", "lang": "en"} for i in range(3)]
+    few, many = write_rows(ten, "few.jsonl"), write_rows([*ten, *rare], "many.jsonl")
+    rules = {"en": {"weight": 0.1}, "fr": {"weight": 2.0}}
+    data = prepare_data(sft({"path": few, "weight": 0.04}, {"path": many, "rules": rules}, validation_size=0))
+    for epoch in range(3):
+        drawn = data.stream.epoch(epoch).entries
+        assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
+    said = data.report["warnings"]
+    assert "data.sources.0.weight asks for less than one of 10 rows" in said[0 if len(said) == 3 else 1]
+    assert "data.sources.1.rules.en.weight asks for less than one of 3 rows" in " ".join(said)
+    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is of `fr`"
+    shares = {"by": "language", "shares": {"it": 0.9999, "en": 0.0001}}
+    data = prepare_data(sft(many, mixture=shares, validation_size=0.01))
+    assert sorted(group["rows"] for group in data.report["mixture"])[0] == 1
+    assert "data.mixture.shares.en asks for less than one of 3 rows" in " ".join(data.report["warnings"])
+
+
+def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_rows):
+    good = write_rows([{"prompt": f"Domanda {i}?", "response": "Sì."} for i in range(9)], "good.jsonl")
+    bad = write_rows([{"prompt": "Domanda?", "response": ""}], "bad.jsonl")
+    said = prepare_data(sft(good, bad, validation_size=0.01)).report["warnings"]
+    assert said == [
+        "data.sources.1 gives no row to train on: see what was dropped, or remove it",
+        "data.validation_size 0.01 of 9 rows is less than one row: nothing is held out or evaluated; raise it",
+    ]
+
+
 SCORED = [
     {"prompt": f"Domanda {i}?", "response": f"Risposta {i}.", "score": 0.1 * i, "lang": lang}
     for i in range(10)
