@@ -14,8 +14,8 @@ for name in sys.argv[1:]:
 drawn = hashlib.sha256()
 
 @examples(200)
-@given(st.text(), st.integers(), st.floats(), st.sets(st.text(max_size=3), max_size=3).map(sorted))
-def draw(*values):
+@given(st.tuples(st.text(), st.integers(), st.floats(), st.sets(st.text(max_size=3), max_size=3).map(sorted)))
+def draw(values):
     drawn.update(repr(values).encode())
 
 draw()
