@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--seed", type=int, default=None, help="of the first round; the next one's is one higher")
-    parser.add_argument("--examples", type=int, default=3, help="times as many examples as in `make test`")
+    parser.add_argument("--examples", type=int, default=6, help="times as many examples as in `make test`")
     parser.add_argument("paths", nargs="*", help="which tests; default: all")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed

@@ -39,7 +39,7 @@ def test_joiners_with_a_meaning_stay(kept):
     assert INVISIBLE.sub("", kept) == kept
 
 
-@examples(200)
+@examples(100)
 @given(st.text())
 def test_cleaning_twice_changes_nothing(text):
     once = clean(chat(("user", "q"), ("assistant", f"x{text}")), CleanSection(unicode="nfc", invisible="remove"))

@@ -30,8 +30,8 @@ from tests.support.examples import examples
 FORMATS = ("auto", *GOOD)
 TALKS = ("auto", "messages", "sharegpt", "alpaca")  # formats whose rows are conversations
 KINDS = ("conversation", "instruction")  # and the kinds of such formats
-QUICK = examples(15)
-WIDE = examples(25)  # where no file is written
+QUICK = examples(8)
+WIDE = examples(10)  # where no file is written
 
 # --- rows ---
 
@@ -229,7 +229,7 @@ def damaged(draw):
     return fmt, kind, bytes(content)
 
 
-@examples(30)
+@examples(15)
 @given(damaged(), st.booleans())
 def test_any_damage_to_a_file(broken, named):
     fmt, kind, content = broken
@@ -243,7 +243,7 @@ def test_any_damage_to_a_file(broken, named):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("fmt", FORMATS)
-@examples(10)
+@examples(5)
 @given(st.data())
 def test_any_rows(fmt, method, data):
     sound = [] if fmt == "auto" else [lines(GOOD[fmt])] * data.draw(st.integers(0, 1))
@@ -384,7 +384,7 @@ def mapping(named, rows, method="sft"):
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
 
 
-@examples(30)
+@examples(15)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
 def test_any_mapping(named, rows):
     prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)

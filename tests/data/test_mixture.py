@@ -25,7 +25,7 @@ def stream_of(documents, data, seed=1):
     return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
 
 
-@examples(20)
+@examples(8)
 @given(
     documents=st.integers(1500, 2500),
     longest=st.integers(2, 40),

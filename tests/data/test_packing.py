@@ -37,14 +37,14 @@ def reference(lengths, capacity):
     return rows
 
 
-@examples(200)
+@examples(100)
 @given(LENGTHS, st.integers(40, 100))
 def test_best_fit_is_the_textbook_algorithm(lengths, capacity):
     lengths = sorted(lengths, reverse=True)
     assert best_fit(lengths, capacity) == reference(lengths, capacity)
 
 
-@examples(200)
+@examples(100)
 @given(LENGTHS, st.integers(40, 100))
 def test_no_document_is_split_or_lost(lengths, capacity):
     lengths = sorted(lengths, reverse=True)

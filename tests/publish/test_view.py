@@ -25,7 +25,7 @@ def encoded(tokenizer, text):
     return one.ids, one.trained
 
 
-@examples(100)
+@examples(50)
 @given(TEXT)
 def test_pieces_are_the_ids_and_the_text(tokenizer, text):
     ids, trained = encoded(tokenizer, text)

@@ -50,7 +50,7 @@ def read_text(text):
     validate(parse_document(text, "r.yaml"))
 
 
-@examples(400)
+@examples(150)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join))
 @example("%YAML 9.9\n---\n" + SFT)
 @example("a: !!int ''")
@@ -60,7 +60,7 @@ def test_any_text(text):
     survives(read_text, text)
 
 
-@examples(200)
+@examples(100)
 @given(
     st.sampled_from([SFT, DPO]),
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join),
@@ -70,7 +70,7 @@ def test_any_damage_to_a_recipe(recipe, damage, at):
     survives(read_text, recipe[:at] + damage + recipe[at:])
 
 
-@examples(300)
+@examples(100)
 @given(st.dictionaries(st.sampled_from(sorted({path[0] for path in key_paths(DPORecipe)})), VALUES, max_size=8))
 def test_any_data_under_our_keys(data):
     out = StringIO()
@@ -78,7 +78,7 @@ def test_any_data_under_our_keys(data):
     survives(read_text, out.getvalue())
 
 
-@examples(300)
+@examples(100)
 @given(st.sampled_from(sorted(key_paths(DPORecipe))), VALUES, st.sampled_from([SFT, DPO]))
 def test_any_value_for_each_key(path, value, recipe):
     document = with_value(recipe, path, value)
