@@ -83,9 +83,11 @@ def test_no_numbers_can_disagree_and_no_word_breaks_the_script(nodes, gpus, cpus
     cluster = ClusterSection(
         cpus_per_gpu=cpus, modules=tuple(modules), env={"A_B": value}, container=value, python=value
     )
-    text = sbatch_text(name, Machines(nodes, gpus), cluster, train_words([name], [f"a.b={value}"]), value)
+    words = train_words([name], [f"a.b={value}"])  # a name that begins with - comes last, after --
+    assert sorted({*words} - {"--"}) == sorted({"train", name, "--set", f"a.b={value}"} - {"--"})
+    text = sbatch_text(name, Machines(nodes, gpus), cluster, words, value)
     check_consistent(text, nodes, gpus, cpus)
-    assert inner(text)[-4:] == ["train", name, "--set", f"a.b={value}"]
+    assert inner(text)[-len(words) :] == words
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 

@@ -112,13 +112,17 @@ def check_files(alone, checkpoint, sharing, processes):
 def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
     """SFT, then DPO from its result, in one command: the second forms a process group of its own."""
     batch = {"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 2, "gradient_accumulation_steps": None}
-    for name, processes in (("one", 1), ("two", 2)):
+    for name in ("one", "two"):
         sft = recipe("sft", tmp_path / name / "sft", [talks], distributed=FULL, train=batch, evaluation=None)
         base = {"base": str(tmp_path / name / "sft" / "final"), "random_init": False}
         dpo = recipe("dpo", tmp_path / name / "dpo", [pairs], distributed=FULL, train=batch, model=base,
                      evaluation=None)  # fmt: skip
+        if name == "one":
+            train(sft)
+            train(dpo)
+            continue
         paths = [write_recipe(tmp_path / f"{name}-{some.method}.yaml", some) for some in (sft, dpo)]
-        done = several("train", *paths, processes=processes)
+        done = several("train", *paths)
         assert done.returncode == 0, done.stderr[-3000:]
     for method in ("sft", "dpo"):
         assert steps(tmp_path / "two" / method) == pytest.approx(steps(tmp_path / "one" / method), abs=1e-5)

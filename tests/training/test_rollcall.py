@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nesso_tune.training.rollcall import machines_of
-from tests.support.runs import ROOT, command, lonely, recipe, several, write_recipe
+from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
 SHARED = {"micro_batch_size": 1, "global_batch_size": 2}
@@ -51,7 +51,7 @@ def test_a_port_in_use(path, port):
     assert f"127.0.0.1:{port}: is in use; give torchrun another --master_port" in done.stderr
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
 def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, victim):
     """Without a launcher that would end the others: what is left must see it by itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
