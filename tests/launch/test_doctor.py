@@ -20,7 +20,7 @@ def doctor(*words, command=ALONE, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
                    **variables}  # fmt: skip
     return subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
+        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
     )
 
 
