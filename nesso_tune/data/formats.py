@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,7 +14,7 @@ from pydantic import Field
 from nesso_tune.chat.spec import find_spec, read_spec
 from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.recipes.data import Plain, Source
-from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.sections import NonEmpty, Role, Section
 
 Row = Mapping[str, Any]
@@ -27,6 +28,7 @@ ON_REQUEST = {  # formats that are never guessed: their mistakes would be silent
     "pretokenized": "token ids are taken as they are",
 }
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+MOST_COLUMNS = 30  # that a message lists
 MISSING = object()
 
 
@@ -263,10 +265,15 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
 
 def described(rows: Sequence[Row]) -> str:
     """The columns of rows, and the keys of the objects that lists among them hold."""
-    shown = []
-    for column in sorted({column for row in rows for column in row}):
+    shown, columns = [], sorted({column for row in rows for column in row})
+    for column in columns[:MOST_COLUMNS]:
         value = next((row[column] for row in rows if row.get(column)), None)
         first = value[0] if isinstance(value, list) and value else None
-        keys = f" (a list of objects with {', '.join(map(str, first))})" if isinstance(first, Mapping) else ""
-        shown.append(f"{column}{keys}")
-    return ", ".join(shown) or "none"
+        keys = (
+            f" (a list of objects with {', '.join(shortened(str(key)) for key in islice(first, MOST_COLUMNS))})"
+            if isinstance(first, Mapping)
+            else ""
+        )
+        shown.append(f"{shortened(column)}{keys}")
+    left = len(columns) - len(shown)
+    return ", ".join([*shown, *([f"and {left:,} more"] if left else [])]) or "none"

@@ -54,6 +54,8 @@ WRONG = {
     "no columns": ({}, {}, r"its columns are none"),
     "typo": ({"format": "messages"}, {"mesages": []}, r"no column `messages` or .*; did you mean "),
     "far off": ({"format": "preference"}, {"x": 1}, r"no column `chosen`.*; name the column"),
+    "many columns": ({}, {f"{i:03}": "x" for i in range(500)}, r"columns are 000, .*, 029, and 470 more\)"),
+    "a long name": ({}, {"x" * 10**5: 1}, r"columns are x{40}\.\.\. \(100,000 characters\)\)"),
     "columns without messages": (
         {"format": "messages"}, SHAREGPT, r"are not of format messages .* they look like format sharegpt: set",
     ),
