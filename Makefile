@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test check quickstart ask audit constraints clean
+.PHONY: test fuzz check quickstart ask audit constraints clean
 
 # The tested versions; where an index does not have them any more, the newest that pyproject.toml allows, which is said.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +18,11 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # long files early, not at the end
+
+# The property tests with fresh examples for half an hour: by hand, before a release.
+FUZZ_MINUTES ?= 30
+fuzz: $(READY)
+	$(BIN)/python scripts/fuzz.py --minutes $(FUZZ_MINUTES) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED)) $(FUZZ_PATHS)
 
 # SFT, then DPO, then a word with the result: about three minutes on two CPU cores, set-up aside.
 quickstart: $(READY)

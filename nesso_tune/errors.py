@@ -21,7 +21,12 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.remedy}"
+        return f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}"
+
+
+def _clipped(text: str, most: int = 2000) -> str:
+    """A text without its middle where it is very long: a row or key of a user's may be of any length."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:

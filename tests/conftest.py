@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,30 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KINETO_LOG_LEVEL"] = "99"  # read at the first profile of a process, whichever test makes it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: F401 - it reads the above; a command line that finds it loaded leaves nothing out for others
+import numpy as np
+import torch  # it reads the above; a command line that finds it loaded leaves nothing out for others
+from hypothesis import settings
+
+import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """No property test draws other examples than its profile says."""
+    fixed = settings().derandomize
+    for item in items:
+        given = getattr(getattr(item, "obj", None), "_hypothesis_internal_use_settings", None)
+        if given is not None and (given.derandomize, given.database, given.deadline) != (fixed, None, None):
+            raise pytest.UsageError(f"{item.nodeid} sets its own examples; use tests.support.examples")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What a test draws does not depend on the tests before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +65,12 @@ def whole_base(base, tmp_path_factory) -> str:
 
 @pytest.fixture
 def port():
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free now, and that no outgoing connection of another test is given meanwhile."""
+    for number in range(10_000 + os.getpid() % 20_000, 32_768):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", number))
+            return number
+    raise AssertionError("no free port")
 
 
 @pytest.fixture

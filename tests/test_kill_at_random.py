@@ -1,6 +1,6 @@
 """Runs that are killed at random moments, every write of a save among them, lose nothing and end with the same bits.
 
-Two kills here; by hand: NESSO_TUNE_KILLS=100 pytest tests/test_kill_at_random.py -s
+Two kills here; by hand: NESSO_TUNE_KILLS=100 NESSO_TUNE_SEED=7 pytest tests/test_kill_at_random.py -s
 """
 
 import os
@@ -20,6 +20,7 @@ from tests.support.runs import ROOT, command, recipe, steps, write_recipe
 from tests.test_kill import kill_at, last_step
 
 KILLS = int(os.environ.get("NESSO_TUNE_KILLS", "2"))
+SEED = os.environ.get("NESSO_TUNE_SEED", "")
 STEPS = 48 if KILLS <= 5 else 160  # room for ten kills in one run
 WRITES = 60  # of two or three saves, or of the end
 
@@ -57,7 +58,8 @@ def test_killed_at_random_moments(tmp_path, request, method, kills):
         return write_recipe(tmp_path / f"{name}.yaml", recipe(method, tmp_path / name, [source], **sections))
 
     assert command("train", written("whole")).returncode == 0
-    chance, left, runs = random.Random(method), kills, count()
+    chance, left, runs = random.Random(f"{method}{SEED}"), kills, count()
+    print(f"NESSO_TUNE_SEED={SEED}", flush=True)
     while left:
         name, done, early = f"killed-{next(runs)}", 0, 0
         run, path = tmp_path / name, written(name)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.runs import ROOT, command, metrics
+from tests.support.runs import ROOT, command, main_here, metrics
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,13 @@ def test_losses_of_both_languages_fall(home):
             assert end[key] < first[key]
 
 
-def test_chat_answers_alone_on_stdout(home):
+def test_chat_answers_alone_on_stdout(home, capsys):
     done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
-    done = command("chat", home / "dpo", "--prompt", "What is the capital of Italy?")
-    assert done.stdout.startswith("The capital of Italy is Rome.")
+    code, out, _ = main_here(capsys, "chat", home / "dpo", "--prompt", "What is the capital of Italy?")
+    assert code == 0
+    assert out.startswith("The capital of Italy is Rome.")
 
 
 def test_the_cards_own_snippet_runs_with_plain_transformers(home):
@@ -116,11 +117,12 @@ def test_training_and_serving_begin_alike(home):
     assert tokenizer(rendered)["input_ids"] == list(ids), "nothing is added around it by the tokenizer either"
 
 
-def test_the_same_command_again_does_nothing(home):
+def test_the_same_command_again_does_nothing(home, capsys, monkeypatch):
+    monkeypatch.chdir(home.parent.parent)
     before = (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
-    done = command("train", "quickstart/sft", "quickstart/dpo", cwd=home.parent.parent)
-    assert done.returncode == 0
-    assert done.stderr.count("this run is finished") == 2
+    code, _, said = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo")
+    assert code == 0
+    assert said.count("this run is finished") == 2
     assert (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 

@@ -158,13 +158,14 @@ def test_a_real_run_is_never_overwritten(talks, tmp_path):
 
 
 ELSEWHERE = {"base": "a/b", "random_init": False}
-EARLY = {"max_steps": 10**4, "schedule": {"warmup_steps": 9, "constant_ratio": 0.2}}
+EARLY = {"max_steps": 10**4, "schedule": {"warmup_steps": 9, "constant_ratio": 0.2, "min_ratio": 0.1}}
 SETTINGS = {
-    "a long warm-up before an early end": {"train": EARLY},
-    "too long is an error": {"data": {"sequence_len": 64, "too_long": "error"}, "model": ELSEWHERE},
-    "a padding token of the base": {"chat": {"pad_token": "<|pad|>"}, "model": ELSEWHERE},
-    "nothing held out, nothing evaluated": {"data": {"validation_size": 0}, "evaluation": None},
-    "no end token": {"data": {"train_on_eos": "none", "packing": False}},
+    "a long warm-up, nothing held out or evaluated, no end token": {
+        "train": EARLY, "data": {"validation_size": 0, "train_on_eos": "none", "packing": False}, "evaluation": None,
+    },
+    "too long is an error, a padding token of the base": {
+        "data": {"sequence_len": 64, "too_long": "error"}, "chat": {"pad_token": "<|pad|>"}, "model": ELSEWHERE,
+    },
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Two processes under FULL_SHARD, killed or asked to stop at random moments: no hang, and the same bits at the end.
 
-One of each here; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 pytest tests/test_two_at_random.py -s
+One of each here; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 NESSO_TUNE_SEED=7 pytest FILE -s
 """
 
 import os
@@ -20,6 +20,7 @@ from tests.support.runs import ROOT, metrics, recipe, several, steps, write_reci
 from tests.test_kill import environment_of, last_step, when_at, workers
 
 KILLS, SIGNALS = (int(os.environ.get(f"NESSO_TUNE_{name}", "1")) for name in ("KILLS", "SIGNALS"))
+SEED = os.environ.get("NESSO_TUNE_SEED", "")
 HANG_S = 120  # far beyond what saving and ending take
 WRITES = (40, 12)  # of either process, of two or three saves
 
@@ -75,7 +76,8 @@ class Runs:
 
 
 def test_killed_at_random(run):
-    chance = random.Random(2)
+    print(f"NESSO_TUNE_SEED={SEED}", flush=True)
+    chance = random.Random(f"2{SEED}")
     for i in range(KILLS):
         where = ("rank 0", "rank 1", "a write", "all")[i % 4]
         if where == "a write" and list(run.path.glob("checkpoint-*")):
@@ -99,7 +101,8 @@ def test_killed_at_random(run):
 
 def test_asked_to_stop_at_any_skew(run):
     """To one of two processes, or to both with up to 500 ms between: 75, saved where it was, and nobody waits."""
-    chance = random.Random(3)
+    print(f"NESSO_TUNE_SEED={SEED}", flush=True)
+    chance = random.Random(f"3{SEED}")
     for i in range(SIGNALS):
         process = run.go()
         pids = run.further(process, chance)

@@ -9,11 +9,11 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.complaints import complaints
+from nesso_tune.recipes.complaints import complaints, first_of
 from nesso_tune.recipes.document import Document, read_document
-from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.sections import Section
-from nesso_tune.recipes.shipped import shipped
+from nesso_tune.recipes.shipped import shipped, template_names
 
 Spec = TypeVar("Spec", bound=Section)
 
@@ -33,10 +33,10 @@ def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Pat
     folder = shipped("data_templates") / kind
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        names = [*also, *sorted(file.stem for file in folder.glob("*.yaml"))]
+        names = [*also, *template_names(kind)]
         guess = closest(name, names)
         remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
-        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{name}`", remedy)
+        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name)}`", remedy)
     return path
 
 
@@ -55,5 +55,5 @@ def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:
     except ValidationError as error:
         problems += complaints(error, document, kind)
     if problems:
-        raise RecipeError(problems)
+        raise RecipeError(first_of(problems, document))
     return spec, document

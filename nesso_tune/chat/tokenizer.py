@@ -110,8 +110,6 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str, trust_remo
     tokenizer, config = _read_files(folder, where, trust_remote_code)
     own = config.pop(CHAT_KEY, None)
     template = _own_or_named(own, chat, where)
-    if chat.default_system == {}:
-        raise RecipeError("chat.default_system", "names no language", "write {it: …}, or null for none")
     default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
     if chat.eos_token not in (None, template.eos_token):
         raise RecipeError(

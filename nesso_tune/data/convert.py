@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from nesso_tune.chat.encoding import IGNORED
@@ -11,12 +10,8 @@ from nesso_tune.data.formats import PLACEHOLDER, DataFormat, Row, find, lookup
 from nesso_tune.data.messages import column_of, is_empty, messages_of, system_of, text_of, turns_of
 from nesso_tune.data.tools import Tool, Unusable, read_tools
 from nesso_tune.recipes.data import AUTO, Source
+from nesso_tune.recipes.names import language_code
 
-LANGUAGE_NAMES = {
-    "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
-    "german": "de", "spanish": "es", "portuguese": "pt",
-}  # fmt: skip
-CODE = re.compile(r"[a-z]{2,3}")
 Item = Conversation | Completion | Tokenized | PreferencePair
 
 
@@ -166,10 +161,7 @@ def language_of(row: Row, source: Source) -> str:
 
 
 def _code(said: str) -> str:
-    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; `und` for what is no code, e.g. `Python`."""
-    code = said.strip().lower().replace("_", "-").split("-")[0]
-    code = LANGUAGE_NAMES.get(code, code)
-    return code if CODE.fullmatch(code) else UNKNOWN_LANGUAGE
+    return language_code(said) or UNKNOWN_LANGUAGE
 
 
 def _tools(row: Row, fmt: DataFormat) -> tuple[Tool, ...]:

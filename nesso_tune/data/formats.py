@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,11 +14,11 @@ from pydantic import Field
 from nesso_tune.chat.spec import find_spec, read_spec
 from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.recipes.data import Plain, Source
-from nesso_tune.recipes.names import closest
-from nesso_tune.recipes.sections import Role, Section
+from nesso_tune.recipes.names import closest, shortened
+from nesso_tune.recipes.sections import NonEmpty, Role, Section
 
 Row = Mapping[str, Any]
-Names = Annotated[tuple[str, ...], Field(strict=False)]
+Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
 FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
           "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
 LISTED = ("choice_fields", "label_fields", "labels")
@@ -27,6 +28,7 @@ ON_REQUEST = {  # formats that are never guessed: their mistakes would be silent
     "pretokenized": "token ids are taken as they are",
 }
 PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+MOST_COLUMNS = 30  # that a message lists
 MISSING = object()
 
 
@@ -45,7 +47,7 @@ class DataFormat(Section):
     system_field: Names = ()
     tools_field: Names = ()
     prompt_field: Names = ()
-    prompt_template: str | None = None
+    prompt_template: NonEmpty | None = None
     """The prompt as a text with columns in it, `{context} {question}`, instead of prompt_field."""
     input_field: Names = ()
     response_field: Names = ()
@@ -87,18 +89,34 @@ class DataFormat(Section):
         return self.roles.get(said) or self.roles.get(said.strip().lower())
 
     @property
-    def unnamed(self) -> list[str]:
-        """Keys that its kind needs and that name no column."""
+    def role_keys(self) -> Names:
+        """Keys of a message that hold its role."""
+        return self.role_field or ("role",)
+
+    @property
+    def content_keys(self) -> Names:
+        """Keys of a message that hold its text."""
+        return self.content_field or ("content",)
+
+    @property
+    def lacks(self) -> tuple[str, str] | None:
+        """The first key that its kind needs and that names no column, or not as many as it must, and what is wrong."""
         prompt = [] if self.prompt_template is not None else ["prompt_field"]
+        blanked = [key for key in ("role_field", "content_field") if key in self.model_fields_set]
         needed = {
-            "conversation": ["messages_field", *([] if self.speakers else ["role_field", "content_field"])],
+            "conversation": ["messages_field", *([] if self.speakers else blanked)],
             "instruction": [*prompt, "response_field"],
             "completion": ["text_field"],
-            "pretokenized": ["ids_field"],
-            "preference": ["chosen_field", "rejected_field"],
+            "pretokenized": ["ids_field", "labels_field or mask_field"],
+            "preference": ["chosen_field", "rejected_field", *blanked],
             "choice": [*prompt, "choice_fields", "label_fields"],
         }[self.kind]
-        return [key for key in needed if not getattr(self, key)]
+        for key in needed:
+            if not any(getattr(self, one) for one in key.split(" or ")):
+                return key, f"names no column in {key}, which kind {self.kind} needs"
+        if self.kind == "choice" and len(self.choice_fields) != 2:
+            return "choice_fields", f"names {len(self.choice_fields)} columns in choice_fields, where two answers stand"
+        return None
 
     @property
     def required(self) -> tuple[Names, ...]:
@@ -129,8 +147,8 @@ class DataFormat(Section):
                 return isinstance(messages[0], (str, list))
             first = messages[0]
             return isinstance(first, Mapping) and None not in (
-                find(first, self.role_field),
-                find(first, self.content_field),
+                find(first, self.role_keys),
+                find(first, self.content_keys),
             )
         if self.kind in ("instruction", "completion"):
             return all(isinstance(lookup(row, names), str) for names in self.required)
@@ -188,9 +206,8 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
         DataError: if the rows have not the columns of the named format, or fit none.
     """
     named = None if source.format == "auto" else load_format(source.format).adapted(source)
-    if named is not None and named.unnamed:
-        raise RecipeError(f"format {source.format}", f"names no {named.unnamed[0]}, which kind {named.kind} needs",
-                          "name the column there, or in the source")  # fmt: skip
+    if named is not None and named.lacks is not None:
+        raise _incomplete(source.format, *named.lacks)
     found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
     if found is None:
         raise _not_of_format(source, rows)
@@ -203,6 +220,15 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
             "say what stands for the first answer and what for the second, e.g. labels: [1, 2]",
         )  # fmt: skip
     return fmt
+
+
+def _incomplete(name: str, key: str, what: str) -> RecipeError:
+    """What is said of a format that names too few columns: with the line of its file where the key stands there."""
+    path = find_spec("formats", name, "format")
+    _, document = read_spec(path, DataFormat)
+    where = next((document.where((one,)) for one in key.split(" or ") if one in document.value), f"{path}:1")
+    return RecipeError(where, f"the format {what}", f"name the column there, e.g. {key.split(' or ')[0]}: [NAME]"
+                       + (", or in the source" if key in (*FIELDS, *LISTED) else ""))  # fmt: skip
 
 
 def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
@@ -232,17 +258,22 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
     if fmt.kind == "completion":
         inside = "filled with text"
     if fmt.kind == "conversation":
-        inside = f"messages with {'/'.join(fmt.role_field)} and {'/'.join(fmt.content_field)} in them"
+        inside = f"messages with {'/'.join(fmt.role_keys)} and {'/'.join(fmt.content_keys)} in them"
         remedy = "set role_field and content_field to the keys of a message"
     return DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)
 
 
 def described(rows: Sequence[Row]) -> str:
     """The columns of rows, and the keys of the objects that lists among them hold."""
-    shown = []
-    for column in sorted({column for row in rows for column in row}):
+    shown, columns = [], sorted({column for row in rows for column in row})
+    for column in columns[:MOST_COLUMNS]:
         value = next((row[column] for row in rows if row.get(column)), None)
         first = value[0] if isinstance(value, list) and value else None
-        keys = f" (a list of objects with {', '.join(map(str, first))})" if isinstance(first, Mapping) else ""
-        shown.append(f"{column}{keys}")
-    return ", ".join(shown) or "none"
+        keys = (
+            f" (a list of objects with {', '.join(shortened(str(key)) for key in islice(first, MOST_COLUMNS))})"
+            if isinstance(first, Mapping)
+            else ""
+        )
+        shown.append(f"{shortened(column)}{keys}")
+    left = len(columns) - len(shown)
+    return ", ".join([*shown, *([f"and {left:,} more"] if left else [])]) or "none"

@@ -56,8 +56,7 @@ def messages_of(value: Any, fmt: DataFormat) -> list[Message]:
 def _spoken(value: list[Any], fmt: DataFormat) -> list[dict[str, Any]]:
     """Texts without roles as messages, said in turn by the format's speakers."""
     texts = [text for entry in value for text in (entry if isinstance(entry, list) else [entry])]
-    role, content = (fields[0] if fields else name for fields, name in
-                     ((fmt.role_field, "role"), (fmt.content_field, "content")))  # fmt: skip
+    role, content = fmt.role_keys[0], fmt.content_keys[0]
     if not texts:
         raise Unusable("no_messages")
     return [{role: fmt.speakers[i % len(fmt.speakers)], content: text} for i, text in enumerate(texts)]
@@ -66,19 +65,19 @@ def _spoken(value: list[Any], fmt: DataFormat) -> list[dict[str, Any]]:
 def _message(entry: Any, fmt: DataFormat) -> Message:
     if not isinstance(entry, Mapping):
         raise Unusable("message_not_an_object")
-    said = column_of(entry, fmt.role_field)
+    said = column_of(entry, fmt.role_keys)
     train = entry.get("train")
     if train is not None and not isinstance(train, bool):
         raise Unusable("train_not_true_or_false")
     if isinstance(said, str) and said in fmt.call_roles:
-        return Message("assistant", "", read_calls(column_of(entry, fmt.content_field)), train=train)
+        return Message("assistant", "", read_calls(column_of(entry, fmt.content_keys)), train=train)
     role = said if said in fmt.speakers else fmt.role_of(said)
     if role is None:
         raise Unusable("unknown_role", f"`{said}`")
     calls = read_calls(entry["tool_calls"]) if entry.get("tool_calls") else ()
-    words = lookup(entry, fmt.content_field)
+    words = lookup(entry, fmt.content_keys)
     if words is None and not calls:  # with calls it is a turn that only calls
-        column_of(entry, fmt.content_field)
+        column_of(entry, fmt.content_keys)
     content, within = ("", ()) if words is None else (words, ()) if _is_plain(words) else _content(words)
     if (calls or within) and role != "assistant":
         raise Unusable("tool_call_not_by_assistant")
@@ -116,7 +115,7 @@ def _content(value: Any) -> tuple[str, tuple[Tool, ...]]:
 
 def _is_call(entry: Mapping[str, Any], fmt: DataFormat) -> bool:
     """Whether the whole message is a call, as sharegpt writes it: the role says so, the content is JSON."""
-    said = lookup(entry, fmt.role_field)
+    said = lookup(entry, fmt.role_keys)
     return isinstance(said, str) and said in fmt.call_roles
 
 

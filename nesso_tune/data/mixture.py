@@ -21,21 +21,30 @@ class Group:
     Attributes:
         name: language, or alias or path of the source.
         entries: which.
-        times: how often each is seen in an epoch; its fraction is a fresh sample each epoch.
-        tokens: how many tokens the group gives to an epoch instead, as nearly as whole entries allow.
+        times: how often each is seen in an epoch; its fraction is a fresh sample each epoch. Above 0 it gives at
+            least one entry.
+        tokens: how many tokens the group gives to an epoch instead, as nearly as whole entries allow; likewise.
+        key: what of the recipe asks for it.
     """
 
     name: str
     entries: Ints
     times: float = 1.0
     tokens: int | None = None
+    key: str = ""
+
+    def raised(self, lengths: Ints) -> bool:
+        """Whether what is asked for is nearer to no entry than to one."""
+        if self.tokens is not None:
+            return 0 < 2 * self.tokens < int(lengths[self.entries].min(initial=2**62))
+        return 0 < self.times * len(self.entries) < 0.5
 
     def draw(self, lengths: Ints, rng: np.random.Generator) -> Ints:
         """The entries of one epoch. `lengths` are the tokens of every entry of all documents."""
         if self.tokens is not None:
             return self._up_to(self.tokens, lengths, rng)
         whole = int(self.times)
-        part = round((self.times - whole) * len(self.entries))
+        part = round((self.times - whole) * len(self.entries)) or int(not whole and len(self.entries) > 0)
         drawn = [self.entries] * whole
         if whole != self.times:
             drawn.append(np.sort(rng.choice(self.entries, size=part, replace=False)))
@@ -51,6 +60,7 @@ class Group:
         before = int(summed[count - 1]) if count else 0
         if count < len(shuffled) and int(summed[count]) - rest < rest - before:
             count += 1  # one more comes nearer
+        count = count or int(0 < tokens < own)
         return np.concatenate([self.entries] * (tokens // own if own else 0) + [np.sort(shuffled[:count])])
 
 
@@ -69,13 +79,16 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
     for i, source in enumerate(data.sources):
         own = entries[documents.sources[entries] == i]
         if not ruled[i]:
-            groups += [Group(name_of(source), own, source.weight)] if len(own) else []
+            key = f"data.sources.{i}.weight"
+            groups += [Group(name_of(source), own, source.weight, key=key)] if len(own) else []
             continue
         for code, name in enumerate(documents.language_names):
             spoken = own[documents.languages[own] == code]
             rule = rule_of(source, name)
-            times = source.weight if rule is None or rule.weight is None else rule.weight
-            groups += [Group(f"{name_of(source)} {name}", spoken, times)] if len(spoken) else []
+            times, key = source.weight, f"data.sources.{i}.weight"
+            if rule is not None and rule.weight is not None:
+                times, key = rule.weight, f"data.sources.{i}.rules.{name if name in source.rules else OTHER}.weight"
+            groups += [Group(f"{name_of(source)} {name}", spoken, times, key=key)] if len(spoken) else []
     return groups
 
 
@@ -112,7 +125,9 @@ def _shared(documents: Documents, entries: Ints, mixture: MixtureSection, source
         missing = next(name for name, share in mixture.shares.items() if share > 0 and name not in drawn)
         raise DataError("data.mixture.shares", f"no row is of `{missing}`", "remove it")
     total = min(mixture.repeat * tokens[name] / share for name, share in asked.items())
-    return [Group(name, own, tokens=round(asked[name] * total) if name in asked else 0) for name, own in drawn.items()]
+    keys = {name: "data.mixture.shares" + (f".{name}" if mixture.by == "language" else "") for name in drawn}
+    wanted = {name: max(1, round(share * total)) for name, share in asked.items()}
+    return [Group(name, own, tokens=wanted.get(name, 0), key=keys[name]) for name, own in drawn.items()]
 
 
 def _check_names(there: Iterable[str], mixture: MixtureSection) -> None:
@@ -122,6 +137,25 @@ def _check_names(there: Iterable[str], mixture: MixtureSection) -> None:
             "data.mixture.shares", f"says nothing of {', '.join(left_out)}",
             "name a share for each, 0 leaves it out; `other` stands for all that are not named",
         )  # fmt: skip
+
+
+def mixture_warnings(documents: Documents, groups: Sequence[Group], train: Ints, data: DataSection) -> list[str]:
+    """Weights and shares that give less than one row, sources that give none, and weights of languages not there."""
+    said = [
+        f"{group.key} asks for less than one of {len(group.entries):,} rows: each epoch has one; raise it, or leave "
+        "them out"
+        for group in groups if group.raised(documents.lengths)
+    ]  # fmt: skip
+    for i, source in enumerate(data.sources):
+        own = train[documents.sources[train] == i]
+        if not len(own):
+            said.append(f"data.sources.{i} gives no row to train on: see what was dropped, or remove it")
+            continue
+        spoken = {documents.language_names[code] for code in np.unique(documents.languages[own])}
+        for code, rule in source.rules.items():
+            if rule.weight is not None and code != OTHER and code not in spoken:
+                said.append(f"data.sources.{i}.rules.{code}.weight has no effect: no row is of `{code}`")
+    return said
 
 
 def mixture_report(documents: Documents, groups: Sequence[Group], drawn: Ints) -> list[dict[str, Any]]:

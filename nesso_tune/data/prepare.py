@@ -17,7 +17,7 @@ from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, private_paths, shown_name
+from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings, private_paths, shown_name
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.preferences import check_preferences
 from nesso_tune.data.sources import content_of
@@ -99,8 +99,6 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     groups = groups_of(documents, train, data)
     stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
     rows = stream.epoch(0)
-    if not len(rows):
-        raise DataError("data.sources", "their weights leave nothing to train on", "raise a weight, or give more rows")
     validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
     used = int(documents.spans[rows.entries].sum())
     fill = used / (len(rows) * data.sequence_len) if len(rows) else 0.0
@@ -115,7 +113,12 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         "fingerprint": cache.key_of([fingerprint, data.validation_size, recipe.seed, capacity, *arranged]),
         "cache_hit": hit,
     }
-    report["warnings"] = warnings_of(report, data)
+    none_held = data.validation_size and not data.validation_sources and not len(held_out)
+    report["warnings"] = [
+        *warnings_of(report, data), *mixture_warnings(documents, groups, train, data),
+        *([f"data.validation_size {data.validation_size:g} of {len(train):,} rows is less than one row: "
+           "nothing is held out or evaluated; raise it"] if none_held else []),
+    ]  # fmt: skip
     return PreparedData(rows, validation, stream, report, chat, note["key"])
 
 

@@ -118,8 +118,11 @@ def read_tool_file(file: Path) -> tuple[Tool, ...]:
     """
     try:
         parsed: Any = json.loads(file.read_text(encoding="utf-8"))
-        return read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
+        tools = read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
     except (ValueError, RecursionError, Unusable) as error:
         raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None
+    if not tools:
+        raise DataError(str(file), "holds no tools", 'write [{"name": …, "parameters": {…}}], or remove the key')
+    return tools

@@ -108,6 +108,16 @@ def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03{instead}"
 
 
+def _rest(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    schedule = recipe.train.schedule
+    end = 1.0 if schedule.constant_ratio is None else schedule.constant_ratio
+    if schedule.type != "constant" and end < 1 and not schedule.min_ratio:
+        yield (
+            f"the last {1 - end:.0%} of the run train at a learning rate of 0, which changes nothing: set "
+            "train.schedule.min_ratio: 0.1, or constant_ratio: 1.0"
+        )
+
+
 def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
     """Equal results in less time, where the GPU has the memory for it."""
     gpu, memory, shape = plan.gpu, plan.memory, plan.shape
@@ -234,6 +244,7 @@ RULES = (
     _fits,
     _rate,
     _warm_up,
+    _rest,
     _faster,
     _context,
     _small_epoch,

@@ -11,7 +11,7 @@ from nesso_tune.errors import Problem
 from nesso_tune.recipes.document import Document
 from nesso_tune.recipes.keys import Path, section_at, suggest_key
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 
 EXPECTED = {
@@ -39,22 +39,30 @@ PATTERNS = {  # of `sections.py`, in words
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
+MOST = 50  # mistakes of a file that are listed
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
 def complaints(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
-    """All problems of a recipe, inert and contradictory knobs included, in the order of the file."""
+    """The problems of a recipe, inert and contradictory knobs included, in the order of the file."""
     by_path: dict[Path, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
         by_path.setdefault(_real_path(item, document.value), []).append(item)
     findings = lint_problems(document)
-    for path in list(by_path):  # what is wrong inside speaks for itself; the root's own error repeats the findings
-        if any(other[: len(path)] == path != other for other in [*by_path, *(where for where, _ in findings)]):
-            del by_path[path]
-    found = [(path, _problem(path, items, document, model)) for path, items in by_path.items()]
-    found += findings
-    found.sort(key=lambda pair: _line(document, pair[0]))
-    return [problem for _, problem in found]
+    wrong = [*by_path, *(where for where, _ in findings)]
+    above = {path[:end] for path in wrong for end in range(len(path))}  # of these, what is wrong inside speaks
+    found = sorted((path for path in by_path if path not in above), key=lambda path: _line(document, path))
+    listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MOST + 1]]
+    listed = sorted([*listed, *findings], key=lambda pair: _line(document, pair[0]))
+    return first_of([problem for _, problem in listed], document, len(found) + len(findings))
+
+
+def first_of(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
+    """As many of a file's problems as are read by anyone; of `count`, if these are only the first ones."""
+    left = (len(problems) if count is None else count) - MOST
+    if left <= 0 or len(problems) <= MOST:
+        return problems
+    return [*problems[:MOST], Problem(document.name, f"has {left:,} more mistakes", "correct these first")]
 
 
 def lint_problems(document: Document) -> list[tuple[Path, Problem]]:
@@ -73,7 +81,7 @@ def _called(path: Path) -> str:
 
 
 def _dotted(path: Path) -> str:
-    return ".".join(map(str, path))
+    return ".".join(shortened(str(part)) for part in path)
 
 
 def _real_path(item: Mapping[str, Any], value: Any) -> Path:
@@ -99,7 +107,8 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
         return Problem(where, f"{key} is not set", f"give it a value: {_description(model, path)}")
     if kind == "value_error":
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
-    if kind in EMPTY and not (value.strip() if isinstance(value, str) else value):
+    blank = not value.strip() if isinstance(value, str) else value in ([], {})
+    if blank and any(one["type"] in EMPTY for one in items):
         return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
         return Problem(where, f"{key} must be {words}, not {_shown(value)}", f"write {words}")

@@ -20,7 +20,7 @@ class Rule(Section):
     min_score: float | None = None
     """Drop those whose `score_field` is below this; instead of the source's."""
     weight: float | None = Field(default=None, gt=0, le=1000)
-    """How often they are seen in an epoch; instead of the source's."""
+    """How often they are seen in an epoch, at least one row; instead of the source's."""
 
 
 class Source(Section):
@@ -39,7 +39,7 @@ class Source(Section):
     format: NonEmpty = "auto"
     """Name of a mapping under data_templates/formats/, a file of that kind, `FILE.py:FUNCTION` (a reader of your own,
     which makes a row of a known format of any row), or auto."""
-    where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False)]] = Field(default={})
+    where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False, min_length=1)]] = Field(default={})
     """Only rows whose columns have these values, e.g. {source: [a, b]}; the others count as `not_selected`."""
     messages_field: NonEmpty | None = None
     """Column that holds the list of messages."""
@@ -78,7 +78,7 @@ class Source(Section):
     language_field: NonEmpty | None = None
     """Column that holds a row's language code; null looks for `lang` and `language`."""
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often the source is seen in an epoch: 2.0 twice, 0.5 a fresh half each epoch."""
+    """How often the source is seen in an epoch: 2.0 twice, 0.5 a fresh half each epoch, but at least one row."""
     max_rows: Count | None = None
     """Read at most this many rows."""
     min_score: float | None = None

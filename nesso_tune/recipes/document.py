@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from nesso_tune.errors import Problem, RecipeError
+from nesso_tune.recipes.names import shortened
 
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # far above any recipe; a nest of aliases that grows beyond it is refused
+MAX_DEPTH = 50
 MAX_BYTES = 2_000_000
 MAX_NUMBER = 1e300  # beyond it a number is no number any more, infinity and NaN included
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
@@ -81,6 +84,7 @@ def read_document(path: Path) -> Document:
 def parse_document(text: str, name: str) -> Document:
     """Parses YAML text; see `read_document`."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Composer = _Composer
     try:
         root = yaml.compose(text)
         document = Document(name, None)
@@ -118,6 +122,18 @@ def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:
     return line, f"not YAML: {problem}", "correct the line"
 
 
+class _Composer(Composer):
+    """Stops at a file that is far too large, instead of composing all of it first."""
+
+    nodes = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.nodes += 1
+        if self.nodes > 2 * MAX_NODES:  # keys are nodes here too
+            raise RecursionError
+        return super().compose_node(parent, index)
+
+
 class _Builder:
     """Turns YAML nodes into plain data and notes where each key stands."""
 
@@ -128,12 +144,14 @@ class _Builder:
 
     def build(self, node: Node, path: KeyPath) -> Any:
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(path) > 50:
+        if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
             raise RecipeError(self.document.name, *TOO_DEEP)
         self.document.lines.setdefault(path, node.start_mark.line + 1)
         if str(node.tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
             where = f"{self.document.name}:{node.start_mark.line + 1}"
-            raise RecipeError(where, f"the tag `{node.tag}` is not read here", "remove it: values are plain data")
+            raise RecipeError(
+                where, f"the tag `{shortened(str(node.tag))}` is not read here", "remove it: values are plain data"
+            )
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
         if isinstance(node, SequenceNode):
@@ -154,9 +172,9 @@ class _Builder:
             here = (*path, key)
             if key in out:
                 first = self.document.lines[here]
-                self.document.problems.append(
-                    Problem(where, f"`{'.'.join(map(str, here))}` is given twice (first in line {first})", "keep one")
-                )
+                called = ".".join(shortened(str(part)) for part in here)
+                twice = Problem(where, f"`{called}` is given twice (first in line {first})", "keep one")
+                self.document.problems.append(twice)
                 continue
             self.document.lines[here] = line
             out[key] = self.build(value_node, here)

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from nesso_tune.recipes.finding import Path
 from nesso_tune.recipes.lint import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
-from nesso_tune.recipes.shipped import shipped
+from nesso_tune.recipes.shipped import template_names
 
 FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
 NAMED = (  # keys that take the name of a shipped file: ((section, key), its folder under data_templates/, other names)
@@ -34,8 +34,7 @@ def recipe_schema() -> dict[str, Any]:
     for section, rule in _rules():
         definitions[_definition(definitions, section)].setdefault("allOf", []).append(rule)
     for (name, key), folder, more in NAMED:
-        names = [*more, *sorted(file.stem for file in (shipped("data_templates") / folder).glob("*.yaml"))]
-        definitions[name]["properties"][key]["examples"] = names
+        definitions[name]["properties"][key]["examples"] = [*more, *template_names(folder)]
     for definition in definitions.values():  # pydantic leaves out what a section's own docstring says alike
         for entry in definition.get("properties", {}).values():
             if "$ref" in entry:

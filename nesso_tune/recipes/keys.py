@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from nesso_tune.recipes.names import FOREIGN, NAMES_LIST, closest
+from nesso_tune.recipes.names import FOREIGN, NAMES_LIST, closest, shortened
 from nesso_tune.recipes.schema import RECIPES
 
 Path = tuple[str | int, ...]
@@ -49,7 +49,7 @@ def suggest_key(model: type[BaseModel], path: Path) -> str:
     siblings = list(section.model_fields) if section else []
     ours = FOREIGN.get(key, key)
     if ours in siblings:
-        return f"it is called `{'.'.join((*above, ours))}` here"
+        return f"it is called `{'.'.join((*map(shortened, above), ours))}` here"
     if places := _places(model, key, above):
         return f"it belongs to {places}"
     if places := _places(model, ours, above):
@@ -60,7 +60,9 @@ def suggest_key(model: type[BaseModel], path: Path) -> str:
     everywhere = sorted({names[-1] for names in key_paths(model)})
     for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
         if guess := closest(key, names, cutoff):
-            here = ".".join(map(str, (*path[:-1], guess)))  # with the positions in lists, as --set takes them
+            here = ".".join(
+                shortened(str(part)) for part in (*path[:-1], guess)
+            )  # with the positions in lists, as --set takes them
             places = f"`{here}`" if guess in siblings else _places(model, guess, above)
             return f"did you mean {places}?"
     return f"remove it; the keys here are {', '.join(siblings)}"

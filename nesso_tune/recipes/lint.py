@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from posixpath import normpath
 
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
-from nesso_tune.recipes.lint_data import DATA_RULES
+from nesso_tune.recipes.lint_data import DATA_RULES, unknown_template, wrong_code
 from nesso_tune.recipes.metric_names import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
@@ -97,6 +97,13 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
             (*here, "warmup_ratio"),
             f"warms up to {warmup:g} of the run, but the decay should end at {end:g} (constant_ratio)",
             "make it smaller than constant_ratio",
+        )
+    decays = get(raw, *here, "type") in (None, "cosine", "linear")
+    if decays and isinstance(end, (int, float)) and 0 < end < 1 and get(raw, *here, "min_ratio") is None:
+        yield Finding(
+            (*here, "constant_ratio"),
+            f"trains the last {1 - end:.0%} of the run at a learning rate of 0: min_ratio is not set",
+            "set min_ratio: 0.1, or constant_ratio: 1.0",
         )
 
 
@@ -209,6 +216,13 @@ def _secrets(raw: Raw) -> Iterator[Finding]:
         yield Finding(path, f"looks like a secret {kind}: a recipe is recorded and shared", remedy)
 
 
+def _template(raw: Raw) -> Iterator[Finding]:
+    yield from unknown_template(("chat", "template"), get(raw, "chat", "template"), "chat")
+    systems = get(raw, "chat", "default_system")
+    for code in systems if isinstance(systems, Mapping) else ():
+        yield from wrong_code(("chat", "default_system", code), code)
+
+
 def _output(raw: Raw) -> Iterator[Finding]:
     folder = get(raw, "output_dir")
     if isinstance(folder, str) and "\0" in folder:
@@ -259,5 +273,5 @@ def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
     _exclusive, _inert, _schedule, _compile, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets,
-    _output, _dpo, *DATA_RULES,
+    _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

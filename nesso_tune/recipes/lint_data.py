@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
-from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.names import LANGUAGE_NAMES, OTHER_LANGUAGES, closest, language_code, shortened
+from nesso_tune.recipes.shipped import template_names
 
 MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
 INSTRUCTION_FIELDS = ("input_field", "response_field")
@@ -40,8 +41,39 @@ def _sources(raw: Raw) -> Iterator[Finding]:
                     yield Finding(here, "has no effect: evaluation sees every row once", "remove it")
 
 
+def unknown_template(here: Path, name: Any, kind: str) -> Iterator[Finding]:
+    """A name that is neither a shipped file of data_templates/KIND/ nor the path of one's own."""
+    known = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
+    own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
+    if isinstance(name, str) and name.strip() and not own and name not in known:
+        files = "FILE.yaml or FILE.py:FUNCTION" if kind == "formats" else "FILE.yaml"
+        guess = closest(name, known)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(known)}, or {files}"
+        yield Finding(here, f"`{shortened(name)}` is not known", remedy)
+
+
+def wrong_code(here: Path, code: Any) -> Iterator[Finding]:
+    """A language that rows are never said to be in: what they say becomes a code such as `it` first."""
+    if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
+        return
+    name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
+    yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
+
+
+def _language(here: Path, said: Any) -> Iterator[Finding]:
+    """The language of a whole source, which may also be said by its name."""
+    if isinstance(said, str) and said.strip() and said != "auto" and language_code(said) is None:
+        guess = closest(said, ["auto", *LANGUAGE_NAMES])
+        remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
+        yield Finding(here, f"`{shortened(said)}` is no language code", remedy)
+
+
 def _source(source: Any, here: Path) -> Iterator[Finding]:
     style = get(source, "format")
+    yield from unknown_template((*here, "format"), style, "formats")
+    yield from _language((*here, "language"), get(source, "language"))
+    for code, _ in _rules(source):
+        yield from wrong_code((*here, "rules", code), code)
     used = KNOBS_OF_FORMAT.get(style) if isinstance(style, str) else None
     if isinstance(style, str) and ".py:" in style:
         used, style = ("tools_file",), "of your own reader"
@@ -72,6 +104,8 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
     shares, here = get(raw, "data", "mixture", "shares"), ("data", "mixture", "shares")
     if not isinstance(shares, Mapping):
         return
+    for code in shares if get(raw, "data", "mixture", "by") == "language" else ():
+        yield from wrong_code((*here, code), code)
     numbers = [share for share in shares.values() if isinstance(share, (int, float))]
     if len(numbers) == len(shares) and abs(sum(numbers) - 1) > 1e-6:
         yield Finding(here, f"add up to {sum(numbers):g}", "make it 1, e.g. {it: 0.6, en: 0.4}")

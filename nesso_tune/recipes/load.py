@@ -11,13 +11,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from nesso_tune.errors import Problem, RecipeError
-from nesso_tune.recipes.complaints import complaints
-from nesso_tune.recipes.document import OVERRIDE, Document, KeyPath, parse_document, read_document
+from nesso_tune.recipes.complaints import complaints, first_of
+from nesso_tune.recipes.document import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
 from nesso_tune.recipes.lint import EXCLUSIVE
-from nesso_tune.recipes.names import FOREIGN, closest
+from nesso_tune.recipes.names import FOREIGN, closest, shortened
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked
-from nesso_tune.recipes.shipped import find_recipe, shipped_recipes
+from nesso_tune.recipes.shipped import find_recipe, local_path, shipped_recipes
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -42,7 +42,9 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     for key, value in (overrides or {}).items():
         _override(document, key, value)
     _displace(document, overrides or {})
-    return validate(document)
+    recipe = validate(document)
+    _check_files(recipe, document)
+    return recipe
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
@@ -55,8 +57,8 @@ def parse_overrides(settings: list[str]) -> dict[str, Any]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():
-            raise RecipeError(OVERRIDE, f"`{setting}` has no value", "write --set key.path=value")
-        parsed = parse_document(text, f"{OVERRIDE} {key}")
+            raise RecipeError(OVERRIDE, f"`{shortened(setting)}` has no value", "write --set key.path=value")
+        parsed = parse_document(text, f"{OVERRIDE} {shortened(key)}")
         if parsed.problems:
             raise RecipeError(parsed.problems)
         out[re.sub(r"\[(\d+)\]", r".\1", key.strip())] = parsed.value  # sources[0].path is sources.0.path
@@ -82,9 +84,25 @@ def validate(document: Document) -> Recipe:
     except ValidationError as error:
         problems += complaints(error, document, model)
     if problems or document.problems:
-        mistakes = _in_order([*document.problems, *problems])
+        mistakes = first_of(_in_order([*document.problems, *problems]), document)
         raise RecipeError(Problem(masked(one.where), masked(one.what), masked(one.remedy)) for one in mistakes)
     return recipe
+
+
+def _check_files(recipe: Recipe, document: Document) -> None:
+    """Raises RecipeError for files that say how data is read and are not there."""
+    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
+    for section in ("sources", "validation_sources"):
+        for i, source in enumerate(getattr(recipe.data, section)):
+            named[("data", section, i, "format")] = re.sub(r"(\.py):.*", r"\1", source.format)
+            named[("data", section, i, "tools_file")] = source.tools_file
+    missing = [
+        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",
+                "correct the path") for path, name in named.items()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise RecipeError(missing)
 
 
 def _in_order(problems: list[Problem]) -> list[Problem]:
@@ -104,7 +122,9 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
     if method is not None:
         guess = closest(str(method), RECIPES)
         remedy = f"did you mean `{guess}`?" if guess else "write method: sft or method: dpo"
-        return model, [Problem(document.where(("method",)), f"`method` must be sft or dpo, not {method!r}", remedy)]
+        return model, [
+            Problem(document.where(("method",)), f"`method` must be sft or dpo, not {shortened(repr(method))}", remedy)
+        ]
     said = next((key for key in raw if FOREIGN.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{said}`" if said else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
@@ -129,6 +149,8 @@ def _override(document: Document, key: str, value: Any) -> None:
     node: Any = document.value
     path: KeyPath = ()
     parts = key.split(".")
+    if len(parts) > MAX_DEPTH:
+        raise RecipeError(OVERRIDE, f"`{shortened(key)}` is nested too deeply", "write --set key.path=value")
     for depth, name in enumerate(parts, start=1):
         part: Any = _position(node, name, key) if isinstance(node, list) else name
         path = (*path, part)
@@ -148,4 +170,4 @@ def _position(items: list[Any], name: str, key: str) -> int:
     if name.isascii() and name.isdigit() and int(name) < len(items):
         return int(name)
     remedy = f"use 0 to {len(items) - 1}" if items else "set the whole list"
-    raise RecipeError(OVERRIDE, f"`{key}`: there is no item `{name}` in this list", remedy)
+    raise RecipeError(OVERRIDE, f"`{shortened(key)}`: there is no item `{shortened(name)}` in this list", remedy)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
-Shape = Literal["cosine", "linear", "constant"]
+Shape = Literal["cosine", "linear", "constant"]  # also the recipe's `train.schedule.type`
 
 
 def lr_multiplier(
@@ -24,7 +24,7 @@ def lr_multiplier(
     `constant_ratio * total_steps`; then constant at `min_ratio`. `shape="constant"` stays at 1 after the warm-up.
 
     Raises:
-        ValueError: if the steps or ratios leave no room for the decay.
+        ValueError: for an unknown shape, or if the steps or ratios leave no room for the decay.
     """
     check_schedule(total_steps, warmup_steps, constant_ratio, min_ratio, shape)
     if step < warmup_steps:
@@ -41,6 +41,8 @@ def lr_multiplier(
 
 def check_schedule(total_steps: int, warmup_steps: int, constant_ratio: float, min_ratio: float, shape: Shape) -> None:
     """Raises ValueError, with the reason, if these numbers do not make a schedule."""
+    if shape not in get_args(Shape):
+        raise ValueError(f"shape must be one of {', '.join(get_args(Shape))}, got {shape!r}")
     if total_steps < 1:
         raise ValueError(f"total_steps must be at least 1, got {total_steps}")
     if warmup_steps < 0:

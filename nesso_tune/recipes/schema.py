@@ -11,6 +11,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nesso_tune.recipes.data import DPOData, SFTData
 from nesso_tune.recipes.lint import lint
+from nesso_tune.recipes.schedule import Shape
 from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, NonEmpty, Section
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -25,14 +26,15 @@ LossName = Literal[
 class Schedule(Section):
     """How the learning rate moves: warm-up from 0, decay to `min_ratio`, then constant."""
 
-    type: Literal["cosine", "linear", "constant"] = "cosine"
+    type: Shape = "cosine"
     """Shape of the decay."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Share of all steps that warm up (default 0.03)."""
     warmup_steps: int | None = Field(default=None, ge=0, le=1_000_000_000)
     """Steps that warm up, instead of a share."""
     constant_ratio: float | None = Field(default=None, gt=0, le=1)
-    """The decay ends at this share of all steps and stays constant for the rest (default 1.0: it ends with the run)."""
+    """The decay ends at this share of all steps and stays constant for the rest (default 1.0: it ends with the run).
+    Below 1.0 it needs `min_ratio`, at which the rest is trained."""
     min_ratio: float | None = Field(default=None, ge=0, le=1)
     """What the decay ends at, as a share of the peak (default 0.0)."""
 

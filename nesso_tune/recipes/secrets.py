@@ -15,7 +15,7 @@ KINDS = {
     "of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
     "of AWS": r"\bAKIA[0-9A-Z]{16}\b",
     "of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "in a URL": r"\w+://[^/\s:@]+:[^/\s:@]+@",
+    "in a URL": r"\b\w+://[^/\s:@]+:[^/\s:@]+@",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
 }
 WORDS = frozenset({"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "KEY", "APIKEY", "CREDENTIAL",

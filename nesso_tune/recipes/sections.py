@@ -74,7 +74,7 @@ class ChatSection(Section):
     """Padding token; null takes the template's."""
     new_tokens: Literal["auto", "reserved", "resize"] = "auto"
     """Where template tokens unknown to the tokenizer go: renamed reserved slots, or new rows; auto prefers slots."""
-    default_system: str | dict[str, str] | None = None
+    default_system: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
     """System message for conversations without one: a text, or a text per language code."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def shipped(kind: str) -> Path:
     """The folder of shipped `recipes` or `data_templates`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
+
+
+@cache
+def template_names(kind: str) -> tuple[str, ...]:
+    """The names of the shipped files of data_templates/KIND/."""
+    return tuple(sorted(file.stem for file in (shipped("data_templates") / kind).glob("*.yaml")))
 
 
 def bundled_base() -> str:

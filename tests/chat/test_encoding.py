@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import Conversation, Message, ModelError, PreferencePair, encode_conversation
 from nesso_tune.chat.encoding import IGNORED, Encoded
 from nesso_tune.chat.tokenizer import build_chat_tokenizer, encoder_of
 from nesso_tune.recipes.sections import ChatSection
+from tests.support.examples import examples
 
 START, END = 260, 261  # the first two reserved slots
 HE, TWO_BREAKS = 257, 256
@@ -135,7 +136,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20) | st.sampl
 TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), TEXT), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(TURNS)
 def test_learned_text_is_the_assistants_text_and_its_end_token(tokenizer, turns):
     ids, labels = encode_conversation(chat(*turns), tokenizer)
@@ -144,7 +145,7 @@ def test_learned_text_is_the_assistants_text_and_its_end_token(tokenizer, turns)
     assert learned == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(TURNS)
 def test_control_ids_count_turns_whatever_the_text(tokenizer, turns):
     ids, _ = encode_conversation(chat(*turns), tokenizer)
@@ -153,7 +154,7 @@ def test_control_ids_count_turns_whatever_the_text(tokenizer, turns):
     assert 258 not in ids  # BOS
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(TEXT, TEXT, TEXT)
 def test_the_users_text_never_moves_what_is_learned(tokenizer, before, after, answer):
     def learned(text):
@@ -163,7 +164,7 @@ def test_the_users_text_never_moves_what_is_learned(tokenizer, before, after, an
     assert learned(before) == learned(after)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(TURNS, st.integers(1, 120), st.sampled_from(["turn", "last", "all"]))
 def test_cutting_keeps_whole_turns_and_a_learned_end_token(tokenizer, turns, length, train_on_eos):
     (whole,) = encoder_of(tokenizer).conversations([chat(*turns)], train_on_eos=train_on_eos)

@@ -1,7 +1,7 @@
 """The Jinja that a model is served with says the same as the segments that it was trained on."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -11,6 +11,7 @@ from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection, ModelSection
+from tests.support.examples import examples
 
 # Text that begins with a blank may merge with the header in Jinja, and control text would become a control token.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(
@@ -30,7 +31,7 @@ def jinja_of(messages, tokenizer, **kwargs):
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(MESSAGES)
 def test_jinja_gives_the_ids_and_the_mask_of_the_segments(tokenizer, messages):
     ids, labels = segments_of(messages, tokenizer)
@@ -39,7 +40,7 @@ def test_jinja_gives_the_ids_and_the_mask_of_the_segments(tokenizer, messages):
     assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(MESSAGES)
 def test_a_generation_starts_from_the_prompt_that_was_trained(shipped, messages):
     chat, tokenizer = shipped
@@ -55,7 +56,7 @@ def shipped(base):
     return chat, chat.load()
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(MESSAGES, st.sampled_from(["it", "en", "fr", None]))
 def test_default_system_by_language(shipped, messages, language):
     _, tokenizer = shipped
@@ -72,7 +73,7 @@ def test_a_default_system_for_undetermined_languages(base):
         assert chat.encoder.conversations([Conversation(turns, language=language)])[0].ids == rendered
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
 def test_any_default_system_survives_jinja(text):
     source = to_jinja(load_template("chatml"), text)
@@ -86,7 +87,7 @@ def test_jinja_takes_a_turn_without_content(tokenizer, content):
     assert ids == segments_of([{"role": "assistant", "content": ""}], tokenizer)[0]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(MESSAGES)
 def test_a_template_file_with_bos_and_long_headers(own_template, messages):
     ids, labels = segments_of(messages, own_template)

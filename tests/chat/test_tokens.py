@@ -160,11 +160,6 @@ def test_padding_token_override(byte_base):
         build(byte_base, pad_token="[PAD]")
 
 
-def test_a_default_system_without_languages_is_refused(byte_base):
-    with pytest.raises(RecipeError, match="names no language"):
-        build(byte_base, default_system={})
-
-
 def test_a_template_with_bos_needs_one(write_base, llama3_file):
     with pytest.raises(ModelError, match="begins with BOS, but the tokenizer has none"):
         build(write_base(bos_token=None), template=llama3_file)

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import Conversation, Message, PreferencePair, RecipeError, encode_conversation, load_tokenizer
@@ -12,6 +12,7 @@ from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import build_chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection
+from tests.support.examples import examples
 
 WEATHER = {
     "type": "function",
@@ -96,7 +97,7 @@ TURNS = st.lists(
 TOOLS = st.lists(st.builds(dict, name=WORDS.filter(bool), description=WORDS), max_size=2)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(TURNS, TOOLS)
 def test_jinja_gives_the_ids_and_the_mask_of_the_segments(ready, messages, tools):
     ids, labels = encode_conversation(Conversation(tuple(messages), tools=tuple(tools)), ready)
@@ -107,7 +108,7 @@ def test_jinja_gives_the_ids_and_the_mask_of_the_segments(ready, messages, tools
     assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(TURNS, TOOLS, st.sampled_from(["it", "fr", "und"]))
 def test_with_a_default_system_message(with_default, messages, tools, language):
     chat, tokenizer = with_default

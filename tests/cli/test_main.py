@@ -21,7 +21,7 @@ main(["schema"])
 
 def ends(**launched):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **launched}
-    done = subprocess.run([sys.executable, "-c", FRAGILE], capture_output=True, text=True, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FRAGILE], capture_output=True, text=True, env=environment, timeout=300)
     return done.returncode, done.stdout
 
 

@@ -27,14 +27,14 @@ with prepared_ahead(prepare_data, recipe):
 """
 GIVEN_UP = """
 def slow(recipe):
-    time.sleep(60)
+    time.sleep(600)
 began = time.monotonic()
 try:
     with prepared_ahead(slow, recipe):
         raise ValueError
 except ValueError:
     pass
-assert time.monotonic() - began < 10
+assert time.monotonic() - began < 60
 """
 KILLED = """
 import os
@@ -48,7 +48,7 @@ with prepared_ahead(dying, recipe):
 @pytest.mark.parametrize("body", [FOUND, OTHER, GIVEN_UP, KILLED], ids=["found", "other", "given up", "killed"])
 def test_the_other_process(tmp_path, body):
     file = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [sums(tmp_path)]))
-    done = subprocess.run([sys.executable, "-c", HEAD + body, file], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", HEAD + body, file], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -66,12 +66,12 @@ def test_a_killed_parent_takes_it_along(tmp_path):
     import psutil
 
     file = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [sums(tmp_path)]))
-    body = "def slow(recipe):\n    time.sleep(60)\nwith prepared_ahead(slow, recipe):\n    time.sleep(60)\n"
+    body = "def slow(recipe):\n    time.sleep(600)\nwith prepared_ahead(slow, recipe):\n    time.sleep(600)\n"
     parent = subprocess.Popen([sys.executable, "-c", HEAD + body, file])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (children := psutil.Process(parent.pid).children()) and time.monotonic() < deadline:
         time.sleep(0.05)
     parent.kill()
     parent.wait()
     (child,) = children
-    child.wait(timeout=10)
+    child.wait(timeout=60)

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import Conversation, Message, prepare_data
@@ -14,6 +14,7 @@ from nesso_tune.data.near import near_duplicates, signature_of
 from nesso_tune.data.prepare import dropped_file
 from nesso_tune.data.tools import Unusable
 from nesso_tune.recipes.data import CleanSection
+from tests.support.examples import examples
 
 WORDS = [a + b for a in ("ca", "me", "to", "ri", "lu", "fa", "no", "se") for b in ("sa", "ne", "li", "go", "va", "pi")]
 
@@ -38,7 +39,7 @@ def test_joiners_with_a_meaning_stay(kept):
     assert INVISIBLE.sub("", kept) == kept
 
 
-@settings(max_examples=200, deadline=None)
+@examples(100)
 @given(st.text())
 def test_cleaning_twice_changes_nothing(text):
     once = clean(chat(("user", "q"), ("assistant", f"x{text}")), CleanSection(unicode="nfc", invisible="remove"))

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.data.documents import Chunk, DocumentWriter, open_documents
 from nesso_tune.data.identity import Identity
+from tests.support.examples import examples
 
 TOKENS = st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=12)
 ENTRY = st.tuples(
@@ -27,7 +28,7 @@ def written(folder, entries, parts=1):
     return writer.close()
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(st.lists(ENTRY, min_size=1, max_size=10))
 def test_what_is_written_is_read(tmp_path_factory, entries):
     folder = tmp_path_factory.mktemp("documents")

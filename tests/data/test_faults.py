@@ -448,9 +448,6 @@ ASKED = {
         Given(lines(CHAT), data={"validation_sources": [{"path": "{here}/held.jsonl"}]}),
         r"held\.jsonl: no such file; ",
     ),
-    "a weight that leaves nothing": (
-        Given(lines(CHAT), source={"weight": 0.1}), r"data\.sources: their weights leave nothing to train on; raise",
-    ),
 }  # fmt: skip
 
 

@@ -54,6 +54,8 @@ WRONG = {
     "no columns": ({}, {}, r"its columns are none"),
     "typo": ({"format": "messages"}, {"mesages": []}, r"no column `messages` or .*; did you mean "),
     "far off": ({"format": "preference"}, {"x": 1}, r"no column `chosen`.*; name the column"),
+    "many columns": ({}, {f"{i:03}": "x" for i in range(500)}, r"columns are 000, .*, 029, and 470 more\)"),
+    "a long name": ({}, {"x" * 10**5: 1}, r"columns are x{40}\.\.\. \(100,000 characters\)\)"),
     "columns without messages": (
         {"format": "messages"}, SHAREGPT, r"are not of format messages .* they look like format sharegpt: set",
     ),
@@ -91,6 +93,9 @@ BAD = {
     "unknown key": (OWN + "answer_field: [x]\n", r":4: unknown key `answer_field`"),
     "unknown kind": (OWN.replace("instruction", "chat"), r":1: `kind` must be one of"),
     "unknown role": (OWN + "roles: {capo: boss}\n", r":4: "),
+    "a blank name": (OWN.replace("[risposta]", "['']"), r":3: `response_field.0` must be not empty"),
+    "a name that is null": (OWN.replace("[risposta]", "[null]"), r":3: `response_field.0` is not set"),
+    "no template": (OWN + "prompt_template: ''\n", r":4: `prompt_template` must be not empty"),
     "given twice": (OWN + "kind: preference\n", r":4: `kind` is given twice"),
     "empty": ("", r":1: is not a section of keys"),
 }
@@ -102,6 +107,39 @@ def test_a_wrong_mapping_file_is_told_with_its_line(tmp_path, text, expected):
     path.write_text(text)
     with pytest.raises(RecipeError, match=expected):
         load_format(str(path))
+
+
+ROLES = "roles: {a: user, b: assistant}\n"
+TOO_FEW = {  # file, its line, key
+    "no answer": (OWN.replace("[risposta]", "[]"), 3, "response_field"),
+    "no answer named": ("kind: instruction\nprompt_field: [a]\n", 1, "response_field"),
+    "no messages": ("kind: conversation\nmessages_field: []\n" + ROLES, 2, "messages_field"),
+    "no role": ("kind: conversation\nmessages_field: [a]\nrole_field: []\n" + ROLES, 3, "role_field"),
+    "no text": ("kind: preference\nchosen_field: [a]\nrejected_field: [b]\ncontent_field: []\n", 4, "content_field"),
+    "no ids": ("kind: pretokenized\nids_field: []\nlabels_field: [a]\n", 2, "ids_field"),
+    "no labels": ("kind: pretokenized\nids_field: [a]\nmask_field: []\n", 3, "labels_field or mask_field"),
+    "neither labels nor mask": ("kind: pretokenized\nids_field: [a]\n", 1, "labels_field or mask_field"),
+    "no texts": ("kind: completion\ntext_field: []\n", 2, "text_field"),
+    "one answer of two": (
+        "kind: choice\nprompt_field: [a]\nlabel_fields: [c]\nchoice_fields: [b]\n", 4, "1 columns in choice_fields",
+    ),
+    "no vote": ("kind: choice\nprompt_field: [a]\nlabel_fields: []\nchoice_fields: [b, c]\n", 3, "label_fields"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "line", "key"), TOO_FEW.values(), ids=TOO_FEW)
+def test_a_mapping_that_names_too_few_columns(tmp_path, text, line, key):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"mine\.yaml:{line}: the format names .*{key}.*; name the column there"):
+        choose_format(source(format=str(path)), [{"a": "x", "b": "y", "c": "z"}])
+
+
+def test_keys_of_messages_are_role_and_content_unless_it_is_said(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: conversation\nmessages_field: [dialogo]\n" + ROLES)
+    fmt = choose_format(source(format=str(path)), [{"dialogo": [{"role": "a", "content": "x"}]}])
+    assert (fmt.role_keys, fmt.content_keys) == (("role",), ("content",))
 
 
 def test_an_unknown_format():

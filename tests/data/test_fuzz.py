@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -25,13 +25,13 @@ from nesso_tune.data.work import Work
 from nesso_tune.recipes.data import CleanSection, DPOData, SFTData, Source
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
+from tests.support.examples import examples
 
 FORMATS = ("auto", *GOOD)
 TALKS = ("auto", "messages", "sharegpt", "alpaca")  # formats whose rows are conversations
 KINDS = ("conversation", "instruction")  # and the kinds of such formats
-MUCH = 5 if "NESSO_TUNE_ALL" in os.environ else 1  # by hand five times as many examples
-QUICK = settings(max_examples=15 * MUCH, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-WIDE = settings(QUICK, max_examples=25 * MUCH)  # where no file is written
+QUICK = examples(8)
+WIDE = examples(10)  # where no file is written
 
 # --- rows ---
 
@@ -229,7 +229,7 @@ def damaged(draw):
     return fmt, kind, bytes(content)
 
 
-@settings(QUICK, max_examples=30 * MUCH)
+@examples(15)
 @given(damaged(), st.booleans())
 def test_any_damage_to_a_file(broken, named):
     fmt, kind, content = broken
@@ -243,7 +243,7 @@ def test_any_damage_to_a_file(broken, named):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("fmt", FORMATS)
-@settings(QUICK, max_examples=10 * MUCH)
+@examples(5)
 @given(st.data())
 def test_any_rows(fmt, method, data):
     sound = [] if fmt == "auto" else [lines(GOOD[fmt])] * data.draw(st.integers(0, 1))
@@ -384,7 +384,7 @@ def mapping(named, rows, method="sft"):
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
 
 
-@settings(QUICK, max_examples=30 * MUCH)
+@examples(15)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
 def test_any_mapping(named, rows):
     prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)

@@ -2,13 +2,14 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import DataError, prepare_data
 from nesso_tune.data.mixture import groups_of
 from nesso_tune.data.packing import RowStream
 from nesso_tune.recipes.data import SFTData
+from tests.support.examples import examples
 
 from .test_packing import documents_of
 
@@ -24,7 +25,7 @@ def stream_of(documents, data, seed=1):
     return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
 
 
-@settings(max_examples=20, deadline=None)
+@examples(8)
 @given(
     documents=st.integers(1500, 2500),
     longest=st.integers(2, 40),
@@ -80,6 +81,35 @@ def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
         groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
     with pytest.raises(DataError, match="no row is of `en`; remove it"):
         groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}}))
+
+
+def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows):
+    ten = [{"prompt": f"Domanda {i}?", "response": "Sì.", "lang": "it"} for i in range(10)]
+    rare = [{"prompt": f"Question {i}?", "response": "Yes.", "lang": "en"} for i in range(3)]
+    few, many = write_rows(ten, "few.jsonl"), write_rows([*ten, *rare], "many.jsonl")
+    rules = {"en": {"weight": 0.1}, "fr": {"weight": 2.0}}
+    data = prepare_data(sft({"path": few, "weight": 0.04}, {"path": many, "rules": rules}, validation_size=0))
+    for epoch in range(3):
+        drawn = data.stream.epoch(epoch).entries
+        assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
+    said = data.report["warnings"]
+    assert "data.sources.0.weight asks for less than one of 10 rows" in said[0 if len(said) == 3 else 1]
+    assert "data.sources.1.rules.en.weight asks for less than one of 3 rows" in " ".join(said)
+    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is of `fr`"
+    shares = {"by": "language", "shares": {"it": 0.9999, "en": 0.0001}}
+    data = prepare_data(sft(many, mixture=shares, validation_size=0.01))
+    assert sorted(group["rows"] for group in data.report["mixture"])[0] == 1
+    assert "data.mixture.shares.en asks for less than one of 3 rows" in " ".join(data.report["warnings"])
+
+
+def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_rows):
+    good = write_rows([{"prompt": f"Domanda {i}?", "response": "Sì."} for i in range(9)], "good.jsonl")
+    bad = write_rows([{"prompt": "Domanda?", "response": ""}], "bad.jsonl")
+    said = prepare_data(sft(good, bad, validation_size=0.01)).report["warnings"]
+    assert said == [
+        "data.sources.1 gives no row to train on: see what was dropped, or remove it",
+        "data.validation_size 0.01 of 9 rows is less than one row: nothing is held out or evaluated; raise it",
+    ]
 
 
 SCORED = [

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded
@@ -13,6 +13,7 @@ from nesso_tune.data.documents import Chunk, DocumentWriter, open_documents
 from nesso_tune.data.identity import Identity
 from nesso_tune.data.mixture import Group
 from nesso_tune.data.packing import RowStream, best_fit, in_order
+from tests.support.examples import examples
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)
 
@@ -36,14 +37,14 @@ def reference(lengths, capacity):
     return rows
 
 
-@settings(max_examples=200, deadline=None)
+@examples(100)
 @given(LENGTHS, st.integers(40, 100))
 def test_best_fit_is_the_textbook_algorithm(lengths, capacity):
     lengths = sorted(lengths, reverse=True)
     assert best_fit(lengths, capacity) == reference(lengths, capacity)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(100)
 @given(LENGTHS, st.integers(40, 100))
 def test_no_document_is_split_or_lost(lengths, capacity):
     lengths = sorted(lengths, reverse=True)
@@ -91,7 +92,7 @@ def documents(tmp_path):
     return documents_of(tmp_path / "d", [3, 9, 4, 4, 4, 7, 2, 5, 8, 1, 6, 3])
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=40), epoch=st.integers(0, 3), seed=st.integers(0, 99))
 def test_packing_keeps_every_label(tmp_path_factory, lengths, epoch, seed):
     documents = documents_of(tmp_path_factory.mktemp("d"), lengths)

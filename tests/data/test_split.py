@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import RecipeError
 from nesso_tune.data.split import hold_out
+from tests.support.examples import examples
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=200), st.data())
 def test_rows_are_split_exactly_and_in_proportion(languages, data):
     languages = np.array(languages)

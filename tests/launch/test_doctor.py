@@ -5,11 +5,13 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from nesso_tune.errors import Problem
 from nesso_tune.launch import machine
 from nesso_tune.launch.machine import Machine, examine
 from nesso_tune.launch.preflight import compare, slow
-from tests.support.runs import ROOT, lonely
+from tests.support.runs import ROOT, lonely, main_here
 
 ALONE = [sys.executable, "-m", "nesso_tune", "doctor"]
 
@@ -18,35 +20,42 @@ def doctor(*words, command=ALONE, **variables):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
                    **variables}  # fmt: skip
     return subprocess.run(
-        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120, check=False
+        [*command, *words], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False
     )
 
 
-def test_this_machine_is_fit_for_a_run():
-    done = doctor()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("nothing is wrong here\n")
+@pytest.fixture
+def without_gpus(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+def test_this_machine_is_fit_for_a_run(capsys, without_gpus):
+    code, out, err = main_here(capsys, "doctor")
+    assert code == 0, err
+    assert out.endswith("nothing is wrong here\n")
     for word in ("torch", "driver", "GPUs", "attention", "runs", "hub cache", "port"):
-        assert f"\n{word} " in done.stdout
+        assert f"\n{word} " in out
 
 
-def test_a_package_of_another_version_is_named_with_the_command(tmp_path):
+def test_a_package_of_another_version_is_named_with_the_command(tmp_path, capsys, without_gpus, monkeypatch):
     (folder := tmp_path / "trl-0.0.1.dist-info").mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.0.1\n")
-    done = doctor(PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert done.returncode == 5
-    assert done.stderr.startswith("trl: is 0.0.1, not trl<")
-    assert "pip install 'trl<" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    code, _, err = main_here(capsys, "doctor")
+    assert code == 5
+    assert err.startswith("trl: is 0.0.1, not trl<")
+    assert "pip install 'trl<" in err
 
 
-def test_a_torch_without_cuda_beside_gpus(tmp_path):
+def test_a_torch_without_cuda_beside_gpus(tmp_path, capsys, without_gpus, monkeypatch):
     (fake := tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho '580.95.05, NVIDIA A100-SXM-64GB'\n")
     fake.chmod(0o755)
-    done = doctor(PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert "580.95.05" in done.stdout
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    code, out, err = main_here(capsys, "doctor")
+    assert "580.95.05" in out
     if machine.torch.version.cuda is None:
-        assert done.returncode == 5
-        assert "is built without CUDA, and there are 1 GPUs" in done.stderr
+        assert code == 5
+        assert "is built without CUDA, and there are 1 GPUs" in err
 
 
 def test_a_full_disk_is_a_problem(tmp_path, monkeypatch):

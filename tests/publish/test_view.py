@@ -1,7 +1,7 @@
 """Tokens as pieces of text: every id once, whole characters, controls apart."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -10,6 +10,7 @@ from nesso_tune.chat.tokenizer import encoder_of
 from nesso_tune.publish.view import Part, ViewRow, pieces_of
 from nesso_tune.publish.view_html import page
 from nesso_tune.publish.view_text import lines
+from tests.support.examples import examples
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
@@ -24,7 +25,7 @@ def encoded(tokenizer, text):
     return one.ids, one.trained
 
 
-@settings(max_examples=100, deadline=None)
+@examples(50)
 @given(TEXT)
 def test_pieces_are_the_ids_and_the_text(tokenizer, text):
     ids, trained = encoded(tokenizer, text)

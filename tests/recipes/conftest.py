@@ -1,14 +1,10 @@
 """Recipe files on disk."""
 
 import pytest
-from hypothesis import settings
 
 from nesso_tune.recipes import load_recipe
 
 from .texts import SFT
-
-settings.register_profile("recipes", deadline=None, derandomize=True)
-settings.load_profile("recipes")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from io import StringIO
 
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -12,6 +12,7 @@ from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.load import parse_overrides, validate
 from nesso_tune.recipes.names import FOREIGN
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
+from tests.support.examples import examples
 
 from .texts import DPO, SFT, with_value
 
@@ -49,7 +50,7 @@ def read_text(text):
     validate(parse_document(text, "r.yaml"))
 
 
-@settings(max_examples=400)
+@examples(150)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=25).map("".join))
 @example("%YAML 9.9\n---\n" + SFT)
 @example("a: !!int ''")
@@ -59,7 +60,7 @@ def test_any_text(text):
     survives(read_text, text)
 
 
-@settings(max_examples=200)
+@examples(100)
 @given(
     st.sampled_from([SFT, DPO]),
     st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join),
@@ -69,7 +70,7 @@ def test_any_damage_to_a_recipe(recipe, damage, at):
     survives(read_text, recipe[:at] + damage + recipe[at:])
 
 
-@settings(max_examples=300)
+@examples(100)
 @given(st.dictionaries(st.sampled_from(sorted({path[0] for path in key_paths(DPORecipe)})), VALUES, max_size=8))
 def test_any_data_under_our_keys(data):
     out = StringIO()
@@ -77,7 +78,7 @@ def test_any_data_under_our_keys(data):
     survives(read_text, out.getvalue())
 
 
-@settings(max_examples=300)
+@examples(100)
 @given(st.sampled_from(sorted(key_paths(DPORecipe))), VALUES, st.sampled_from([SFT, DPO]))
 def test_any_value_for_each_key(path, value, recipe):
     document = with_value(recipe, path, value)

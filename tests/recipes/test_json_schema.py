@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -16,6 +16,7 @@ from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.load import validate
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe, dump
 from nesso_tune.recipes.shipped import find_recipe, shipped, shipped_recipes
+from tests.support.examples import examples
 
 from .test_fuzz import VALUES
 from .test_load import MISTAKES
@@ -75,7 +76,7 @@ def test_null_contradicts_nothing():
         assert VALIDATOR.is_valid(value)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(80)
 @given(st.sampled_from(sorted(key_paths(DPORecipe) | key_paths(SFTRecipe))), VALUES, st.sampled_from([SFT, DPO]))
 def test_it_accepts_whatever_the_reader_accepts(path, value, recipe):
     document = with_value(recipe, path, value)

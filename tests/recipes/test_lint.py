@@ -32,7 +32,22 @@ FIRES = {
     "constant, an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "effect"),
     "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
     "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
-    "warm-up beyond the end": (schedule("warmup_ratio: 0.5, constant_ratio: 0.4"), "train.schedule.warmup_ratio", ".4"),
+    "warm-up beyond the end": (
+        schedule("warmup_ratio: 0.5, constant_ratio: 0.4, min_ratio: 0"), "train.schedule.warmup_ratio", ".4",
+    ),
+    "a rest without a rate": (
+        schedule("type: linear, constant_ratio: 0.8"), "train.schedule.constant_ratio", "the last 20% of the run at",
+    ),
+    "a template": ("chat: {template: chatlm}", "chat.template", "`chatlm` is not known"),
+    "a default system message": (
+        "chat: {default_system: {Italian: x}}", "chat.default_system.Italian", "`Italian` is no language code",
+    ),
+    "a format": (source("format: sharegtp"), "data.sources.1.format", "`sharegtp` is not known"),
+    "a language": (source("language: Pyhton"), "data.sources.1.language", "`Pyhton` is no language code"),
+    "a language's rule": (source("rules: {IT: {weight: 2}}"), "data.sources.1.rules.IT", "`IT` is no language code"),
+    "a language's share": (
+        "data: {mixture: {by: language, shares: {it: 0.5, EN: 0.5}}}", "data.mixture.shares.EN", "no language code",
+    ),
     "two lengths": ("train: {num_epochs: 1, max_steps: 5}", "train.num_epochs", "contradicts train.max_steps"),
     "two batches": (
         "train: {global_batch_size: 8, gradient_accumulation_steps: 2}", "train.gradient_accumulation_steps",
@@ -144,6 +159,8 @@ SILENT = {
     ),
     "job": "cluster: {extra: [--exclusive, --mail-type=END], env: {NCCL_DEBUG: INFO}}",
     "nothing": "{}",
+    "a rest without a rate, said": schedule("constant_ratio: 0.8, min_ratio: 0"),
+    "languages by their names": source("language: Italiano, rules: {other: {weight: 2}, und: {keep: false}}"),
     "cosine": schedule("type: cosine, constant_ratio: 0.8, min_ratio: 0.3, warmup_ratio: 0.03"),
     "unset knobs": schedule(
         "type: constant, constant_ratio: null, min_ratio: null, warmup_steps: 5, warmup_ratio: null"

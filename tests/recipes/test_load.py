@@ -1,10 +1,14 @@
 """What is wrong with a recipe is said with file, line and remedy, all of it at once."""
 
+import time
+
 import pytest
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
+from nesso_tune.recipes import DPORecipe, SFTRecipe, document, load_recipe
+from nesso_tune.recipes.complaints import MOST
 from nesso_tune.recipes.keys import key_paths, section_at
+from nesso_tune.recipes.load import parse_overrides
 from nesso_tune.recipes.names import FOREIGN
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.recipes.shipped import catalogue, shipped_recipes
@@ -88,6 +92,8 @@ MISTAKES = {
     "held out: above 1": (SFT.replace("data:", "data:\n  validation_size: 1.5"), 5, ["whole number or", "below 1"]),
     "a share of 1.0": (SFT + "checkpoint: {every_steps: 1.0}", 7, ["whole number or a number below 1"]),
     "no interval": (SFT + "checkpoint: {every_steps: 0}", 7, ["at least 1, not 0"]),
+    "no default system": (SFT + "chat: {default_system: {}}", 7, ["`chat.default_system` must be not empty"]),
+    "nothing selected": (IN_SOURCE + "where: {a: []}", 7, ["`data.sources.0.where.a` must be not empty"]),
     "in a choice of types": (SFT + "chat: {default_system: {it: 3}}", 7, ["`chat.default_system.it` must be text"]),
     "a wrong weight": (DPO + "dpo: {loss: {sigmoid: -1}}", 7, ["`dpo.loss.sigmoid`", "above 0"]),
     "a wrong role": (IN_SOURCE + "roles: {utente: usr}", 7, ["`data.sources.0.roles.utente`", "did you mean `user`?"]),
@@ -214,3 +220,58 @@ def test_types_of_the_two_methods():
     assert isinstance(read(DPO), DPORecipe)
     assert (read(SFT).num_epochs, read(DPO).num_epochs) == (3, 2)
     assert (read(SFT).data.sequence_len, read(DPO).data.sequence_len) == (4096, 1024)
+
+
+LARGE = 100_000
+OVERSIZED = {
+    "a key": f'{SFT}? "{"k" * LARGE}"\n: 1\n',
+    "a value": f"{SFT}seed: {'v' * LARGE}\n",
+    "a name": f"{SFT}chat: {{template: {'n' * LARGE}}}\n",
+    "a method": SFT.replace("sft", "m" * LARGE),
+    "unknown keys": SFT + "".join(f"key{i}: 1\n" for i in range(1500)),
+    "keys twice": SFT + "seed: 1\n" * 1500,
+    "keys under a list": SFT + "  validation_sources: [" + "{path: a, frmat: x}, " * 500 + "]\n",
+}
+
+
+@pytest.mark.parametrize("text", OVERSIZED.values(), ids=OVERSIZED)
+def test_what_is_said_of_an_oversized_recipe_stays_short(text):
+    """And is said at once: a comparison of long names, or of each with all others, takes minutes here."""
+    began = time.process_time()
+    found = problems(text)
+    assert time.process_time() - began < 20, "of this process's own time, a second or two on any machine"
+    assert len(found) <= MOST + 1
+    assert all(len(str(one)) < 1000 for one in found)
+    assert "..." in str(found[0]) or len(found) == 1 or found[-1].what.endswith("more mistakes")
+
+
+def test_a_file_of_far_too_many_values_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(document, "MAX_NODES", 100)
+    assert "is too large" in problem(SFT + "cluster: {modules: [" + "a, " * 300)
+
+
+@pytest.mark.parametrize("key", ["k", "k.", "k[0]", "train."])
+def test_an_oversized_setting(override, key):
+    with pytest.raises(RecipeError) as caught:
+        override(parse_overrides([f"{key * (LARGE // len(key))}=1"]))
+    assert len(str(caught.value)) < 1000
+
+
+def test_files_that_say_how_data_is_read_are_there(recipe_file, tmp_path):
+    text = (
+        SFT
+        + f"""\
+      format: {tmp_path}/own.py:read
+      tools_file: {tmp_path}/tools.json
+    - {{path: b, format: {tmp_path}/own.yml}}
+chat: {{template: {tmp_path}/chat.yaml}}
+"""
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe_file(text))
+    said = sorted(map(str, caught.value.problems))
+    assert [one.split(".yaml:", 1)[1][:2].rstrip(":") for one in said] == ["10", "7", "8", "9"]
+    assert all("names a file that is not there" in one for one in said)
+    for name in ("own.py", "tools.json", "own.yml", "chat.yaml"):
+        (tmp_path / name).write_text("")
+    assert load_recipe(recipe_file(text)).data.sources[0].tools_file

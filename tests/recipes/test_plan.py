@@ -121,7 +121,10 @@ WORDS = {
         "constant_ratio: 0.7, min_ratio: 0.1, warmup_steps: 0",
         "cosine to step 70, then constant 0.05 to step 100",
     ),
-    "inexact share": ("constant_ratio: 0.07, warmup_steps: 0", "cosine to step 7, then constant 0 to step 100"),
+    "inexact share": (
+        "constant_ratio: 0.07, warmup_steps: 0, min_ratio: 0",
+        "cosine to step 7, then constant 0 to step 100",
+    ),
     "default warm-up": ("type: linear", "warm-up over 3 steps to 0.5, linear to 0 at step 100"),
 }
 
@@ -135,13 +138,16 @@ def test_a_warm_up_too_long_is_refused():
     with pytest.raises(
         RecipeError, match=r"train.schedule: the warm-up of 80 steps reaches past step 80.*train longer"
     ):
-        plan("max_steps: 100, schedule: {warmup_steps: 80, constant_ratio: 0.8}")
-    assert plan("max_steps: 100, schedule: {warmup_steps: 79, constant_ratio: 0.8}").schedule.warmup_steps == 79
+        plan("max_steps: 100, schedule: {warmup_steps: 80, constant_ratio: 0.8, min_ratio: 0}")
+    assert (
+        plan("max_steps: 100, schedule: {warmup_steps: 79, constant_ratio: 0.8, min_ratio: 0}").schedule.warmup_steps
+        == 79
+    )
 
 
 @given(st.integers(1, 40), st.sampled_from(["cosine", "linear", "constant"]), st.floats(0, 0.99), st.floats(0.01, 1.0))
 def test_runs_of_a_few_steps_have_a_schedule(steps, kind, warmup, end):
-    ratio = "" if kind == "constant" or warmup >= end else f", constant_ratio: {end!r}"
+    ratio = "" if kind == "constant" or warmup >= end else f", constant_ratio: {end!r}, min_ratio: 0"
     of = plan(f"max_steps: {steps}, schedule: {{type: {kind}, warmup_ratio: {warmup!r}{ratio}}}")
     values = [of.schedule.multiplier(step) for step in range(steps + 1)]
     assert max(values) == 1.0

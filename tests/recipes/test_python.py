@@ -88,9 +88,11 @@ TRAPS = [
     "'", "a\n\nb ", "\ufeff", "a\x85b", " x ", "1_0", ".5", "0b1", "0o7", "+1", "%",
 ]  # fmt: skip
 words = texts | st.sampled_from(TRAPS)
+paths = words.filter(lambda path: "\0" not in path)
+codes = st.sampled_from(["it", "en", "no", "on", "und"])  # of which YAML 1.1 reads two as truths
 
 
-@given(words, words, rates, st.integers(0, 2**32 - 1), st.dictionaries(words, words, max_size=3), st.booleans())
+@given(paths, words, rates, st.integers(0, 2**32 - 1), st.dictionaries(codes, words, max_size=3), st.booleans())
 def test_any_recipe_survives_yaml(path, base, rate, seed, systems, adapted):
     recipe = sft(
         seed=seed,

@@ -105,6 +105,7 @@ BAD = {
     "no number": ({"constant_ratio": math.nan}, "constant_ratio"),
     "negative floor": ({"min_ratio": -0.1}, "min_ratio"),
     "floor above the peak": ({"min_ratio": 1.1}, "min_ratio"),
+    "an unknown shape": ({"shape": "cosin"}, "one of cosine, linear, constant, got 'cosin'"),
     "warm-up meets the floor": ({"warmup_steps": 800}, "800"),
     "warm-up fills the run": ({"warmup_steps": 1000, "shape": "constant"}, "1000"),
 }

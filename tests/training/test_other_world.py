@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nesso_tune import RecipeError, load_recipe
 from nesso_tune.run import train
 from tests.support.runs import metrics, recipe, several, steps, thorough, write_recipe
 
@@ -48,13 +47,3 @@ def test_a_run_goes_on_at_another_number_of_processes(tmp_path, request, method,
         assert steps(tmp_path / "run", key) == pytest.approx(steps(tmp_path / "whole", key), abs=1e-5), key
     for name, weight in finals[0].items():  # to the bit where nothing else changed
         torch.testing.assert_close(finals[1][name], weight, rtol=0, atol=0 if first == second else 1e-4)
-
-
-def test_another_global_batch_is_refused(tmp_path, talks):
-    batch = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}
-    some = recipe("sft", tmp_path / "run", [talks], train={**batch, "max_steps": 4})
-    path = write_recipe(tmp_path / "r.yaml", some)
-    assert several("train", path).returncode == 0
-    shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(RecipeError, match=r"the global batch changed \(4 -> 2\)"):
-        train(load_recipe(path))

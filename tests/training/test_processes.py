@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from nesso_tune import RecipeError, load_recipe
 from nesso_tune.run import train
 from nesso_tune.training.trainer import TrackedTrainer
 from tests.support.gradients import kept
@@ -46,7 +47,7 @@ CASES = {
 
 
 # each part of them is in another case too
-BY_HAND = ("sft", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP",
+BY_HAND = ("sft", "dpo", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP",
            "dpo, adapter", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
 
 
@@ -112,17 +113,24 @@ def check_files(alone, checkpoint, sharing, processes):
 
 def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
     """SFT, then DPO from its result, in one command: the second forms a process group of its own."""
-    batch = {"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 2, "gradient_accumulation_steps": None}
-    for name, processes in (("one", 1), ("two", 2)):
+    for name, accumulated in (("one", 2), ("two", 1)):
+        batch = {"micro_batch_size": 2, "max_steps": 2, "gradient_accumulation_steps": accumulated}
         sft = recipe("sft", tmp_path / name / "sft", [talks], distributed=FULL, train=batch, evaluation=None)
         base = {"base": str(tmp_path / name / "sft" / "final"), "random_init": False}
         dpo = recipe("dpo", tmp_path / name / "dpo", [pairs], distributed=FULL, train=batch, model=base,
                      evaluation=None)  # fmt: skip
+        if name == "one":
+            train(sft)
+            train(dpo)
+            continue
         paths = [write_recipe(tmp_path / f"{name}-{some.method}.yaml", some) for some in (sft, dpo)]
-        done = several("train", *paths, processes=processes)
+        done = several("train", *paths)
         assert done.returncode == 0, done.stderr[-3000:]
     for method in ("sft", "dpo"):
         assert steps(tmp_path / "two" / method) == pytest.approx(steps(tmp_path / "one" / method), abs=1e-5)
+    shutil.rmtree(tmp_path / "two" / "sft" / "final")  # as if it had been killed; on one process it would go on with 2
+    with pytest.raises(RecipeError, match=r"the global batch changed \(4 -> 2\)"):
+        train(load_recipe(paths[0]))
 
 
 def test_bfloat16_rounds_no_log_probabilities_and_no_sums_of_gradients(tmp_path, pairs):

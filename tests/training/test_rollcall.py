@@ -10,7 +10,7 @@ import time
 import pytest
 
 from nesso_tune.training.rollcall import machines_of
-from tests.support.runs import ROOT, command, lonely, recipe, several, write_recipe
+from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
 SHARED = {"micro_batch_size": 1, "global_batch_size": 2}
@@ -33,7 +33,7 @@ def test_a_process_that_does_not_come_is_named_in_time(path, port):
     assert done.stderr.endswith(
         "machine 1 (process 1): did not come within 5 s; see whether it is up and its part was started\n"
     )
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 120, "the libraries load slowly on a busy machine; else it waits for 1800 s"
 
 
 def test_a_first_machine_that_cannot_be_reached(path, port):
@@ -51,7 +51,7 @@ def test_a_port_in_use(path, port):
     assert f"127.0.0.1:{port}: is in use; give torchrun another --master_port" in done.stderr
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
 def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, victim):
     """Without a launcher that would end the others: what is left must see it by itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -62,7 +62,7 @@ def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, 
     ]  # fmt: skip
     when_at(both[0], tmp_path / "run", 3, None)
     both[victim].kill()
-    _, said = both[1 - victim].communicate(timeout=60)
+    _, said = both[1 - victim].communicate(timeout=120)
     both[victim].communicate()
     assert both[1 - victim].returncode == 5
     assert said.count("lost contact with") == 1
@@ -80,7 +80,7 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
     when_at(run, tmp_path / "run", 3, None)
     (first,) = [pid for pid in workers(run.pid) if b"RANK=0" in environment_of(pid)]
     os.kill(first, signal.SIGKILL)
-    _, said = run.communicate(timeout=60)
+    _, said = run.communicate(timeout=120)
     assert run.returncode != 0
     assert said.count("lost contact with process 0 on ") == 1
 
