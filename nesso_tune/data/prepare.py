@@ -115,7 +115,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         "fingerprint": cache.key_of([fingerprint, data.validation_size, recipe.seed, capacity, *arranged]),
         "cache_hit": hit,
     }
-    report["warnings"] = warnings_of(report, data)
+    report["warnings"] = [*chat.notes, *warnings_of(report, data)]
     return PreparedData(rows, validation, stream, report, chat, note["key"])
 
 
