@@ -15,9 +15,11 @@ from typing import Any
 from nesso_tune.chat import sandbox
 from nesso_tune.chat.segments import prompt_segments, whole
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
+from nesso_tune.chat.tokenizer_files import CHAT_KEY, CONFIG, TEMPLATE, TOKENIZER, read_tokenizer, token_name
 from nesso_tune.conversation import Conversation, Message
 from nesso_tune.errors import ModelError, RecipeError
-from nesso_tune.recipes.shipped import shipped
+from nesso_tune.recipes.sections import ChatSection, ModelSection
+from nesso_tune.recipes.shipped import local_path, shipped
 
 DEFAULT = "chatml"  # the template of a base that brings none
 TEMPLATE_S = 10.0  # in which a template is rendered
@@ -64,10 +66,10 @@ def templates_in(folder: Path) -> dict[str, str]:
     Raises:
         OSError, ValueError: if a file cannot be read.
     """
-    file = folder / "chat_template.jinja"
+    file = folder / TEMPLATE
     if file.is_file():
         return {"default": file.read_text(encoding="utf-8")}
-    for name in ("chat_template.json", "tokenizer_config.json"):
+    for name in ("chat_template.json", CONFIG):
         content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
         found = content.get("chat_template") if isinstance(content, Mapping) else None
         if isinstance(found, str):
@@ -107,13 +109,13 @@ def _render(template: str, renderings: str, seconds: float) -> list[dict[str, st
     return [{"error": error}] * len(variables)
 
 
-def own_template(folder: Path, default_system: DefaultSystem = None, bos: str | None = None) -> Own | None:
-    """What a base's chat template is; None if it has none, and for a folder that cannot be read.
+def own_template(folder: Path, bos: str | None, default_system: DefaultSystem = None) -> Own | None:
+    """What a base's chat template is; None if it has none.
 
     Args:
         folder: of the base.
+        bos: text of the base's BOS token.
         default_system: what the recipe has written where there is no system message.
-        bos: text of its BOS token.
     """
     try:
         templates = templates_in(folder)
@@ -192,3 +194,18 @@ def spec_for(own: Own | None, where: str) -> tuple[str, tuple[str, ...]]:
         f"{where} has a chat template of its own, and {DEFAULT} would replace it: {own.difference}",
         f"set chat.template: {DEFAULT} to replace it, or a file that describes it (see data_templates/chat/)",
     )
+
+
+def own_template_of(model: ModelSection) -> Own | None:
+    """What the chat template of a base is that is a folder here; None if it has none, or one that we gave it."""
+    folder = local_path(model.base)
+    if not (folder / TOKENIZER).is_file():
+        return None
+    _, config = read_tokenizer(folder, f"model.base {model.base}", trust_remote_code=False)
+    return None if CHAT_KEY in config else own_template(folder, token_name(config.get("bos_token")))
+
+
+def check_own_template(model: ModelSection, chat: ChatSection) -> None:
+    """Raises RecipeError if the chat template of a base that is a folder here would be replaced unsaid."""
+    if not model.random_init and chat.template is None:
+        spec_for(own_template_of(model), f"model.base {model.base}")

@@ -23,6 +23,15 @@ from nesso_tune.chat.foreign import DEFAULT, Own, own_template, spec_for
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.segments import TrainOnEos
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
+from nesso_tune.chat.tokenizer_files import (
+    CHAT_KEY,
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    parsed,
+    read_tokenizer,
+    token_name,
+)
 from nesso_tune.chat.tokens import NewTokens, Placed, emit_nothing_around, place_control_tokens, size_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError
@@ -31,8 +40,6 @@ from nesso_tune.recipes.sections import ChatSection, ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-CHAT_KEY = "nesso_chat"  # where tokenizer_config.json keeps the template's spec
 # Nothing comes before or after a text but what the template writes. Readers of tokenizer_config.json that assume
 # otherwise (llama.cpp puts BOS, or a blank, before a prompt for some kinds of tokenizers) are told so.
 NOTHING_AROUND = {"add_bos_token": False, "add_eos_token": False, "add_prefix_space": False}
@@ -133,12 +140,11 @@ def build_chat_tokenizer(
         RecipeError: if the end or padding token does not fit the template, or if the base has a chat template that is
             none of ours and the recipe names none.
     """
-    tokenizer, config = _read_files(folder, where, trust_remote_code)
+    tokenizer, config = read_tokenizer(folder, where, trust_remote_code)
     own = config.pop(CHAT_KEY, None)
-    bos = _token_name(config.get("bos_token"))
-    foreign = None
-    if own is None and chat.template is None and learned:
-        foreign = own_template(folder, chat.default_system, bos)
+    bos = token_name(config.get("bos_token"))
+    undecided = own is None and chat.template is None and learned
+    foreign = own_template(folder, bos, chat.default_system) if undecided else None
     template, notes = _chosen_template(own, foreign, chat, where)
     if chat.default_system == {}:
         raise RecipeError("chat.default_system", "names no language", "write {it: …}, or null for none")
@@ -150,11 +156,11 @@ def build_chat_tokenizer(
             "the model would never learn to stop",
             "remove it, or use a template that ends turns with it",
         )
-    base_eos = _token_name(config.get("eos_token"))
+    base_eos = token_name(config.get("eos_token"))
     placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
     emit_nothing_around(tokenizer)
     text = json.dumps(tokenizer, ensure_ascii=False)
-    ready = _parsed(text, where)
+    ready = parsed(text, where)
     pad = chat.pad_token or template.pad_token
     if ready.token_to_id(pad) is None:
         raise RecipeError("chat.pad_token", f"{pad} is not in the vocabulary", "name a token that the tokenizer has")
@@ -178,59 +184,6 @@ def build_chat_tokenizer(
         pad_id=id_of(ready, pad),
         notes=notes,
     )
-
-
-def _read_files(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of tokenizer.json, and bos, eos, context length and own template from the files beside it."""
-    try:
-        if not (folder / "tokenizer.json").is_file():
-            return _converted(folder, where, trust_remote_code)
-        tokenizer = _json(folder / "tokenizer.json")
-        if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
-            raise ValueError("tokenizer.json holds no vocabulary")
-        older = _json(folder / "special_tokens_map.json")  # where older models keep bos and eos
-        config: dict[str, Any] = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
-        config |= _json(folder / "tokenizer_config.json")
-        context = config.get("model_max_length")
-        if not isinstance(context, int) or context > 10**9:
-            config["model_max_length"] = _json(folder / "config.json").get("max_position_embeddings")
-        return tokenizer, config
-    except (OSError, ValueError) as error:
-        raise ModelError(where, f"its tokenizer cannot be read ({error})", "fetch the model again") from None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one if there is no such file."""
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
-    return content
-
-
-def _has_vocabulary(model: Any) -> bool:
-    return isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
-
-
-def _parsed(text: str, where: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(where, f"its tokenizer.json is damaged ({error})", "fetch the model again") from None
-
-
-def _converted(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tokenizers in older file formats, converted by transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with TemporaryDirectory() as converted:
-            loaded.save_pretrained(converted)
-            return _json(Path(converted) / "tokenizer.json"), _json(Path(converted) / "tokenizer_config.json")
-    except Exception:  # transformers raises whatever its parsers raise
-        raise ModelError(
-            where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
-        ) from None
 
 
 def _chosen_template(
@@ -260,14 +213,10 @@ def _chosen_template(
     return template, ()
 
 
-def _token_name(entry: Any) -> str | None:
-    return entry.get("content") if isinstance(entry, dict) else entry
-
-
 def _config_text(config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem) -> str:
     kept = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
-        "bos_token": _token_name(config.get("bos_token")),
+        "bos_token": token_name(config.get("bos_token")),
         "eos_token": template.eos_token,
         "pad_token": pad,
         "model_max_length": config.get("model_max_length"),

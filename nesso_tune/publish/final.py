@@ -28,6 +28,8 @@ THETA_OF = {
     "gpt_neox": ("rotary_emb_base", None),
     "gpt_neox_japanese": ("rotary_emb_base", None),
 }
+# Where version 4 takes no other fields in `rope_scaling` than these and `type`.
+ONLY_FIELDS = {"olmo": ("factor",), "olmo2": ("factor",), "phi3": ("short_factor", "long_factor")}
 PARTIAL_OF = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # for partial_rotary_factor
 
 
@@ -109,6 +111,11 @@ def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:
         return out
     if "partial_rotary_factor" in everywhere:
         out[PARTIAL_OF.get(kind, "partial_rotary_factor")] = everywhere["partial_rotary_factor"]
-    scaling = {key: value for key, value in everywhere.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    out["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    scaling = {key: v for key, v in everywhere.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
+    rope_type = scaling.get("rope_type", "default")
+    if rope_type == "longrope" and "original_max_position_embeddings" in scaling:
+        out["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if kind in ONLY_FIELDS:
+        scaling = {"type": rope_type, **{key: scaling[key] for key in ONLY_FIELDS[kind] if key in scaling}}
+    out["rope_scaling"] = None if rope_type == "default" else scaling
     return out

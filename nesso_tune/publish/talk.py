@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.files import base_folder, is_hub_id
 from nesso_tune.chat.foreign import rendered
-from nesso_tune.chat.tokenizer import CHAT_KEY, encoder_of
+from nesso_tune.chat.tokenizer import encoder_of
+from nesso_tune.chat.tokenizer_files import CHAT_KEY
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError, first_line
 
