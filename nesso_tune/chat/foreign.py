@@ -45,6 +45,7 @@ WITH_TOOLS = {
     "tools": Conversation((QUESTION,), tools=(TOOL,)),
     "a call and its result": Conversation((QUESTION, CALL, Message("tool", '{"sole": true}')), tools=(TOOL,)),
 }
+ALL = {**SAMPLES, **WITH_TOOLS}
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,13 @@ def own_template(folder: Path, bos: str | None, default_system: DefaultSystem = 
 
 def _theirs(templates: Mapping[str, str], bos: str) -> dict[str, dict[str, str]]:
     """What the base's template makes of each sample: {"text"}, or {"error"}. Tools only if it knows them."""
-    plain = _render(templates["default"], json.dumps([_variables(c, bos) for c in SAMPLES.values()]), TEMPLATE_S)
-    theirs = dict(zip(SAMPLES, plain, strict=True))
-    source = templates.get("tool_use", templates["default"])
-    answers = _render(source, json.dumps([_variables(c, bos) for c in WITH_TOOLS.values()]), TEMPLATE_S)
-    tools = dict(zip(WITH_TOOLS, answers, strict=True))
+    answers: dict[str, dict[str, str]] = {}
+    sources = {**dict.fromkeys(SAMPLES, "default"), **dict.fromkeys(WITH_TOOLS, "tool_use")}
+    sources = {sample: templates.get(name, templates["default"]) for sample, name in sources.items()}
+    for source in dict.fromkeys(sources.values()):  # usually one, so one process
+        asked = {sample: _variables(ALL[sample], bos) for sample, other in sources.items() if other == source}
+        answers |= dict(zip(asked, _render(source, json.dumps(list(asked.values())), TEMPLATE_S), strict=True))
+    theirs, tools = ({sample: answers[sample] for sample in kind} for kind in (SAMPLES, WITH_TOOLS))
     knows = "text" in tools["tools"] and tools["tools"] != theirs["a question"]
     return {**theirs, **tools} if knows else theirs
 
@@ -162,7 +165,7 @@ def _difference(
     for sample, answer in theirs.items():
         if "text" not in answer:
             return f"with {sample} it {answer['error']}"
-        conversation = {**SAMPLES, **WITH_TOOLS}[sample]
+        conversation = ALL[sample]
         if conversation.tools and spec.tools is None:
             return f"it knows tools, {name} does not"
         ours = _text(conversation, spec, default_system, bos)

@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-MEMORY = 1 << 30  # bytes that rendering may take
+MEMORY = 512 << 20  # bytes that a template may take
 LONGEST = 10_000_000  # characters that a template may write
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")  # a tag that only transformers knows
 
@@ -22,24 +22,23 @@ GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")  # a tag 
 def main() -> None:
     """Answers `{"template", "renderings": [variables], "seconds"}` with `[{"text"} or {"error"}]`."""
     request = json.load(sys.stdin)
-    answers = _answers(request["template"], request["renderings"], request["seconds"])
-    json.dump(answers, sys.stdout)
+    jinja = environment()
+    limit(request["seconds"])
+    json.dump(answers(jinja, request["template"], request["renderings"]), sys.stdout)
 
 
-def _answers(source: str, renderings: list[dict[str, Any]], seconds: float) -> list[dict[str, str]]:
+def answers(jinja: Any, source: str, renderings: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What a template writes with each set of variables: {"text"}, or {"error"}."""
     try:
-        template = environment().from_string(without_generation(source))
+        template = jinja.from_string(without_generation(source))  # constant expressions are evaluated here
     except Exception as error:
         return [{"error": said(error)}] * len(renderings)
-    limit(seconds)
     return [_answer(template, variables) for variables in renderings]
 
 
 def _answer(template: Any, variables: dict[str, Any]) -> dict[str, str]:
     try:
         text = template.render(**variables)
-    except MemoryError:
-        return {"error": f"needed more than {MEMORY >> 30} GB of memory"}
     except Exception as error:  # templates raise whatever their authors wrote
         return {"error": said(error)}
     return {"text": text} if len(text) <= LONGEST else {"error": f"wrote more than {LONGEST:,} characters"}
@@ -47,6 +46,8 @@ def _answer(template: Any, variables: dict[str, Any]) -> dict[str, str]:
 
 def said(error: Exception) -> str:
     """The first line of an error, or its kind."""
+    if isinstance(error, MemoryError):
+        return f"needed more than {MEMORY >> 20} MB of memory"
     lines = str(error).splitlines() or [type(error).__name__]
     return f"failed ({lines[0][:200]})"
 
