@@ -54,29 +54,27 @@ def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks
     Args:
         template: the chat template.
         default_system: system message of conversations without one.
-        masks: puts assistant text and its end into a `generation` block, from which transformers makes the assistant's
-            mask. Only transformers knows that block.
+        masks: for transformers alone: puts assistant text and its end into a `generation` block, from which it makes
+            the assistant's mask, and leaves JSON to its filter.
     """
     end, separator = template.end, template.separator
     before, after = template.header.split("{role}")
     lines = [
         *(["{{- bos_token -}}"] if template.bos else []),
-        *([PLAIN_JSON, AS_JSON] if template.tools is not None else []),
+        *([PLAIN_JSON, AS_JSON] if template.tools is not None and not masks else []),
         *_system(default_system),
-        *(_offer(template.tools) if template.tools is not None else []),
+        *(_offer(template.tools, masks) if template.tools is not None else []),
         "{%- if system is not none -%}",
         f"{{{{- {quoted(template.header_of('system'))} + system + {quoted(end + separator)} -}}}}",
         "{%- endif -%}",
         "{%- for message in rest -%}",
         "{%- set turn = namespace(body=message['content'] or '') -%}",
-        *(_body(template.tools) if template.tools is not None else []),
+        *(_body(template.tools, masks) if template.tools is not None else []),
         f"{{{{- {quoted(before)} + {_role(template)} + {quoted(after)} -}}}}",
         *_turn(f"{{{{- turn.body + {quoted(end)} -}}}}", masks),
         *([f"{{{{- {quoted(separator)} -}}}}"] if separator else []),
         "{%- endfor -%}",
-        "{%- if add_generation_prompt is defined and add_generation_prompt -%}",
-        f"{{{{- {quoted(template.header_of('assistant'))} -}}}}",
-        "{%- endif -%}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -86,12 +84,12 @@ def _turn(body: str, masks: bool) -> list[str]:
     if not masks:
         return [body]
     learned = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
-    return ["{%- if message['role'] == 'assistant' -%}", learned, "{%- else -%}", body, "{%- endif -%}"]
+    return ["{%- if message['role'] == 'assistant' -%}", learned, f"{{%- else -%}}{body}{{%- endif -%}}"]
 
 
-def _json(value: str) -> str:
+def _json(value: str, masks: bool) -> str:
     """The JSON of a Jinja expression, as an expression."""
-    return f"(({value}) | tojson if plain_json else as_json({value}))"
+    return f"({value} | tojson)" if masks else f"({value} | tojson if plain_json else as_json({value}))"
 
 
 def quoted(text: str) -> str:
@@ -118,36 +116,38 @@ def _system(default_system: DefaultSystem) -> Iterator[str]:
     yield "{%- set rest = messages[1:] if has_system else messages -%}"
 
 
-def _offer(tools: ToolFormat) -> Iterator[str]:
+def _offer(tools: ToolFormat, masks: bool) -> Iterator[str]:
     """Adds the tools to `system`."""
     before, after = (quoted(part) for part in tools.offer.split("{tools}"))
     tool = "tool if tool['function'] is defined else {'type': 'function', 'function': tool}"
-    yield "{%- if tools is defined and tools -%}"
+    yield "{%- if tools -%}"
     yield "{%- set offered = namespace(lines='') -%}"
     yield "{%- for tool in tools -%}"
     yield "{%- set line_break = '' if loop.first else '\\n' -%}"
-    yield f"{{%- set offered.lines = offered.lines + line_break + {_json(tool)} -%}}"
+    yield f"{{%- set offered.lines = offered.lines + line_break + {_json(f'({tool})', masks)} -%}}"
     yield "{%- endfor -%}"
     yield f"{{%- set offer = {before} + offered.lines + {after} -%}}"
     yield "{%- set system = system + '\\n\\n' + offer if system else offer -%}"
     yield "{%- endif -%}"
 
 
-def _body(tools: ToolFormat) -> Iterator[str]:
+def _body(tools: ToolFormat, masks: bool) -> Iterator[str]:
     """Adds the calls of an assistant's message to `turn.body`, and what stands around a tool's result."""
     before, after = (quoted(part) for part in tools.call.split("{call}"))
     opens, closes = (quoted(part) for part in tools.result.split("{result}"))
     wrapped = f"{opens} + turn.body + {closes}"
     if opens != "''":
         wrapped = f"turn.body if turn.body.startswith({opens}) else {wrapped}"
-    name, arguments = _json("call['name']"), _json("call['arguments']")
+    name, arguments = _json("call['name']", masks), _json("call['arguments']", masks)
     call = f"'{{\"name\": ' + {name} + ', \"arguments\": ' + said + '}}'"
     yield f"{{%- if message['role'] == 'tool' -%}}{{%- set turn.body = {wrapped} -%}}{{%- endif -%}}"
     yield "{%- if message['tool_calls'] is defined and message['tool_calls'] -%}"
     yield "{%- for entry in message['tool_calls'] -%}"
     yield "{%- set call = entry['function'] if entry['function'] is defined else entry -%}"
-    yield f"{{%- set said = call['arguments'] if call['arguments'] is string else {arguments} -%}}"
-    yield "{%- set line_break = '\\n' if turn.body else '' -%}"
+    yield (
+        f"{{%- set said = call['arguments'] if call['arguments'] is string else {arguments} -%}}"
+        "{%- set line_break = '\\n' if turn.body else '' -%}"
+    )
     yield f"{{%- set turn.body = turn.body + line_break + {before} + {call} + {after} -%}}"
     yield "{%- endfor -%}"
     yield "{%- endif -%}"

@@ -62,7 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "stablelm, a quarter": {"model_type": "stablelm", "rope_parameters": theta(5e4, partial_rotary_factor=0.25)},
     "gpt_neox, a half": {"model_type": "gpt_neox", "rope_parameters": theta(5e4, partial_rotary_factor=0.5)},
     "olmo2, linear": {"model_type": "olmo2", "rope_parameters": theta(5e5, "linear", factor=4.0)},
-    "smollm3": {"model_type": "smollm3", "rope_parameters": theta(2e6)},
+    "smollm3": {"model_type": "smollm3", "pad_token_id": 0, "rope_parameters": theta(2e6)},
 }  # fmt: skip
 TEMPLATES = ("chatml", "llama3")
 
