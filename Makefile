@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test fuzz check quickstart ask audit constraints clean
+.PHONY: test fuzz check quickstart ask audit elsewhere constraints clean
 
 # The tested versions; where an index does not have them any more, the newest that pyproject.toml allows, which is said.
 $(READY): pyproject.toml constraints.txt
@@ -47,6 +47,10 @@ audit: $(READY)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
 	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+
+# final/ in transformers 4.57, lm-eval, gguf and plain Jinja, which get an environment of their own; see docs/final.md.
+elsewhere: $(READY)
+	$(BIN)/python -m tests.benchmarks.elsewhere --folder $(VENV)/elsewhere
 
 # Writes what is installed into constraints.txt: after `make clean test` with newer versions.
 constraints: $(READY)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.chat.tokenizer import CHAT_KEY
+from nesso_tune.chat.tokenizer_files import CHAT_KEY
 from nesso_tune.data.detect import NEARLY_ALL, Detected
 from nesso_tune.data.volume import CHARACTERS
 from nesso_tune.errors import ModelError
@@ -81,6 +81,7 @@ class Base:
         name: hub id or folder.
         shape: None where it is not known.
         template: name of a chat template for it; None where it brings its own.
+        replaces: how that template differs from the base's own, which it replaces; empty where it replaces none.
         random_init: whether it is a folder without weights.
     """
 
@@ -88,6 +89,7 @@ class Base:
     shape: ModelShape | None
     template: str | None
     random_init: bool = False
+    replaces: str = ""
 
 
 def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected]) -> str:
@@ -134,7 +136,8 @@ def _model(base: Base) -> list[str]:
     if base.random_init:
         lines.append(_noted("  random_init: true", "the folder has no weights"))
     if base.template is not None:  # otherwise tokens and template come with the base
-        lines += ["chat:", _noted(f"  template: {base.template}", "or a file of your own")]
+        note = "replaces the base's own" if base.replaces else "or a file of your own"
+        lines += ["chat:", _noted(f"  template: {base.template}", note)]
     return lines
 
 
@@ -170,7 +173,7 @@ def _dpo(shape: ModelShape | None) -> list[str]:
     ]
 
 
-def own_template(tokenizer_config: Path) -> bool:
+def brings_template(tokenizer_config: Path) -> bool:
     """Whether a base was trained by nesso-tune and brings template and tokens along.
 
     Raises:

@@ -174,7 +174,8 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, boo
     bundled = ModelSection(base=bundled_base())
     own = tokenizer_files(folder) if folder is not None else []
     files = own or tokenizer_files(Path(bundled.base))
-    rows = chat_tokenizer(model if own else bundled, ChatSection()).backend.get_vocab_size()
+    counted = (model if own else bundled).model_copy(update={"random_init": True})  # whatever its template
+    rows = chat_tokenizer(counted, ChatSection()).backend.get_vocab_size()
     small = shrunk(
         config or {"tie_word_embeddings": True}, max(rows, (config or {}).get("vocab_size", 0) if own else 0)
     )

@@ -98,6 +98,15 @@ def test_final_is_a_plain_hugging_face_folder(home):
         config = json.loads((final / "config.json").read_text())
         assert config["use_cache"] is True
         assert config["vocab_size"] == len(tokenizer), "reserved slots were renamed, nothing was added"
+        # what other programs read: no limit on an answer, nothing before a prompt, no tag that only transformers knows
+        assert (config["rope_theta"], config["rope_scaling"]) == (config["rope_parameters"]["rope_theta"], None)
+        assert config["torch_dtype"] == config["dtype"]
+        assert generation["max_length"] == config["max_position_embeddings"]
+        assert "max_new_tokens" not in generation
+        settings = json.loads((final / "tokenizer_config.json").read_text())
+        assert settings["add_bos_token"] is settings["add_eos_token"] is settings["add_prefix_space"] is False
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert "generation %}" not in (final / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_training_and_serving_begin_alike(home):

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from nesso_tune import ModelError, RecipeError
-from nesso_tune.publish.talk import in_time
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.secrets import kind_of, names_a_secret
 from nesso_tune.run import train
@@ -165,12 +164,6 @@ def test_a_template_that_never_ends(tmp_path, talks, capsys):
     code, _, said = main_here(capsys, "chat", final, "--prompt", "Ciao")
     assert code == 4
     assert "its chat template failed" in said
-
-
-def test_what_is_in_time_is_returned_and_what_is_not_is_named():
-    assert in_time(lambda: [1, 2], "m", 5) == [1, 2]
-    with pytest.raises(ModelError, match=r"m: its chat template did not finish within 0\.05 s"):
-        in_time(lambda: [bool(i) for i in range(10**8)], "m", 0.05)
 
 
 @pytest.mark.parametrize("folder", ["../../escaped", "outputs/../../escaped", ".."])

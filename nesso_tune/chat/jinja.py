@@ -10,35 +10,86 @@ from collections.abc import Iterator, Mapping
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, ToolFormat
 from nesso_tune.conversation import UNKNOWN_LANGUAGE
 
+# The text of JSON as `tojson` writes it under transformers. Plain Jinja's own filter sorts keys and escapes `<` and all
+# that is not ASCII; where a probe shows such a filter, a macro writes the JSON instead.
+PLAIN_JSON = "{%- set plain_json = ({'b': '<è', 'a': 1} | tojson) == '{\"b\": \"<è\", \"a\": 1}' -%}"
+AS_JSON = r"""
+{%- macro as_json(value) -%}
+{%- if value is string -%}
+{%- set text = namespace(escaped=value | replace('\\', '\\\\') | replace('"', '\\"')) -%}
+{%- set short = {8: 'b', 9: 't', 10: 'n', 12: 'f', 13: 'r'} -%}
+{%- for code in range(32) -%}
+{%- set escape = '\\' + short[code] if code in short else '\\u%04x' | format(code) -%}
+{%- set text.escaped = text.escaped | replace('%c' | format(code), escape) -%}
+{%- endfor -%}
+{{- '"' + text.escaped + '"' -}}
+{%- elif value is none -%}
+{{- 'null' -}}
+{%- elif value is boolean -%}
+{{- 'true' if value else 'false' -}}
+{%- elif value is mapping -%}
+{{- '{' -}}
+{%- for key in value -%}
+{{- ('' if loop.first else ', ') + as_json(key | string) + ': ' + as_json(value[key]) -}}
+{%- endfor -%}
+{{- '}' -}}
+{%- elif value is iterable -%}
+{{- '[' -}}
+{%- for item in value -%}
+{{- ('' if loop.first else ', ') + as_json(item) -}}
+{%- endfor -%}
+{{- ']' -}}
+{%- else -%}
+{{- value -}}
+{%- endif -%}
+{%- endmacro -%}""".strip()
 
-def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None) -> str:
-    """The template's `chat_template.jinja`.
+
+def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks: bool = False) -> str:
+    """The template's `chat_template.jinja`, which plain Jinja renders to the same text as transformers.
 
     It takes `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` where
-    the default system message depends on it. Assistant text and its end stand in a `generation` block, so that
-    transformers can return the assistant's mask.
+    the default system message depends on it.
+
+    Args:
+        template: the chat template.
+        default_system: system message of conversations without one.
+        masks: for transformers alone: puts assistant text and its end into a `generation` block, from which it makes
+            the assistant's mask, and leaves JSON to its filter.
     """
     end, separator = template.end, template.separator
     before, after = template.header.split("{role}")
     lines = [
         *(["{{- bos_token -}}"] if template.bos else []),
+        *([PLAIN_JSON, AS_JSON] if template.tools is not None and not masks else []),
         *_system(default_system),
-        *(_offer(template.tools) if template.tools is not None else []),
+        *(_offer(template.tools, masks) if template.tools is not None else []),
         "{%- if system is not none -%}",
         f"{{{{- {quoted(template.header_of('system'))} + system + {quoted(end + separator)} -}}}}",
         "{%- endif -%}",
         "{%- for message in rest -%}",
         "{%- set turn = namespace(body=message['content'] or '') -%}",
-        *(_body(template.tools) if template.tools is not None else []),
+        *(_body(template.tools, masks) if template.tools is not None else []),
         f"{{{{- {quoted(before)} + {_role(template)} + {quoted(after)} -}}}}",
-        "{%- if message['role'] == 'assistant' -%}",
-        f"{{%- generation -%}}{{{{- turn.body + {quoted(end)} -}}}}{{%- endgeneration -%}}",
-        f"{{%- else -%}}{{{{- turn.body + {quoted(end)} -}}}}{{%- endif -%}}",
+        *_turn(f"{{{{- turn.body + {quoted(end)} -}}}}", masks),
         *([f"{{{{- {quoted(separator)} -}}}}"] if separator else []),
         "{%- endfor -%}",
         f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _turn(body: str, masks: bool) -> list[str]:
+    """The body of a turn and its end; of an assistant's turn in a `generation` block if a mask is wanted."""
+    if not masks:
+        return [body]
+    learned = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
+    return ["{%- if message['role'] == 'assistant' -%}", learned, f"{{%- else -%}}{body}{{%- endif -%}}"]
+
+
+def _json(value: str, masks: bool) -> str:
+    """The JSON of a Jinja expression, as an expression."""
+    return f"({value} | tojson)" if masks else f"({value} | tojson if plain_json else as_json({value}))"
 
 
 def quoted(text: str) -> str:
@@ -65,7 +116,7 @@ def _system(default_system: DefaultSystem) -> Iterator[str]:
     yield "{%- set rest = messages[1:] if has_system else messages -%}"
 
 
-def _offer(tools: ToolFormat) -> Iterator[str]:
+def _offer(tools: ToolFormat, masks: bool) -> Iterator[str]:
     """Adds the tools to `system`."""
     before, after = (quoted(part) for part in tools.offer.split("{tools}"))
     tool = "tool if tool['function'] is defined else {'type': 'function', 'function': tool}"
@@ -73,27 +124,28 @@ def _offer(tools: ToolFormat) -> Iterator[str]:
     yield "{%- set offered = namespace(lines='') -%}"
     yield "{%- for tool in tools -%}"
     yield "{%- set line_break = '' if loop.first else '\\n' -%}"
-    yield f"{{%- set offered.lines = offered.lines + line_break + (({tool}) | tojson) -%}}"
+    yield f"{{%- set offered.lines = offered.lines + line_break + {_json(f'({tool})', masks)} -%}}"
     yield "{%- endfor -%}"
     yield f"{{%- set offer = {before} + offered.lines + {after} -%}}"
     yield "{%- set system = system + '\\n\\n' + offer if system else offer -%}"
     yield "{%- endif -%}"
 
 
-def _body(tools: ToolFormat) -> Iterator[str]:
+def _body(tools: ToolFormat, masks: bool) -> Iterator[str]:
     """Adds the calls of an assistant's message to `turn.body`, and what stands around a tool's result."""
     before, after = (quoted(part) for part in tools.call.split("{call}"))
     opens, closes = (quoted(part) for part in tools.result.split("{result}"))
     wrapped = f"{opens} + turn.body + {closes}"
     if opens != "''":
         wrapped = f"turn.body if turn.body.startswith({opens}) else {wrapped}"
-    call = "'{\"name\": ' + (call['name'] | tojson) + ', \"arguments\": ' + said + '}'"
+    name, arguments = _json("call['name']", masks), _json("call['arguments']", masks)
+    call = f"'{{\"name\": ' + {name} + ', \"arguments\": ' + said + '}}'"
     yield f"{{%- if message['role'] == 'tool' -%}}{{%- set turn.body = {wrapped} -%}}{{%- endif -%}}"
     yield "{%- if message['tool_calls'] is defined and message['tool_calls'] -%}"
     yield "{%- for entry in message['tool_calls'] -%}"
     yield "{%- set call = entry['function'] if entry['function'] is defined else entry -%}"
     yield (
-        "{%- set said = call['arguments'] if call['arguments'] is string else (call['arguments'] | tojson) -%}"
+        f"{{%- set said = call['arguments'] if call['arguments'] is string else {arguments} -%}}"
         "{%- set line_break = '\\n' if turn.body else '' -%}"
     )
     yield f"{{%- set turn.body = turn.body + line_break + {before} + {call} + {after} -%}}"

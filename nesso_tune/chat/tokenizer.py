@@ -19,9 +19,19 @@ from tokenizers import Tokenizer
 
 from nesso_tune.chat.encoding import ChatEncoder, id_of
 from nesso_tune.chat.files import base_folder, check_pinned
+from nesso_tune.chat.foreign import DEFAULT, Own, own_template, spec_for
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.segments import TrainOnEos
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
+from nesso_tune.chat.tokenizer_files import (
+    CHAT_KEY,
+    CONFIG,
+    TEMPLATE,
+    TOKENIZER,
+    parsed,
+    read_tokenizer,
+    token_name,
+)
 from nesso_tune.chat.tokens import NewTokens, Placed, emit_nothing_around, place_control_tokens, size_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError
@@ -30,7 +40,9 @@ from nesso_tune.recipes.sections import ChatSection, ModelSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHAT_KEY = "nesso_chat"  # where tokenizer_config.json keeps the template's spec
+# Nothing comes before or after a text but what the template writes. Readers of tokenizer_config.json that assume
+# otherwise (llama.cpp puts BOS, or a blank, before a prompt for some kinds of tokenizers) are told so.
+NOTHING_AROUND = {"add_bos_token": False, "add_eos_token": False, "add_prefix_space": False}
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class ChatTokenizer:
         placed: control tokens that the base did not have.
         starts_from: for each placed id, the ids whose mean embedding its row starts from.
         size: number of ids.
+        notes: what a person should know of the choice of the template.
     """
 
     template: ChatTemplate
@@ -56,11 +69,18 @@ class ChatTokenizer:
     bos_id: int | None
     eos_id: int
     pad_id: int
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides token ids and masks."""
-        return hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()[:16]
+        """Hash of everything that decides token ids and masks; what only other programs read is not in it."""
+        config = {k: v for k, v in json.loads(self.files[CONFIG]).items() if k not in NOTHING_AROUND}
+        deciding = {**self.files, CONFIG: _text(config), TEMPLATE: self._template_with_masks}
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def _template_with_masks(self) -> str:
+        return to_jinja(self.template, self.default_system, masks=True)
 
     @cached_property
     def encoder(self) -> ChatEncoder:
@@ -70,7 +90,7 @@ class ChatTokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """Id of the token that the tokenizer calls BOS, whether the template emits it or not."""
-        name = json.loads(self.files["tokenizer_config.json"]).get("bos_token")
+        name = json.loads(self.files[CONFIG]).get("bos_token")
         return None if name is None else self.backend.token_to_id(name)
 
     @property
@@ -84,12 +104,14 @@ class ChatTokenizer:
             (folder / name).write_text(content, encoding="utf-8")
 
     def load(self) -> PreTrainedTokenizerBase:
-        """The tokenizer as transformers knows it."""
+        """The tokenizer as transformers knows it; its template can return the assistant's mask, too."""
         from transformers import AutoTokenizer
 
         with TemporaryDirectory() as folder:
             self.save(Path(folder))
-            return AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.chat_template = self._template_with_masks
+        return tokenizer
 
 
 def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
@@ -97,19 +119,33 @@ def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
     check_pinned(model)
     folder = base_folder(model.base, model.revision)
     where = f"model.base {model.base}"
-    return build_chat_tokenizer(folder, chat, where, trust_remote_code=model.trust_remote_code)
+    learned = not model.random_init  # random weights know no template that would be unlearned
+    return build_chat_tokenizer(folder, chat, where, trust_remote_code=model.trust_remote_code, learned=learned)
 
 
-def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str, trust_remote_code: bool = False) -> ChatTokenizer:
+def build_chat_tokenizer(
+    folder: Path, chat: ChatSection, where: str, trust_remote_code: bool = False, learned: bool = True
+) -> ChatTokenizer:
     """Reads a base's tokenizer and makes it ready for chat.
+
+    Args:
+        folder: of the base.
+        chat: the recipe's section.
+        where: what errors call the base.
+        trust_remote_code: whether its own code may run.
+        learned: whether the base may have learned a chat template of its own.
 
     Raises:
         ModelError: if there is no tokenizer, or its reserved slots do not suffice.
-        RecipeError: if the end or padding token does not fit the template.
+        RecipeError: if the end or padding token does not fit the template, or if the base has a chat template that is
+            none of ours and the recipe names none.
     """
-    tokenizer, config = _read_files(folder, where, trust_remote_code)
+    tokenizer, config = read_tokenizer(folder, where, trust_remote_code)
     own = config.pop(CHAT_KEY, None)
-    template = _own_or_named(own, chat, where)
+    bos = token_name(config.get("bos_token"))
+    undecided = own is None and chat.template is None and learned
+    foreign = own_template(folder, bos, chat.default_system) if undecided else None
+    template, notes = _chosen_template(own, foreign, chat, where)
     default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
     if chat.eos_token not in (None, template.eos_token):
         raise RecipeError(
@@ -118,21 +154,20 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str, trust_remo
             "the model would never learn to stop",
             "remove it, or use a template that ends turns with it",
         )
-    base_eos = _token_name(config.get("eos_token"))
+    base_eos = token_name(config.get("eos_token"))
     placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
     emit_nothing_around(tokenizer)
     text = json.dumps(tokenizer, ensure_ascii=False)
-    ready = _parsed(text, where)
+    ready = parsed(text, where)
     pad = chat.pad_token or template.pad_token
     if ready.token_to_id(pad) is None:
         raise RecipeError("chat.pad_token", f"{pad} is not in the vocabulary", "name a token that the tokenizer has")
-    bos = _token_name(config.get("bos_token"))
     if template.bos and (bos is None or ready.token_to_id(bos) is None):
         raise ModelError(where, "the template begins with BOS, but the tokenizer has none", "use another chat.template")
     files = {
-        "tokenizer.json": text,
-        "tokenizer_config.json": _config_text(config, template, pad, default_system),
-        "chat_template.jinja": to_jinja(template, default_system),
+        TOKENIZER: text,
+        CONFIG: _config_text(config, template, pad, default_system),
+        TEMPLATE: to_jinja(template, default_system),
     }
     return ChatTokenizer(
         template=template,
@@ -145,66 +180,24 @@ def build_chat_tokenizer(folder: Path, chat: ChatSection, where: str, trust_remo
         bos_id=ready.token_to_id(bos) if template.bos and bos else None,
         eos_id=id_of(ready, template.eos_token),
         pad_id=id_of(ready, pad),
+        notes=notes,
     )
 
 
-def _read_files(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of tokenizer.json, and bos, eos, context length and own template from the files beside it."""
-    try:
-        if not (folder / "tokenizer.json").is_file():
-            return _converted(folder, where, trust_remote_code)
-        tokenizer = _json(folder / "tokenizer.json")
-        if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
-            raise ValueError("tokenizer.json holds no vocabulary")
-        older = _json(folder / "special_tokens_map.json")  # where older models keep bos and eos
-        config: dict[str, Any] = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
-        config |= _json(folder / "tokenizer_config.json")
-        context = config.get("model_max_length")
-        if not isinstance(context, int) or context > 10**9:
-            config["model_max_length"] = _json(folder / "config.json").get("max_position_embeddings")
-        return tokenizer, config
-    except (OSError, ValueError) as error:
-        raise ModelError(where, f"its tokenizer cannot be read ({error})", "fetch the model again") from None
+def _chosen_template(
+    own: dict[str, Any] | None, foreign: Own | None, chat: ChatSection, where: str
+) -> tuple[ChatTemplate, tuple[str, ...]]:
+    """The template a base brings along, unless the recipe names another one: that would unlearn the first.
 
-
-def _json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds; an empty one if there is no such file."""
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no JSON object")
-    return content
-
-
-def _has_vocabulary(model: Any) -> bool:
-    return isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
-
-
-def _parsed(text: str, where: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(where, f"its tokenizer.json is damaged ({error})", "fetch the model again") from None
-
-
-def _converted(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tokenizers in older file formats, converted by transformers."""
-    from transformers import AutoTokenizer
-
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with TemporaryDirectory() as converted:
-            loaded.save_pretrained(converted)
-            return _json(Path(converted) / "tokenizer.json"), _json(Path(converted) / "tokenizer_config.json")
-    except Exception:  # transformers raises whatever its parsers raise
-        raise ModelError(
-            where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
-        ) from None
-
-
-def _own_or_named(own: dict[str, Any] | None, chat: ChatSection, where: str) -> ChatTemplate:
-    """The template a base brings along, unless the recipe names another one: that would unlearn the first."""
+    Args:
+        own: the spec of a base that we trained.
+        foreign: what another base's Jinja template is, where that decides.
+        chat: the recipe's section.
+        where: what errors call the base.
+    """
     if own is None:
-        return load_template(chat.template or "chatml")
+        name, notes = (chat.template, ()) if chat.template is not None else spec_for(foreign, where)
+        return load_template(name), notes
     try:
         template = ChatTemplate.model_validate(own["template"])
     except (ValueError, KeyError, TypeError):
@@ -215,24 +208,25 @@ def _own_or_named(own: dict[str, Any] | None, chat: ChatSection, where: str) -> 
             "chat.template", f"{chat.template} is not the template that {where} was trained with",
             "remove the key: template and tokens come with the base",
         )  # fmt: skip
-    return template
-
-
-def _token_name(entry: Any) -> str | None:
-    return entry.get("content") if isinstance(entry, dict) else entry
+    return template, ()
 
 
 def _config_text(config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem) -> str:
     kept = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
-        "bos_token": _token_name(config.get("bos_token")),
+        "bos_token": token_name(config.get("bos_token")),
         "eos_token": template.eos_token,
         "pad_token": pad,
         "model_max_length": config.get("model_max_length"),
         "clean_up_tokenization_spaces": False,
+        **NOTHING_AROUND,
         CHAT_KEY: {"template": template.model_dump(), "default_system": default_system},
     }
-    return json.dumps({key: value for key, value in kept.items() if value is not None}, indent=2, ensure_ascii=False)
+    return _text({key: value for key, value in kept.items() if value is not None})
+
+
+def _text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False)
 
 
 def _related(
@@ -247,7 +241,7 @@ def _related(
     return out
 
 
-def load_tokenizer(base: str, template: str = "chatml", new_tokens: NewTokens = "auto") -> PreTrainedTokenizerBase:
+def load_tokenizer(base: str, template: str = DEFAULT, new_tokens: NewTokens = "auto") -> PreTrainedTokenizerBase:
     """The chat-ready tokenizer of a base model, as transformers knows it.
 
     Args:

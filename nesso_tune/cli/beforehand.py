@@ -6,6 +6,7 @@ from glob import escape
 from pathlib import Path
 
 from nesso_tune.chat.files import check_at_hand
+from nesso_tune.chat.foreign import check_own_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.peek import reading_of
@@ -74,6 +75,7 @@ def check_bases(recipes: list[Recipe]) -> None:
 
     Raises:
         ModelError: naming the folder that is missing.
+        RecipeError: if a base has a chat template of its own that would be replaced unsaid.
     """
     made: list[Path] = []
     for recipe in recipes:
@@ -85,4 +87,5 @@ def check_bases(recipes: list[Recipe]) -> None:
                     f"model.base {base}", "no such folder",
                     "run the recipe that makes it first, in the same command or before",
                 )  # fmt: skip
+            check_own_template(recipe.model, recipe.chat)
         made.append((Path(recipe.output_dir) / "final").resolve())

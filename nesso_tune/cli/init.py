@@ -12,9 +12,10 @@ from typing import Annotated
 import typer
 
 from nesso_tune.chat.files import check_at_hand, has_weights, unknown_base
+from nesso_tune.chat.foreign import DEFAULT, own_template_of
 from nesso_tune.data.detect import Detected, detect
 from nesso_tune.data.files import expand, is_local, looks_like_data
-from nesso_tune.draft import Base, draft, languages_of, own_template, share_too_long, usable_note
+from nesso_tune.draft import Base, brings_template, draft, languages_of, share_too_long, usable_note
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.describe import in_short
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
@@ -133,12 +134,17 @@ def _look_at(base: str) -> Base:
     config = local_path(base) / "tokenizer_config.json"
     if base.endswith("/final") and not local_path(base).exists():
         return Base(base, shape, None)  # a run will make it
-    if config.is_file() and own_template(config):
+    if config.is_file() and brings_template(config):
         return Base(base, shape, None)
     if shape is None and (note := unknown_base(base)):
         print(note, file=sys.stderr)
     without_weights = local_path(base).is_dir() and not has_weights(local_path(base))
-    return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else "chatml", without_weights)
+    own = None if without_weights else own_template_of(model)
+    if own is None:
+        return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT, without_weights)
+    if own.spec is None:
+        print(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}", file=sys.stderr)
+    return Base(base, shape, own.spec or DEFAULT, replaces=own.difference)
 
 
 def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:

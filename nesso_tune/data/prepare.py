@@ -115,7 +115,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     }
     none_held = data.validation_size and not data.validation_sources and not len(held_out)
     report["warnings"] = [
-        *warnings_of(report, data), *mixture_warnings(documents, groups, train, data),
+        *chat.notes, *warnings_of(report, data), *mixture_warnings(documents, groups, train, data),
         *([f"data.validation_size {data.validation_size:g} of {len(train):,} rows is less than one row: "
            "nothing is held out or evaluated; raise it"] if none_held else []),
     ]  # fmt: skip

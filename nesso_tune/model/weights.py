@@ -17,7 +17,7 @@ from nesso_tune.model.attention import attend_by_document, choose_attention
 from nesso_tune.model.head import has_plain_head
 from nesso_tune.recipes.sections import ModelSection
 
-ANSWER_TOKENS = 512  # what `generate` writes at most if its caller does not say
+UNSTATED_CONTEXT = 2048  # tokens that `generate` may reach with a base that states no context
 
 
 def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrainedModel:
@@ -140,15 +140,18 @@ def _fit_vocabulary(model: PreTrainedModel, chat: ChatTokenizer, section: ModelS
 
 
 def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> GenerationConfig:
-    """Stops at the template's end token, and at the base's own."""
+    """Stops at the template's end token, at the base's own, and where the context is full.
+
+    There is no `max_new_tokens`: servers and evaluations take it for a ceiling, whatever they are asked for.
+    """
     base = model.generation_config.eos_token_id if model.generation_config else None
     known = base if isinstance(base, list) else [base]
     ends = [chat.eos_id, *(token for token in known if token is not None and token != chat.eos_id)]
-    context = getattr(model.config, "max_position_embeddings", 2 * ANSWER_TOKENS)
+    context = getattr(model.config, "max_position_embeddings", None) or UNSTATED_CONTEXT
     return GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=ends,
         pad_token_id=chat.pad_id,
         do_sample=False,
-        max_new_tokens=min(ANSWER_TOKENS, context // 2),
+        max_length=context,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +19,18 @@ from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.training.checkpoint import as_environment_error, put_in_place, readable, sync
 from nesso_tune.training.processes import is_first
 from nesso_tune.training.state import State, set_weights, weights_of
+
+# What transformers 4 calls the base of the rotary embedding: of the layers that attend to all, and of the local ones.
+THETA = ("rope_theta", "rope_local_base_freq")
+THETA_OF = {
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "gpt_neox": ("rotary_emb_base", None),
+    "gpt_neox_japanese": ("rotary_emb_base", None),
+}
+# Where version 4 takes no other fields in `rope_scaling` than these and `type`.
+ONLY_FIELDS = {"olmo": ("factor",), "olmo2": ("factor",), "phi3": ("short_factor", "long_factor")}
+PARTIAL_OF = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # for partial_rotary_factor
 
 
 def whole_model(
@@ -64,9 +79,43 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     model.config.dtype, model.config.use_cache = precision, True  # training had turned the cache off
     with as_environment_error(folder):
         model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
+    config = staging / "config.json"
+    config.write_text(json.dumps(read_by_older_versions(json.loads(config.read_text())), indent=2) + "\n")
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         readable(file)
         sync(file)
     put_in_place(staging, folder)
+
+
+def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of transformers 5 with what transformers 4 reads under other names, so that both see one model.
+
+    Version 5 keeps all of the rotary embedding in `rope_parameters`, flat or by layer type. Version 4 ignores that key
+    and computes with its defaults: it reads the base and the scaling beside it.
+    """
+    out = dict(config)
+    if "dtype" in config:
+        out["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping):
+        return out
+    kind = config.get("model_type", "")
+    by_layer = any(isinstance(value, Mapping) for value in rope.values())
+    everywhere = rope.get("full_attention") if by_layer else rope
+    for name, of_layers in zip(THETA_OF.get(kind, THETA), (everywhere, rope.get("sliding_attention")), strict=True):
+        if name is not None and isinstance(of_layers, Mapping) and "rope_theta" in of_layers:
+            out[name] = of_layers["rope_theta"]
+    if not isinstance(everywhere, Mapping):
+        return out
+    if "partial_rotary_factor" in everywhere:
+        out[PARTIAL_OF.get(kind, "partial_rotary_factor")] = everywhere["partial_rotary_factor"]
+    scaling = {key: v for key, v in everywhere.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
+    rope_type = scaling.get("rope_type", "default")
+    if rope_type == "longrope" and "original_max_position_embeddings" in scaling:
+        out["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    if kind in ONLY_FIELDS:
+        scaling = {"type": rope_type, **{key: scaling[key] for key in ONLY_FIELDS[kind] if key in scaling}}
+    out["rope_scaling"] = None if rope_type == "default" else scaling
+    return out

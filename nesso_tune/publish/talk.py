@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.files import base_folder, is_hub_id
-from nesso_tune.chat.tokenizer import CHAT_KEY, encoder_of
+from nesso_tune.chat.foreign import rendered
+from nesso_tune.chat.tokenizer import encoder_of
+from nesso_tune.chat.tokenizer_files import CHAT_KEY
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError, first_line
 
 Say = Callable[[str], None]
 UNBOUNDED = 1 << 30  # context of a model that states none
-TEMPLATE_S = 10.0  # in which a foreign chat template is rendered
 
 
 @dataclass(frozen=True)
@@ -85,43 +85,10 @@ class Talker:
         if CHAT_KEY in self._tokenizer.init_kwargs:
             return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        text = in_time(
-            lambda: self._tokenizer.apply_chat_template(
-                turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
-            ),
-            self._tokenizer.name_or_path,
-        )
+        template = self._tokenizer.get_chat_template(tools=list(tools) or None)
+        asked = {"messages": turns, "tools": list(tools) or None, "add_generation_prompt": True}
+        text = rendered(template, {**self._tokenizer.special_tokens_map, **asked}, self._tokenizer.name_or_path)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def in_time(render: Callable[[], Any], where: str, seconds: float = TEMPLATE_S) -> Any:
-    """What a foreign template gives. Its sandbox does not keep it from never ending: it has a process and a time.
-
-    Raises:
-        ModelError: if it fails or is not done in time.
-    """
-    context = get_context("fork")  # the tokenizer is there already, and nothing of it is changed
-    mine, its = context.Pipe(duplex=False)
-    child = context.Process(target=_attempt, args=(render, its), daemon=True)
-    child.start()
-    its.close()
-    try:
-        done, said = mine.recv() if mine.poll(seconds) else (False, f"did not finish within {seconds:g} s")
-    except EOFError:
-        done, said = False, "ended its process"
-    finally:
-        child.kill()
-        child.join()
-    if not done:
-        raise ModelError(where, f"its chat template {said}", "see chat_template.jinja, or use another model")
-    return said
-
-
-def _attempt(render: Callable[[], Any], pipe: Any) -> None:
-    try:
-        pipe.send((True, render()))
-    except Exception as error:  # templates raise whatever their authors wrote
-        pipe.send((False, f"failed ({first_line(error)})"))
 
 
 class _Streamer(TextStreamer):

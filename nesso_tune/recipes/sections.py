@@ -67,7 +67,8 @@ class ChatSection(Section):
 
     template: NonEmpty | None = None
     """Name of a chat template under data_templates/chat/, or a file of that kind; null takes what the base was
-    trained with, else chatml."""
+    trained with, else chatml. A base whose own Jinja template writes neither that nor another of ours is refused until
+    this key says what to use."""
     eos_token: NonEmpty | None = None
     """End token; null takes the template's."""
     pad_token: NonEmpty | None = None

@@ -3,12 +3,15 @@
 import json
 import re
 
+import jinja2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, PreferencePair, RecipeError, encode_conversation, load_tokenizer
 from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import build_chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection
@@ -124,6 +127,36 @@ def with_default(base):
 
     chat = build_chat_tokenizer(Path(base), ChatSection(default_system={"it": "Sii breve."}), "base")
     return chat, chat.load()
+
+
+def to_json(value):
+    return json.dumps(value, ensure_ascii=False)
+
+
+PLAIN = [  # servers without transformers; the first two sort keys, and escape `<` and all that is not ASCII
+    jinja2.Environment(),
+    jinja2.Environment(trim_blocks=True, lstrip_blocks=True),
+    jinja2.Environment(trim_blocks=True, lstrip_blocks=True),
+]
+PLAIN[2].filters["tojson"] = to_json
+
+
+@pytest.fixture(scope="module", params=["chatml", "llama3"])
+def shipped(request):
+    """The template with masks as text; without, compiled by plain Jinja."""
+    spec = load_template(request.param)
+    source = to_jinja(spec, "Sei <Nesso>.")
+    assert "generation %}" not in source
+    return to_jinja(spec, "Sei <Nesso>.", masks=True), [environment.from_string(source) for environment in PLAIN]
+
+
+@settings(max_examples=40, deadline=None)
+@given(TURNS, TOOLS)
+def test_plain_jinja_renders_the_shipped_text(shipped, messages, tools):
+    masks, compiled = shipped
+    variables = {"tools": tools, "bos_token": "<s>", "add_generation_prompt": True}
+    (wanted,), _ = render_jinja_template([plain(messages)], chat_template=masks, **variables)
+    assert {one.render(messages=plain(messages), **variables) for one in compiled} == {wanted}
 
 
 def test_arguments_as_text_are_passed_on_by_jinja(ready):

@@ -1,7 +1,13 @@
 """`final/` and its card."""
 
-import pytest
+import copy
+import json
 
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nesso_tune.publish.final import read_by_older_versions
 from nesso_tune.run import train
 from tests.support.runs import recipe
 
@@ -38,3 +44,53 @@ def test_final_is_replaced_as_a_whole(tmp_path, talks):
     train(some, overwrite=True)
     assert not (final / "stale.bin").exists()
     assert not list((tmp_path / "run").glob(".*.partial"))
+
+
+# Shapes whose rotary embedding transformers 4 reads under other names.
+ROPES = {
+    "theta": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "llama3": {"model_type": "llama", "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 128}},
+    "linear": {"model_type": "mistral", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    "yarn": {"model_type": "qwen2", "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 512}},
+    "dynamic": {"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 2e4, "factor": 2.0}},
+    "longrope": {"model_type": "phi3", "original_max_position_embeddings": 512, "pad_token_id": 0, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 512, "partial_rotary_factor": 1.0}},
+    "old fields": {"model_type": "olmo2", "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0}},
+    "qwen3": {"model_type": "qwen3", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "partial": {"model_type": "stablelm", "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}},
+    "other names": {"model_type": "gpt_neox", "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5}},
+    "by layer": {"model_type": "gemma3_text", "sliding_window": 32, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e4}}},
+}  # fmt: skip
+SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "intermediate_size": 96, "vocab_size": 90, "max_position_embeddings": 1024}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", ROPES)
+def test_config_says_the_same_in_both_spellings(shape):
+    """The older one alone, which transformers 5 still reads, means what both mean together, and what was trained."""
+    trained = AutoConfig.for_model(**SIZES, **copy.deepcopy(ROPES[shape]))
+    both = read_by_older_versions(json.loads(trained.to_json_string(use_diff=False)))
+    older = {key: value for key, value in both.items() if key != "rope_parameters"}
+    assert older["rope_scaling"] is None or older["rope_scaling"].get("type", older["rope_scaling"].get("rope_type"))
+    for config in (both, older):
+        again = AutoConfig.for_model(**copy.deepcopy(config))
+        ids = torch.arange(3, 43)[None]
+        logits = []
+        for wanted in (trained, again):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(wanted, attn_implementation="eager").eval()
+            logits.append(model(input_ids=ids).logits)
+        assert torch.equal(*logits)
+    plain = copy.deepcopy(older)
+    for name in ("rope_theta", "rotary_emb_base", "rope_local_base_freq"):
+        plain.pop(name, None)
+    fallen = AutoConfig.for_model(**plain).rope_parameters
+    assert fallen != trained.rope_parameters or shape in ("linear", "longrope"), "the older names decide"
