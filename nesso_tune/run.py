@@ -29,7 +29,7 @@ from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.best import in_words
 from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_data
-from nesso_tune.training.facts import check_same_run, other_environment, run_facts
+from nesso_tune.training.facts import check_same_run, moved_in_words, other_environment, run_facts
 from nesso_tune.training.finite import check_final
 from nesso_tune.training.fit import fit
 from nesso_tune.training.launched import check_launcher
@@ -152,7 +152,7 @@ def _closing(run: RunDir, overwrites: bool) -> list[str]:
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     plan = make_plan(recipe, world(), data.volume)
-    check_same_run(run.path, read_data(run.path, MANIFEST), run_facts(recipe, data, plan), finished=True)
+    check_same_run(run.path, read_data(run.path, MANIFEST), run_facts(recipe, data, plan), True, run.moved)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
@@ -207,10 +207,14 @@ def _train(
 
 def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) -> RunDir:
     """The run, compared with what its checkpoint notes: refused, or continued in another environment, which is said."""
+    if run.checkpoint is None and not run.moved:
+        return run
+    noted = read_data(run.checkpoint or run.path, MANIFEST)
+    check_same_run(run.path, noted, facts, False, run.moved)
+    for text in moved_in_words(run.moved):
+        say(text)
     if run.checkpoint is None:
         return run
-    noted = read_data(run.checkpoint, MANIFEST)
-    check_same_run(run.path, noted, facts, finished=False)
     environment = other_environment(noted, facts)
     if environment:
         changes = ", ".join(f"{what} {before} -> {now}" for what, (before, now) in environment.items())

@@ -186,8 +186,8 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, boo
             shutil.copyfile(file, staging / file.name)
         return {"architecture": build_standin(staging, small)}
 
-    key = cache.key_of([small, contents, transformers.__version__])
-    made, noted, _ = cache.make(KIND, key, build, lambda path, _: path)
+    key = cache.key_of([KIND, 2, small, contents, transformers.__version__])
+    made, noted, _ = cache.make(KIND, key, build, lambda path, _: path, "the stand-in")
     kind = noted["architecture"] if config else f"{FALLBACK}, since its own architecture is not known here"
     if config and noted["architecture"] != small["model_type"]:
         kind = f"{noted['architecture']} instead of {small['model_type']}"

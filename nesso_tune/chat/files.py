@@ -12,7 +12,7 @@ from nesso_tune.recipes.bases import TABLE
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shape import unsupported
-from nesso_tune.recipes.shipped import local_path
+from nesso_tune.recipes.shipped import is_result, local_path
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
                    "generation_config.json", "chat_template*"]  # fmt: skip
@@ -56,7 +56,7 @@ def check_at_hand(model: ModelSection) -> None:
     base = model.base
     check_pinned(model)
     if not local_path(base).exists():
-        if base.endswith("/final") or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
+        if is_result(base) or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
             return
         raise _no_such_folder(base, f"model.base {base}")
     check_complete(base_folder(base, model.revision), model)
@@ -112,7 +112,7 @@ def unknown_base(base: str) -> str | None:
     """What to say of a base that is not here: that a run makes it, or that it may be misspelt. None if it is here."""
     if local_path(base).is_dir() or base in TABLE:
         return None
-    if base.endswith("/final"):
+    if is_result(base):
         return f"{base} is not there yet: an earlier recipe makes it"
     return f"{base} is neither here nor a known base: its size is open{_near(base)}"
 
@@ -132,7 +132,7 @@ def _no_such_folder(base: str, where: str) -> ModelError:
     near = _near(base)
     if near:
         return ModelError(where, "no such folder", near.removeprefix("; "))
-    hint = "run the recipe that makes it first" if base.endswith("/final") else "check the path, or name a hub id"
+    hint = "run the recipe that makes it first" if is_result(base) else "check the path, or name a hub id"
     return ModelError(where, "no such folder", hint)
 
 
@@ -142,7 +142,7 @@ def base_at_hand(base: str, revision: str | None = None) -> Path | None:
     Raises:
         ModelError: for a path that is no folder, unless a run is to make it.
     """
-    if local_path(base).exists() or (not base.endswith("/final") and not is_hub_id(base)):
+    if local_path(base).exists() or (not is_result(base) and not is_hub_id(base)):
         return base_folder(base, revision)
     if not is_hub_id(base):
         return None
@@ -165,7 +165,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def is_hub_id(base: str) -> bool:
     """Whether a base that is no folder here may be one on the hub."""
-    return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not base.endswith("/final")
+    return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not is_result(base)
 
 
 def _from_hub(repo: str, revision: str | None, patterns: list[str], where: str) -> Path:

@@ -10,13 +10,14 @@ from nesso_tune.chat.foreign import check_own_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.peek import reading_of
+from nesso_tune.data.sources import check_output
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import local_path
+from nesso_tune.recipes.shipped import is_result, local_path
 
 
 def check_folders(names: list[str], recipes: list[Recipe]) -> None:
@@ -63,6 +64,7 @@ def check_beforehand(recipes: list[Recipe], processes: int) -> None:
     """
     for recipe in recipes:
         make_plan(recipe, World(processes))
+        check_output(recipe)
         if recipe.chat.template is not None:
             load_template(recipe.chat.template)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
@@ -82,7 +84,7 @@ def check_bases(recipes: list[Recipe]) -> None:
         base = recipe.model.base
         if Path(base).resolve() not in made:
             check_at_hand(recipe.model)
-            if base.endswith("/final") and not local_path(base).exists():
+            if is_result(base) and not local_path(base).exists():
                 raise ModelError(
                     f"model.base {base}", "no such folder",
                     "run the recipe that makes it first, in the same command or before",

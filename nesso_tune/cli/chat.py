@@ -9,19 +9,23 @@ from typing import Annotated
 
 import typer
 
+from nesso_tune.cli.options import file_path
 from nesso_tune.conversation import Message
 from nesso_tune.errors import RecipeError
+from nesso_tune.recipes.paths import flag_path
 
 
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A final/ folder, a run directory, or a hub id.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, a run directory, or a hub id.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once; the answer alone goes to stdout.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     language: Annotated[
         str | None, typer.Option(help="Language code, for a default system message by language; told if left out.")
     ] = None,
     tools: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON list of tools that the model may call.")
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="JSON list of tools that the model may call.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 answers greedily.")] = 0.0,

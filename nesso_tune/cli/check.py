@@ -11,6 +11,7 @@ import typer
 
 from nesso_tune.chat.files import check_at_hand, unknown_base
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
+from nesso_tune.data.sources import check_output
 from nesso_tune.data.volume import find_volume
 from nesso_tune.launch.command import Machines, gpus_of_this_machine
 from nesso_tune.recipes.describe import describe
@@ -35,6 +36,7 @@ def check(
     """Validate a recipe and show what it would do."""
     (loaded,) = load_all([recipe], settings)
     check_at_hand(loaded.model)
+    check_output(loaded)
     cluster = loaded.cluster or ClusterSection()
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     world = World(machines.processes, None if gpu is None else find_gpu(gpu))

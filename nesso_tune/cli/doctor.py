@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from nesso_tune.cli.options import file_path
 from nesso_tune.errors import Problem, RunEnvironmentError
 
 
 def doctor(
-    folder: Annotated[Path, typer.Option("--output-dir", help="Where runs will be written.")] = Path("outputs"),
+    folder: Annotated[
+        Path, typer.Option("--output-dir", metavar="FOLDER", parser=file_path, help="Where runs will be written.")
+    ] = Path("outputs"),
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""

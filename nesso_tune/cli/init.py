@@ -21,10 +21,11 @@ from nesso_tune.recipes.describe import in_short
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shape import find_shape
-from nesso_tune.recipes.shipped import catalogue, local_path
+from nesso_tune.recipes.shipped import catalogue, is_result, local_path
 
 DEFAULT_BASE = "mii-llm/zagreus-0.4B-ita"
 
@@ -52,16 +53,16 @@ def init(
     own = [word for word in positional if not looks_like_data(word)]
     if len(own) > 1:
         raise RecipeError("init", f"takes one NAME, not {', '.join(own)}", "name data files with --data")
-    data = [path for path in dict.fromkeys(data) if path.strip()]
+    data = [flag_path(path) for path in dict.fromkeys(data) if path.strip()]
     if not data:
         raise DataError("init", "no data is named", "add --data FILE (jsonl, json, parquet, a folder or a hub id)")
     found = [part for path in data for part in _detected(path)]
     kind = _method(method, found)
-    file = Path(own[0] if own else f"my-{kind}")
+    file = Path(flag_path(own[0]) if own else f"my-{kind}")
     file = file if file.suffix in (".yaml", ".yml") else file.with_name(f"{file.name}.yaml")
     if file.exists():
         raise RunEnvironmentError(str(file), "is there already", "give another NAME, or remove it")
-    base = base.strip() if base else _default_base(kind)
+    base = flag_path(base.strip()) if base else _default_base(kind)
     parent = _recipe_that_makes(base, file.parent)
     start = _look_at(base) if parent is None else Base(base, find_shape(parent[1].model), None)
     text = draft(file.stem, str(file), start, kind, found)
@@ -132,7 +133,7 @@ def _look_at(base: str) -> Base:
     check_at_hand(model)
     shape = find_shape(model)
     config = local_path(base) / "tokenizer_config.json"
-    if base.endswith("/final") and not local_path(base).exists():
+    if is_result(base) and not local_path(base).exists():
         return Base(base, shape, None)  # a run will make it
     if config.is_file() and brings_template(config):
         return Base(base, shape, None)
@@ -149,7 +150,7 @@ def _look_at(base: str) -> Base:
 
 def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:
     """The recipe beside the new one whose result the base is, if the base is not there yet."""
-    if not base.endswith("/final") or local_path(base).exists() or not folder.is_dir():
+    if not is_result(base) or local_path(base).exists() or not folder.is_dir():
         return None
     for file in sorted(folder.glob("*.yaml")):
         try:

@@ -15,15 +15,17 @@ import typer
 
 from nesso_tune.chat.files import base_at_hand, has_weights
 from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders
-from nesso_tune.cli.options import SetOption, load_all
+from nesso_tune.cli.options import SetOption, file_path, load_all
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.launch.command import Machines, local_command, train_words
 from nesso_tune.launch.slurm import sbatch_text
+from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
+from nesso_tune.recipes.shipped import is_result
 
 
 def launch(
@@ -33,11 +35,13 @@ def launch(
     gpus_per_node: Annotated[
         int | None, typer.Option(min=1, help="GPUs, and so processes, on each machine; here: all there are.")
     ] = None,
-    slurm: Annotated[Path | None, typer.Option(metavar="FILE", help="Write an sbatch file instead.")] = None,
+    slurm: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="Write an sbatch file instead.")
+    ] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     time: Annotated[str | None, typer.Option(help="Longest time of the job, e.g. 24:00:00.")] = None,
-    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="As for `train`.")] = "auto",
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", parser=flag_path, help="As for `train`.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="As for `train`; not with --slurm.")] = False,
     allow_changes: Annotated[str, typer.Option(metavar="KEY,...", help="As for `train`.")] = "",
     submit: Annotated[bool, typer.Option("--submit", help="Send the sbatch file.")] = False,
@@ -142,9 +146,7 @@ def _check_fetched(names: list[str], recipes: list[Recipe]) -> None:
     for name, recipe in zip(names, recipes, strict=True):
         base = recipe.model.base
         folder = base_at_hand(base, recipe.model.revision)
-        lacking = (
-            [] if base.endswith("/final") or (folder and has_weights(folder)) or recipe.model.random_init else [base]
-        )
+        lacking = [] if is_result(base) or (folder and has_weights(folder)) or recipe.model.random_init else [base]
         sources = (*recipe.data.sources, *recipe.data.validation_sources)
         lacking += [source.path for source in sources if not is_local(source.path) and not is_cached(source)]
         remedy = f"run `nesso-tune prepare {shlex.quote(name)}` on the login node, or set cluster.offline: false"

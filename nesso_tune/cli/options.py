@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +11,18 @@ import typer
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes import Recipe, load_recipe
 from nesso_tune.recipes.load import parse_overrides
+from nesso_tune.recipes.paths import flag_path
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. train.learning_rate=5e-4.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
+
+
+def file_path(text: str) -> Path:
+    """What a flag that takes a path means; a parser for typer."""
+    return Path(flag_path(str(text)))
 
 
 def processes() -> int:

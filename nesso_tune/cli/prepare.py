@@ -22,8 +22,10 @@ def prepare(
     """Fetch, read, encode and cache the data, on the CPU, and report what is in it."""
     from nesso_tune.chat.files import base_folder
     from nesso_tune.data.prepare import dropped_file, prepare_data
+    from nesso_tune.data.sources import check_output
 
     (loaded,) = load_all([recipe], settings)
+    check_output(loaded)
     data = prepare_data(loaded)
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
     page = _written(Path(loaded.output_dir), loaded, data)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.options import RecipeArgument, SetOption, load_all
+from nesso_tune.cli.options import RecipeArgument, SetOption, file_path, load_all
 from nesso_tune.errors import RunEnvironmentError
 
 
@@ -19,7 +19,9 @@ def preview(
     recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - typer copies it
     count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows that are shown.")] = 2,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with every token instead.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="Write a page with every token instead.")
+    ] = None,
 ) -> None:
     """Show real rows as the model will see them: what is learned, control tokens, borders in the pack."""
     from nesso_tune.publish.preview import preview as of

@@ -17,6 +17,7 @@ from nesso_tune.cli.options import SetOption, load_all, processes
 from nesso_tune.data.ahead import prepared_ahead
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.errors import Preempted, RecipeError
+from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe
 
 
@@ -25,7 +26,9 @@ def train(
     settings: SetOption = [],  # noqa: B006 - typer copies it
     resume: Annotated[
         str,
-        typer.Option(metavar="auto|never|PATH", help="Continue an unfinished run, never, or from here."),
+        typer.Option(
+            metavar="auto|never|PATH", parser=flag_path, help="Continue an unfinished run, never, or from here."
+        ),
     ] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run, kept until this one has a checkpoint.")

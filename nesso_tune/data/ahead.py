@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from nesso_tune.data import cache
 from nesso_tune.data.pool import follow_parent
 from nesso_tune.recipes.schema import Recipe
 
@@ -58,7 +59,8 @@ def wait_for_it(recipe: Recipe) -> None:
     (_, process, result), _begun = _begun, None
     error = None
     with suppress(EOFError):  # ended from outside: then it is done here
-        error = result.recv()
+        error, checked = result.recv()
+        cache.trust(checked)  # or all of it would be read and hashed a second time
     process.join()
     if error is not None:
         raise error
@@ -71,7 +73,7 @@ def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection)
     os.nice(NICE)
     try:
         prepare(recipe)
-        told.send(None)
+        told.send((None, cache.checked()))
     except Exception as error:
         with suppress(Exception):  # one that cannot be sent is met again by whoever asks for the data
-            told.send(error)
+            told.send((error, {}))

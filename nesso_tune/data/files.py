@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 
 from nesso_tune.errors import DataError
@@ -75,6 +77,36 @@ def _expanded(path: str) -> list[Path]:
     else:
         remedy = "check the path; it is relative to the working directory"
     raise DataError(path, "no such file", remedy)
+
+
+def could_match(path: str, file: Path) -> bool:
+    """Whether a folder or glob would mean a file of this name if it were there. Links are followed."""
+    root = local_path(path)
+    if root.is_dir():
+        return root.resolve() in file.parents
+    fixed = list(takewhile(lambda part: not GLOB & set(part), root.parts))
+    folder = Path(*fixed).resolve()
+    if folder not in file.parents:
+        return False
+    return _matches(root.parts[len(fixed) :], file.relative_to(folder).parts)
+
+
+def _matches(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    if not pattern or not parts:
+        return not pattern and not parts
+    if pattern[0] == "**":
+        return _matches(pattern[1:], parts) or _matches(pattern, parts[1:])
+    return fnmatchcase(parts[0], pattern[0]) and _matches(pattern[1:], parts[1:])
+
+
+def files_under(path: str) -> list[Path]:
+    """The files that a path means as `expand` has them, of a folder all, whatever they are called.
+
+    Raises:
+        DataError: if there are none.
+    """
+    root = local_path(path)
+    return sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else expand(path)
 
 
 def content_hash(files: list[Path]) -> str:

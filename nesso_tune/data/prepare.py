@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +18,34 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data import cache
 from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
-from nesso_tune.data.documents import Documents, Ints, open_documents
+from nesso_tune.data.documents import IDS, TRAINED, Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings, private_paths, shown_name
+from nesso_tune.data.mixture import (
+    groups_of,
+    mixture_report,
+    mixture_warnings,
+    name_of,
+    private_paths,
+    shown_name,
+)
 from nesso_tune.data.packing import Rows, RowStream, in_order
+from nesso_tune.data.places import Names, file_names, other_names, renamed_note, write_renamed
 from nesso_tune.data.preferences import check_preferences
-from nesso_tune.data.sources import content_of
+from nesso_tune.data.read import OTHER
+from nesso_tune.data.sources import Content, content_of
 from nesso_tune.data.split import hold_out
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.data import CleanSection, DPOData, SFTData, Source
 from nesso_tune.recipes.plan import DataVolume
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.shipped import shipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 KIND = "documents"
 SUSPICIOUS = 0.1  # share of rows with control tokens as text: someone rendered them already
-FORMAT_VERSION = 4  # of what is cached; raised when the encoding changes
+PACKAGES = ("nesso-tune", "tokenizers", "py3langid", "rensa", "numpy", "pyarrow", "datasets")  # that decide documents
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class PreparedData:
         report: what was read, dropped and kept; see `prepare_data`.
         chat: the chat-ready tokenizer's files.
         key: name of the training sources' folder in the cache.
+        names: of files that were called otherwise when they were prepared: then and now.
     """
 
     train: Rows
@@ -54,6 +68,7 @@ class PreparedData:
     report: dict[str, Any]
     chat: ChatTokenizer
     key: str = ""
+    names: Names = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -86,14 +101,14 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     wait_for_it(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
+    content = [note["content"]]
     if data.validation_sources:
         held, held_note, held_hit = _documents(recipe, data.validation_sources, chat)
         train, held_out, hit = documents.kept, held.kept, hit and held_hit
-        fingerprint = note["key"] + held_note["key"]
+        content.append(held_note["content"])
     else:
         seen, unseen = hold_out(documents.languages[documents.kept], data.validation_size, recipe.seed)
-        train, held_out = documents.kept[seen], documents.kept[unseen]
-        held, fingerprint = documents, note["key"]
+        train, held_out, held = documents.kept[seen], documents.kept[unseen], documents
     train, overlap = _apart(documents, train, held, held_out, data.clean)
     capacity = data.sequence_len if isinstance(data, SFTData) and data.packing else None
     groups = groups_of(documents, train, data)
@@ -110,7 +125,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         "validation": held.counts(held_out),
         "packing": {"rows": len(rows), "fill": round(fill, 4)},
         "mixture": mixture_report(documents, groups, rows.entries),
-        "fingerprint": cache.key_of([fingerprint, data.validation_size, recipe.seed, capacity, *arranged]),
+        "fingerprint": cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
         "cache_hit": hit,
     }
     none_held = data.validation_size and not data.validation_sources and not len(held_out)
@@ -119,7 +134,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         *([f"data.validation_size {data.validation_size:g} of {len(train):,} rows is less than one row: "
            "nothing is held out or evaluated; raise it"] if none_held else []),
     ]  # fmt: skip
-    return PreparedData(rows, validation, stream, report, chat, note["key"])
+    return PreparedData(rows, validation, stream, report, chat, note["key"], note["renamed"])
 
 
 def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
@@ -166,6 +181,10 @@ def _apart(documents: Documents, train: Ints, held: Documents, held_out: Ints, c
 def _arranging(data: SFTData | DPOData) -> list[Any]:
     """What else decides which rows an epoch has; nothing where the recipe asks for nothing."""
     mixture = data.mixture.model_dump(mode="json") if data.mixture is not None else None
+    if mixture is not None and mixture["by"] == "source":  # by position: what a source is called does not count
+        shares = mixture["shares"]
+        named = {str(i): shares[name_of(s)] for i, s in enumerate(data.sources) if name_of(s) in shares}
+        mixture["shares"] = {**named, OTHER: shares.get(OTHER)}
     weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
     asked = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
     return asked if asked != [None, None, "keep"] else []
@@ -177,44 +196,93 @@ def cached_only(recipe: Recipe) -> bool:
     groups = [g for g in (recipe.data.sources, recipe.data.validation_sources) if g]
     if not all(is_local(source.path) for group in groups for source in group):
         return False
-    return all(cache.find(KIND, _key(recipe, group, chat)) for group in groups)
+    return all(cache.find(KIND, _key(recipe, _files(recipe, group), chat)) for group in groups)
 
 
 def dropped_file(data: PreparedData) -> Path:
     """The list of all rows of the training sources that were dropped, one JSON object a line."""
-    return cache.cache_root() / KIND / data.key / DROPPED
+    file = cache.cache_root() / KIND / data.key / DROPPED
+    if not data.names:
+        return file
+    today = file.with_name(f"dropped-{cache.key_of(data.names)[:8]}.jsonl")
+    write_renamed(file, data.names, today)
+    return today
 
 
 def _documents(
     recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
 ) -> tuple[Documents, dict[str, Any], bool]:
-    key, hidden = _key(recipe, sources, chat), private_paths(recipe.data)
-    names = tuple(shown_name(source, i, hidden) for i, source in enumerate(sources))
+    content, hidden = _files(recipe, sources), private_paths(recipe.data)
+    key = _key(recipe, content, chat)
+    files = file_names(sources, recipe.data.clean)
+    source_names = tuple(shown_name(source, i, hidden) for i, source in enumerate(sources))
 
     def build(staging: Path) -> dict[str, Any]:
         note = build_documents(staging, recipe, sources, chat)
-        if _key(recipe, sources, chat) != key:
+        if _files(recipe, sources) != content:
             paths = ", ".join(source.path for source in sources)
             raise DataError(paths, "changed while it was read", "run again when nothing writes into it any more")
-        return note
+        return {**note, "files": files}
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            return replace(open_documents(folder, **note["documents"]), source_names=names)
+            documents = open_documents(folder, **renamed_note(note, files)["documents"])
+            return replace(documents, source_names=source_names)
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
 
-    documents, note, hit = cache.make(KIND, key, build, opened)
-    return documents, {"key": key, **note}, hit
+    documents, note, hit = cache.make(KIND, key, build, opened, "prepared data")
+    report = renamed_note(note, files)["report"]
+    report = {**report, "sources": [_under_its_name(*pair) for pair in zip(report["sources"], sources, strict=True)]}
+    whole = {"key": key, "report": report, "renamed": other_names(note, files)}
+    return documents, {**whole, "content": _identity(documents, content, key)}, hit
 
 
-def _key(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> str:
+def _under_its_name(figures: dict[str, Any], source: Source) -> dict[str, Any]:
+    """What is reported of a source, with the names that it has in this recipe."""
+    named = {"path": source.path, **({"alias": source.alias} if source.alias else {})}
+    return {**named, **{key: value for key, value in figures.items() if key not in ("path", "alias")}}
+
+
+def _identity(documents: Documents, files: tuple[list[str], list[Content]], key: str) -> list[Any]:
+    """Identifies documents: the bytes of the files and the tokens made of them. Neither names nor versions count."""
+    evaluations, sources = files
+    digests = cache.digests(KIND, key)
+    whole = _hash_of(documents.offsets, documents.languages, documents.sources)
+    tokens = [digests[IDS], digests[TRAINED], whole, documents.language_names, documents.parts]
+    return [tokens, evaluations, [(source.rows, source.tools, source.reads) for source in sources]]
+
+
+def _hash_of(*arrays: Ints) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _files(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[Content]]:
+    """What is in the files that evaluations and sources name."""
+    asked = recipe.data.clean.decontaminate
+    evaluations = [] if asked is None else [content_hash(expand(name)) for name in asked.files]
+    return evaluations, [content_of(source) for source in sources]
+
+
+def _key(recipe: Recipe, files: tuple[list[str], list[Content]], chat: ChatTokenizer) -> str:
+    """Hash of everything that decides documents on disk: content and settings, and the code and packages at work."""
     data = recipe.data
     arranging = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
     settings = data.model_dump(mode="json", exclude=arranging)
     settings["clean"].pop("validation_overlap")
-    evaluations = (
-        [content_hash(expand(name)) for name in data.clean.decontaminate.files] if data.clean.decontaminate else []
-    )
-    content = [content_of(source) for source in sources]
-    return cache.key_of([FORMAT_VERSION, recipe.method, chat.fingerprint, settings, evaluations, content])
+    settings["clean"]["decontaminate"] = {**(settings["clean"]["decontaminate"] or {}), "files": None}
+    return cache.key_of([software(), recipe.method, chat.fingerprint, settings, *files])
+
+
+@lru_cache(maxsize=1)
+def software() -> list[str]:
+    """What makes documents of rows: this package's own code and shipped formats, and the packages that it uses."""
+    package = Path(__file__).parents[1]
+    code = [file for folder in ("chat", "data") for file in sorted((package / folder).glob("*.py"))]
+    formats = sorted((shipped("data_templates") / "formats").glob("*.yaml"))
+    own = content_hash([*code, package / "conversation.py", *formats])
+    return [own, unicodedata.unidata_version, *(f"{name} {version(name)}" for name in PACKAGES)]

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from nesso_tune.data.blocks import Block, Located, at_most, file_blocks, located
-from nesso_tune.data.files import content_hash, count_lines, expand, is_array, is_lines, is_local
+from nesso_tune.data.files import (
+    GLOB,
+    content_hash,
+    could_match,
+    count_lines,
+    expand,
+    files_under,
+    is_array,
+    is_lines,
+    is_local,
+)
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.hub import hub_blocks, hub_fingerprint, hub_size
 from nesso_tune.data.readers import is_reader, load_reader
 from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.paths import path_keys
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.shipped import local_path
+
+# Files that a run leaves, as patterns for data may match them.
+WRITTEN = ("metrics.jsonl", "data_report.json", "final/config.json", "checkpoint-1/trainer_state.json")
 
 
 def source_blocks(source: Source) -> Iterator[Block]:
@@ -60,14 +77,80 @@ def is_here(source: Source) -> bool:
     return True
 
 
-def content_of(source: Source) -> list[Any]:
-    """What decides the rows of a source: its content, how it is read, and the files that it names for that."""
+def check_output(recipe: Recipe) -> None:
+    """Raises RecipeError if a run would read what it writes, or its folder holds what it reads. Links are followed."""
+    output = Path(recipe.output_dir).resolve()
+    for key, path in _read_paths(recipe):
+        root = local_path(path)
+        several = root.is_dir() or (not root.exists() and GLOB & set(path))
+        if several and any(could_match(path, output / name) for name in WRITTEN):
+            raise RecipeError(
+                "output_dir", f"{recipe.output_dir} lies in {key} {path}: the run would read its own files as data",
+                "set an output_dir outside of it, or name only the files that are data",
+            )  # fmt: skip
+        files = expand(path) if several and not root.is_dir() else [root]
+        if inside := next((file for file in files if output in (file.resolve(), *file.resolve().parents)), None):
+            raise RecipeError(
+                key, f"{inside} lies in output_dir {recipe.output_dir}, which is for what the run writes",
+                "set another output_dir, or move the file",
+            )  # fmt: skip
+
+
+def _read_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Every path here that a run reads besides its base, with its key."""
+    data, template = recipe.data, recipe.chat.template
+    if template is not None and template.endswith((".yaml", ".yml")):
+        yield "chat.template", template
+    for i, source in enumerate((*data.sources, *data.validation_sources)):
+        key = f"data.sources.{i}" if i < len(data.sources) else f"data.validation_sources.{i - len(data.sources)}"
+        if is_local(source.path):
+            yield f"{key}.path", source.path
+        yield from ((f"{key}.{name}", path) for name, path in _helpers(source))
+    if data.clean.decontaminate is not None:
+        yield from (("data.clean.decontaminate.files", path) for path in data.clean.decontaminate.files)
+
+
+def _helpers(source: Source) -> Iterator[tuple[str, str]]:
+    """Files that tell how the rows of a source are read."""
+    if is_reader(source.format):
+        yield "format", source.format.rpartition(":")[0]
+    elif source.format.endswith((".yaml", ".yml")):
+        yield "format", source.format
+    if source.tools_file is not None:
+        yield "tools_file", source.tools_file
+    yield from (("reads", path) for path in source.reads)
+
+
+class Content(NamedTuple):
+    """What decides the rows of a source.
+
+    Attributes:
+        rows: hash of its files, or what identifies a data set of the hub.
+        tools, reads: hashes of the files that it names besides.
+        fmt: its mapping, or a hash of the reader's code; None where it is detected.
+        settings: keys of the recipe that say how it is read.
+    """
+
+    rows: str
+    tools: str | None
+    reads: list[str]
+    fmt: Any
+    settings: dict[str, Any]
+
+
+def content_of(source: Source) -> Content:
+    """What decides the rows of a source: its content, how it is read, and what is in the files that it names for that.
+
+    What any of these files is called, and where it lies, does not count.
+    """
     if is_reader(source.format):
         fmt: Any = load_reader(source.format).code
     else:
         fmt = None if source.format == "auto" else load_format(source.format).model_dump(mode="json")
     tools = None if source.tools_file is None else content_hash(expand(source.tools_file))
     content = content_hash(expand(source.path)) if is_here(source) else hub_fingerprint(source)
-    settings = source.model_dump(mode="json", exclude={"weight", "private", "alias"})
+    read = [content_hash(files_under(path)) for path in source.reads]
+    named = {key for (key,) in path_keys(Source)}
+    settings = source.model_dump(mode="json", exclude={"weight", "private", "alias", *named})
     settings["rules"] = {code: {**rule, "weight": None} for code, rule in settings["rules"].items()}
-    return [settings, fmt, tools, content]
+    return Content(content, tools, read, fmt, settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,25 @@ def _made(folder: Path, section: ModelSection, where: str, config: Any, kernel: 
 
 
 def base_hash(section: ModelSection) -> str:
-    """Identifies the base's weights: SHA-256 over its configuration and weight files."""
+    """Identifies the base: SHA-256 over its configuration and weight files, and its code if that is run.
+
+    Raises:
+        ModelError: for a file from the hub that is not what the hub has.
+    """
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
     digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    code = folder.glob("*.py") if section.trust_remote_code else ()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors"), *code]):
         with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+            own = hashlib.file_digest(stream, "sha256")
+        stored = file.resolve()  # the hub's cache calls large files by their hash
+        named = stored.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", stored.name) is not None
+        if named and stored.name != own.hexdigest():
+            what = f"{file.name} was damaged in the hub's cache"
+            raise ModelError(
+                f"model.base {section.base}", what, f"remove {stored} and fetch it again: `nesso-tune prepare`"
+            )
+        digest.update(own.digest())
     return digest.hexdigest()[:16]
 
 

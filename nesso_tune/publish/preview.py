@@ -16,7 +16,7 @@ from nesso_tune.publish.view_html import page
 from nesso_tune.publish.view_text import lines
 from nesso_tune.recipes.describe import row_name
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path
+from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, is_result, local_path
 from nesso_tune.training.collate import ConversationCollator, PairCollator
 from nesso_tune.training.tally import Groups
 
@@ -80,7 +80,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if local_path(base).exists():
         return recipe, ()
     with suppress(RunEnvironmentError):
-        if not base.endswith("/final"):
+        if not is_result(base):
             base_folder(base, recipe.model.revision)
             return recipe, ()
     model = recipe.model.model_copy(update={"base": bundled_base(), "revision": None})

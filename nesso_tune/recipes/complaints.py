@@ -12,6 +12,7 @@ from nesso_tune.recipes.document import Document
 from nesso_tune.recipes.keys import Path, section_at, suggest_key
 from nesso_tune.recipes.lint import lint
 from nesso_tune.recipes.names import closest, shortened
+from nesso_tune.recipes.paths import PATH_ERROR
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 
 EXPECTED = {
@@ -105,6 +106,10 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
         return Problem(where, what, f"add it: {_description(model, path)}")
     if value is None:
         return Problem(where, f"{key} is not set", f"give it a value: {_description(model, path)}")
+    if kind == PATH_ERROR:
+        remedy = item["ctx"]["remedy"]
+        return Problem(where, f"{key} {item['ctx']['what']}",
+                       f'{remedy} --set {_dotted(path)}="{value}"' if remedy.endswith(":") else remedy)  # fmt: skip
     if kind == "value_error":
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
     blank = not value.strip() if isinstance(value, str) else value in ([], {})

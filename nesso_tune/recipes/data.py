@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from nesso_tune.recipes.paths import FilePath, PathName
 from nesso_tune.recipes.sections import Count, NonEmpty, Role, Section
 
 Plain = str | int | float | bool
@@ -26,7 +27,7 @@ class Rule(Section):
 class Source(Section):
     """One source of rows."""
 
-    path: NonEmpty
+    path: FilePath
     """File, glob, folder, or hub id of a data set."""
     split: NonEmpty = "train"
     """Split of a hub data set."""
@@ -36,9 +37,12 @@ class Source(Section):
     """Hub commit, branch or tag to pin."""
     alias: NonEmpty | None = None
     """What reports and shares call this source; null: its path."""
-    format: NonEmpty = "auto"
+    format: FilePath = "auto"
     """Name of a mapping under data_templates/formats/, a file of that kind, `FILE.py:FUNCTION` (a reader of your own,
     which makes a row of a known format of any row), or auto."""
+    reads: Annotated[tuple[FilePath, ...], Field(strict=False)] = ()
+    """Files that your own reader opens: a change of one of them is then seen. Its imports from beside it are seen
+    without this; what it gets from anywhere else is not."""
     where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False, min_length=1)]] = Field(default={})
     """Only rows whose columns have these values, e.g. {source: [a, b]}; the others count as `not_selected`."""
     messages_field: NonEmpty | None = None
@@ -53,7 +57,7 @@ class Source(Section):
     """Column that holds a system message."""
     tools_field: NonEmpty | None = None
     """Column that holds the tools on offer: a list of schemas, or the list as JSON text (default `tools`)."""
-    tools_file: NonEmpty | None = None
+    tools_file: FilePath | None = None
     """JSON file with the tools on offer in rows that name none themselves."""
     prompt_field: NonEmpty | None = None
     """Column that holds the instruction or the prompt."""
@@ -94,7 +98,7 @@ class Source(Section):
 class Decontamination(Section):
     """Drop rows that contain a text of an evaluation: n-gram overlap as in Tulu 3 (arXiv:2411.15124, §3.2)."""
 
-    files: Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)]
+    files: Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
     """Files with evaluation texts: JSON lines, JSON or Parquet."""
     fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
     """Their columns that hold the texts; empty looks for prompt, question, instruction, input and messages."""
@@ -131,7 +135,7 @@ class MixtureSection(Section):
 
     by: Literal["language", "source"]
     """What the shares are of."""
-    shares: Annotated[dict[NonEmpty, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
+    shares: Annotated[dict[PathName, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
     """Share of each language, or of each source by alias or path; they add up to 1, 0 leaves a group out. `other`
     stands for all that are not named."""
     repeat: float = Field(default=1.0, ge=1, le=1000)

@@ -75,11 +75,14 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
     for code, _ in _rules(source):
         yield from wrong_code((*here, "rules", code), code)
     used = KNOBS_OF_FORMAT.get(style) if isinstance(style, str) else None
-    if isinstance(style, str) and ".py:" in style:
+    own = isinstance(style, str) and ".py:" in style
+    if own:
         used, style = ("tools_file",), "of your own reader"
     for knob in KNOBS if used is not None else ():
         if knob not in (used or ()) and get(source, knob) is not None:
             yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
+    if get(source, "reads") and not own:
+        yield Finding((*here, "reads"), "has no effect without a reader of your own", "set format: FILE.py:FUNCTION")
     scored: list[Path] = [("min_score",)] if get(source, "min_score") is not None else []
     scored += [("rules", code, "min_score") for code, rule in _rules(source) if get(rule, "min_score") is not None]
     for path in scored if get(source, "score_field") is None else ():

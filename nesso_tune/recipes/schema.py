@@ -11,6 +11,7 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nesso_tune.recipes.data import DPOData, SFTData
 from nesso_tune.recipes.lint import lint
+from nesso_tune.recipes.paths import FilePath
 from nesso_tune.recipes.schedule import Shape
 from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, NonEmpty, Section
 
@@ -156,7 +157,7 @@ class LoggingSection(Section):
 class BaseRecipe(Section):
     """What both methods share."""
 
-    output_dir: NonEmpty
+    output_dir: FilePath
     """The run directory: all that a run leaves."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of everything random."""

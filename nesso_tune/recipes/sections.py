@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from nesso_tune.recipes.paths import FilePath
+
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # stands in one line of a script
@@ -46,7 +48,7 @@ class LoraSection(Section):
 class ModelSection(Section):
     """The base model and how it is held in memory."""
 
-    base: NonEmpty
+    base: FilePath
     """Hub id or folder of the base model; for DPO the result of SFT."""
     revision: NonEmpty | None = None
     """Hub commit, branch or tag to pin."""
@@ -65,7 +67,7 @@ class ModelSection(Section):
 class ChatSection(Section):
     """How conversations become text: the template and its tokens."""
 
-    template: NonEmpty | None = None
+    template: FilePath | None = None
     """Name of a chat template under data_templates/chat/, or a file of that kind; null takes what the base was
     trained with, else chatml. A base whose own Jinja template writes neither that nor another of ours is refused until
     this key says what to use."""

@@ -107,12 +107,19 @@ def unsupported(config: dict[str, Any]) -> str | None:
     return "is an encoder-decoder; version 1 trains decoders" if config.get("is_encoder_decoder") else None
 
 
+def hub_cache() -> Path:
+    """Where huggingface_hub keeps what it fetched, by its own rules, without importing it."""
+    caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser(caches), "huggingface"))
+    said = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(said)))
+
+
 def _config_file(model: ModelSection) -> Path | None:
     folder = local_path(model.base)
     if folder.is_dir():
         return folder / "config.json"
-    home = os.environ.get("HF_HOME", str(Path("~/.cache/huggingface").expanduser()))
-    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")) / f"models--{model.base.replace('/', '--')}"
+    hub = hub_cache() / f"models--{model.base.replace('/', '--')}"
     revision = model.revision or "main"
     reference = hub / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+
+from nesso_tune.recipes.paths import flag_path
 
 PACKAGE = Path(__file__).resolve().parent.parent
 BUNDLED_TOKENS = 2
@@ -37,14 +38,19 @@ def local_path(text: str) -> Path:
 
     So the quickstart runs from any folder, installed or not.
     """
-    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, an unknown user is no error
+    path = Path(text)
     inside = shipped("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
     return inside if inside is not None and not path.exists() and inside.exists() else path
 
 
+def is_result(base: str) -> bool:
+    """Whether a base is named as what a run makes: `OUTPUT_DIR/final`, which may not exist yet."""
+    return base.rstrip("/").endswith("/final")
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file a recipe name means: a path as it is, or a shipped recipe by its name (`quickstart/sft`)."""
-    path = Path(name)
+    path = Path(flag_path(str(name)))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return local_path(str(path))
     return next((p for p in (shipped("recipes") / f"{name}.yaml",) if p.is_file()), path)

@@ -28,7 +28,8 @@ from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
 FILE = "reference.safetensors"
-KIND, CACHED = "reference", 1  # its place in the cache, and the version of what is there
+KIND, CACHED = "reference", 2  # its place in the cache, and the version of what is there
+CALLED = "the reference of these pairs"
 
 
 @torch.no_grad()
@@ -104,12 +105,7 @@ def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[R
 
 def cached_reference(key: str) -> Reference | None:
     """The reference of this key that an earlier run left in the cache, if it is there and whole."""
-    if cache.find(KIND, key) is None:
-        return None
-    try:
-        return load_reference(cache.cache_root() / KIND / key, key)
-    except RunEnvironmentError:
-        return None
+    return cache.look_up(KIND, key, _opened, CALLED)
 
 
 def cache_reference(key: str, reference: Reference) -> None:
@@ -119,13 +115,14 @@ def cache_reference(key: str, reference: Reference) -> None:
         save_reference(staging, reference, key)
         return {"pairs": len(reference)}
 
-    def opened(folder: Path, _: dict[str, Any]) -> Reference:
-        try:
-            return load_reference(folder, key)
-        except RunEnvironmentError as error:
-            raise cache.Damaged(str(error)) from None
+    cache.make(KIND, key, build, _opened, CALLED)
 
-    cache.make(KIND, key, build, opened)
+
+def _opened(folder: Path, _: dict[str, Any]) -> Reference:
+    try:
+        return load_reference(folder, folder.name)
+    except RunEnvironmentError as error:
+        raise cache.Damaged(str(error)) from None
 
 
 def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:

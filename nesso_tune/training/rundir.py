@@ -12,7 +12,9 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 
 from nesso_tune.data.locks import acquire
+from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
+from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
 from nesso_tune.training.checkpoint import (
@@ -25,6 +27,7 @@ from nesso_tune.training.checkpoint import (
     remove_staging,
     sync,
 )
+from nesso_tune.training.facts import names_content
 from nesso_tune.training.layout import FINAL, LOCK, METRICS, RECIPE, check_path, is_foreign, run_manifest
 from nesso_tune.training.overwrite import ASIDE, FAILED_METRICS, is_pending, move_aside, settle
 
@@ -44,6 +47,7 @@ class RunDir:
         notes: what was found and done on opening, for the user.
         changed: keys of the recipe whose change was accepted, with both values.
         environment: what is otherwise than where the checkpoint was written, with both values.
+        moved: keys that name other files than before, with both values: `check_same_run` compares their content.
         made: the folder was not there before.
         lock: keeps others out; only the main process has it.
     """
@@ -54,6 +58,7 @@ class RunDir:
     notes: tuple[str, ...] = ()
     changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    moved: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     made: bool = False
     lock: BaseFileLock | None = None
 
@@ -120,8 +125,9 @@ def open_run(
         RunEnvironmentError: if the folder is foreign, locked or not writable, or no checkpoint is usable.
         RecipeError: if the folder holds a run of another recipe.
     """
-    path = Path(recipe.output_dir)
+    path, resume = Path(recipe.output_dir), flag_path(resume)
     check_path(path)
+    check_output(recipe)
     if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
         raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
     foreign = not is_pending(path) and run_manifest(path, overwrite) is None and path.exists()
@@ -180,6 +186,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...]) -> RunDir:
     path = run.path
     changed = differences(manifest["recipe"], dump(recipe))
+    moved = {key: changed.pop(key) for key in list(changed) if names_content(key, changed[key], recipe)}
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:
         raise RecipeError(
@@ -193,14 +200,14 @@ def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str
             "train it again with --overwrite, or set another output_dir",
         )  # fmt: skip
     if finished:
-        return replace(run, finished=True)
+        return replace(run, finished=True, moved=moved)
     if resume == "never":
         raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
     if resume != "auto":
         chosen = _chosen(Path(resume), path)
         for later in checkpoints(path)[: checkpoints(path).index(path / chosen.name)]:
             _set_aside(later, "later")  # or it would win the next time
-        return replace(run, checkpoint=chosen, changed=changed)
+        return replace(run, checkpoint=chosen, changed=changed, moved=moved)
     newest, damaged = _newest_whole(path)
     if newest is None and (damaged or any(path.glob(f"damaged-{PREFIX}*"))):
         said = "; ".join(f"{candidate.name}: {why}" for candidate, why in damaged) or "all were set aside before"
@@ -214,7 +221,7 @@ def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str
         notes.insert(0, "its final/ is missing or damaged: made again")
         if os.path.lexists(path / FINAL):
             notes[0] += f"; what stands there is kept as {_set_aside(path / FINAL, 'damaged').name}"
-    return replace(run, checkpoint=newest, notes=tuple(notes), changed=changed)
+    return replace(run, checkpoint=newest, notes=tuple(notes), changed=changed, moved=moved)
 
 
 def _newest_whole(path: Path) -> tuple[Path | None, list[tuple[Path, str]]]:

@@ -107,17 +107,58 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
 
 
-@pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "entries.npz", cache.DONE])
-@pytest.mark.parametrize("keep", [0, 0.5])
-def test_damaged_files_are_made_again(recipe, name, keep):
-    whole = ids(prepare_data(recipe))
+FILES = ["ids.bin", "trained.bin", "entries.npz", "dropped.jsonl", cache.DONE]
+
+
+def flip(file, at=0.5):
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * at)] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def with_drops(sft, write_rows, chats):
+    return sft(write_rows([*chats, {"messages": []}]))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_named_and_made_again(with_drops, name, capfd):
+    whole = ids(prepare_data(with_drops))
     file = the_folder() / name
-    content = file.read_bytes()
-    file.write_bytes(content[: int(len(content) * keep)])
-    again = prepare_data(recipe)
-    assert again.report["cache_hit"] is False
-    assert ids(again) == whole
-    assert prepare_data(recipe).report["cache_hit"]
+    for damage in (lambda: flip(file, 0.3), lambda: file.write_bytes(file.read_bytes()[:7]), file.unlink):
+        damage()
+        again = prepare_data(with_drops)
+        assert again.report["cache_hit"] is False
+        assert ids(again) == whole
+        assert f"prepared data in {the_folder()} was damaged ({name}" in capfd.readouterr().err
+        assert prepare_data(with_drops).report["cache_hit"]
+        assert not capfd.readouterr().err
+
+
+def test_any_flipped_bit_of_the_note_is_seen(recipe):
+    """What is there twice, in the text and in its hash, disagrees wherever one of them changes."""
+    prepare_data(recipe)
+    folder, content = the_folder(), (the_folder() / cache.DONE).read_bytes()
+    assert cache.find("documents", folder.name)
+    for at in range(0, len(content), 41):
+        (folder / cache.DONE).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 7)]) + content[at + 1 :])
+        assert cache.find("documents", folder.name) is None, content[at - 20 : at + 20]
+
+
+def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hashed(recipe, monkeypatch):
+    def run(trusted=None):
+        hashed = []
+        monkeypatch.setattr(cache, "_checked", dict(trusted or {}))
+        monkeypatch.setattr(cache, "_digest", lambda file: hashed.append(file.name) or digest(file))
+        prepare_data(recipe)
+        prepare_data(recipe)
+        return sorted(hashed)
+
+    digest = cache._digest
+    prepare_data(recipe)
+    seen, names = cache.checked(), sorted(name for name in FILES if name != cache.DONE)
+    assert run() == names
+    assert run(seen) == []
 
 
 def test_a_failed_build_leaves_nothing():
@@ -168,7 +209,7 @@ def test_a_build_killed_half_way_is_done_again(tmp_path):
 def test_the_note_is_plain_json(recipe):
     prepare_data(recipe)
     note = json.loads((the_folder() / cache.DONE).read_text())
-    assert note["documents"]["languages"] == ["it", "en"]
+    assert note["note"]["documents"]["languages"] == ["it", "en"]
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(sft, write_rows, chats, tmp_path):

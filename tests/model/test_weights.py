@@ -1,5 +1,6 @@
 """Weights are never random by accident, the vocabulary fits, and new tokens start from related ones."""
 
+import hashlib
 import json
 import shutil
 
@@ -154,3 +155,20 @@ def test_a_base_that_scales_its_logits_is_trained_in_batches(base, tmp_path):
     model, _ = load(folder, random_init=True)
     assert not attends_by_document(model)
     assert kernel_in_words(model, "float32") == "sdpa, with masks"
+
+
+def test_a_file_of_the_hubs_cache_that_is_not_what_the_hub_has_is_named(tmp_path, whole_base):
+    """The cache calls a large file by its hash."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(whole_base, snapshot)
+    blobs.mkdir()
+    weights = (snapshot / "model.safetensors").read_bytes()
+    blob = blobs / hashlib.sha256(weights).hexdigest()
+    blob.write_bytes(weights)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    section = ModelSection(base=str(snapshot))
+    assert base_hash(section) == base_hash(ModelSection(base=whole_base))
+    blob.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"model\.safetensors was damaged in the hub's cache; remove .*/blobs/"):
+        base_hash(section)

@@ -189,7 +189,7 @@ def test_what_changes_the_reference_is_scored_anew(tmp_path, pairs, write_rows):
         assert not scored(tmp_path / name), name
 
 
-def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_path, pairs):
+def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_path, pairs, capfd):
     few = {"train": {"max_steps": 1}, "evaluation": None}
     train(recipe("dpo", tmp_path / "base", [pairs], **few))
     model = {"base": str(tmp_path / "base" / "final"), "random_init": False}
@@ -206,6 +206,7 @@ def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_pa
         file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
     train(recipe("dpo", tmp_path / "d", [pairs], model=model, **few))
     assert not scored(tmp_path / "d")
+    assert "was damaged (reference.safetensors): making it again" in capfd.readouterr().err
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path, pairs, monkeypatch):

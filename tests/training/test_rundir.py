@@ -2,17 +2,20 @@
 
 import errno
 import json
+import re
 import shutil
 
 import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.recipes.load import load_recipe
+from nesso_tune.recipes.shipped import shipped
 from nesso_tune.run import train
 from nesso_tune.training import checkpoint
+from nesso_tune.training.facts import MADE_OF, check_same_run
 from nesso_tune.training.metrics import MetricsLog, read_metrics
 from nesso_tune.training.rundir import differences, open_run, write_end, write_start
-from tests.support.runs import recipe
+from tests.support.runs import recipe, steps
 
 
 @pytest.fixture
@@ -273,3 +276,103 @@ def test_only_whole_numbers_name_checkpoints(tmp_path):
     for name in ("checkpoint-²", "checkpoint-x", "checkpoint-", "checkpoint-10"):
         (tmp_path / name).mkdir()
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def one_gone(run):
+    """As if the run had been stopped before its last save."""
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-4")
+
+
+def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, whole_base):
+    """A chain, stopped in its second run, is moved as a whole; then something is not what it was."""
+    (tmp_path / "old").mkdir()
+    data = shutil.copy(talks, tmp_path / "old" / "talks.jsonl")
+    base = shutil.copytree(whole_base, tmp_path / "old" / "base")
+    template = shutil.copy(shipped("data_templates") / "chat" / "chatml.yaml", tmp_path / "old" / "mine.yaml")
+
+    def made(folder, source="talks.jsonl", model="base", **data):
+        there = {"path": f"{folder}/{source}"}
+        return recipe(
+            "sft", folder / "run", [], model={"base": f"{folder}/{model}", "random_init": False}, evaluation=None,
+            chat={"template": f"{folder}/{template.name}"}, data={"sources": [there], **data},
+        )  # fmt: skip
+
+    train(made(tmp_path / "old"))
+    losses = steps(tmp_path / "old" / "run")
+    one_gone(tmp_path / "old" / "run")
+    new = (tmp_path / "old").rename(tmp_path / "new")
+    (new / data.name).rename(new / "renamed.jsonl")
+    (new / "linked").symlink_to(new / base.name)
+    moved, said = made(new, "renamed.jsonl", "linked"), []
+    assert train(moved, say=said.append).trained
+    assert steps(new / "run") == losses
+    assert "an unfinished run: it continues from checkpoint-2" in said
+    assert "the base is named otherwise (model.base), but has the same content" in said
+    assert "the data is named otherwise (data.sources.0.path), but has the same content" in said
+    assert "the template is named otherwise (chat.template), but has the same content" in said
+    assert train(made(new, "../new/renamed.jsonl")).trained is False, "the finished run is the same one too"
+    one_gone(new / "run")
+    (new / "other.jsonl").write_text((new / "renamed.jsonl").read_text().replace("Roma", "Toma"))
+    with pytest.raises(RecipeError) as refused:
+        train(made(new, "other.jsonl"))
+    said_of_data = r'the data changed \(\w+ -> \w+; data.sources.0.path: ".*/renamed.jsonl" -> ".*/other.jsonl"\); name'
+    assert re.search(f"{said_of_data} what it began with in data.sources.0.path, or start anew", str(refused.value))
+    other = shutil.copytree(base if base.exists() else new / "base", new / "other")
+    flipped = bytearray((other / "model.safetensors").read_bytes())
+    flipped[-2] ^= 1
+    (other / "model.safetensors").write_bytes(flipped)
+    with pytest.raises(
+        RecipeError, match=r'the base model\'s weights changed \(.*; model.base: ".*linked" -> ".*other"'
+    ):
+        train(made(new, "renamed.jsonl", "other"))
+    for saved in (new / "run").glob("checkpoint-*"):
+        shutil.rmtree(saved)  # nothing to go on from: it is other data all the same
+    with pytest.raises(RecipeError, match="the data changed"):
+        train(made(new, "other.jsonl"))
+    assert json.loads((new / "run" / "manifest.json").read_text())["recipe"]["data"]["sources"][0]["path"].endswith(
+        "renamed.jsonl"
+    ), "a refusal writes nothing"
+
+
+def test_which_changes_of_a_recipe_are_only_of_names(tmp_path, talks, pairs):
+    """A key that says how rows are read is refused at once, with both values."""
+    some = recipe("sft", tmp_path / "run", [talks])
+    open_run(some).close()
+    run = open_run(some)
+    write_start(run, some, {"nesso_tune": "0"})
+    run.close()
+    raw = some.model_dump(mode="json")
+    raw["data"]["sources"][0] |= {"path": pairs, "alias": "mine", "format": "messages"}
+    raw["model"]["revision"] = "0" * 40
+    raw["chat"]["template"] = "llama3"
+    raw["model"]["random_init"] = False
+    with pytest.raises(RecipeError, match=r"its run has model\.random_init: true, the recipe now says false") as error:
+        open_run(type(some).model_validate(raw))
+    assert len(error.value.problems) == 1
+    raw["model"]["random_init"] = True
+    del raw["model"]["revision"]
+    again = open_run(type(some).model_validate(raw))
+    assert sorted(again.moved) == [
+        "chat.template", "data.sources.0.alias", "data.sources.0.format", "data.sources.0.path"
+    ]  # fmt: skip
+    assert not again.changed
+    again.close()
+
+
+def test_data_of_a_run_begun_before_data_was_its_content_cannot_be_compared(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"begun by an earlier nesso-tune \(0\.0\), .*; continue it with that version"
+    ):
+        check_same_run(tmp_path, {"nesso_tune": "0.0", "data": "a"}, {**dict.fromkeys(MADE_OF), "data": "b"}, False)
+
+
+def test_an_output_dir_with_its_data_is_refused_before_anything_is_written(tmp_path, talks):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(talks, folder / "a.jsonl")
+    with pytest.raises(
+        RecipeError, match=r"output_dir: .*run lies in data.sources.0.path .*: the run would read its own"
+    ):
+        train(recipe("sft", folder / "run", [folder]))
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]

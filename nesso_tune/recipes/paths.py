@@ -1,0 +1,100 @@
+"""Paths as a recipe, a flag or the environment names them: `~` is expanded once, here, and nowhere later.
+
+Libraries expand `~` too, each in its own place; a path that still held one would mean two folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from typing import Annotated, Any, get_args
+
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import PydanticCustomError
+
+from nesso_tune.errors import RecipeError, RunEnvironmentError
+
+VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
+PATH_ERROR = "path"  # type of the error that `FilePath` raises
+
+
+def expand_home(text: str) -> str:
+    """A path with a leading `~` or `~user` expanded; anything else, a hub id or a name included, stays as it is.
+
+    Raises:
+        ValueError: for a folder of a user that does not exist here. A file may be called `~draft.jsonl`.
+    """
+    path = os.path.expanduser(text)
+    if path == text and text.startswith("~") and "/" in text:
+        raise ValueError(f"there is no user `{text[1:].partition('/')[0]}` here")
+    return path
+
+
+def flag_path(text: str) -> str:
+    """A path that a command line or a caller gives. The shell has expanded variables, but not `--flag=~/x`.
+
+    Raises:
+        RecipeError: for a folder of a user that does not exist here.
+    """
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise RecipeError(text, str(error), "write the whole path") from None
+
+
+def environment_path(name: str) -> str | None:
+    """The path in an environment variable; None if it is unset or empty.
+
+    Raises:
+        RunEnvironmentError: if it holds a variable that no shell expanded.
+    """
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if found := VARIABLE.search(text):
+        what = f"is {text}, and nothing expands {found[0]} in it"
+        raise RunEnvironmentError(name, what, f'export {name}="{text}" in a shell, or write the path itself')
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise RunEnvironmentError(name, str(error), "write the whole path") from None
+
+
+def _expanded(text: str) -> str:
+    if found := VARIABLE.search(text):
+        raise PydanticCustomError(
+            PATH_ERROR, "{what}; {remedy}",
+            {"what": f"holds {found[0]}, which is not expanded in a recipe",
+             "remedy": "write the path itself, or let the shell expand it:"},
+        )  # fmt: skip
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise PydanticCustomError(
+            PATH_ERROR, "{what}; {remedy}", {"what": f"is {text}, and {error}", "remedy": "write the whole path"}
+        ) from None
+
+
+_PATH = AfterValidator(_expanded)
+FilePath = Annotated[str, Field(pattern=r"\S"), _PATH]  # of a file or folder; also what may be a hub id or a name
+PathName = Annotated[str, Field(pattern=r"\S"), AfterValidator(os.path.expanduser)]  # a name, by default a path
+
+
+@cache
+def path_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
+    """Every key of `model`, with the sections that lead to it, whose value is a path or a list of paths."""
+    found: set[tuple[str, ...]] = set()
+    for name, field in model.model_fields.items():
+        parts = [*field.metadata, *_parts(field.annotation)]
+        if _PATH in parts:
+            found.add((name,))
+        for part in parts:
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                found |= {(name, *below) for below in path_keys(part)}
+    return frozenset(found)
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """An annotation and all that is inside Optional, tuple, dict and Annotated."""
+    return [annotation, *(part for inside in get_args(annotation) for part in _parts(inside))]

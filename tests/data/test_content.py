@@ -1,0 +1,257 @@
+"""Data is its content: where it lies and what it is called changes nothing but the names that are shown."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nesso_tune import DataError, RecipeError, prepare_data
+from nesso_tune.data import cache
+from nesso_tune.data.places import renamed
+from nesso_tune.data.prepare import dropped_file, software
+from nesso_tune.data.sources import check_output
+from nesso_tune.recipes.schema import SFTRecipe
+
+CASES = Path(__file__).parents[3] / "shared" / "cases"
+
+
+def rows_of(data):
+    return [row["input_ids"] for row in data.train]
+
+
+@pytest.fixture
+def folder(tmp_path, write_rows, chats):
+    """Two files in a folder, one of them with rows that cannot be used, and what a recipe may name besides."""
+    (tmp_path / "data").mkdir()
+    write_rows([*chats[:6], {"messages": []}, chats[0]], "data/a.jsonl")
+    write_rows([*chats[6:], {"messages": [{"role": "user", "content": "?"}]}], "data/b.jsonl")
+    (tmp_path / "data" / "tools.txt").write_text('[{"name": "f", "parameters": {"type": "object"}}]')
+    (tmp_path / "data" / "mine.yaml").write_text(
+        "kind: conversation\nmessages_field: [messages]\nrole_field: [role]\ncontent_field: [content]\n"
+        "roles: {user: user, assistant: assistant}\n"
+    )
+    (tmp_path / "data" / "asked.txt").write_text('{"prompt": "Di che colore è il cielo?"}\n')
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def recipe_in(sft):
+    def make(folder, path="*.jsonl", **keys):
+        source = {"path": f"{folder}/{path}", "format": f"{folder}/mine.yaml", "tools_file": f"{folder}/tools.txt"}
+        clean = {"duplicates": "drop", "decontaminate": {"files": [f"{folder}/asked.txt"], "ngram": 4}}
+        return sft(source | keys, clean=clean, validation_size=2, sequence_len=512)
+
+    return make
+
+
+def test_moved_renamed_linked_and_otherwise_spelt_it_is_the_same_data_under_its_present_names(
+    folder, recipe_in, tmp_path, monkeypatch
+):
+    first = prepare_data(recipe_in(folder))
+    same = {}
+    monkeypatch.chdir(tmp_path)
+    same["relative"] = recipe_in("data")
+    same["dotted"] = recipe_in("./x/../data") if (tmp_path / "x").mkdir() is None else None
+    same["a folder"] = recipe_in(folder, "")
+    (tmp_path / "link").symlink_to(folder)
+    same["linked"] = recipe_in(tmp_path / "link")
+    same["called otherwise"] = recipe_in(folder, alias="mine")
+    shutil.copytree(folder, tmp_path / "else where")
+    (tmp_path / "else where" / "b.jsonl").rename(tmp_path / "else where" / "a: of 3.jsonl")
+    for file, new in (("a.jsonl", "A 1.jsonl"), ("mine.yaml", "m.yaml"), ("tools.txt", "t"), ("asked.txt", "q")):
+        (tmp_path / "else where" / file).rename(tmp_path / "else where" / new)
+    moved = recipe_in(tmp_path / "else where").model_dump(mode="json")
+    moved["data"]["sources"][0] |= {
+        "format": f"{tmp_path}/else where/m.yaml", "tools_file": f"{tmp_path}/else where/t"
+    }  # fmt: skip
+    moved["data"]["clean"]["decontaminate"]["files"] = [f"{tmp_path}/else where/q"]
+    same["renamed"] = SFTRecipe.model_validate(moved)
+    for name, recipe in same.items():
+        data = prepare_data(recipe)
+        assert data.report["cache_hit"], name
+        assert data.report["fingerprint"] == first.report["fingerprint"], name
+        source = recipe.data.sources[0]
+        assert data.report["sources"][0]["path"] == source.path, name
+        assert data.report["sources"][0].get("alias") == source.alias, name
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("NESSO_TUNE_CACHE", str(tmp_path / f"cache-{name}"))
+            fresh = prepare_data(recipe)  # under these names from the start
+            listed = dropped_file(fresh).read_text()
+        assert fresh.report | {"cache_hit": True} == data.report, name
+        assert fresh.train.documents.prefixes == data.train.documents.prefixes, name
+        assert dropped_file(data).read_text() == listed, name
+        assert len(listed.splitlines()) == 4, "two of no use, a repeated one, and one that is asked in an evaluation"
+    assert f"{tmp_path}/else where/A 1.jsonl:7" in listed
+
+
+def test_what_is_in_any_of_the_files_counts(folder, recipe_in):
+    recipe = recipe_in(folder)
+    seen = {prepare_data(recipe).report["fingerprint"]}
+    for name, old, new in (
+        ("a.jsonl", "Roma", "Toma"), ("mine.yaml", "[content]", "[content, text]"), ("tools.txt", '"f"', '"g"'),
+        ("asked.txt", "Di che colore", "Chi ha visto mai"),
+    ):  # fmt: skip
+        file = folder / name
+        file.write_text(file.read_text().replace(old, new))
+        report = prepare_data(recipe).report
+        assert not report["cache_hit"], name
+        seen.add(report["fingerprint"])
+    assert len(seen) == 4, "another mapping that reads the same is the same data"
+
+
+def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_rows, chats, tmp_path):
+    def made(a, b):
+        sources = [{"path": a, "alias": "one"}, b]
+        return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report
+
+    a, b = write_rows(chats[:5], "a.jsonl"), write_rows(chats[5:], "b.jsonl")
+    first = made(a, b)
+    other = shutil.copy(b, tmp_path / "c.jsonl")
+    second = made(a, str(other))
+    assert second["fingerprint"] == first["fingerprint"]
+    assert [group["name"] for group in second["mixture"]] == ["one", str(other)]
+
+
+def test_names_in_places():
+    names = {"a": "A", "a:1": "other", "b c.jsonl": "B"}
+    texts = {
+        "a:5": "A:5", "a:1:5": "A:1:5", "b c.jsonl row 3": "B row 3", "a:5: of b c.jsonl:2": "A:5: of B:2",
+        "of a:9": "of A:9", "x/a:5": "x/a:5", "a:5: 12 tokens": "A:5: 12 tokens", "nothing a here": "nothing a here",
+    }  # fmt: skip
+    for text, expected in texts.items():
+        assert renamed(text, names) == expected, text
+
+
+def test_other_code_or_packages_prepare_anew_and_the_same_rows_are_the_same_data(sft, write_rows, chats, monkeypatch):
+    recipe = sft(write_rows(chats))
+    first = prepare_data(recipe).report
+    assert any(entry.startswith("tokenizers ") for entry in software())
+    monkeypatch.setattr("nesso_tune.data.prepare.software", lambda: ["tokenizers 9"])
+    second = prepare_data(recipe).report
+    assert not second["cache_hit"]
+    assert second["fingerprint"] == first["fingerprint"]
+
+
+READER = """
+from myhelper import fix
+import json, os
+HERE = os.path.dirname(__file__)
+def f(row):
+    import lazily.inside as late
+    return {"prompt": fix(row["q"]), "response": json.load(open(os.path.join(HERE, "map.json"))).get(row["a"], late.NO)}
+"""
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A reader with a module, a package that it imports when it is called, and a table."""
+    here = tmp_path / "reader"
+    (here / "lazily").mkdir(parents=True)
+    (here / "rd.py").write_text(READER)
+    (here / "myhelper.py").write_text("from lazily import shared\ndef fix(t): return t + shared.MARK\n")
+    (here / "lazily" / "__init__.py").write_text("")
+    (here / "lazily" / "inside.py").write_text("from .shared import MARK\nNO = 'no'\n")
+    (here / "lazily" / "shared.py").write_text("MARK = '!'\n")
+    (here / "map.json").write_text('{"uno": "DUE"}')
+    (here / "d.jsonl").write_text("".join(json.dumps({"q": f"domanda {i}", "a": "uno"}) + "\n" for i in range(3)))
+    monkeypatch.syspath_prepend(str(here))
+    return here
+
+
+def test_what_a_reader_imports_and_declares_is_seen_when_it_changes(reader, sft):
+    source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/map.json"]}
+    recipe = sft(source)
+    first = prepare_data(recipe)
+    assert prepare_data(recipe).report["cache_hit"]
+    known = [rows_of(first)]
+    for name, old, new in (
+        ("map.json", "DUE", "TRE"), ("myhelper.py", "t +", "t.upper() +"), ("lazily/shared.py", "!", "?"),
+        ("rd.py", '["q"]', '["a"]'), ("lazily/inside.py", "'no'", "'na'"),
+    ):  # fmt: skip
+        file = reader / name
+        times, text = file.stat(), file.read_text().replace(old, new)
+        file.write_text(text)
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # Python alone would take its compiled code
+        data = prepare_data(recipe)
+        assert not data.report["cache_hit"], name
+        assert (rows_of(data) in known) == (name == "lazily/inside.py"), name
+        known.append(rows_of(data))
+    moved = shutil.copytree(reader, reader.parent / "moved")
+    again = sft({"path": f"{moved}/d.jsonl", "format": f"{moved}/rd.py:f", "reads": [f"{moved}/map.json"]})
+    assert prepare_data(again).report["fingerprint"] == data.report["fingerprint"]
+
+
+def test_a_file_that_is_read_must_be_there_and_needs_a_reader(reader, sft):
+    source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/mop.json"]}
+    with pytest.raises(DataError, match=r"mop\.json: no such file; did you mean .*map\.json"):
+        prepare_data(sft(source))
+    for fmt in ("auto", "messages"):
+        with pytest.raises(ValueError, match=r"reads: has no effect without a reader of your own; set format: FILE"):
+            sft(source | {"format": fmt})
+
+
+def test_two_readers_have_helpers_of_their_own_though_they_are_called_alike(tmp_path, sft, write_rows):
+    path, made = write_rows([{"q": "a"}, {"q": "b"}]), []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "helper.py").write_text(f"WORD = '{name}'\n")
+        (tmp_path / name / "rd.py").write_text(
+            "import os, sys\nsys.path.insert(0, os.path.dirname(__file__))\nfrom helper import WORD\n"
+            "def f(row): return {'prompt': row['q'], 'response': WORD}\n"
+        )
+        data = prepare_data(sft({"path": path, "format": f"{tmp_path}/{name}/rd.py:f"}))
+        made.append(data.tokenizer.decode(data.train[0]["input_ids"]))
+    assert "one" in made[0]
+    assert "two" in made[1]
+
+
+@pytest.mark.skipif(not (CASES / "reader").is_dir(), reason="the collection of small inputs is not here")
+def test_the_reader_of_the_collection(tmp_path, sft):
+    here = shutil.copytree(CASES / "reader", tmp_path / "r")
+    recipe = sft({"path": f"{here}/d.jsonl", "format": f"{here}/rd.py:f", "reads": [f"{here}/map.json"]})
+    for name, old, new in (("map.json", "DUE", "SEI"), ("myhelper.py", "NEW", "OLD")):
+        before = prepare_data(recipe)
+        (here / name).write_text((here / name).read_text().replace(old, new))
+        after = prepare_data(recipe)
+        assert not after.report["cache_hit"]
+        assert rows_of(after) != rows_of(before)
+
+
+@pytest.mark.parametrize(
+    ("path", "output"),
+    [("data", "data/run"), ("data/**/*.jsonl", "data/deep/run"), ("data/*/*.jsonl", "data/run"), ("data", "data"),
+     ("data/*", "data"), ("link", "data/run"), ("data", "link/run"), ("**/*.json*", "outputs/run")],
+)  # fmt: skip
+def test_an_output_dir_among_the_data_is_refused(tmp_path, sft, write_rows, chats, monkeypatch, path, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+    write_rows(chats, "data/deep/a.jsonl")
+    write_rows(chats, "data/a.jsonl")
+    for keys in ({}, {"validation_sources": [{"path": path}]}):
+        recipe = sft("data/a.jsonl" if keys else path, **keys).model_copy(update={"output_dir": output})
+        with pytest.raises(RecipeError, match=r"output_dir: .* lies in data\..*sources\.0\.path|lies in output_dir"):
+            check_output(recipe)
+
+
+def test_data_in_output_dir_is_refused_and_neighbours_are_not(tmp_path, sft, write_rows, chats, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "out/run/data"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_rows(chats, "data/a.jsonl")
+    write_rows(chats, "out/run/data/a.jsonl")
+    (tmp_path / "files").symlink_to("out/run/data")
+    for path in ("out/run/data/a.jsonl", "out/run/data", "out/run/data/*.jsonl", "files", "files/a.jsonl"):
+        with pytest.raises(RecipeError, match=r"data\.sources\.0\.path: .* lies in output_dir out/run, which is for"):
+            check_output(sft(path).model_copy(update={"output_dir": "out/run"}))
+    for path, output in (
+        ("data/*.jsonl", "data/run"), ("*/a.jsonl", "out/x"), ("data", "data-run"), ("data/a.jsonl", "data/run"),
+        ("out/run/data", "out/other"), ("org/name", "org/name/run"),
+    ):  # fmt: skip
+        check_output(sft(path).model_copy(update={"output_dir": output}))
+
+
+def test_the_cache_is_not_asked_for_what_has_no_key():
+    assert cache.look_up("documents", "nothing", lambda folder, note: folder) is None
