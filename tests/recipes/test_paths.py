@@ -54,7 +54,7 @@ def test_these_keys_are_paths():
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
 def test_every_path_is_expanded_once_and_holds_no_variable(key, home):
-    suffix = ".py:f" if key[-1] == "format" else ""
+    suffix = {"format": ".py:f", "template": ".yaml"}.get(key[-1], "")
     assert value_of(validate(document(key, f"~/a/b{suffix}")), key) == f"{home}/a/b{suffix}"
     for variable in ("$SCRATCH", "${SCRATCH}"):
         with pytest.raises(RecipeError) as error:
