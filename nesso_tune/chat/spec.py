@@ -36,7 +36,7 @@ def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Pat
         names = [*also, *template_names(kind)]
         guess = closest(name, names)
         remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
-        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name)}`", remedy)
+        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name, 300)}`", remedy)
     return path
 
 

@@ -277,10 +277,6 @@ ERRORS = {
         Given(lines(CHAT), source={"where": {"set": "b"}}),
         r"rows\.jsonl: no row has what `where` asks .*set: b\); corr",
     ),
-    "a format that is not there": (
-        Given(lines(CHAT), source={"format": "mesages"}),
-        r"format: there is no format `mesages`; did you mean `messages", 2,
-    ),
     "a mapping that is not there": (
         Given(lines(CHAT), source={"format": "{here}/no.yaml"}), r"format: there is no format .*no\.yaml`; use ", 2,
     ),
