@@ -85,10 +85,11 @@ def main() -> None:
 
 
 def _environment(folder: Path) -> str:
-    python = folder / "bin" / "python"
-    if not python.exists():
+    python, ready = folder / "bin" / "python", folder / ".ready"
+    if not ready.exists():  # an interrupted installation goes on
         venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
+        ready.touch()
     return str(python)
 
 

@@ -150,7 +150,7 @@ def shipped(request):
     return to_jinja(spec, "Sei <Nesso>.", masks=True), [environment.from_string(source) for environment in PLAIN]
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(TURNS, TOOLS)
 def test_plain_jinja_renders_the_shipped_text(shipped, messages, tools):
     masks, compiled = shipped
