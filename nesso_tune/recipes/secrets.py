@@ -191,8 +191,9 @@ def _random(text: str) -> Iterator[tuple[int, int]]:
     Hexadecimal ones are hashes and UUIDs for the most part. What looks like a path, or has an ending, is a name.
     """
     for stretch in _STRETCH.finditer(text):
-        is_name = stretch[0].startswith("/") or stretch[0].count("/") > 2 or not {".", "~", "%"}.isdisjoint(stretch[0])
-        if not is_name and any(map(_is_random, _PIECE.findall(stretch[0]))):
+        said = stretch[0].rstrip(".%")  # the end of a sentence is no ending of a file
+        is_name = said.startswith("/") or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
+        if not is_name and any(map(_is_random, _PIECE.findall(said))):
             yield stretch.span()
 
 
