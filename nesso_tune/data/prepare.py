@@ -17,9 +17,10 @@ from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings, private_paths, shown_name
+from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.preferences import check_preferences
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.data.sources import content_of
 from nesso_tune.data.split import hold_out
 from nesso_tune.errors import DataError
@@ -87,7 +88,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
     if data.validation_sources:
-        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat)
+        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat, held=True)
         train, held_out, hit = documents.kept, held.kept, hit and held_hit
         fingerprint = note["key"] + held_note["key"]
     else:
@@ -186,10 +187,9 @@ def dropped_file(data: PreparedData) -> Path:
 
 
 def _documents(
-    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
+    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer, held: bool = False
 ) -> tuple[Documents, dict[str, Any], bool]:
-    key, hidden = _key(recipe, sources, chat), private_paths(recipe.data)
-    names = tuple(shown_name(source, i, hidden) for i, source in enumerate(sources))
+    key, privacy = _key(recipe, sources, chat), Privacy(recipe.data)
 
     def build(staging: Path) -> dict[str, Any]:
         note = build_documents(staging, recipe, sources, chat)
@@ -200,9 +200,13 @@ def _documents(
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            return replace(open_documents(folder, **note["documents"]), source_names=names)
+            documents = open_documents(folder, **note["documents"])
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
+        return replace(
+            documents, source_names=privacy.names(held), private_sources=privacy.hidden_sources(held),
+            private_files=privacy.hidden_files(documents.prefixes),
+        )  # fmt: skip
 
     documents, note, hit = cache.make(KIND, key, build, opened)
     return documents, {"key": key, **note}, hit

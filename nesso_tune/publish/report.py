@@ -7,9 +7,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.publish.plots import plot
 from nesso_tune.recipes.plan import Plan
-from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.training.alarms import alarms_of
 from nesso_tune.training.metrics import read_metrics
 
@@ -60,7 +61,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
         "<h2>Last answers</h2>" if last else "",
         _table(("language", "prompt", "answer", "stopped"), _rows(last, ("language", "prompt", "answer", "stopped"))),
         "<h2>Recipe</h2>",
-        f"<pre>{escape(_shown(recipe))}</pre>",
+        f"<pre>{escape(as_yaml(Privacy(recipe.data).recipe(recipe)))}</pre>",
     ]
     page = "\n".join(body)
     path = run / "report.html"
@@ -80,16 +81,6 @@ def _summary(recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> str:
         f"{plan.epochs:.3g} epochs; "
         f"{schedule}; {data['rows_kept']:,} of {data['rows_read']:,} rows kept."
     )
-
-
-def _shown(recipe: Recipe) -> str:
-    """The recipe as YAML, private sources by number only."""
-    sources = [
-        source.model_copy(update={"path": f"private source {i + 1}"}) if source.private else source
-        for i, source in enumerate(recipe.data.sources)
-    ]
-    data = recipe.data.model_copy(update={"sources": tuple(sources)})
-    return recipe.model_copy(update={"data": data}).to_yaml()
 
 
 def _languages(data: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from transformers import (
 
 from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.attention import attends_by_document
@@ -219,7 +220,8 @@ class _Beginning(TrainerCallback):
             check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
-            facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}
+            changed = Privacy(self._recipe.data).changes(self._run.changed)
+            facts: dict[str, Any] = {"changed": changed} if changed else {}
             facts |= {"environment": self._run.environment} if self._run.environment else {}
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
         if isinstance(trainer, dpo.PairTrainer) and isinstance(self._recipe, DPORecipe):
