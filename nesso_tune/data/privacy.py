@@ -84,6 +84,8 @@ class Privacy:
             return source.private
         if not self._names.isdisjoint((source.path, source.alias)):
             return True
+        if source.tools_file is not None and not self._files.isdisjoint(_identities(source.tools_file)):
+            return True  # the tools stand in its rows
         own = frozenset(_identities(source.path))
         return not own.isdisjoint(self._files) and (own <= self._files or bool(GLOB & set(source.path)))
 
@@ -154,7 +156,10 @@ class Privacy:
         if raw["data"]["mixture"] is not None and raw["data"]["mixture"]["by"] == "source":
             raw["data"]["mixture"]["shares"] = self._shares(raw["data"]["mixture"]["shares"])
         if (evaluations := raw["data"]["clean"]["decontaminate"]) is not None:
-            evaluations["files"] = [self._path(text, "private file", hide) for text in evaluations["files"]]
+            files = [self._path(text, "private file", hide) for text in evaluations["files"]]
+            if files != evaluations["files"] and evaluations["fields"]:
+                evaluations["fields"] = hide("private columns", evaluations["fields"])
+            evaluations["files"] = files
         if raw["train"]["best_metric"] is not None:
             raw["train"]["best_metric"] = self.metric(raw["train"]["best_metric"])
         return raw
@@ -162,7 +167,7 @@ class Privacy:
     def _entry(self, name: str, hidden: bool, entry: dict[str, Any], hide: Hide) -> dict[str, Any]:
         if hidden:
             return {key: v if _is_open(key, v) else hide(name, v) for key, v in entry.items()}
-        ways = ("tools_file", "format", "reads")  # a public source may be read as a private one is
+        ways = ("format", "reads")  # a public source may be read as a private one is
         return {key: self._path(value, "private file", hide) if key in ways else value for key, value in entry.items()}
 
     def _path(self, value: Any, name: str, hide: Hide) -> Any:

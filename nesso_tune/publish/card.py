@@ -8,6 +8,7 @@ from typing import Any
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.terminal import visible
 
 SHOWN = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
 
@@ -31,7 +32,7 @@ def model_card(
     sources = [f"- `{path}`" for path in public] + (["- private data"] if hidden else [])
     schedule = plan.schedule.in_words() if plan.schedule else ""
     figures = [f"| {key} | {metrics[key]:.4g} |" for key in SHOWN if isinstance(metrics.get(key), (int, float))]
-    return "\n".join(
+    lines = (
         [
             *front, "",
             f"# {recipe.output_dir.rstrip('/').rsplit('/', 1)[-1]}", "",
@@ -46,6 +47,7 @@ def model_card(
             *([RESULTS, "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
         ]
     )  # fmt: skip
+    return "\n".join(map(visible, lines))
 
 
 SNIPPET = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from nesso_tune.model.compiling import compile_layers
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
+from nesso_tune.terminal import print_notes
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
@@ -242,7 +242,7 @@ class _Beginning(TrainerCallback):
         cached, pairs = reference is not None, sum(map(len, parts))
         if first:
             said = f"{pairs:,} pairs are scored already" if cached else f"scoring {pairs:,} pairs, once"
-            print(f"reference: {said}", file=sys.stderr, flush=True)
+            print_notes(f"reference: {said}")
         if reference is None:
             groups = Groups.of(*(part.documents for part in parts))
             collate = PairCollator(data.chat.pad_id, groups, trainer.data_collator.by_document)

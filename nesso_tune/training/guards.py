@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from nesso_tune.errors import NumericalError
+from nesso_tune.terminal import print_notes
 from nesso_tune.training.checkpoint import checkpoints
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
@@ -104,7 +104,7 @@ class Guard:
             )  # fmt: skip
         if trainer.is_world_process_zero():
             what = "no update is made" if self._on_spike == "skip" else "the update is made"
-            print(f"step {step}: {said} leaps above the last {WINDOW} steps; {what}", file=sys.stderr, flush=True)
+            print_notes(f"step {step}: {said} leaps above the last {WINDOW} steps; {what}")
         return self._on_spike == "warn"
 
     def _not_finite(
