@@ -44,7 +44,9 @@ def test_only_one_module_prints():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("print", "typer.echo", "click.echo", "traceback.print_exc"), f"{path}:{node.lineno}"
+                assert called not in ("print", "typer.echo", "click.echo", "traceback.print_exc"), (
+                    f"{path}:{node.lineno}"
+                )
                 assert not called.endswith(("stdout.write", "stderr.write")), f"{path}:{node.lineno}"
 
 
@@ -64,7 +66,7 @@ def evil(write_rows):
 
 def test_every_verb_shows_hostile_data(tmp_path, evil, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    some = recipe("sft", f"run{NAME}", [], data={"sources": [{"path": evil, "alias": f"alias{EVIL}"}]},
+    some = recipe("sft", f"run{NAME}", [], data={"sources": [{"path": evil, "alias": f"alias{EVIL}"}], "sequence_len": 2048},
                   train={"max_steps": 2}, evaluation={"samples": 2, "max_new_tokens": 4})  # fmt: skip
     path = write_recipe(tmp_path / f"r{NAME}.yaml", some)
     other = recipe("sft", "x", [], data={"sources": [{"path": evil, "messages_field": f"no{EVIL}"}]})
@@ -106,7 +108,7 @@ def test_colours_of_the_preview_are_ours_alone(capsys):
 @pytest.mark.parametrize("talking", [False, True])
 def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
     """The words of a model, calls of tools and the history; line breaks and tabs are the model's own."""
-    call = f'<tool_call>\n{json.dumps({"name": f"f{EVIL}", "arguments": {"a": EVIL}})}\n</tool_call>'
+    call = f"<tool_call>\n{json.dumps({'name': f'f{EVIL}', 'arguments': {'a': EVIL}})}\n</tool_call>"
 
     def answer(self, messages, sampling=None, language="und", say=None, tools=()):
         if say is not None:
@@ -136,7 +138,7 @@ def test_alarms_and_bars(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(not CASE.is_file(), reason="the shared cases are not here")
 def test_the_shared_case(tmp_path, capsys):
-    some = recipe("sft", tmp_path / "run", [CASE])
+    some = recipe("sft", tmp_path / "run", [CASE], data={"sequence_len": 1024})
     path = write_recipe(tmp_path / "r.yaml", some)
     for arguments in (("prepare", path), ("preview", path), ("init", tmp_path / "i", "--data", CASE)):
         _, out, err = main_here(capsys, *arguments)

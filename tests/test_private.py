@@ -56,7 +56,10 @@ def secret(tmp_path, write_rows):
     write_rows(own, f"{CANARY}-own.jsonl")
     write_rows([talk(f"{CANARY} cartella {i}?", f"{CANARY}.") for i in range(6)], f"all/{CANARY}-folder/x.jsonl")
     write_rows([talk(f"Pubblico {i}?", f"Chiaro {i}.") for i in range(6)], "all/public.jsonl")
-    write_rows([talk(f"{CANARY} tenuta per la prova {i}?", f"{CANARY} tenuto per la prova {i}.") for i in range(4)], f"{CANARY}-val.jsonl")
+    write_rows(
+        [talk(f"{CANARY} tenuta per la prova {i}?", f"{CANARY} tenuto per la prova {i}.") for i in range(4)],
+        f"{CANARY}-val.jsonl",
+    )
     (tmp_path / f"{CANARY}_reader.py").write_text(f"def {CANARY}_read(row):\n    return row\n")
     tools = [{"type": "function", "function": {"name": f"{CANARY}_fn", "parameters": {}}}]
     (tmp_path / f"{CANARY}-tools.json").write_text(json.dumps(tools))
@@ -132,9 +135,10 @@ def test_only_the_recipe_of_a_run_names_what_is_private(tmp_path, secret, talks,
     assert len(wrong["rows"]) == 8
     assert any(row.startswith("private source ") and ", row " in row for row in wrong["rows"])
     before = json.loads((run / "manifest.json").read_text())
-    code, _, said = main_here(capsys, "train", path, *flags, "--set", f"data.validation_sources.0.alias={CANARY}")
+    where = f"data.sources.1.where={{{CANARY}_kind: [{CANARY}_good, {CANARY}_bad]}}"
+    code, _, said = main_here(capsys, "train", path, *flags, "--set", where)
     assert code == 2
-    assert "its run has data.validation_sources.0.alias: " in said, "a change of what is private is noticed"
+    assert "its run has data.sources.1.where: " in said, "a change of what is private is noticed"
     code, _, said = started(monkeypatch, capsys, "train", path, *flags, "--set", "train.weight_decay=0.1",
                             "--allow-changes", "train.weight_decay")  # fmt: skip
     assert code == 0, said
@@ -234,7 +238,9 @@ def test_who_else_reads_a_private_file(tmp_path, write_rows, chats):
     privacy = Privacy(RECIPES["sft"].model_validate(raw).data)
     assert privacy.hidden_sources() == {*range(len(same)), len(same) + 2}
     assert privacy.names()[len(same)] == str(tmp_path / "deep")
-    prefixes = [f"{tmp_path}/{path}:" for path in ("deep/deeper/hidden.jsonl", "linked/hidden.jsonl", "deep/open.jsonl")]
+    prefixes = [
+        f"{tmp_path}/{path}:" for path in ("deep/deeper/hidden.jsonl", "linked/hidden.jsonl", "deep/open.jsonl")
+    ]
     assert privacy.hidden_files(prefixes) == {0, 1}
 
 
