@@ -66,8 +66,9 @@ def evil(write_rows):
 
 def test_every_verb_shows_hostile_data(tmp_path, evil, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    some = recipe("sft", f"run{NAME}", [], data={"sources": [{"path": evil, "alias": f"alias{EVIL}"}], "sequence_len": 2048},
-                  train={"max_steps": 2}, evaluation={"samples": 2, "max_new_tokens": 4})  # fmt: skip
+    data = {"sources": [{"path": evil, "alias": f"alias{EVIL}"}], "sequence_len": 2048}
+    some = recipe("sft", f"run{NAME}", [], data=data, train={"max_steps": 2},
+                  evaluation={"samples": 2, "max_new_tokens": 4})  # fmt: skip
     path = write_recipe(tmp_path / f"r{NAME}.yaml", some)
     other = recipe("sft", "x", [], data={"sources": [{"path": evil, "messages_field": f"no{EVIL}"}]})
     missing = write_recipe(tmp_path / f"m{NAME}.yaml", other)
@@ -120,8 +121,8 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
     monkeypatch.setattr("nesso_tune.publish.talk.load_talker", lambda model: Talker(None, None))
     asked, lines = [], iter(["ciao", "", "/history", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or next(lines))
-    chat(f"model{EVIL}", **{"prompt": None if talking else "Ciao", "system": None, "language": None, "tools": None,
-                            "max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0})  # fmt: skip
+    prompt = None if talking else "Ciao"
+    chat(f"model{EVIL}", prompt, system=None, language=None, tools=None, max_new_tokens=8, temperature=0.0, top_p=1.0)
     out, err = capsys.readouterr()
     assert "uno\n\tdue \\u001b" in out
     assert is_tame(out + err + "".join(asked)), ascii(out + err)

@@ -96,7 +96,8 @@ def secret_recipe(tmp_path, secret, talks):
     }  # fmt: skip
     return recipe(
         "sft", tmp_path / "run", [talks], data=data,
-        train={"max_steps": 6, "micro_batch_size": 8, "profile": True, "best_metric": f"eval_loss/source/{secret(f'{CANARY}-val.jsonl')}"},
+        train={"max_steps": 6, "micro_batch_size": 8, "profile": True,
+               "best_metric": f"eval_loss/source/{secret(f'{CANARY}-val.jsonl')}"},
         evaluation={"every_steps": 2, "samples": 6, "train_samples": 4, "max_new_tokens": 4},
     )  # fmt: skip
 
@@ -156,13 +157,13 @@ def test_only_the_recipe_of_a_run_names_what_is_private(tmp_path, secret, talks,
     )
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["best"]["metric"] == "eval_loss/source/private validation source 1"
-    assert manifest["command"][:6] == [
-        "nesso-tune", "train", path, "--set", "data.sources…", "--set"
-    ] and "data.packing=false" in manifest["command"]  # fmt: skip
+    assert manifest["command"][:5] == ["nesso-tune", "train", path, "--set", "data.sources…"]
+    assert "data.packing=false" in manifest["command"]
     assert manifest["recipe"]["data"]["mixture"]["shares"].keys() >= {"private source 1", "public"}
     assert manifest["salt"] != before["salt"]
     card = (run / "final" / "README.md").read_text()
-    assert f"- `{talks}`" in card and "- private data" in card
+    assert f"- `{talks}`" in card
+    assert "- private data" in card
     assert load_recipe(run / "recipe.yaml").data == some.data, "the run's own recipe is whole"
     assert "this run is finished" in main_here(capsys, "train", path, *flags, "--set", "train.weight_decay=0.1")[2]
 
@@ -206,7 +207,7 @@ def test_what_a_manifest_hides_is_compared_all_the_same(tmp_path, talks):
         source = {"path": f"{CANARY}.jsonl", "alias": CANARY, "private": True, "roles": {CANARY: "user"}, **changes}
         shares = {source["alias"]: 0.5, talks: 0.5}
         data = {"sources": [source, {"path": talks}], "mixture": {"by": "source", "shares": shares},
-                "clean": {"decontaminate": {"files": [f"./{CANARY}.jsonl"], "fields": [f"{CANARY}_column"]}}}  # fmt: skip
+                "clean": {"decontaminate": {"files": [f"./{CANARY}.jsonl"], "fields": [f"{CANARY}_text"]}}}  # fmt: skip
         return recipe("sft", tmp_path / "run", [], data=data)
 
     def changed(new):
