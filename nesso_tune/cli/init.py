@@ -144,7 +144,7 @@ def _look_at(base: str) -> Base:
     if own is None:
         return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT, without_weights)
     if own.spec is None:
-        print(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}", file=sys.stderr)
+        print_notes(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}")
     return Base(base, shape, own.spec or DEFAULT, replaces=own.difference)
 
 
