@@ -19,6 +19,7 @@ from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.presets import auto_learning_rate, tuned_near
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
 from nesso_tune.recipes.shape import ModelShape
+from nesso_tune.terminal import visible
 
 STEPS, FEW_STEPS, MOST_EPOCHS = 150, 60, 10  # steps a run should have, and passes over little data
 LARGEST_BATCH = {"sft": 256, "dpo": 128}
@@ -117,7 +118,7 @@ def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected
 
 def _head(name: str, file: str, base: Base, method: str) -> list[str]:
     kind = "supervised fine-tuning" if method == "sft" else "preference training"
-    title, command = f"{name}: {kind} of {base.name}.", shlex.quote(file)
+    title, command = f"{name}: {kind} of {base.name}.", visible(shlex.quote(file))
     return [
         f"# yaml-language-server: $schema={FILE}",
         f"# {''.join(c if c.isprintable() else ' ' for c in title)}",

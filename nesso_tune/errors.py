@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from nesso_tune.terminal import visible
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -21,7 +23,7 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        return f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}"
+        return visible(f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}")
 
 
 def _clipped(text: str, most: int = 2000) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nesso_tune"
 LAYERS = [
+    ("terminal",),
     ("errors", "conversation"),
     ("recipes",),
     ("chat",),

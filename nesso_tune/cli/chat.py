@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from nesso_tune.cli.options import file_path
 from nesso_tune.conversation import Message
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.paths import flag_path
+from nesso_tune.terminal import print_text, visible
 
 
 def chat(
@@ -46,22 +46,22 @@ def chat(
     dialogue = Dialogue(talker, sampling, system, offered, language)
     if prompt is not None:
         prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # as an ASCII locale passes it
-        print(dialogue.say(Message("user", prompt)))
+        print_text(dialogue.say(Message("user", prompt)) + "\n")
         return
     with suppress(ImportError):
         import readline  # noqa: F401 - gives `input` a history and editing
 
     _note(f"{model}: /help lists the commands, an empty line ends the conversation.\n")
     with suppress(KeyboardInterrupt):
-        converse(dialogue, _read, lambda text: print(text, end="", flush=True), _note)
+        converse(dialogue, _read, print_text, _note)
 
 
 def _read(prompt: str) -> str:
     try:
-        return input(prompt)
+        return input(visible(prompt))
     except RuntimeError:  # no input at all
         raise EOFError from None
 
 
 def _note(text: str) -> None:
-    print(text, end="", file=sys.stderr, flush=True)
+    print_text(text, error=True)

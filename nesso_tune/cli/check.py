@@ -19,6 +19,7 @@ from nesso_tune.recipes.gpus import find_gpu
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.sections import ClusterSection
+from nesso_tune.terminal import print_lines, print_text
 
 
 def check(
@@ -43,10 +44,10 @@ def check(
     plan = make_plan(loaded, world, find_volume(loaded))
     plan = replace(plan, advice=(*_idle(machines, loaded.cluster), *plan.advice))
     if as_json:
-        print(json.dumps(plan.to_dict(), indent=2))
+        print_text(json.dumps(plan.to_dict(), indent=2) + "\n")
     else:
         closing = ["", f"next: nesso-tune preview {shlex.quote(recipe)}"]
-        print("\n".join([f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing]))
+        print_lines(f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing)
 
 
 def _idle(machines: Machines, cluster: ClusterSection | None) -> list[str]:

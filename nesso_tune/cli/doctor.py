@@ -9,6 +9,7 @@ import typer
 
 from nesso_tune.cli.options import file_path
 from nesso_tune.errors import Problem, RunEnvironmentError
+from nesso_tune.terminal import print_lines
 
 
 def doctor(
@@ -32,9 +33,9 @@ def doctor(
         problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in every] + found
     if is_first():
         for name, value in facts:
-            print(f"{name:<14}{value}")
+            print_lines(f"{name:<14}{value}")
     part()
     if problems:
         raise RunEnvironmentError(problems)
     if is_first():
-        print("nothing is wrong here")
+        print_lines("nothing is wrong here")

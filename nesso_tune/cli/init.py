@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +25,7 @@ from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shape import find_shape
 from nesso_tune.recipes.shipped import catalogue, is_result, local_path
+from nesso_tune.terminal import print_lines, print_notes, print_text
 
 DEFAULT_BASE = "mii-llm/zagreus-0.4B-ita"
 
@@ -45,7 +45,7 @@ def init(
 ) -> None:
     """Write a first recipe for your base and your data, or list the shipped ones."""
     if listed:
-        print("\n\n".join(_entry_lines()))
+        print_text("\n\n".join(_entry_lines()) + "\n")
         return
     positional = names or []
     # `--data a.jsonl b.jsonl`: what looks like data is data
@@ -70,14 +70,15 @@ def init(
     file.write_text(text, encoding="utf-8")
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
     (file.parent / FILE).write_text(schema, encoding="utf-8")
-    print("\n".join(_summary(file, kind, start, found)))
+    print_lines(*_summary(file, kind, start, found))
     if (lost := share_too_long(kind, found, start.shape)) >= 0.05:
         longest = "the longest that the base can read" if start.shape else "sequence_len"
-        print(f"note: about {lost:.0%} of the rows are longer than {longest}, and are dropped")
+        print_lines(f"note: about {lost:.0%} of the rows are longer than {longest}, and are dropped")
     if kind == "dpo" and start.template is not None:
-        print(f"note: {base} was not trained on conversations here; DPO usually starts from the result of SFT")
+        print_lines(f"note: {base} was not trained on conversations here; DPO usually starts from the result of SFT")
     if parent is not None:
-        print(f"later: nesso-tune train {shlex.quote(str(parent[0]))} {shlex.quote(str(file))}, one after the other")
+        both = f"{shlex.quote(str(parent[0]))} {shlex.quote(str(file))}"
+        print_lines(f"later: nesso-tune train {both}, one after the other")
 
 
 def _detected(path: str) -> list[Detected]:
@@ -119,7 +120,7 @@ def _default_base(method: str) -> str:
             "init", "DPO starts from the result of SFT, and none is named",
             "add --base outputs/NAME/final, where NAME is your SFT recipe",
         )  # fmt: skip
-    print(f"no --base: {DEFAULT_BASE}", file=sys.stderr)
+    print_notes(f"no --base: {DEFAULT_BASE}")
     return DEFAULT_BASE
 
 
@@ -138,13 +139,13 @@ def _look_at(base: str) -> Base:
     if config.is_file() and brings_template(config):
         return Base(base, shape, None)
     if shape is None and (note := unknown_base(base)):
-        print(note, file=sys.stderr)
+        print_notes(note)
     without_weights = local_path(base).is_dir() and not has_weights(local_path(base))
     own = None if without_weights else own_template_of(model)
     if own is None:
         return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT, without_weights)
     if own.spec is None:
-        print(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}", file=sys.stderr)
+        print_notes(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}")
     return Base(base, shape, own.spec or DEFAULT, replaces=own.difference)
 
 

@@ -26,6 +26,7 @@ from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 from nesso_tune.recipes.shipped import is_result
+from nesso_tune.terminal import print_lines, print_text
 
 
 def launch(
@@ -61,7 +62,7 @@ def launch(
         _check_plans(loaded, machines := Machines(1, gpus_per_node or _gpus_here()))
         command = local_command(machines, words)
         if show:
-            print(shlex.join(command))
+            print_lines(shlex.join(command))
             return
         sys.stdout.flush()
         os.execv(command[0], command)  # the launcher takes this process's place: signals reach it
@@ -71,7 +72,7 @@ def launch(
     timeout_s = max(recipe.distributed.timeout_s for recipe in loaded)
     text = sbatch_text(Path(recipes[0]).stem, machines, cluster, words, os.getcwd(), timeout_s)
     if show:
-        print(text, end="")
+        print_text(text)
         return
     if cluster.offline:
         _check_fetched(recipes, loaded)
@@ -79,11 +80,11 @@ def launch(
     check_beforehand(loaded, machines.processes)
     slurm.parent.mkdir(parents=True, exist_ok=True)
     slurm.write_text(text, encoding="utf-8")
-    print(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
+    print_lines(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
     if submit:
         _submit(slurm)
     else:
-        print(f"next: sbatch {shlex.quote(str(slurm))}")
+        print_lines(f"next: sbatch {shlex.quote(str(slurm))}")
 
 
 def _cluster(names: list[str], recipes: list[Recipe], flags: dict[str, str | None]) -> ClusterSection:
@@ -163,4 +164,4 @@ def _submit(file: Path) -> None:
     done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RunEnvironmentError("sbatch", f"refused the job ({done.stderr.strip()})", "correct the cluster section")
-    print(done.stdout.strip(), file=sys.stdout)
+    print_text(done.stdout.strip() + "\n")

@@ -13,6 +13,7 @@ import sys
 import traceback
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,7 +29,9 @@ from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
 from nesso_tune.launch.slurm import EXIT_FILE
 from nesso_tune.recipes.secrets import masked
+from nesso_tune.terminal import print_lines, print_notes, print_text
 
+USAGE: Any = typer.BadParameter.__base__  # what a command line that cannot be understood raises
 app = typer.Typer(
     name="nesso-tune",
     help="From a base model to a bilingual assistant: SFT, then DPO, from one recipe and one command.",
@@ -43,7 +46,7 @@ for verb in (init, check, prepare, preview, train, launch, chat, schema, doctor)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"nesso-tune {version('nesso-tune')}")
+        print_lines(f"nesso-tune {version('nesso-tune')}")
         raise typer.Exit
 
 
@@ -101,7 +104,16 @@ def _main(arguments: list[str] | None) -> None:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        app(arguments, standalone_mode=True)
+        code = app(arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except USAGE as error:
+        said = io.StringIO()
+        error.show(said)
+        print_text(said.getvalue(), error=True)
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        print_notes("Aborted!")
+        sys.exit(1)
     except NessoError as error:
         _end(error, debug)
     except OSError as error:
@@ -110,20 +122,20 @@ def _main(arguments: list[str] | None) -> None:
         _end(RunEnvironmentError("memory", "not enough", "lower train.micro_batch_size or data.sequence_len"), debug)
     except Exception as error:  # a fault of ours: short by default, whole with --debug
         if debug:
-            traceback.print_exc()
+            print_text(traceback.format_exc(), error=True)
         else:
-            print(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
-                  "run again with --debug and report the traceback", file=sys.stderr)  # fmt: skip
+            print_notes(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
+                        "run again with --debug and report the traceback")  # fmt: skip
         sys.exit(1)
 
 
 def _end(error: NessoError, debug: bool) -> None:
     if debug:
-        traceback.print_exc()
+        print_text(traceback.format_exc(), error=True)
     speaks = error.speaks
     if speaks is None:  # one message, not one a process; of what befalls a machine, one a machine
         own = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
         speaks = own == "0" or not own.isdecimal()
     if speaks:
-        print(masked(str(error)), file=sys.stderr)
+        print_notes(*(masked(str(problem)) for problem in error.problems))
     sys.exit(error.exit_code)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
 from nesso_tune.recipes import Recipe
+from nesso_tune.terminal import print_lines, print_notes, print_text
 
 if TYPE_CHECKING:
     from nesso_tune.data.prepare import PreparedData
@@ -30,13 +30,13 @@ def prepare(
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
     page = _written(Path(loaded.output_dir), loaded, data)
     if as_json:
-        print(json.dumps(data.report, indent=2, ensure_ascii=False))
+        print_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
         return
-    print("\n".join(tables(data.report)))
+    print_lines(*tables(data.report))
     if data.report["dropped"]:
-        print(f"\nall dropped rows   {dropped_file(data)}")
+        print_lines("", f"all dropped rows   {dropped_file(data)}")
     if page is not None:
-        print(f"to look at         {page}")
+        print_lines(f"to look at         {page}")
 
 
 def tables(report: dict[str, Any]) -> list[str]:
@@ -82,7 +82,7 @@ def _written(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:
     try:
         return write_data_report(folder, recipe, data)
     except OSError as error:
-        print(f"no data_report.html: {folder} cannot be written ({error.strerror})", file=sys.stderr)
+        print_notes(f"no data_report.html: {folder} cannot be written ({error.strerror})")
         return None
 
 

@@ -13,6 +13,7 @@ import typer
 
 from nesso_tune.cli.options import RecipeArgument, SetOption, file_path, load_all
 from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.terminal import print_lines, print_text
 
 
 def preview(
@@ -33,8 +34,8 @@ def preview(
             raise RunEnvironmentError(str(html), "is a folder", "name a file, e.g. page.html")
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(view.to_html(), encoding="utf-8")
-        print(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
+        print_lines(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-        print(view.to_text(shutil.get_terminal_size().columns, colour))
-    print(f"\nnext: nesso-tune train {shlex.quote(recipe)} --smoke")
+        print_text(view.to_text(shutil.get_terminal_size().columns, colour) + "\n", coloured=colour)
+    print_lines("", f"next: nesso-tune train {shlex.quote(recipe)} --smoke")

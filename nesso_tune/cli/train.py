@@ -19,6 +19,7 @@ from nesso_tune.data.prepare import prepare_data
 from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.terminal import print_notes
 
 
 def train(
@@ -109,4 +110,4 @@ def _is_first() -> bool:
 
 def _say(text: str) -> None:
     if _is_first():  # one voice, not one a process
-        print(text, file=sys.stderr, flush=True)
+        print_notes(text)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from nesso_tune.data.locks import acquire
 from nesso_tune.errors import RunEnvironmentError, is_full
 from nesso_tune.recipes.describe import size
 from nesso_tune.recipes.paths import environment_path
+from nesso_tune.terminal import print_notes
 
 Opened = TypeVar("Opened")
 DONE = "done.json"  # written last: a folder without it is not trusted
@@ -156,7 +156,7 @@ def _usable(
         _check(folder, record["files"])
         return opened(folder, record["note"]), record["note"]
     except Damaged as why:
-        print(f"{called} in {folder} was damaged ({why}): making it again", file=sys.stderr, flush=True)
+        print_notes(f"{called} in {folder} was damaged ({why}): making it again")
         shutil.rmtree(folder, ignore_errors=True)
         return None
 

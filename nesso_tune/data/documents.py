@@ -91,6 +91,7 @@ class Documents:
         prefixes: what stands before a row's number in its place, by file.
         parts: documents per entry: 1 (conversations) or 3 (pairs).
         source_names: what the sources are called in figures.
+        private_sources, private_files: indices of those that are not named in what others may read; see `privacy.py`.
     """
 
     ids: Ints
@@ -108,6 +109,8 @@ class Documents:
     prefixes: tuple[str, ...]
     parts: int
     source_names: tuple[str, ...] = ()
+    private_sources: frozenset[int] = frozenset()
+    private_files: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.languages)
@@ -151,6 +154,14 @@ class Documents:
     def place(self, entry: int) -> str:
         """Where an entry's row stands: `file:line`, or `file row N`."""
         return f"{self.prefixes[int(self.files[entry])]}{self.numbers[entry]}"
+
+    def is_private(self, entry: int) -> bool:
+        """Whether an entry is of a private source or file: nothing of it is shown."""
+        return int(self.sources[entry]) in self.private_sources or int(self.files[entry]) in self.private_files
+
+    def shown_place(self, entry: int) -> str:
+        """Where an entry's row stands, as others may read it: of a private one its source's number."""
+        return f"{self.source(entry)}, row {self.numbers[entry]}" if self.is_private(entry) else self.place(entry)
 
     def counts(self, entries: Ints) -> dict[str, int]:
         """Rows, tokens and supervised tokens of some entries."""

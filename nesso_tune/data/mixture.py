@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nesso_tune.data.documents import Documents, Ints
+from nesso_tune.data.privacy import name_of
 from nesso_tune.data.read import OTHER, rule_of
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.data import DataSection, MixtureSection, Source
@@ -90,21 +91,6 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
                 times, key = rule.weight, f"data.sources.{i}.rules.{name if name in source.rules else OTHER}.weight"
             groups += [Group(f"{name_of(source)} {name}", spoken, times, key=key)] if len(spoken) else []
     return groups
-
-
-def private_paths(data: DataSection) -> set[str]:
-    """Paths that are named nowhere: those of private sources, whoever else reads them."""
-    return {source.path for source in (*data.sources, *data.validation_sources) if source.private}
-
-
-def shown_name(source: Source, number: int, hidden: set[str]) -> str:
-    """What the `number`-th source is called where anyone may read it; those of `hidden` paths have a number."""
-    return f"private source {number + 1}" if source.path in hidden else name_of(source)
-
-
-def name_of(source: Source) -> str:
-    """What a source is called in reports and shares."""
-    return source.alias or source.path
 
 
 def _shared(documents: Documents, entries: Ints, mixture: MixtureSection, sources: Sequence[Source]) -> list[Group]:

@@ -20,17 +20,11 @@ from nesso_tune.data.ahead import wait_for_it
 from nesso_tune.data.build import DROPPED, build_documents
 from nesso_tune.data.documents import IDS, TRAINED, Documents, Ints, open_documents
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import (
-    groups_of,
-    mixture_report,
-    mixture_warnings,
-    name_of,
-    private_paths,
-    shown_name,
-)
+from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.places import Names, file_names, other_names, renamed_note, write_renamed
 from nesso_tune.data.preferences import check_preferences
+from nesso_tune.data.privacy import Privacy, name_of
 from nesso_tune.data.read import OTHER
 from nesso_tune.data.sources import Content, content_of
 from nesso_tune.data.split import hold_out
@@ -103,7 +97,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     documents, note, hit = _documents(recipe, data.sources, chat)
     content = [note["content"]]
     if data.validation_sources:
-        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat)
+        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat, held=True)
         train, held_out, hit = documents.kept, held.kept, hit and held_hit
         content.append(held_note["content"])
     else:
@@ -210,12 +204,11 @@ def dropped_file(data: PreparedData) -> Path:
 
 
 def _documents(
-    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
+    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer, held: bool = False
 ) -> tuple[Documents, dict[str, Any], bool]:
-    content, hidden = _files(recipe, sources), private_paths(recipe.data)
+    content, privacy = _files(recipe, sources), Privacy(recipe.data)
     key = _key(recipe, content, chat)
     files = file_names(sources, recipe.data.clean)
-    source_names = tuple(shown_name(source, i, hidden) for i, source in enumerate(sources))
 
     def build(staging: Path) -> dict[str, Any]:
         note = build_documents(staging, recipe, sources, chat)
@@ -227,9 +220,12 @@ def _documents(
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
             documents = open_documents(folder, **renamed_note(note, files)["documents"])
-            return replace(documents, source_names=source_names)
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
+        return replace(
+            documents, source_names=privacy.names(held), private_sources=privacy.hidden_sources(held),
+            private_files=privacy.hidden_files(documents.prefixes),
+        )  # fmt: skip
 
     documents, note, hit = cache.make(KIND, key, build, opened, "prepared data")
     report = renamed_note(note, files)["report"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from time import monotonic
 
+from nesso_tune.terminal import print_notes, print_text
+
 FIRST = 2.0  # seconds before anything is said
 EVERY = {True: 0.5, False: 30.0}  # seconds between two lines, in a terminal and elsewhere
 
@@ -31,7 +33,7 @@ class Progress:
     def end(self) -> None:
         """Leaves the line, if there is one."""
         if self._spoken and self._terminal:
-            print(file=sys.stderr)
+            print_notes("")
 
     def _say(self, seconds: float) -> None:
         share = self._done / self._total
@@ -39,5 +41,5 @@ class Progress:
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
         line = f"{self._rows:,} rows, {self._rows / seconds:,.0f} a second, {share:.0%}, {clock} left"
         start, end = ("\r", "") if self._terminal else ("", "\n")
-        print(f"{start}{line:<70}", end=end, file=sys.stderr, flush=True)
+        print_text(f"{start}{line:<70}{end}", error=True, keep="\r\n")
         self._spoken = True

@@ -23,6 +23,7 @@ from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
+from nesso_tune.terminal import print_notes
 from nesso_tune.training.rollcall import absent, machine_name, not_come, open_store, slurm_nodes
 from nesso_tune.training.signals import LAUNCHED
 
@@ -70,10 +71,10 @@ def _launch(wanted: Namespace) -> int:
     except dist.DistError as error:
         what = f"the machines do not find each other ({first_line(error)})"
         remedy = "see whether each part was started, and whether a firewall stands between"
-        print(RunEnvironmentError(socket.gethostname(), what, remedy), file=sys.stderr)
+        print_notes(str(RunEnvironmentError(socket.gethostname(), what, remedy)))
         return RunEnvironmentError.exit_code
     except RunEnvironmentError as error:
-        print(error, file=sys.stderr)
+        print_notes(*map(str, error.problems))
         return error.exit_code
     return 0
 
@@ -117,7 +118,7 @@ def _code(error: ChildFailedError) -> int:
             problem = Problem(
                 f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, ABOVE)
             )
-            print(problem, file=sys.stderr)
+            print_notes(str(problem))
     own = [code for code in codes.values() if code > 0]
     if Preempted.exit_code in own:  # others may have lost the one that was asked to stop
         return Preempted.exit_code

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.terminal import visible
 
 SHOWN = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
 
@@ -21,16 +23,16 @@ def model_card(
 
     `chosen` says which of the run's weights these are, and why, where they are not the last ones by themselves.
     """
-    private = any(source.private for source in recipe.data.sources)
-    public = [source.path for source in recipe.data.sources if not source.private]
+    hidden = Privacy(recipe.data).hidden_sources()
+    public = [source.path for i, source in enumerate(recipe.data.sources) if i not in hidden]
     languages = [code for code in report["languages"] if code != "und"]
     front = ["---", *(["language:", *(f"- {code}" for code in languages)] if languages else []),
              "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nesso-tune",
              f"- {recipe.method}", "---"]  # fmt: skip
-    sources = [f"- `{path}`" for path in public] + (["- private data"] if private else [])
+    sources = [f"- `{path}`" for path in public] + (["- private data"] if hidden else [])
     schedule = plan.schedule.in_words() if plan.schedule else ""
     figures = [f"| {key} | {metrics[key]:.4g} |" for key in SHOWN if isinstance(metrics.get(key), (int, float))]
-    return "\n".join(
+    lines = (
         [
             *front, "",
             f"# {recipe.output_dir.rstrip('/').rsplit('/', 1)[-1]}", "",
@@ -45,6 +47,7 @@ def model_card(
             *([RESULTS, "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
         ]
     )  # fmt: skip
+    return "\n".join(map(visible, lines))
 
 
 SNIPPET = (

@@ -6,11 +6,10 @@ Every function takes plain texts and numbers and gives back markup: nothing is e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from math import ceil, floor, log2
 from typing import Any
 
-from nesso_tune.publish.view_text import made_visible
+from nesso_tune.publish.markup import shown
 
 Cell = str | int | float  # a text, a count, or a share of 1, which is drawn too
 STYLE = """
@@ -106,11 +105,6 @@ def document(title: str, *parts: str) -> str:
     )
 
 
-def shown(text: str) -> str:
-    """A text as markup, with what cannot be seen written as an escape."""
-    return escape(made_visible(text))
-
-
 def words(name: str) -> str:
     """A reason, an oddity or a figure as it is said."""
     return name.replace("_", " ")
@@ -194,7 +188,7 @@ def percent(share: float) -> str:
 def card(head: str, parts: Mapping[str, str], language: str) -> str:
     """A row of data as a card: its texts by name, or one without a name."""
     names = (f"<h4>{shown(name)}</h4>" if name else "" for name in parts)
-    texts = (f'<div class="text" lang="{escape(language)}">{shown(text)}</div>' for text in parts.values())
+    texts = (f'<div class="text" lang="{shown(language)}">{shown(text)}</div>' for text in parts.values())
     inside = "".join(f"{name}{text}" for name, text in zip(names, texts, strict=True))
     return f"<article><header>{shown(head)}</header>{inside}</article>"
 

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.mixture import name_of, private_paths, shown_name
 from nesso_tune.data.preferences import SAYS
 from nesso_tune.data.prepare import PreparedData
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.publish import data_page as draw
-from nesso_tune.recipes.data import DPOData, Limit, SFTData, Source
+from nesso_tune.recipes.data import DPOData, Limit, SFTData
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import local_path
 
 Data = SFTData | DPOData
 Report = Mapping[str, Any]
@@ -27,8 +23,6 @@ JSON, HTML = "data_report.json", "data_report.html"
 EXAMPLES, CHARACTERS = 3, 600  # shown of each language, and of each text
 PARTS = {1: ("text",), 3: ("prompt", "chosen", "rejected")}
 COUNTS = ("rows", "tokens", "supervised tokens", "share of tokens")
-NUMBER = re.compile(r"(?::| row )\d+")  # ends the name of a file in the place of a row
-OF = ": of "  # what comes after it is the place of the row that another one repeats
 
 
 def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
@@ -37,8 +31,7 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
     The JSON is the report of `prepare_data` and `examples`: of each language the first rows that are trained on.
     Returns the page.
     """
-    named = _Named(recipe.data)
-    report = {**named.shown(data.report), "examples": _examples(data, named)}
+    report = {**_shown(data.report, Privacy(recipe.data)), "examples": _examples(data)}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / HTML, _page(recipe, report))
@@ -55,94 +48,46 @@ def _replace(file: Path, text: str) -> None:
         staging.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Named:
-    """What the sources of a recipe's section may be called."""
-
-    data: Data
-
-    @property
-    def private(self) -> list[Source]:
-        return [source for source in (*self.data.sources, *self.data.validation_sources) if source.private]
-
-    def is_private(self, number: int) -> bool:
-        """Whether a source is; so is one that reads the path of a private one."""
-        return self.data.sources[number].path in private_paths(self.data)
-
-    def name(self, number: int) -> str:
-        return shown_name(self.data.sources[number], number, private_paths(self.data))
-
-    def may_be_shown(self, place: str) -> bool:
-        """Whether the place of a row, with what is said after it, names no private source.
-
-        Globs overlap, and names of files may hold anything: what cannot be told to be public is not shown.
-        """
-        if not self.private:
-            return True
-        ends = [place[: found.start()] for found in NUMBER.finditer(place)]
-        files = [file.rpartition(OF)[2] for file in ends] + ends
-        public = [source for source in self.data.sources if not source.private]
-        hidden = any(_holds(source, file) for source in self.private for file in files)
-        return not hidden and any(_holds(source, file) for source in public for file in files)
-
-    def shown(self, report: Report) -> dict[str, Any]:
-        """A copy of the report in which private sources have numbers, and places in them are left out."""
-        out = {**report}
-        out["sources"] = [
-            {"path": self.name(i), **{key: value for key, value in source.items() if key not in ("path", "alias")}}
-            if self.is_private(i) else source
-            for i, source in enumerate(report["sources"])
-        ]  # fmt: skip
-        places = report["examples_of_dropped"]
-        out["examples_of_dropped"] = {why: place for why, place in places.items() if self.may_be_shown(place)}
-        left_out = [odd["example"] for odd in report["oddities"].values() if not self.may_be_shown(odd["example"])]
-        out["oddities"] = {
-            name: {"rows": odd["rows"]} if odd["example"] in left_out else odd
-            for name, odd in report["oddities"].items()
+def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
+    """A copy of the report in which private sources have numbers, and places in them are left out."""
+    out, hidden, names = {**report}, privacy.hidden_sources(), privacy.names()
+    out["sources"] = [
+        {"path": names[i], **{key: value for key, value in source.items() if key not in ("path", "alias")}}
+        if i in hidden else source
+        for i, source in enumerate(report["sources"])
+    ]  # fmt: skip
+    places = report["examples_of_dropped"]
+    out["examples_of_dropped"] = {why: place for why, place in places.items() if privacy.shows_place(place)}
+    left_out = [odd["example"] for odd in report["oddities"].values() if not privacy.shows_place(odd["example"])]
+    out["oddities"] = {
+        name: {"rows": odd["rows"]} if odd["example"] in left_out else odd for name, odd in report["oddities"].items()
+    }
+    if "preferences" in report:
+        out["preferences"] = {
+            key: list(filter(privacy.shows_place, value)) if isinstance(value, list) else value
+            for key, value in report["preferences"].items()
         }
-        if "preferences" in report:
-            out["preferences"] = {
-                key: list(filter(self.may_be_shown, value)) if isinstance(value, list) else value
-                for key, value in report["preferences"].items()
-            }
-        out["mixture"] = [{**group, "name": self._group(group["name"], report)} for group in report["mixture"]]
-        for place in left_out:  # a warning may give an oddity's example
-            out["warnings"] = [warning.replace(place, "a private source") for warning in out["warnings"]]
-        return out
-
-    def _group(self, name: str, report: Report) -> str:
-        """A group of the mixture is a language, a source, or a language of a source."""
-        if all(group["name"] in report["languages"] for group in report["mixture"]):
-            return name
-        for i, source in enumerate(self.data.sources):
-            rest = name.removeprefix(name_of(source))
-            if self.is_private(i) and rest != name and (not rest or rest[1:] in report["languages"]):
-                return self.name(i) + rest
-        return name
+    groups = privacy.groups(report["languages"])
+    out["mixture"] = [{**group, "name": groups.get(group["name"], group["name"])} for group in report["mixture"]]
+    for place in left_out:  # a warning may give an oddity's example
+        out["warnings"] = [warning.replace(place, "a private source") for warning in out["warnings"]]
+    return out
 
 
-def _holds(source: Source, file: str) -> bool:
-    """Whether a file, or a data set of the hub, is the source's, or could be by its pattern."""
-    path, here = local_path(source.path), Path(file)
-    pattern = str(path).replace("**/", "*")
-    return file == source.path or here == path or path in here.parents or fnmatchcase(file, pattern)
-
-
-def _examples(data: PreparedData, named: _Named) -> list[dict[str, Any]]:
+def _examples(data: PreparedData) -> list[dict[str, Any]]:
     """Of each language the first rows of the first epoch that are of no private source."""
     documents, entries = data.train.documents, data.train.entries
-    private = [i for i in range(len(named.data.sources)) if named.is_private(i)]
-    files = [i for i, prefix in enumerate(documents.prefixes) if not named.may_be_shown(f"{prefix}1")]
-    hidden = np.isin(documents.sources[entries], private) | np.isin(documents.files[entries], files)
+    private = np.isin(documents.sources[entries], list(documents.private_sources))
+    hidden = private | np.isin(documents.files[entries], list(documents.private_files))
     out = []
     for _, code in sorted((name, code) for code, name in enumerate(documents.language_names)):
         own = entries[~hidden & (documents.languages[entries] == code)]
         _, first = np.unique(own, return_index=True)  # a row may be seen several times in an epoch
-        out += [_example(data, int(entry), named) for entry in own[np.sort(first)[:EXAMPLES]]]
+        out += [_example(data, int(entry)) for entry in own[np.sort(first)[:EXAMPLES]]]
     return out
 
 
-def _example(data: PreparedData, entry: int, named: _Named) -> dict[str, Any]:
+def _example(data: PreparedData, entry: int) -> dict[str, Any]:
     documents = data.train.documents
     texts = {}
     for i, name in enumerate(PARTS[documents.parts]):
@@ -151,7 +96,7 @@ def _example(data: PreparedData, entry: int, named: _Named) -> dict[str, Any]:
     return {
         "place": documents.place(entry),
         "language": documents.language(entry),
-        "source": named.name(int(documents.sources[entry])),
+        "source": documents.source(entry),
         **texts,
         "tokens": int(documents.lengths[entry]),
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from nesso_tune.publish.markup import shown
 
 Line = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -45,7 +46,7 @@ def plot(title: str, names: Sequence[str], lines: Sequence[Line]) -> str:
     )
     tall = HEIGHT + ROW * ((len(series) - 1) // NAMES_IN_A_ROW)
     return (
-        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f"<figure><figcaption>{shown(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {tall}" width="{WIDTH}" role="img">{axes}{"".join(curves)}</svg></figure>'
     )
 
@@ -62,7 +63,7 @@ def _curve(number: int, name: str, points: Points) -> str:
     row, column = divmod(number, NAMES_IN_A_ROW)
     x, y = MARGIN + column * (WIDTH - MARGIN) // NAMES_IN_A_ROW, HEIGHT - 4 + row * ROW
     key = f'<path d="M{x},{y - 4} h16" {stroke}/><text x="{x + 20}" y="{y}" font-size="11" fill="{colour}">'
-    return f"{drawn}{key}{escape(name)}</text>"
+    return f"{drawn}{key}{shown(name)}</text>"
 
 
 def _series(names: Sequence[str], lines: Sequence[Line]) -> dict[str, Points]:

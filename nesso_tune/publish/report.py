@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.data.privacy import Privacy
+from nesso_tune.publish.markup import shown
 from nesso_tune.publish.plots import plot
 from nesso_tune.recipes.plan import Plan
-from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.training.alarms import alarms_of
 from nesso_tune.training.metrics import read_metrics
 
@@ -50,8 +51,8 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
     answers = [line for line in lines if line.get("event") == "answer"]
     last = [line for line in answers if line["step"] == answers[-1]["step"]]
     body = [
-        f"<h1>{escape(Path(recipe.output_dir).name)}</h1>",
-        f"<p>{escape(_summary(recipe, plan, data))}</p>",
+        f"<h1>{shown(Path(recipe.output_dir).name)}</h1>",
+        f"<p>{shown(_summary(recipe, plan, data))}</p>",
         "<h2>Alarms</h2>" if alarms else "",
         f'<div class="alarms">{_table(("step", "alarm", "what is wrong; what to do"), alarms)}</div>',
         f'<div class="plots">{"".join(plots)}</div>',
@@ -60,13 +61,13 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
         "<h2>Last answers</h2>" if last else "",
         _table(("language", "prompt", "answer", "stopped"), _rows(last, ("language", "prompt", "answer", "stopped"))),
         "<h2>Recipe</h2>",
-        f"<pre>{escape(_shown(recipe))}</pre>",
+        f"<pre>{shown(as_yaml(Privacy(recipe.data).recipe(recipe)))}</pre>",
     ]
     page = "\n".join(body)
     path = run / "report.html"
     path.write_text(
         f'<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{escape(run.name)}</title>'
+        f'<meta name="viewport" content="width=device-width"><title>{shown(run.name)}</title>'
         f"<style>{STYLE}</style>{page}</html>\n",
         encoding="utf-8",
     )
@@ -80,16 +81,6 @@ def _summary(recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> str:
         f"{plan.epochs:.3g} epochs; "
         f"{schedule}; {data['rows_kept']:,} of {data['rows_read']:,} rows kept."
     )
-
-
-def _shown(recipe: Recipe) -> str:
-    """The recipe as YAML, private sources by number only."""
-    sources = [
-        source.model_copy(update={"path": f"private source {i + 1}"}) if source.private else source
-        for i, source in enumerate(recipe.data.sources)
-    ]
-    data = recipe.data.model_copy(update={"sources": tuple(sources)})
-    return recipe.model_copy(update={"data": data}).to_yaml()
 
 
 def _languages(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -107,5 +98,5 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     cells = [("th", head), *(("td", row) for row in rows)]
-    lines = ("".join(f"<{tag}>{escape(text)}</{tag}>" for text in row) for tag, row in cells)
+    lines = ("".join(f"<{tag}>{shown(text)}</{tag}>" for text in row) for tag, row in cells)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from html import escape
 
+from nesso_tune.publish.markup import shown
 from nesso_tune.publish.view import Part, Piece, ViewRow
 from nesso_tune.publish.view_text import visible
 
@@ -37,9 +37,9 @@ header { font-size: .8rem; color: var(--quiet); padding: .25rem .75rem; border-b
 def page(title: str, rows: Sequence[ViewRow], facts: Mapping[str, str], notes: Iterable[str]) -> str:
     """The whole page. It asks no server for anything."""
     body = [
-        f"<h1>{escape(title)}</h1>",
-        *(f'<p class="note">{escape(note)}</p>' for note in notes),
-        "<dl>", *(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items()), "</dl>",
+        f"<h1>{shown(title)}</h1>",
+        *(f'<p class="note">{shown(note)}</p>' for note in notes),
+        "<dl>", *(f"<dt>{shown(name)}</dt><dd>{shown(value)}</dd>" for name, value in facts.items()), "</dl>",
         '<p class="legend"><span class="t learned">learned</span><span class="t">not learned</span>'
         '<span class="t control">control token</span><span class="t learned control">control token, learned</span>'
         "<span>hover: borders and ids of tokens</span></p>",
@@ -48,7 +48,7 @@ def page(title: str, rows: Sequence[ViewRow], facts: Mapping[str, str], notes: I
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>preview: {escape(title)}</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
+        f"<title>preview: {shown(title)}</title>\n<style>{STYLE}</style>\n" + "\n".join(body) + "\n</html>\n"
     )
 
 
@@ -65,8 +65,8 @@ def _part(part: Part, name: str) -> str:
     head = f"{name} · {part.language} · {part.source} · {part.tokens:,} tokens, {part.learned:,} learned"
     spans = "".join(map(_span, part.pieces))
     return (
-        f'<article data-part="{part.name}" data-language="{escape(part.language, quote=True)}">'
-        f'<header>{escape(head)}</header><div class="text">{spans}</div></article>'
+        f'<article data-part="{part.name}" data-language="{shown(part.language)}">'
+        f'<header>{shown(head)}</header><div class="text">{spans}</div></article>'
     )
 
 
@@ -74,4 +74,4 @@ def _span(piece: Piece) -> str:
     kinds = ["t", *(["learned"] if piece.learned else []), *(["control"] if piece.control else [])]
     ids = " ".join(map(str, piece.ids))
     said = f"token {piece.position}, id {ids}: {'learned' if piece.learned else 'not learned'}"
-    return f'<span class="{" ".join(kinds)}" data-ids="{ids}" title="{said}">{escape(visible(piece))}</span>'
+    return f'<span class="{" ".join(kinds)}" data-ids="{ids}" title="{said}">{shown(visible(piece))}</span>'

@@ -8,6 +8,7 @@ from io import StringIO
 from rich.console import Console
 from rich.text import Text
 
+from nesso_tune.publish.markup import made_visible
 from nesso_tune.publish.view import Part, Piece, ViewRow
 
 LEARNED, MASKED, CONTROL, BORDER = "green", "bright_black", "bold magenta", "cyan"
@@ -23,7 +24,7 @@ def lines(
     for note in notes:
         yield from _printed([Text(f"note: {made_visible(note)}", style="yellow")], width, colour)
     yield from _printed(
-        [_legend(colour), *(Text(f"{name:<9} {value}") for name, value in facts.items())], width, colour
+        [_legend(colour), *(Text(made_visible(f"{name:<9} {value}")) for name, value in facts.items())], width, colour
     )
     for row in rows:
         shown = row.parts if len(row.parts) <= PARTS + 1 else row.parts[:PARTS]
@@ -103,11 +104,6 @@ def _style(piece: Piece) -> str:
 def visible(piece: Piece) -> str:
     """The text of a piece with what cannot be seen made visible, line breaks too."""
     return made_visible(piece.text).replace("\n", "↵\n")
-
-
-def made_visible(text: str) -> str:
-    """A text in which what cannot be seen, or would move the cursor, is written as an escape; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _printed(blocks: Iterable[Text], width: int, colour: bool) -> Iterator[str]:

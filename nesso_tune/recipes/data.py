@@ -92,7 +92,8 @@ class Source(Section):
     rules: dict[NonEmpty, Rule] = Field(default={})
     """What else holds for a language, e.g. {en: {min_score: 0.6}}; `other` stands for all languages not named."""
     private: bool = False
-    """Leave no trace of this source in final/ or its card."""
+    """Only recipe.yaml names this source: in all else that a run writes it has a number, and no row of its files is
+    shown, whoever else reads them. Counts, losses and languages are."""
 
 
 class Decontamination(Section):

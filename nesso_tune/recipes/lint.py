@@ -199,11 +199,11 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
         said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
         if said is not None:
             yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
-    for name in env if isinstance(env, Mapping) else ():
+    for name, value in env.items() if isinstance(env, Mapping) else ():
         if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
             remedy = JOB_VARIABLES.get(name, "remove it")
             yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
-        elif names_a_secret(str(name)):
+        elif names_a_secret(str(name), str(value)):
             remedy = "export it where you call `launch`: jobs inherit that environment"
             yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):

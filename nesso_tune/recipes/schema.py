@@ -187,11 +187,7 @@ class BaseRecipe(Section):
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults filled in, as YAML that loads again."""
-        out = StringIO()
-        yaml = YAML()
-        yaml.width = 120
-        yaml.dump(_escaped(self.model_dump(mode="json")), out)
-        return out.getvalue()
+        return as_yaml(self.model_dump(mode="json"))
 
     @property
     def num_epochs(self) -> float | None:
@@ -199,6 +195,15 @@ class BaseRecipe(Section):
         if self.train.max_steps is not None:
             return None
         return self.train.num_epochs or DEFAULT_EPOCHS[self.method]  # type: ignore[attr-defined]
+
+
+def as_yaml(raw: dict[str, Any]) -> str:
+    """Plain data as YAML."""
+    out = StringIO()
+    yaml = YAML()
+    yaml.width = 120
+    yaml.dump(_escaped(raw), out)
+    return out.getvalue()
 
 
 def _escaped(value: Any) -> Any:

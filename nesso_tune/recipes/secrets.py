@@ -1,48 +1,166 @@
-"""What looks like a secret: it belongs into the environment, not into a file that is recorded, shared and published."""
+"""What looks like a secret: it belongs into the environment, not into a file that is recorded, shared and published.
+
+Three ways to tell one: by its form (what issuers put before their tokens), by what a text calls it (`DB_PASS=…`,
+`?token=…`, `https://token@host`), and, for the many tokens without a form, by how random it is.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 Path = tuple[str | int, ...]
 
-# Tokens that say by their form whose they are.
-KINDS = {
-    "of the Hugging Face hub": r"\bhf_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}",  # not `hf_some_words`
-    "of an API": r"(?<![\w/-])sk-(?:[a-z0-9]+-){0,2}(?=\w*[A-Z0-9])\w{16,}",  # not `sk-some-words`
+HIDDEN = "…"
+# Who issues a token, and its form. A `(?P<secret>…)` is the part to mask, where the rest may be shown. Words that
+# happen to begin alike (`hf_some_words`, `sk-learn`) have neither capitals nor digits in their long part.
+_MIXED = r"(?=[\w-]{0,99}[A-Z0-9])"
+FORMS = {
+    "of Anthropic": r"(?<![\w/-])sk-ant-[\w-]{10,}",
+    "of OpenRouter": r"(?<![\w/-])sk-or-v\d-[\w-]{16,}",
+    "of an API": rf"(?<![\w/-])sk-(?:(?:proj|svcacct|admin|None|[a-z0-9]{{2,8}})-){{0,2}}{_MIXED}[\w-]{{16,}}"
+                r"(?<!-)(?<=\w\w\w\w\w\w\w\w)",
+    "of the Hugging Face hub": r"\b(?:hf_|api_org_)(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}",
     "of GitHub": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
-    "of AWS": r"\bAKIA[0-9A-Z]{16}\b",
-    "of Slack": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "in a URL": r"\b\w+://[^/\s:@]+:[^/\s:@]+@",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
-WORDS = frozenset({"TOKEN", "SECRET", "SECRETS", "PASSWORD", "PASSWD", "PASSPHRASE", "KEY", "APIKEY", "CREDENTIAL",
-                   "CREDENTIALS"})  # fmt: skip
+    "of GitLab": r"\bgl(?:pat|dt|rt|rtr|cbt|ptt|ft|soat|agent|oas|imt|ffct)-(?=[\w.-]*[A-Z0-9])[\w.-]{10,}",
+    "of Bitbucket or Atlassian": r"\bAT(?:ATT|BB|CTT)[A-Za-z0-9][\w=-]{20,}",
+    "of Google": r"\bAIza[\w-]{30,}|\bya29\.[\w-]{10,}|\bGOCSPX-[\w-]{20,}|\b1//0[\w-]{30,}",
+    "of AWS": r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b|\bABSK[A-Za-z0-9+/]{60,}",
+    "of Azure": r"(?i:AccountKey|SharedAccessKey|SharedAccessSignature)=(?P<secret>[^\s;\"'${<]{16,})"
+                r"|\b[\w~.]{3}\dQ~[\w~.-]{31,}",
+    "of npm": r"\bnpm_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}",
+    "of PyPI": r"\bpypi-(?=[\w-]{0,99}[A-Z])[\w-]{16,}",
+    "of Databricks": r"\bdapi(?=[0-9a-f]*\d)[0-9a-f]{32}(?:-\d)?\b",
+    "of Slack": r"\bxox[abeoprs](?:\.xox[bp])?-[A-Za-z0-9-]{10,}|\bxapp-[\w-]{10,}"
+                r"|hooks\.slack\.com/(?:services|workflows|triggers)/(?P<secret>[\w/]{20,})",
+    "of Discord": r"discord(?:app)?\.com/api/webhooks/(?P<secret>\d{15,}/[\w-]{20,})"
+                  r"|\b[MNO][A-Za-z\d]{23,}\.[\w-]{6}\.[\w-]{27,}",
+    "of Telegram": r"\b\d{8,10}:AA[\w-]{30,}",
+    "of Weights & Biases": r"\bwandb_v\d_\w{16,}|\bwandb\s+login\s+(?:--\S+\s+)*(?P<secret>[0-9a-f]{40})\b",
+    "of Stripe": r"\b(?:sk|rk)_(?:live|test|prod)_[A-Za-z0-9]{10,}|\bwhsec_[A-Za-z0-9+/]{20,}",
+    "of Docker": r"\bdckr_(?:pat|oat)_[\w-]{20,}",
+    "of Shopify": r"\bshp(?:at|ca|pa|ss)_[a-fA-F0-9]{32}",
+    "of SendGrid": r"\bSG\.[\w-]{16,}\.[\w-]{16,}",
+    "of Groq": r"\bgsk_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}",
+    "of Replicate": r"\br8_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{30,}",
+    "of NVIDIA": r"\bnvapi-[\w-]{20,}",
+    "of xAI, Perplexity or Tavily": r"\b(?:xai|pplx|tvly)-(?:dev-|prod-)?(?=[\w-]{0,99}[A-Z0-9])[\w-]{20,}",
+    "of Fireworks or Together": r"\bfw_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{20,}|\btgp_v\d_[\w-]{20,}",
+    "of LangSmith": r"\blsv2_(?:pt|sk)_[0-9a-f]{20,}\w*",
+    "of Pinecone": r"\bpcsk_\w{20,}",
+    "of DigitalOcean": r"\bdo[opr]_v1_[0-9a-f]{32,}",
+    "of HashiCorp": r"\bhv[sbr]\.[\w-]{20,}|\b[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}",
+    "of Grafana": r"\bgl(?:sa|c)_[\w+/=]{20,}",
+    "of New Relic": r"\bNRA[KL]-[A-Z0-9]{20,}|\bNRJS-[0-9a-f]{16,}",
+    "of Sentry": r"\bsntry[su]_[\w+/=]{20,}",
+    "of Postman": r"\bPMAK-[0-9a-f]{20,}-[0-9a-f]{20,}",
+    "of PlanetScale or Supabase": r"\bpscale_(?:tkn|pw|oauth)_[\w.=-]{20,}|\bsbp_[0-9a-f]{32,}|\bsb_secret_[\w-]{20,}",
+    "of Linear, Notion or Figma": r"\blin_(?:api|oauth)_[A-Za-z0-9]{20,}|\bntn_[A-Za-z0-9]{30,}|\bfig[dor]_[\w-]{30,}",
+    "of Airtable": r"\bpat[A-Za-z0-9]{14}\.[0-9a-f]{40,}",
+    "of HubSpot": r"\bpat-(?:na|eu|ap)\d-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "of Mailgun or Mailchimp": r"\bkey-[0-9a-f]{32}\b|\b[0-9a-f]{32}-us\d{1,2}\b|\bxkeysib-[0-9a-f]{40,}",
+    "of Twilio": r"\bSK[0-9a-f]{32}\b",
+    "of Square": r"\bsq0(?:atp|csp)-[\w-]{20,}|\bEAAA[\w-]{50,}",
+    "of Facebook": r"\bEAA[CG][A-Za-z0-9]{50,}",
+    "of Tailscale": r"\btskey-[a-z]+-[A-Za-z0-9]{8,}-?[A-Za-z0-9]*",
+    "of Doppler or 1Password": r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{20,}|\bops_eyJ[\w-]{40,}",
+    "of a build service": r"\bCCIPAT_[A-Za-z0-9]{10,}_[0-9a-f]{20,}|\bbk[uc]a_[0-9a-f]{20,}|\bpul-[0-9a-f]{40}\b"
+                          r"|\bpnu_[A-Za-z0-9]{30,}|\bdt0c01\.[A-Z0-9]{20,}\.[A-Z0-9]{40,}|\brubygems_[0-9a-f]{40,}"
+                          r"|\bHRKU-[\w-]{30,}|\bnfp_[A-Za-z0-9]{30,}|\bsgp_[\w-]{30,}|\bFlyV1\s+fm\d_\S{20,}",
+    "of ElevenLabs": r"\bsk_[0-9a-f]{40,}",
+    "a JSON web token": r"\beyJ[\w-]{8,999}\.eyJ[\w-]{8,}(?:\.[\w-]*)?",
+    "a private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?:[^-]+-----END [A-Z0-9 ]*-----)?"
+                     r"|\bAGE-SECRET-KEY-1[0-9A-Z]{20,}|\bPuTTY-User-Key-File-\d",
+}  # fmt: skip
+# What a text itself calls a secret. A reference (`$TOKEN`, `{token}`, `<token>`) is none.
+_KEYS = (
+    "token|access[-_]?token|auth[-_]?token|refresh[-_]?token|id[-_]?token|private[-_]?token|job[-_]?token|bearer"
+    "|api[-_]?key|apikey|access[-_]?key|secret[-_]?key|account[-_]?key|secret|client[-_]?secret|password|passwd|pass|pwd"
+    "|x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|credentials?"
+)
+_PLAIN_USERS = "git|hg|svn|user|username|anonymous|guest|me|nobody"
+CALLED = {
+    "in a URL": r"\w://[^/\s:@?#]*:(?P<secret>(?![${<…])[^/\s@]+)@"
+                rf"|\bhttps?://(?P<user>(?!(?:{_PLAIN_USERS})@)(?![${{<…])[^/\s:@?#]+)@"
+                rf"|(?i:[?&#](?:{_KEYS}))=(?P<parameter>(?![${{<…])[^&\s#\"'$]{{6,}})"
+                r"|[?&]key=(?P<key>(?=[^&\s]*\d)[^&\s#\"'${<…]{16,})",
+    "in a header": r"(?i:\bauthorization\s*[:=]\s*[\"']?(?:\w+\s+)?)(?P<secret>(?![${<…])[^\s\"'$]{8,})"
+                   r"|\b(?:Bearer|Basic)\s+(?P<bearer>(?=\S*[A-Z0-9])[\w+/.~-]{16,}={0,2})",
+}  # fmt: skip
+KINDS = {kind: re.compile(form) for kind, form in {**FORMS, **CALLED}.items()}
+# A value that a variable with a secret's name is set to, in a line of shell or in `KEY=value`.
+ASSIGNED = re.compile(r"(?<![\w.$-])(?P<name>[A-Za-z]\w*)=(?P<quote>[\"']?)(?P<secret>[^\s\"'$;&|]{4,})(?P=quote)")
+RANDOM, ASSIGNMENT = "(a long random text)", "(a variable that is named so)"
+WINDOW, OVERLAP = 8_000, 1_000  # characters that are searched at once: no text, however long, takes long
+
+# Words of a variable's name that say: this is a secret; and those that, as its last word, say what else it is.
+WORDS = frozenset({
+    "TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE", "PASS", "PASSCODE", "KEY",
+    "APIKEY", "CREDENTIAL", "CREDENTIALS", "CREDS", "CRED", "PAT", "AUTH", "BEARER", "JWT", "COOKIE", "OTP", "PIN",
+})  # fmt: skip
+ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "APIKEY", "SECRETKEY", "ACCESSKEY", "AUTHKEY",
+           "PRIVATEKEY", "CREDENTIALS")  # fmt: skip
+OTHERWISE = frozenset({
+    "FILE", "FILES", "FILENAME", "PATH", "DIR", "DIRECTORY", "FOLDER", "SOCK", "SOCKET", "URL", "URI", "HOST", "PORT",
+    "TYPE", "METHOD", "MODE", "NAME", "LIMIT", "LENGTH", "LEN", "SIZE", "COUNT", "TIMEOUT", "TTL", "FORMAT", "ENABLED",
+    "DISABLED", "VERSION", "ALGORITHM", "REGION", "PROVIDER", "ENDPOINT", "REQUIRED", "CACHE", "PARALLELISM", "HELPER",
+    "THREADS", "COLUMN", "FIELD", "EXPIRY", "LEVEL",
+})  # fmt: skip
+FLAGS = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
+
+# Keys of a recipe whose values may well be random: hashes, names of files and of data sets, values of the data.
+MAY_BE_RANDOM = frozenset({"revision", "path", "base", "files", "reads", "tools_file", "format", "template", "subset",
+                           "split", "output_dir", "python", "where", "labels", "roles", "alias"})  # fmt: skip
+_STRETCH = re.compile(r"[\w+/.~%-]{20,}={0,2}")
+_PIECE = re.compile(r"[A-Za-z0-9]{20,}")
+_CHUNK = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
+_HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
 
 
 def kind_of(text: str) -> str | None:
-    """Whose secret a text holds, or None."""
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, text)), None)
+    """Whose secret a text holds, told by its form or by what the text calls it; None for none."""
+    return next((kind for kind, _ in _named(text)), None)
 
 
 def masked(text: str) -> str:
     """A text without the secrets in it."""
-    for pattern in KINDS.values():
-        text = re.sub(pattern, "…", text)
-    return text
+    return _without(text, [*(span for _, span in _named(text)), *_random(text)])
 
 
-def names_a_secret(variable: str) -> bool:
-    """Whether an environment variable's name says that it holds a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`."""
-    return not WORDS.isdisjoint(variable.upper().split("_"))
+def masked_word(word: str) -> str:
+    """A word of a command line without secrets: also the value of `--set KEY=VALUE` whose key names one."""
+    key, equals, _ = word.partition("=")
+    if equals and names_a_secret(re.split(r"[.:]", key)[-1]):
+        return f"{masked(key)}={HIDDEN}"
+    return masked(word)
+
+
+def names_a_secret(variable: str, value: str = "unknown") -> bool:
+    """Whether an environment variable's name says that it holds a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`.
+
+    Its value, where it is known, may say that it holds the path of one, or only turns something on.
+    """
+    words = variable.upper().split("_")
+    if words[-1] in OTHERWISE or value.strip().lower() in FLAGS or _is_path(value):
+        return False
+    spelt = not WORDS.isdisjoint(words) or any(word.endswith(ENDINGS) for word in words)
+    return spelt or (len(words) > 1 and words[-1] == "PWD")  # PWD alone is the working directory
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith(("/", "~/", "./", "../"))
 
 
 def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
     """Where texts of nested data, keys among them, hold a secret, and whose."""
-    if isinstance(raw, str) and (kind := kind_of(raw)):
-        yield here, kind
+    if isinstance(raw, str):
+        kind = kind_of(raw)
+        if kind is None and MAY_BE_RANDOM.isdisjoint(map(str, here)) and any(True for _ in _random(raw)):
+            kind = RANDOM
+        if kind:
+            yield here, kind
     elif isinstance(raw, Mapping):
         for key, value in raw.items():
             if isinstance(key, str) and (kind := kind_of(key)):
@@ -51,3 +169,52 @@ def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
     elif isinstance(raw, (list, tuple)):
         for i, value in enumerate(raw):
             yield from find_secrets(value, (*here, i))
+
+
+def _named(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Secrets that are told by their form or their name: the kind, and where the part to mask stands."""
+    for start in range(0, max(1, len(text)), WINDOW):
+        window = text[start : start + WINDOW + OVERLAP]
+        for kind, form in KINDS.items():
+            for found in form.finditer(window):
+                named = next((name for name, part in found.groupdict().items() if part), 0)
+                yield kind, (start + found.start(named), start + found.end(named))
+        for found in ASSIGNED.finditer(window):
+            name, value = found["name"], found["secret"]
+            if name != name.lower() and not value.startswith(("{", "<", HIDDEN)) and names_a_secret(name, value):
+                yield ASSIGNMENT, (start + found.start("secret"), start + found.end("secret"))
+
+
+def _random(text: str) -> Iterator[tuple[int, int]]:
+    """Stretches that nobody wrote: long, of letters of both cases and digits, that change places all the time.
+
+    Hexadecimal ones are hashes and UUIDs for the most part. What looks like a path, or has an ending, is a name.
+    """
+    for stretch in _STRETCH.finditer(text):
+        said = stretch[0].rstrip(".%")  # the end of a sentence is no ending of a file
+        is_name = said.startswith("/") or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
+        if not is_name and any(map(_is_random, _PIECE.findall(said))):
+            yield stretch.span()
+
+
+def _is_random(piece: str) -> bool:
+    """Random text changes between capitals, small letters and digits every second character; names do so rarely."""
+    chunks = len(_CHUNK.findall(piece))
+    kinds = [any(map(is_kind, piece)) for is_kind in (str.isupper, str.islower, str.isdigit)]
+    if _HEX.fullmatch(piece) or sum(kinds) < 2 or not kinds[2]:
+        return False
+    if all(kinds):
+        return len(piece) / chunks <= 2.5
+    return len(piece) >= 28 and len(piece) / chunks <= 3.0  # one case and digits
+
+
+def _without(text: str, spans: list[tuple[int, int]]) -> str:
+    """The text with each of the spans, which may overlap, hidden."""
+    merged: list[list[int]] = []
+    for start, end in sorted(spans):
+        if merged and start < merged[-1][1]:
+            merged[-1][1] = max(end, merged[-1][1])
+        else:
+            merged.append([start, end])
+    borders = [0, *(border for span in merged for border in span), len(text)]
+    return HIDDEN.join(text[a:b] for a, b in list(pairwise(borders))[::2])

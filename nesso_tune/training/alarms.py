@@ -9,13 +9,13 @@ from the lines of metrics.jsonl, so that a run that is continued neither repeats
 from __future__ import annotations
 
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nesso_tune.terminal import print_notes
 from nesso_tune.training.answers import SOURCE
 from nesso_tune.training.evaluation import PARENT
 from nesso_tune.training.metrics import MetricsLog, read_metrics
@@ -136,7 +136,7 @@ class Alarms:
         for one in self.begun_by(line) if self._looks else ():
             event = {"alarm": one.alarm, "figure": one.figure, "value": one.value, "limit": one.limit, "said": one.said}
             self._log.write({"step": line["step"], "event": EVENT, **event})
-            print(f"alarm at step {line['step']}: {one.alarm}: {one.said}", file=sys.stderr, flush=True)
+            print_notes(f"alarm at step {line['step']}: {one.alarm}: {one.said}")
 
     def begun_by(self, line: Line) -> list[Reading]:
         """The alarms that begin with a line; of each, the first of its figures that make it begin."""

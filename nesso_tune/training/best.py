@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nesso_tune.data.packing import Rows
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.metric_names import HELD_OUT, better, did_you_mean, whole_metric
 from nesso_tune.recipes.schema import Recipe
@@ -82,9 +83,9 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
     Raises:
         RecipeError: if the metric would be measured on held-out rows and will not be.
     """
-    metric = recipe.train.best_metric
-    if metric is None:
+    if recipe.train.best_metric is None:
         return None
+    metric = Privacy(recipe.data).metric(recipe.train.best_metric)
     whole = whole_metric(metric)
     if whole in HELD_OUT:
         languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.entries)})

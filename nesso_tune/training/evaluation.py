@@ -65,7 +65,7 @@ class Evaluator:
             metrics |= self.loss_over(trainer, self._batches(trainer), self.collate.groups)
         prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
         answers = self._answers(trainer, self.prompts)
-        self._show(answers[:SHOWN], trainer.state.global_step)
+        self._show([one for one in answers if not one.prompt.private][:SHOWN], trainer.state.global_step)
         metrics |= measure(answers, prefix, self.sources)
         metrics |= length_ratios(metrics, self.parent, prefix)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
@@ -114,7 +114,7 @@ class Evaluator:
         return answer(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
 
     def _show(self, answers: list[Answer], step: int) -> None:
-        """Writes answers out, a line of metrics.jsonl each."""
+        """Writes answers to prompts that may be shown out, a line of metrics.jsonl each."""
         for one in answers:
             question = self.tokenizer.decode(one.prompt.ids, skip_special_tokens=True)
             line = {"language": one.prompt.language, "prompt": question, "answer": one.text}

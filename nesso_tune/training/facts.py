@@ -15,11 +15,13 @@ import torch
 
 from nesso_tune.data.cache import key_of
 from nesso_tune.data.prepare import PreparedData
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.model.weights import base_hash
 from nesso_tune.recipes.paths import path_keys
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import Recipe, dump
+from nesso_tune.recipes.secrets import masked_word
 
 Changes = Mapping[str, tuple[Any, Any]]  # of keys of the recipe, with both values
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
@@ -57,8 +59,14 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
         "device": gpu,
         "attention": attention,
         "torch_compile": plan.torch_compile,
-        "command": [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv],
+        "command": _command(Privacy(recipe.data)),
     }
+
+
+def _command(privacy: Privacy) -> list[str]:
+    """The words that started this, without secrets and without what is private."""
+    words = [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv]
+    return privacy.command([masked_word(word) for word in words])
 
 
 def _quantiser(recipe: Recipe) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import (
 
 from nesso_tune.data.packing import in_order
 from nesso_tune.data.prepare import PreparedData
+from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.attention import attends_by_document
@@ -26,6 +26,7 @@ from nesso_tune.model.compiling import compile_layers
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
+from nesso_tune.terminal import print_notes
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.arguments import dpo_arguments, sft_arguments
@@ -219,7 +220,8 @@ class _Beginning(TrainerCallback):
             check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
-            facts: dict[str, Any] = {"changed": self._run.changed} if self._run.changed else {}
+            changed = Privacy(self._recipe.data).changes(self._run.changed)
+            facts: dict[str, Any] = {"changed": changed} if changed else {}
             facts |= {"environment": self._run.environment} if self._run.environment else {}
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
         if isinstance(trainer, dpo.PairTrainer) and isinstance(self._recipe, DPORecipe):
@@ -240,7 +242,7 @@ class _Beginning(TrainerCallback):
         cached, pairs = reference is not None, sum(map(len, parts))
         if first:
             said = f"{pairs:,} pairs are scored already" if cached else f"scoring {pairs:,} pairs, once"
-            print(f"reference: {said}", file=sys.stderr, flush=True)
+            print_notes(f"reference: {said}")
         if reference is None:
             groups = Groups.of(*(part.documents for part in parts))
             collate = PairCollator(data.chat.pad_id, groups, trainer.data_collator.by_document)

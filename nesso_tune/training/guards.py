@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from nesso_tune.errors import NumericalError
+from nesso_tune.terminal import print_notes
 from nesso_tune.training.checkpoint import checkpoints
 from nesso_tune.training.metrics import MetricsLog
 from nesso_tune.training.order import RunOrder
@@ -28,6 +28,7 @@ WINDOW, ENOUGH, DEVIATIONS = 128, 32, 6.0  # steps that are remembered, that mus
 LEAST = {"loss": 0.05, "grad_norm": 0.1}  # deviations below which nothing is called a leap: nats, and log of the norm
 NAMED, SHOWN = 64, 3  # rows in metrics.jsonl, and in a message
 Place = tuple[int, int]  # process and micro batch of a step
+Row = tuple[str, str]  # where a row stands, and what others may read of that
 
 
 class Guard:
@@ -94,7 +95,7 @@ class Guard:
         rows = self._rows(trainer, step, [max(each)[1]])
         said = ", ".join(f"{name} {value:.4g} (above {limit:.4g})" for name, (value, limit) in leaps.items())
         values, limits = ({name: pair[i] for name, pair in leaps.items()} for i in (0, 1))
-        event = {"action": self._on_spike, "values": values, "limits": limits, "rows": rows}
+        event = {"action": self._on_spike, "values": values, "limits": limits, "rows": _shown(rows)}
         self._log.write({"step": step, "event": "spike", **event})
         if self._on_spike == "stop":
             raise NumericalError(
@@ -103,7 +104,7 @@ class Guard:
             )  # fmt: skip
         if trainer.is_world_process_zero():
             what = "no update is made" if self._on_spike == "skip" else "the update is made"
-            print(f"step {step}: {said} leaps above the last {WINDOW} steps; {what}", file=sys.stderr, flush=True)
+            print_notes(f"step {step}: {said} leaps above the last {WINDOW} steps; {what}")
         return self._on_spike == "warn"
 
     def _not_finite(
@@ -112,14 +113,14 @@ class Guard:
         rank = trainer.accelerator.process_index
         mine = [(rank, i) for i, is_wrong in enumerate(wrong) if is_wrong or not in_loss]
         rows = self._rows(trainer, step, gather_object(mine))
-        self._log.write({"step": step, "event": "not_finite", "values": values, "rows": rows})
+        self._log.write({"step": step, "event": "not_finite", "values": values, "rows": _shown(rows)})
         what = f"the loss is {values['loss']}" if in_loss else f"the gradient's norm is {values['grad_norm']}"
         return NumericalError(
             f"step {step}", f"{what}, nothing was updated{_among(rows)}",
             f"look at these rows, or lower train.learning_rate; {intact(trainer)}",
         )  # fmt: skip
 
-    def _rows(self, trainer: Any, step: int, of: Sequence[Place]) -> list[str]:
+    def _rows(self, trainer: Any, step: int, of: Sequence[Place]) -> list[Row]:
         """Where the rows of some micro batches stand; the first process looks for all.
 
         Accelerate deals micro batches in turn: number `i` of process `r` is the `i * processes + r`-th of its step.
@@ -128,16 +129,23 @@ class Guard:
         before = (step - 1) * trainer.args.gradient_accumulation_steps * processes
         batches = sorted(before + i * processes + rank for rank, i in of)
         positions = [batch * size + row for batch in batches for row in range(size)]
-        found: list[str] = []
+        found: list[Row] = []
         if trainer.is_world_process_zero():
             entries = self._order.entries(positions)[:NAMED]
-            found = list(map(self._order.stream.documents.place, entries))
+            documents = self._order.stream.documents
+            found = [(documents.place(entry), documents.shown_place(entry)) for entry in entries]
         return list(from_first(found))
 
 
-def _among(rows: Sequence[str]) -> str:
+def _shown(rows: Sequence[Row]) -> list[str]:
+    """The places for a file that others may read."""
+    return [shown for _, shown in rows]
+
+
+def _among(rows: Sequence[Row]) -> str:
+    """The places for the terminal of the one who trains."""
     more = f" and {len(rows) - SHOWN} more (in metrics.jsonl)" if len(rows) > SHOWN else ""
-    return f"; its rows: {', '.join(rows[:SHOWN])}{more}" if rows else ""
+    return f"; its rows: {', '.join(place for place, _ in rows[:SHOWN])}{more}" if rows else ""
 
 
 def intact(trainer: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch.profiler import profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nesso_tune.terminal import print_notes
 from nesso_tune.training.layout import PROFILE
 
 WARM_UP, STEPS = 5, 3  # steps of a session that are let pass, and that are recorded
@@ -68,4 +68,4 @@ class Profile(TrainerCallback):
         said = (
             f"profile of steps {self._first} to {last}: {file} (open it in https://ui.perfetto.dev or chrome://tracing)"
         )
-        print(said, file=sys.stderr, flush=True)
+        print_notes(said)

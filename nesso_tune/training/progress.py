@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nesso_tune.terminal import visible
+
 KEYS = (
     "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
     "eval_rewards/accuracies", "closer_to_chosen",
@@ -19,8 +21,8 @@ class ProgressBar(TrainerCallback):
     """Writes to stderr, on the main process only."""
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._console = Console(file=sys.stderr, highlight=False)
+        self._name = visible(name)
+        self._console = Console(file=sys.stderr, highlight=False, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -28,7 +30,12 @@ class ProgressBar(TrainerCallback):
         """Called by the trainer."""
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
-        columns = (TextColumn(self._name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
+        columns = (
+            TextColumn(self._name, markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+        )
         self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console)
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, numbers="")
         self._bar.start()
@@ -65,4 +72,4 @@ class ProgressBar(TrainerCallback):
             self._bar.stop()
 
     def _say(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self._console).print(text, soft_wrap=True)
+        (self._bar.console if self._bar is not None else self._console).print(visible(text), soft_wrap=True)

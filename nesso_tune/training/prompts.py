@@ -23,6 +23,7 @@ class Prompt:
         rejected: the rejected answer's ids; empty for conversations.
         language: code.
         source: index of the source that it comes from.
+        private: whether nothing of it may be shown.
     """
 
     ids: list[int]
@@ -30,6 +31,7 @@ class Prompt:
     rejected: list[int]
     language: str
     source: int = 0
+    private: bool = False
 
 
 def choose_prompts(rows: Rows, count: int) -> list[Prompt]:
@@ -60,13 +62,13 @@ def _in_turn(queues: Sequence[Sequence[int]]) -> Iterator[int]:
 
 def _prompt(documents: Documents, entry: int) -> Prompt | None:
     """The last answer of a conversation, or a pair."""
-    language, source = documents.language(entry), int(documents.sources[entry])
+    origin = documents.language(entry), int(documents.sources[entry]), documents.is_private(entry)
     if documents.parts == 3:
         prompt, chosen, rejected = (documents.input_ids(entry, part).tolist() for part in range(3))
-        return Prompt(prompt, chosen, rejected, language, source)
+        return Prompt(prompt, chosen, rejected, *origin)
     ids, learned = documents.input_ids(entry).tolist(), documents.trained[documents.part(entry)]
     start, end = _last_run(learned.tolist())
-    return Prompt(ids[:start], ids[start:end], [], language, source) if start > 0 else None
+    return Prompt(ids[:start], ids[start:end], [], *origin) if start > 0 else None
 
 
 def _last_run(flags: Sequence[int]) -> tuple[int, int]:

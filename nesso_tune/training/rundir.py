@@ -12,6 +12,7 @@ from typing import Any
 from filelock import BaseFileLock, Timeout
 
 from nesso_tune.data.locks import acquire
+from nesso_tune.data.privacy import Privacy, as_recorded, recorded
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.paths import flag_path
@@ -157,7 +158,11 @@ def open_run(
 
 def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Writes what a run begins with: its resolved recipe, and a manifest of `facts` (versions, hashes, …)."""
-    _replace(run.path / MANIFEST, {**facts, "recipe": dump(recipe), "finished": False})  # first: it marks the folder
+    manifest = {**facts, "recipe": dump(recipe), "finished": False}
+    if Privacy(recipe.data):  # then only recipe.yaml has it whole
+        salt = os.urandom(8).hex()
+        manifest |= {"recipe": recorded(recipe, salt), "salt": salt}
+    _replace(run.path / MANIFEST, manifest)  # first: it marks the folder
     _replace_text(run.path / RECIPE, recipe.to_yaml())
 
 
@@ -185,7 +190,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...]) -> RunDir:
     path = run.path
-    changed = differences(manifest["recipe"], dump(recipe))
+    before = manifest["recipe"]
+    changed = differences(before, as_recorded(before, recipe, manifest.get("salt", "")))
     moved = {key: changed.pop(key) for key in list(changed) if names_content(key, changed[key], recipe)}
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType
@@ -19,6 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nesso_tune.errors import Preempted
+from nesso_tune.terminal import print_notes
 
 LAUNCHED = "NESSO_TUNE_LAUNCHED"  # set by our launcher, which passes signals on
 ECHO_S = 1.0  # within which such a signal is the one that a terminal sent to all processes already
@@ -53,7 +53,7 @@ class StopRequest:
             raise Preempted(name, "asked to stop before training began", "the same command starts again")
         if self.asked is None:
             self.asked, self._asked_at = name, time.monotonic()
-            print(f"{name}: saving after this step; once more ends at once", file=sys.stderr, flush=True)
+            print_notes(f"{name}: saving after this step; once more ends at once")
         elif LAUNCHED not in os.environ or time.monotonic() - self._asked_at > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
