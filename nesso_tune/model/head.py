@@ -151,6 +151,7 @@ class _LogProbs(torch.autograd.Function):
             top1[part] = logits.max(dim=-1).indices == wanted[part]
             all_of_them = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             log_probs[part] = all_of_them.gather(-1, wanted[part, None]).squeeze(-1)
+            del logits, all_of_them  # or they would be held while the next chunk is computed
         ctx.save_for_backward(rows, weight, cast, own_bias, wanted, log_probs)
         ctx.mark_non_differentiable(top1)
         return log_probs, top1
@@ -174,6 +175,7 @@ class _LogProbs(torch.autograd.Function):
                 to_weight = share.to(weight.dtype) if to_weight is None else to_weight.add_(share)
             if to_bias is not None:
                 to_bias += (slope * scale[part]).sum(dim=0)
+            del slope
         if needs_weight and to_weight is None:
             to_weight = torch.zeros_like(weight)
         return to_rows, to_weight, to_bias, None
