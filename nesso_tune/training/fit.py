@@ -21,9 +21,8 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
-from nesso_tune.model.attention import attends_by_document
 from nesso_tune.model.compiling import compile_layers
-from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.model.head import attach_supervised_head, forward_path
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 from nesso_tune.terminal import print_notes
@@ -167,10 +166,10 @@ def _collator(
 
     Compiled layers want rows of one `length`.
     """
-    by_document = attends_by_document(model)
+    path = forward_path(model)
     if recipe.method == "dpo":
-        return PairCollator(pad_id, groups, by_document)
-    return ConversationCollator(pad_id, groups, by_document, length)
+        return PairCollator(pad_id, groups, path.by_document)
+    return ConversationCollator(pad_id, groups, path.by_document, length, path.packs)
 
 
 def _evaluator(

@@ -51,9 +51,9 @@ class Operations:
         """Those of a whole model, before an adapter is put into it."""
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         blocks = sum(_multiplied(module) for module in model.modules() if module is not head)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * head_dim
-        return cls(6 * blocks, 6 * _multiplied(head), 12 * config.num_hidden_layers * width / 2)
+        heads, layers = (getattr(config, name, None) or 0 for name in ("num_attention_heads", "num_hidden_layers"))
+        head_dim = heads and (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(6 * blocks, 6 * _multiplied(head), 12 * layers * heads * head_dim / 2)
 
     def under_adapter(self, trained: int) -> Operations:
         """The same where `trained` weights of an adapter learn and all others are frozen."""
