@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.errors import ModelError, first_line
-from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, isolates
+from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, attend_by_document
 from nesso_tune.model.head import ForwardPath, Row, attach_supervised_head, own_logits
 from nesso_tune.model.small_copy import small_copy, spread_logits
 
@@ -153,8 +153,7 @@ class _Question:
         if kernel == "eager":
             return False
         before = self.model.config._attn_implementation
-        self.model.set_attn_implementation(BY_DOCUMENT[kernel])
-        if isolates(self.model) and self._right(path, [self._row()], alone):
+        if attend_by_document(self.model, kernel) and self._right(path, [self._row()], alone):
             return True
         self.model.set_attn_implementation(before)
         return False

@@ -159,6 +159,8 @@ def _set_ids(model: PreTrainedModel, chat: ChatTokenizer) -> None:
     positions from it, say), it keeps its own, or `final/` would be another model.
     """
     model.config.eos_token_id, model.config.bos_token_id = chat.eos_id, chat.bos_token_id
+    if getattr(model.config, "output_router_logits", False):  # a dense model has no router: its own forward would fail
+        model.config.output_router_logits = False
     if not any(hasattr(m, "padding_idx") for m in model.modules() if not isinstance(m, nn.Embedding)):
         model.config.pad_token_id = chat.pad_id
     for module in model.modules():

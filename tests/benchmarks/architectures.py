@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import io
 import json
 import logging
@@ -23,6 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,8 +96,10 @@ def main() -> None:
             options.out.write_text(_page(lines, skipped), encoding="utf-8")
 
 
-def outcome(base: PreTrainedModel, folder: Path, packing: bool) -> Outcome:
-    """Trains the base, and compares; a refusal is an outcome too."""
+def outcome(
+    base: PreTrainedModel, folder: Path, packing: bool, say: Callable[[str], None] = print, raises: bool = False
+) -> Outcome:
+    """Trains the base, and compares; a refusal is an outcome too, unless it shall be raised."""
     some = _recipe(base, folder, packing)
     first: dict[str, Tensor] = {}
     clip = TrackedTrainer._clip_grad_norm
@@ -106,18 +110,19 @@ def outcome(base: PreTrainedModel, folder: Path, packing: bool) -> Outcome:
         return clip(self, model)
 
     TrackedTrainer._clip_grad_norm = kept  # type: ignore[method-assign]
-    said: list[str] = []
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train(some, say=said.append)
+            train(some, say=say)
+        return _compared(some, first)
     except NessoError as error:
+        if raises:
+            raise
         return Outcome(refused=f"{type(error).__name__}: {error}")
     except Exception as error:
         traceback.print_exc()
         return Outcome(refused=f"FAILED {type(error).__name__}: {error}")
     finally:
         TrackedTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
-    return _compared(some, first)
 
 
 def _recipe(base: PreTrainedModel, folder: Path, packing: bool) -> Recipe:
@@ -134,6 +139,7 @@ def _recipe(base: PreTrainedModel, folder: Path, packing: bool) -> Recipe:
         model={"base": str(home), "random_init": False},
         data={"packing": packing, "sequence_len": 96},
         train={"max_steps": 2, "micro_batch_size": 2, "weight_decay": 0.0, "gradient_accumulation_steps": 2},
+        checkpoint={"every_steps": 1},
         evaluation={"samples": 0},
     )  # fmt: skip
 
@@ -175,13 +181,14 @@ def _no_padding_rows(model: PreTrainedModel) -> None:
 
 def mean_loss(model: PreTrainedModel, rows: list[dict[str, Any]]) -> Tensor:
     """Mean negative log-likelihood of the supervised tokens, each document alone through the model's own forward."""
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     losses = []
     for row in rows:
         start = 0
         for length in row["seq_lengths"]:
             ids, labels = (torch.tensor(row[name][start : start + length]) for name in ("input_ids", "labels"))
             start += length
-            logits = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].float(), dim=-1)
+            logits = torch.log_softmax(model(input_ids=ids[None], **cache).logits[0, :-1].float(), dim=-1)
             learned = labels[1:] != -100
             losses.append(-logits[learned].gather(1, ids[1:][learned][:, None])[:, 0])
     return torch.cat(losses).mean()

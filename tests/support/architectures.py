@@ -48,7 +48,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     *({"kinds": kinds} for kinds in KINDS),
     {}, {"layers": 4}, {"ids": "own"}, {"heads": 4}, {"heads": 4, "layers": 4}, {"ids": "own", "layers": 4},
     {"layers": 6}, {"layers": 8}, {"heads": 4, "layers": 8}, {"free": True}, {"free": True, "layers": 4},
-    {"states": 8}, {"ids": "own", "free": True}, {"ids": "own", "free": True, "layers": 4}, {"free": True, "layers": None},
+    {"states": 8}, {"ids": "own", "free": True}, {"ids": "own", "free": True, "layers": 4},
+    {"free": True, "layers": None},
 )  # fmt: skip
 
 
