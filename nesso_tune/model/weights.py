@@ -48,8 +48,9 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
         model = _made(folder, section, where, config, "eager", seed)
     _fit_vocabulary(model, chat, section, where)
     _set_ids(model, chat)
+    path = choose_forward(model, kernel, where)
     model.generation_config = _generation_config(model, chat)
-    if not choose_forward(model, kernel, where).by_document and section.attention == "flash":
+    if not path.by_document and section.attention == "flash":
         raise RecipeError(
             "model.attention", f"{section.base} cannot attend document by document, which flash does here",
             "set attention: auto",
@@ -161,16 +162,19 @@ def _set_ids(model: PreTrainedModel, chat: ChatTokenizer) -> None:
     model.config.eos_token_id, model.config.bos_token_id = chat.eos_id, chat.bos_token_id
     if getattr(model.config, "output_router_logits", False):  # a dense model has no router: its own forward would fail
         model.config.output_router_logits = False
-    if not any(hasattr(m, "padding_idx") for m in model.modules() if not isinstance(m, nn.Embedding)):
+    if not any(_reads_padding(m) for m in model.modules() if not isinstance(m, nn.Embedding)):
         model.config.pad_token_id = chat.pad_id
     for module in model.modules():
-        own = type(module).forward
-        if isinstance(module, nn.Embedding) and (own is nn.Embedding.forward or "padding_idx" not in _names(own)):
+        if isinstance(module, nn.Embedding) and (
+            type(module).forward is nn.Embedding.forward or not _reads_padding(module)
+        ):
             module.padding_idx = None
 
 
-def _names(function: Any) -> tuple[str, ...]:
-    return getattr(function, "__code__", _names.__code__).co_names
+def _reads_padding(module: nn.Module) -> bool:
+    """Whether a module's own code computes with the id of padding; that it keeps the id says nothing."""
+    methods = {name: own for name, own in vars(type(module)).items() if name != "__init__"}
+    return any("padding_idx" in getattr(own, "__code__", _reads_padding.__code__).co_names for own in methods.values())
 
 
 def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> GenerationConfig:

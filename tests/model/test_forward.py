@@ -5,10 +5,11 @@ All architectures of transformers, in whole runs: tests/benchmarks/architectures
 
 import json
 import shutil
+from itertools import chain
 
 import pytest
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -18,8 +19,8 @@ from nesso_tune.model.forward import FIELDS, choose_forward
 from nesso_tune.model.head import attach_supervised_head
 from nesso_tune.model.small_copy import small_copy
 from nesso_tune.run import train
-from nesso_tune.training.collate import ConversationCollator
 from nesso_tune.training.checkpoint import read_data
+from nesso_tune.training.collate import ConversationCollator
 from nesso_tune.training.tally import Groups
 from nesso_tune.training.trainer import TrackedTrainer
 from tests.benchmarks.architectures import QUESTIONS, _recipe, mean_loss, outcome
@@ -40,7 +41,7 @@ KINDS = {
 
 
 def config_class(name):
-    return next(kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING if kind.model_type == name)
+    return CONFIG_MAPPING[name]
 
 
 def rows(together):
@@ -51,7 +52,7 @@ def rows(together):
         ids = [torch.randint(3, VOCABULARY, (LENGTHS[i],), generator=generator).tolist() for i in group]
         labels = [[-100 if i % 4 == 1 else token for i, token in enumerate(own)] for own in ids]
         of = {"languages": ["it"] * len(group), "sources": [""] * len(group), "seq_lengths": list(map(len, ids))}
-        out.append({"input_ids": sum(ids, []), "labels": sum(labels, []), **of})
+        out.append({"input_ids": [*chain(*ids)], "labels": [*chain(*labels)], **of})
     return out
 
 
@@ -93,9 +94,8 @@ def test_figures_say_by_how_much_a_path_is_off():
 
 
 def test_a_model_that_sees_what_it_should_predict_is_refused_with_both_figures():
-    config = config_class("bert")(**{
-        "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48
-    })  # fmt: skip
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = config_class("bert")(vocab_size=97, **sizes)
     with pytest.raises(ModelError, match=r'loss of 6 tokens [\d.]+ with text after them, [\d.]+ without\).*"is_decode'):
         choose_forward(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
 
