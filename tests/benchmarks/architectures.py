@@ -19,6 +19,7 @@ import inspect
 import io
 import json
 import logging
+import re
 import sys
 import tempfile
 import time
@@ -210,7 +211,7 @@ def _way(one: Outcome) -> str:
 
 def _figures(one: Outcome) -> str:
     if one.refused:
-        return one.refused.replace("|", "/")[:300]
+        return re.sub(r"model\.base \S+: ", "", one.refused).replace("|", "/")[:200]
     missing = f", {one.gradients_missing} gradients in one only" if one.gradients_missing else ""
     sign = "" if one.right else "**differs** "
     return f"{sign}{one.loss:.5f}: {one.loss_off:.0e}, {one.gradient_off:.0e}{missing}, {one.eval_off:.0e}"
@@ -250,6 +251,9 @@ how far the gradient of any parameter is from that of this mean (share of its no
 - **by document**: no padding, attention within each document. **packed with masks**: documents of a row are told apart
   by positions that restart. **unpacked**: the model mixes packed documents, so that each has a row of its own, padded
   to the right, whatever `data.packing` says; a run says so, with the loss packed and alone.
+
+Refused are mixtures of experts and multimodal models, which version 1 does not train, and models that see the tokens
+that they should predict; a row says which, and the two losses.
 
 The balance loss of a mixture of experts' router is no part of the loss, reported or optimised.
 """
