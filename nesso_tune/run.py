@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from nesso_tune.data.prepare import PreparedData, prepare_data
+from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attends_by_document, kernel_in_words
 from nesso_tune.model.compiling import can_compile
+from nesso_tune.model.head import Figures, ForwardPath, forward_path
 from nesso_tune.model.weights import load_model
 from nesso_tune.publish.card import model_card
 from nesso_tune.publish.data_report import write_data_report
@@ -25,7 +26,7 @@ from nesso_tune.publish.report import write_report
 from nesso_tune.recipes.advice import more_epochs
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.planning import make_plan
-from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.training.arguments import check_trackers
 from nesso_tune.training.best import in_words
 from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_data
@@ -151,8 +152,11 @@ def _closing(run: RunDir, overwrites: bool) -> list[str]:
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
+    noted = read_data(run.path, MANIFEST)
+    if noted.get("unpacked"):
+        data = unpacked(data, recipe)
     plan = make_plan(recipe, world(), data.volume)
-    check_same_run(run.path, read_data(run.path, MANIFEST), run_facts(recipe, data, plan), True, run.moved)
+    check_same_run(run.path, noted, run_facts(recipe, data, plan), True, run.moved)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
@@ -165,13 +169,18 @@ def _train(
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
-    kernel = kernel_in_words(model, recipe.model.dtype)
+    kernel, path, given = kernel_in_words(model, recipe.model.dtype), forward_path(model), recipe
     if not attends_by_document(model) and recipe.model.attention != "eager":
         say(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
+    if path.head == "own":
+        say(_about_head(path))
+    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.keeps_documents_apart:
+        recipe, data, plan = _without_packing(recipe, data, plan, path, say)
+    _check_positions(path, recipe, data, plan)
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
         say("torch_compile: there is no C++ compiler here, so layers are not compiled")
         plan = replace(plan, torch_compile=False)
-    facts = run_facts(recipe, data, plan, kernel)
+    facts = run_facts(given, data, plan, kernel)
     run = _compared(run, facts, say)
     _check_end(run, recipe, plan)
     whole = final_bytes(model, "float32")
@@ -184,7 +193,7 @@ def _train(
                 run.metrics.unlink(missing_ok=True)
                 for text in more_epochs(recipe, plan):
                     say(text)
-            write_start(run, recipe, facts)
+            write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
         wait_for_all()
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
@@ -203,6 +212,46 @@ def _train(
             write_end(run, {} if best is None else {"best": best.state()})
     asked = any(gather_object([request.asked]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
+
+
+def _without_packing(
+    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath, say: Callable[[str], None]
+) -> tuple[SFTRecipe, PreparedData, Plan]:
+    """Recipe, data and plan of the same run with one conversation a row, which is said."""
+    own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
+    rows, data = len(data.train), unpacked(data, recipe)
+    steps, plan = plan.steps, make_plan(own, world(), data.volume)
+    say(
+        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_figures, 'packed')}: "
+        f"it trains on one conversation a row, {len(data.train):,} rows an epoch instead of {rows:,}, "
+        f"{plan.steps:,} steps instead of {steps:,}"
+    )
+    return own, data, plan
+
+
+def _about_head(path: ForwardPath) -> str:
+    figures = _figures(path.head_figures, "by the head alone")
+    return f"head: this base computes more than its head{figures}: it trains with its own forward, which is slower"
+
+
+def _figures(figures: Figures | None, tried: str) -> str:
+    return f" (loss of some tokens {figures[0]:.5f} {tried}, {figures[1]:.5f} by its own forward)" if figures else ""
+
+
+def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan: Plan) -> None:
+    """Raises RecipeError if a document is longer than the positions that the base has learned."""
+    if path.positions is None:
+        return
+    longest = max(
+        int(rows.documents.spans[rows.documents.kept].max(initial=0)) for rows in (data.train, data.validation)
+    )
+    if plan.torch_compile:  # rows are filled up, with one document more
+        longest = max(longest, recipe.data.sequence_len)
+    if longest > path.positions:
+        raise RecipeError(
+            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.positions:,}",
+            f"set it to {path.positions} or less (data.too_long says what happens to longer documents)",
+        )  # fmt: skip
 
 
 def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) -> RunDir:

@@ -17,6 +17,8 @@ from nesso_tune.recipes.shipped import is_result, local_path
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
                    "generation_config.json", "chat_template*"]  # fmt: skip
 
+ADAPTER = "adapter_config.json"
+
 
 def base_folder(base: str, revision: str | None = None, weights: bool = False, where: str | None = None) -> Path:
     """The local folder with the base's tokenizer and configuration, and its weights if asked for.
@@ -78,8 +80,14 @@ def check_pinned(model: ModelSection) -> None:
 
 
 def check_complete(folder: Path, model: ModelSection) -> None:
-    """Raises ModelError if a base's folder lacks its configuration, its tokenizer, or weights to start from."""
+    """Raises ModelError if a base's folder lacks configuration, tokenizer or weights, or holds an adapter."""
     where = f"model.base {model.base}"
+    if (folder / ADAPTER).is_file():  # transformers would load the base that the adapter names, and the adapter
+        if (folder / "config.json").is_file() and has_weights(folder):
+            remedy = f"remove {ADAPTER} if the weights are whole, else merge the adapter (peft: merge_and_unload)"
+        else:
+            remedy = "merge it into its base (peft: merge_and_unload) and name the folder of the result"
+        raise ModelError(where, f"holds an adapter ({ADAPTER})", remedy)
     if not (folder / "config.json").is_file():
         in_run = (folder / "final" / "config.json").is_file()
         remedy = f"name {model.base.rstrip('/')}/final" if in_run else "name a folder that holds a whole model"

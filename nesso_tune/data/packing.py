@@ -128,6 +128,10 @@ class RowStream:
         self._counts: list[int] = []
         self.epoch = lru_cache(maxsize=2)(self._epoch)  # the current one, and the next at a border
 
+    def unpacked(self) -> RowStream:
+        """The same documents in as many rows."""
+        return RowStream(self.documents, self.entries, seed=self._seed, groups=self._groups)
+
     def locate(self, position: int) -> tuple[int, int]:
         """The epoch, and the row in it, of a position in the stream."""
         epoch = 0

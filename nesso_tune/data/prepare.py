@@ -79,6 +79,18 @@ class PreparedData:
         )  # fmt: skip
 
 
+def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
+    """The same conversations, a row each: for a base that cannot keep packed ones apart."""
+    stream = data.stream.unpacked()
+    rows, held = stream.epoch(0), data.validation
+    validation = Rows(held.documents, np.sort(held.entries), np.arange(len(held.entries) + 1), held.first_pair)
+    used = int(rows.documents.spans[rows.entries].sum())
+    fill = round(used / (len(rows) * recipe.data.sequence_len), 4)
+    packing = {"rows": len(rows), "fill": fill, "unpacked": True}
+    report = data.report | {"packing": packing, "fingerprint": cache.key_of([data.report["fingerprint"], "unpacked"])}
+    return replace(data, train=rows, validation=validation, stream=stream, report=report)
+
+
 def prepare_data(recipe: Recipe) -> PreparedData:
     """Reads, encodes and caches the data of a recipe, without torch.
 

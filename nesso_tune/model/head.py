@@ -3,6 +3,9 @@
 With a vocabulary of 128k the logits of a whole batch are the largest tensor of a training step, and about half of a
 chat's positions are not learned. This head scores the learned ones, in chunks, and answers in the form that TRL's
 trainers ask their models for (`fused_lm_head=True`). Rows of `Segments` go through the model without padding.
+
+Some models do more between hidden states and logits than one product. Which head a model is trained with, and in which
+batches, is its `ForwardPath`; `model/forward.py` chooses it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +29,42 @@ from nesso_tune.model.attention import Segments, through
 # Logits that are held at once, 6 bytes each in bfloat16 (8 in float32) while they are scored, 4 (8) on the way back.
 SCORED = {"cpu": 1 << 25, "cuda": 1 << 27}
 DERIVED = {"cpu": 1 << 26, "cuda": 1 << 27}
-SCALED_HEADS = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+Figures = tuple[float, float]  # mean loss of some tokens: on the path that was tried, and by the model's own forward
+
+
+@dataclass(frozen=True)
+class ForwardPath:
+    """How a model is trained so that it computes what its own forward computes for each document alone.
+
+    Attributes:
+        head: `supervised` is the head of this module; `trl` the one that TRL attaches, which knows some models that cap
+            or scale their logits; `own` takes the logits of the model's own forward.
+        by_document: the model attends by document, so that batches need no padding.
+        packs: without `by_document`, documents of a row are kept apart by `position_ids` that restart.
+        padding: how rows of unequal length are padded to the right: with an attention mask, without one, or not at all
+            (each row goes through the model by itself).
+        positions: tokens that the model has learned positions for; None if there is no such limit.
+        head_figures: of the `supervised` head, where it is not the one that is used.
+        packing_figures: of packed documents, where they are not kept apart.
+    """
+
+    head: Literal["supervised", "trl", "own"] = "supervised"
+    by_document: bool = False
+    packs: bool = True
+    padding: Literal["mask", "none", "alone"] = "mask"
+    positions: int | None = None
+    head_figures: Figures | None = None
+    packing_figures: Figures | None = None
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether packed rows can be trained on."""
+        return self.by_document or self.packs
+
+
+def forward_path(model: PreTrainedModel) -> ForwardPath:
+    """The path that was chosen for a model when it was loaded."""
+    return getattr(model, "nesso_forward_path", ForwardPath())
 
 
 @dataclass(frozen=True)
@@ -53,19 +91,19 @@ class Row:
         )
 
 
-def attach_supervised_head(model: PreTrainedModel) -> bool:
-    """Gives `model` this head instead of the one that TRL attached; `generate` is untouched.
+def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
+    """Gives `model` the head of its path instead of the one that TRL attached; `generate` is untouched.
 
     With `row=`, a `Row` of the same sequences as `labels`, the model computes on that row alone.
 
     Args:
         model: attends by document, if rows are to be given.
-
-    Returns:
-        False where the model scales or caps its logits: TRL's head, which knows those, then stays.
+        path: the model's own by default.
     """
-    if not has_plain_head(model):
-        return False
+    path = path or forward_path(model)
+    if path.head == "trl":
+        return
+    scored = _own_scores if path.head == "own" else _head_scores
     whole_forward = types.MethodType(type(model).forward, model)
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
@@ -74,23 +112,55 @@ def attach_supervised_head(model: PreTrainedModel) -> bool:
         labels, row = kwargs.pop("labels"), kwargs.pop("row", None)
         targets = labels[:, 1:]
         mask = targets != -100
-        if row is None:
-            kwargs["use_cache"] = False
-            learned = self.base_model(*args, **kwargs).last_hidden_state[:, :-1][mask]
-        else:
+        if row is not None:
             learned = through(self, row.ids, row.segments)[0].index_select(0, row.before)
-        return spread(*score(learned, self.get_output_embeddings(), targets[mask]), mask)
+            return spread(*score(learned, self.get_output_embeddings(), targets[mask]), mask)
+        batches = _alone(kwargs) if path.padding == "alone" else [kwargs]
+        if path.padding == "none":
+            kwargs.pop("attention_mask", None)
+        parts, start = [], 0
+        for batch in batches:
+            rows, length = batch["input_ids"].shape
+            part = slice(start, start + rows)
+            parts.append(scored(self, batch, targets[part, : length - 1], mask[part, : length - 1]))
+            start += rows
+        log_probs, top1 = (torch.cat(found) for found in zip(*parts, strict=True))
+        return spread(log_probs, top1, mask)
 
     # `generate` reads which arguments a model takes from the signature
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
-    return True
 
 
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the head's products and nothing more."""
-    config = model.config.get_text_config()
-    return all(getattr(config, name, None) is None for name in SCALED_HEADS)
+def own_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """What plain transformers computes, [batch, length, vocabulary]; nothing is cached."""
+    forward = type(model).forward
+    taken = inspect.signature(forward).parameters
+    # a router's balance is no part of the loss
+    off = {name: False for name in ("use_cache", "output_router_logits") if name in taken}
+    own = {name: value for name, value in batch.items() if name not in ("use_cache", "output_router_logits")}
+    logits: Tensor = forward(model, **own, **off).logits
+    return logits
+
+
+def _own_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the learned tokens from the model's own logits, and whether each was the likeliest."""
+    logits, wanted = own_logits(model, batch)[:, :-1][mask], targets[mask]
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, wanted[:, None]).squeeze(-1)
+    return log_probs, logits.detach().argmax(dim=-1) == wanted
+
+
+def _head_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the last hidden states and the output embeddings."""
+    hidden = model.base_model(**batch | {"use_cache": False}).last_hidden_state[:, :-1][mask]
+    return score(hidden, model.get_output_embeddings(), targets[mask])
+
+
+def _alone(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each row of a batch that is padded to the right by itself, without its padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
+    return [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)]
 
 
 def score(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.files import base_folder, check_complete, check_pinned
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, first_line
-from nesso_tune.model.attention import attend_by_document, choose_attention
-from nesso_tune.model.head import has_plain_head
+from nesso_tune.model.attention import choose_attention
+from nesso_tune.model.forward import choose_forward
 from nesso_tune.recipes.sections import ModelSection
 
 UNSTATED_CONTEXT = 2048  # tokens that `generate` may reach with a base that states no context
@@ -24,7 +25,7 @@ UNSTATED_CONTEXT = 2048  # tokens that `generate` may reach with a base that sta
 def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrainedModel:
     """The base in float32, with a row for every token and the end token in its generation config.
 
-    Weights are random only if the recipe says `random_init`.
+    Weights are random only if the recipe says `random_init`. How the model is trained is its `forward_path`.
 
     Raises:
         ModelError: if weights are missing, or model and tokenizer do not belong together.
@@ -46,11 +47,10 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
             ) from None
         model = _made(folder, section, where, config, "eager", seed)
     _fit_vocabulary(model, chat, section, where)
-    model.config.eos_token_id, model.config.pad_token_id = chat.eos_id, chat.pad_id
-    model.config.bos_token_id = chat.bos_token_id
+    _set_ids(model, chat)
+    path = choose_forward(model, kernel, where)
     model.generation_config = _generation_config(model, chat)
-    # a head that is more than its products stays with TRL, which wants batches
-    if not (has_plain_head(model) and attend_by_document(model, kernel)) and section.attention == "flash":
+    if not path.by_document and section.attention == "flash":
         raise RecipeError(
             "model.attention", f"{section.base} cannot attend document by document, which flash does here",
             "set attention: auto",
@@ -151,6 +151,30 @@ def _fit_vocabulary(model: PreTrainedModel, chat: ChatTokenizer, section: ModelS
         for token, related in chat.starts_from.items():
             for table in tables:
                 table[token] = table[list(related)].mean(dim=0)
+
+
+def _set_ids(model: PreTrainedModel, chat: ChatTokenizer) -> None:
+    """The chat's ids in the configuration, and no row of a table that gets no gradient.
+
+    Padding is the end token here, which is learned. Where the model computes with the id of padding (it counts
+    positions from it, say), it keeps its own, or `final/` would be another model.
+    """
+    model.config.eos_token_id, model.config.bos_token_id = chat.eos_id, chat.bos_token_id
+    if getattr(model.config, "output_router_logits", False):  # a dense model has no router: its own forward would fail
+        model.config.output_router_logits = False
+    if not any(_reads_padding(m) for m in model.modules() if not isinstance(m, nn.Embedding)):
+        model.config.pad_token_id = chat.pad_id
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and (
+            type(module).forward is nn.Embedding.forward or not _reads_padding(module)
+        ):
+            module.padding_idx = None
+
+
+def _reads_padding(module: nn.Module) -> bool:
+    """Whether a module's own code computes with the id of padding; that it keeps the id says nothing."""
+    methods = {name: own for name, own in vars(type(module)).items() if name != "__init__"}
+    return any("padding_idx" in getattr(own, "__code__", _reads_padding.__code__).co_names for own in methods.values())
 
 
 def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> GenerationConfig:

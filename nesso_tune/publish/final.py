@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -80,13 +81,25 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     with as_environment_error(folder):
         model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
     config = staging / "config.json"
-    config.write_text(json.dumps(read_by_older_versions(json.loads(config.read_text())), indent=2) + "\n")
+    plain = json.loads(config.read_text())
+    if _still_read(model, plain, both := read_by_older_versions(plain)):
+        config.write_text(json.dumps(both, indent=2) + "\n")
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         readable(file)
         sync(file)
     put_in_place(staging, folder)
+
+
+def _still_read(model: PreTrainedModel, plain: Mapping[str, Any], both: Mapping[str, Any]) -> bool:
+    """Whether this version of transformers reads the same rotary embedding where older versions' names are added."""
+    try:
+        found = [type(model.config).from_dict(copy.deepcopy(dict(some))) for some in (plain, both)]
+    except Exception:  # a layer's kind lacks something, say
+        return False
+    first, second = (getattr(one, "rope_parameters", None) for one in found)
+    return bool(first == second)
 
 
 def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:

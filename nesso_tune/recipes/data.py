@@ -190,7 +190,10 @@ class SFTData(DataSection):
     """Data of supervised fine-tuning."""
 
     packing: bool = True
-    """Lay several conversations end to end in one row, isolated from each other."""
+    """Lay several conversations end to end in one row, isolated from each other.
+
+    A base that cannot keep them apart trains on one conversation a row all the same, which the run says.
+    """
     roles_to_train: Annotated[tuple[Role, ...], Field(strict=False, min_length=1)] = ("assistant",)
     """Roles whose text the model learns to write."""
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"

@@ -78,6 +78,7 @@ def _shared(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dict[str, Any
         # the norm is measured even where nothing is clipped
         "max_grad_norm": float("inf") if train.max_grad_norm is None else train.max_grad_norm,
         "activation_checkpointing": checkpointing and not sharded,
+        "router_aux_loss_coef": 0.0,  # the loss is the language model's; a dense model has no router to balance
         "ddp_find_unused_parameters": False,  # every weight has a part in every loss
         "ddp_timeout": recipe.distributed.timeout_s,
         "report_to": list(recipe.logging.report_to) or "none",

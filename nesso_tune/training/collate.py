@@ -34,12 +34,15 @@ class ConversationCollator:
         by_document: the model attends by document. Without, documents are told apart by `position_ids` that restart
             at 0, and by the absence of an attention mask.
         length: tokens that every row is filled up to; None: no more than needed.
+        packs: the model keeps documents apart that are told apart so. Without, a row is one document, padded to the
+            right, with an attention mask.
     """
 
     pad_id: int
     groups: Groups
     by_document: bool = True
     length: int | None = None
+    packs: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         tokens = torch.tensor(sum(len(row["input_ids"]) for row in rows))
@@ -47,6 +50,9 @@ class ConversationCollator:
             length = self.length or max(len(row["input_ids"]) for row in rows)
             parts = [self._laid([row], length) for row in rows]
             batch = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+            if not self.packs:
+                batch["attention_mask"] = _real(rows, length)
+                del batch["position_ids"]
             return {**batch, "tokens": tokens}
         lengths = [n for row in rows for n in row["seq_lengths"]]
         length = self.length * len(rows) if self.length else int(tokens)
@@ -68,6 +74,12 @@ class ConversationCollator:
         laid["labels"][positions == 0] = IGNORED
         laid |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in laid.items()}
+
+
+def _real(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
+    """1 where a row of one document has a token, 0 where it is padding; [rows, length]."""
+    assert all(len(row["seq_lengths"]) == 1 for row in rows), "this model cannot keep packed documents apart"
+    return (torch.arange(length) < torch.tensor([len(row["input_ids"]) for row in rows])[:, None]).long()
 
 
 class PairCollator:

@@ -58,6 +58,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
         "threads": torch.get_num_threads(),
         "device": gpu,
         "attention": attention,
+        "unpacked": data.report["packing"].get("unpacked", False),  # the base cannot keep packed documents apart
         "torch_compile": plan.torch_compile,
         "command": _command(Privacy(recipe.data)),
     }

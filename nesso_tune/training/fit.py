@@ -21,9 +21,8 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import Preempted
 from nesso_tune.model.adapters import adapt
-from nesso_tune.model.attention import attends_by_document
 from nesso_tune.model.compiling import compile_layers
-from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.model.head import attach_supervised_head, forward_path
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 from nesso_tune.terminal import print_notes
@@ -89,11 +88,13 @@ def fit(
         Preempted: if the run was asked to stop; a checkpoint is saved.
         RecipeError, RunEnvironmentError: if `train.best_metric` is not measured, or the best checkpoint is damaged.
     """
+    pad_id = model.config.pad_token_id
     trainer = _trainer(model, data, recipe, plan, run, facts, room)
     trainer.add_callback(_Beginning(trainer, data, run, facts, recipe))
     if recipe.train.profile:
         trainer.add_callback(Profile(trainer, run.path, plan.steps))
     _train_until_asked(trainer, plan, run, request)
+    model.config.pad_token_id = pad_id  # transformers had put the tokenizer's there, whatever the model does with it
     return trainer
 
 
@@ -113,6 +114,8 @@ def _trainer(
         model, recipe, data.chat.pad_id, groups, recipe.data.sequence_len if plan.torch_compile else None
     )
     best, operations = best_of(recipe, figures, data.validation), _adapted(model, recipe, data.chat.new_ids)
+    config = model.config.get_text_config()
+    coefficient = getattr(config, "router_aux_loss_coef", None)
     trainer: Trainer = kind(
         model=model,
         args=arguments(recipe, plan, model),
@@ -121,6 +124,8 @@ def _trainer(
         processing_class=data.tokenizer,
         callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
+    if coefficient is not None:  # TRL writes the one of its arguments there
+        config.router_aux_loss_coef = coefficient
     trainer.remove_callback(PrinterCallback)  # our own lines say it
     attach_supervised_head(model)
     if plan.torch_compile:
@@ -167,10 +172,10 @@ def _collator(
 
     Compiled layers want rows of one `length`.
     """
-    by_document = attends_by_document(model)
+    path = forward_path(model)
     if recipe.method == "dpo":
-        return PairCollator(pad_id, groups, by_document)
-    return ConversationCollator(pad_id, groups, by_document, length)
+        return PairCollator(pad_id, groups, path.by_document)
+    return ConversationCollator(pad_id, groups, path.by_document, length, path.packs)
 
 
 def _evaluator(

@@ -51,13 +51,21 @@ class Operations:
         """Those of a whole model, before an adapter is put into it."""
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         blocks = sum(_multiplied(module) for module in model.modules() if module is not head)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * head_dim
-        return cls(6 * blocks, 6 * _multiplied(head), 12 * config.num_hidden_layers * width / 2)
+        heads, layers, head_dim = (_size(config, n) for n in ("num_attention_heads", "num_hidden_layers", "head_dim"))
+        head_dim = head_dim or (_size(config, "hidden_size") // heads if heads else 0)
+        return cls(6 * blocks, 6 * _multiplied(head), 12 * layers * heads * head_dim / 2)
 
     def under_adapter(self, trained: int) -> Operations:
         """The same where `trained` weights of an adapter learn and all others are frozen."""
         return replace(self, token=self.token * 4 / 6 + 6 * trained, supervised=self.supervised * 4 / 6)
+
+
+def _size(config: Any, name: str) -> int:
+    """A size of a configuration; 0 where it has none, or one for each layer."""
+    try:
+        return getattr(config, name, None) or 0
+    except Exception:  # transformers' own, of a size that differs between layers
+        return 0
 
 
 def _multiplied(module: nn.Module | None) -> int:

@@ -6,13 +6,15 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.head import forward_path
 from nesso_tune.model.weights import base_hash, load_model
 from nesso_tune.recipes.sections import ChatSection, ModelSection
+from tests.support.architectures import tiny
 
 
 @pytest.fixture
@@ -109,6 +111,57 @@ def test_generation_stops_at_the_templates_end_and_at_the_bases_own(trained):
     assert model.generation_config.pad_token_id == tokenizer.pad_id == tokenizer.eos_id
     assert model.generation_config.max_length == model.config.max_position_embeddings
     assert model.generation_config.max_new_tokens is None, "it would be a ceiling for servers and evaluations"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_padding_tokens_row_has_a_gradient(trained, tied):
+    """The template's end token is padding too, and what a second stage starts from says so."""
+    folder = trained(tied)
+    first, tokenizer = load(folder)
+    first.save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().padding_idx == tokenizer.eos_id
+    model, _ = load(folder)
+    embedding, end = model.get_input_embeddings(), tokenizer.eos_id
+    hidden = model.base_model(input_ids=torch.tensor([[5, end, 7]])).last_hidden_state
+    (grad,) = torch.autograd.grad(hidden[0, -1].sum(), embedding.weight)  # of the input side alone
+    assert grad[end].norm() > 0.1 * grad[5].norm() > 0
+
+
+def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_path):
+    tiny(RobertaConfig).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / name)
+    model, tokenizer = load(tmp_path)
+    assert model.config.pad_token_id == 1 != tokenizer.pad_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_id
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_in_the_folder_is_an_error_that_names_it(trained, whole):
+    folder = trained()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "else"}))
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    remedy = "remove adapter_config.json if the weights are whole" if whole else "merge it into its base"
+    with pytest.raises(ModelError, match=rf"holds an adapter \(adapter_config.json\); {remedy}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+def test_a_hybrid_without_experts_needs_no_router(base, tmp_path, scaling):
+    sizes = {"vocab_size": 1823, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "shared_intermediate_size": 96, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}  # fmt: skip
+    config = AutoConfig.for_model(
+        "granitemoehybrid", **sizes, num_hidden_layers=2, layer_types=["mamba", "attention"], num_local_experts=0,
+        num_experts_per_tok=0, output_router_logits=True, logits_scaling=scaling,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / name)
+    model, _ = load(tmp_path, random_init=True)
+    answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, eos_token_id=None)
+    assert answer.shape == (1, 5), "its own forward would look for a router"
+    assert not forward_path(model).keeps_documents_apart
 
 
 def test_flash_without_a_gpu_is_an_error(base):

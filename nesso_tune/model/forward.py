@@ -1,0 +1,252 @@
+"""Which way through a model training takes: the fastest that computes what the model computes for a document alone.
+
+Nothing is guessed from an architecture's name. A small copy of the model scores a few tokens, each document by itself,
+with plain transformers; every path must give the same log-probabilities, and the same gradient in every weight, in the
+batches that training makes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import add_fused_lm_head
+
+from nesso_tune.errors import ModelError, first_line
+from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, attend_by_document
+from nesso_tune.model.head import ForwardPath, Row, attach_supervised_head, own_logits
+from nesso_tune.model.small_copy import small_copy, spread_logits
+
+LENGTHS = (7, 5, 6)  # tokens of the documents that are scored
+IGNORED = -100
+FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask their head for
+NEAR = 2e-4  # how far log-probabilities may be off, in nats, and gradients, as a share of their norm: rounding only
+MARGIN = 8  # rows that a table of learned positions may have beyond the positions
+
+Batch = dict[str, Any]
+_CHOSEN: dict[tuple[Any, ...], ForwardPath] = {}  # one answer for all models of a configuration in this process
+
+
+def choose_forward(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
+    """Finds the path for a model, and sets its attention accordingly.
+
+    Args:
+        model: as loaded: on one device, in float32, neither wrapped nor sharded.
+        kernel: what computes attention by document; `eager` never does.
+        where: what errors call the model.
+
+    Raises:
+        ModelError: if a token's score depends on tokens after it, or the model scores no tokens at all.
+    """
+    kernel = kernel if model._can_set_attn_implementation() else "eager"
+    key = (type(model), model.config.to_json_string(), model.config._attn_implementation, kernel, model.device)
+    path = _CHOSEN.get(key) or _asked(model, kernel, where)
+    _CHOSEN[key] = path
+    if path.by_document:
+        model.set_attn_implementation(BY_DOCUMENT[kernel])
+    model.nesso_forward_path = path  # type: ignore[assignment]
+    return path
+
+
+def _asked(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
+    try:
+        small = small_copy(model)
+    except Exception:  # whatever an architecture's own code does on being copied
+        return ForwardPath("own", packs=False, padding="alone")
+    with torch.random.fork_rng(devices=[]):
+        return _Question(small, where).answer(kernel)
+
+
+@dataclass
+class _Scores:
+    """Log-probabilities of the tokens of all documents, after the first of each, and the gradient of their sum."""
+
+    log_probs: Tensor
+    gradients: dict[str, Tensor]
+
+    def alike(self, other: _Scores) -> bool:
+        if self.log_probs.shape != other.log_probs.shape:
+            return False
+        scale = max(1.0, float(self.log_probs.abs().max()))
+        if not (self.log_probs - other.log_probs).abs().max() <= NEAR * scale:
+            return False
+        if self.gradients.keys() != other.gradients.keys():
+            return False
+        norms = {name: float(gradient.norm()) for name, gradient in self.gradients.items()}
+        floor = 1e-2 * NEAR * max(norms.values(), default=0.0)
+        return all(
+            float((other.gradients[name] - gradient).norm()) <= 5 * NEAR * norms[name] + floor
+            for name, gradient in self.gradients.items()
+        )
+
+    @property
+    def loss(self) -> float:
+        return -float(self.log_probs.mean())
+
+
+class _Question:
+    """What a small copy is asked."""
+
+    def __init__(self, model: PreTrainedModel, where: str) -> None:
+        self.model, self.where = model, where
+        self.device = next(model.parameters()).device
+        rows = min(model.get_input_embeddings().weight.shape[0], 97)
+        generator = torch.Generator().manual_seed(1)
+        self.documents = [torch.randint(3, rows, (n,), generator=generator).to(self.device) for n in LENGTHS]
+        pad = model.config.get_text_config(decoder=True).pad_token_id
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < rows else 0
+
+    def answer(self, kernel: Kernel) -> ForwardPath:
+        alone = self._alone()
+        path = ForwardPath(positions=self._positions())
+        if self._right(path, self._one_by_one(), alone) and self._by_document(kernel, path, alone):
+            return replace(path, by_document=True)
+        self._assert_causal()
+        path = self._with_head(path, alone)
+        path = self._with_padding(path, alone)
+        packed = self._scores(path, [self._packed()])
+        if packed is None or not packed.alike(alone):
+            figures = (packed.loss, alone.loss) if packed is not None else None
+            path = replace(path, packs=False, packing_figures=figures)
+        return path
+
+    def _alone(self) -> _Scores:
+        """Each document by itself through the model's own forward, as plain transformers computes it."""
+        try:
+            spread_logits(self.model, lambda: torch.cat([self._own(ids)[0] for ids in self.documents]))
+            found = [_chosen(self._own(ids)[0], ids) for ids in self.documents]
+            return self._with_gradients(torch.cat(found))
+        except Exception as error:  # of an architecture that wants more than tokens
+            raise ModelError(
+                self.where, f"{type(self.model).__name__} does not score a row of tokens ({first_line(error)})",
+                "use a causal language model",
+            ) from None  # fmt: skip
+
+    def _own(self, ids: Tensor) -> Tensor:
+        return own_logits(self.model, {"input_ids": ids[None]})
+
+    def _with_gradients(self, log_probs: Tensor) -> _Scores:
+        named = dict(self.model.named_parameters())
+        found = torch.autograd.grad(log_probs.sum(), list(named.values()), allow_unused=True)
+        gradients = {name: g for name, g in zip(named, found, strict=True) if g is not None and g.any()}
+        return _Scores(log_probs.detach(), gradients)
+
+    def _assert_causal(self) -> None:
+        """Raises ModelError where what follows a token changes its score: such a model reads what it should predict."""
+        first, second, _ = self.documents
+        with torch.no_grad():
+            alone = _chosen(self._own(first)[0], first)
+            followed = _chosen(self._own(torch.cat([first, second]))[0], torch.cat([first, second]))[: len(alone)]
+        if (alone - followed).abs().max() <= NEAR * max(1.0, float(alone.abs().max())):
+            return
+        figures = f"loss of {len(alone)} tokens {-float(followed.mean()):.5f} with text after them, "
+        figures += f"{-float(alone.mean()):.5f} without"
+        switch = getattr(self.model.config.get_text_config(decoder=True), "is_decoder", None)
+        remedy = 'set "is_decoder": true in its config.json' if switch is False else "use a causal language model"
+        raise ModelError(self.where, f"it sees the tokens that it should predict ({figures})", remedy)
+
+    def _by_document(self, kernel: Kernel, path: ForwardPath, alone: _Scores) -> bool:
+        """Whether rows without padding are right; the copy keeps that attention if they are."""
+        if kernel == "eager":
+            return False
+        before = self.model.config._attn_implementation
+        if attend_by_document(self.model, kernel) and self._right(path, [self._row()], alone):
+            return True
+        self.model.set_attn_implementation(before)
+        return False
+
+    def _with_head(self, path: ForwardPath, alone: _Scores) -> ForwardPath:
+        """The first head that is right; the model's own forward is, by definition."""
+        tried = self._scores(path, self._one_by_one())
+        if tried is not None and tried.alike(alone):
+            return path
+        figures = (tried.loss, alone.loss) if tried is not None else None
+        trl = replace(path, head="trl", head_figures=figures)
+        return trl if self._right(trl, self._one_by_one(), alone) else replace(trl, head="own")
+
+    def _with_padding(self, path: ForwardPath, alone: _Scores) -> ForwardPath:
+        """How rows are padded: as transformers' users do it, or in a way that this model takes."""
+        tried = [path, replace(path, padding="none"), replace(path, padding="alone")]
+        for one in tried:
+            if (one.head != "trl" or one.padding == "mask") and self._right(one, [self._padded()], alone):
+                return one
+        return replace(path, head="own", padding="alone")
+
+    def _right(self, path: ForwardPath, batches: list[Batch], alone: _Scores) -> bool:
+        found = self._scores(path, batches)
+        return found is not None and found.alike(alone)
+
+    def _scores(self, path: ForwardPath, batches: list[Batch]) -> _Scores | None:
+        """What a path makes of batches; None where it cannot take them."""
+        if path.head == "trl":
+            add_fused_lm_head(self.model, outputs=FIELDS)
+        else:
+            attach_supervised_head(self.model, path)
+        try:
+            outputs = [self.model(**batch, fused_lm_head=True) for batch in batches]
+            return self._with_gradients(torch.cat([out.log_probs[out.label_mask] for out in outputs]))
+        except Exception:  # it does not know an argument, or a shape
+            return None
+        finally:
+            nn.Module.__delattr__(self.model, "forward")
+
+    def _one_by_one(self) -> list[Batch]:
+        return [{"input_ids": ids[None], "labels": ids[None]} for ids in self.documents]
+
+    def _padded(self) -> Batch:
+        """A document a row, padded to the right."""
+        length = max(map(len, self.documents))
+        shape = (len(self.documents), length)
+        ids = torch.full(shape, self.pad, device=self.device)
+        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        for row, own in enumerate(self.documents):
+            ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own, 1
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    def _packed(self) -> Batch:
+        """Two documents in the first row, one in the second, its padding a document more; no mask."""
+        first, second, third = self.documents
+        width = len(first) + len(second)
+        padding = torch.full((width - len(third),), self.pad, device=self.device)
+        rows = [(first, second), (third, padding)]
+        ids = torch.stack([torch.cat(row) for row in rows])
+        positions = torch.stack([torch.cat([torch.arange(len(part)) for part in row]) for row in rows]).to(self.device)
+        labels = ids.masked_fill(positions == 0, IGNORED)
+        labels[1, len(third) :] = IGNORED
+        return {"input_ids": ids, "labels": labels, "position_ids": positions}
+
+    def _row(self) -> Batch:
+        """All documents as one row, for attention by document."""
+        ids = torch.cat(self.documents)[None]
+        segments = Segments.of_documents(LENGTHS).to(self.device)
+        labels = ids.masked_fill(segments.positions == 0, IGNORED)
+        before = (labels[0, 1:] != IGNORED).nonzero().flatten()
+        return {"labels": labels, "row": Row(ids, segments, before)}
+
+    def _positions(self) -> int | None:
+        """How many tokens the model has learned positions for, where a longer row fails."""
+        stated = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        tables = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        tables = [t for t in tables if t is not self.model.get_input_embeddings().weight]
+        tables += [buffer for buffer in self.model.buffers() if buffer.dim() > 1]
+        if not isinstance(stated, int) or not any(stated <= len(t) <= stated + MARGIN for t in tables):
+            return None
+        if self._takes(stated + 2 * MARGIN):
+            return None
+        return next((n for n in range(stated + MARGIN, max(stated - 2 * MARGIN, 0), -1) if self._takes(n)), None)
+
+    @torch.no_grad()
+    def _takes(self, length: int) -> bool:
+        try:
+            self._own(self.documents[0][:1].expand(length))
+        except (IndexError, RuntimeError, ValueError):
+            return False
+        return True
+
+
+def _chosen(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each token after the first, [length - 1], from logits [length, vocabulary]."""
+    return torch.log_softmax(logits[:-1].float(), dim=-1).gather(-1, ids[1:, None]).squeeze(-1)

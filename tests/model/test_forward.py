@@ -1,0 +1,209 @@
+"""The path that a model is trained on computes what its own forward computes for each document alone.
+
+All architectures of transformers, in whole runs: tests/benchmarks/architectures.py, by hand; docs/architectures.md.
+"""
+
+import json
+import shutil
+from itertools import chain
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from nesso_tune.chat.tokenizer import chat_tokenizer
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.model import forward as module
+from nesso_tune.model.forward import FIELDS, choose_forward
+from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.model.small_copy import small_copy
+from nesso_tune.run import train
+from nesso_tune.training.checkpoint import read_data
+from nesso_tune.training.collate import ConversationCollator
+from nesso_tune.training.tally import Groups
+from nesso_tune.training.trainer import TrackedTrainer
+from tests.benchmarks.architectures import QUESTIONS, _recipe, mean_loss, outcome
+from tests.support.architectures import VOCABULARY, tiny
+from tests.support.runs import metrics, recipe, thorough
+
+GROUPS = Groups(("it",), ("",))
+LENGTHS = (9, 4, 7, 12, 5)
+# Faulty before a model was asked: another head than its own, or documents that leak into each other. And some at ease.
+KINDS = {
+    "llama": ("supervised", True, True), "gpt2": ("supervised", True, True), "gemma2": ("trl", False, True),
+    "bert": ("own", False, False), "roberta": ("own", False, False), "modernbert-decoder": ("own", False, True),
+    "recurrent_gemma": ("own", False, False), "xlstm": ("own", False, False), "llama4_text": ("own", False, True),
+    "lfm2": ("supervised", False, False), "bloom": ("supervised", False, False),
+    "qwen3_5_text": ("supervised", False, False), "mamba": ("supervised", False, False),
+    "phimoe": ("supervised", False, True),
+}  # fmt: skip
+
+
+def config_class(name):
+    return CONFIG_MAPPING[name]
+
+
+def rows(together):
+    """Conversations of some tokens each, a part of them learned: in packed rows, or one a row."""
+    generator = torch.Generator().manual_seed(1)
+    out = []
+    for group in ((0, 1), (2, 3), (4,)) if together else ((i,) for i in range(len(LENGTHS))):
+        ids = [torch.randint(3, VOCABULARY, (LENGTHS[i],), generator=generator).tolist() for i in group]
+        labels = [[-100 if i % 4 == 1 else token for i, token in enumerate(own)] for own in ids]
+        of = {"languages": ["it"] * len(group), "sources": [""] * len(group), "seq_lengths": list(map(len, ids))}
+        out.append({"input_ids": [*chain(*ids)], "labels": [*chain(*labels)], **of})
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
+    model = tiny(config_class(kind))
+    path = choose_forward(model, "sdpa", kind)
+    assert (path.head, path.by_document, path.keeps_documents_apart) == KINDS[kind]
+    some = rows(together=path.keeps_documents_apart)
+    before = model.config._attn_implementation
+    if path.by_document:
+        model.set_attn_implementation("sdpa")
+    wanted = mean_loss(model, some)
+    theirs = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
+    model.set_attn_implementation(before)
+
+    if path.head == "trl":
+        add_fused_lm_head(model, outputs=FIELDS)
+    attach_supervised_head(model)
+    collate = ConversationCollator(0, GROUPS, path.by_document, packs=path.packs)
+    batch = {name: tensor for name, tensor in collate(some).items() if name not in ("group_ids", "tokens")}
+    out = model(**batch, fused_lm_head=True)
+    loss = -out.log_probs.sum() / out.label_mask.sum()
+    ours = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    largest = max(float(g.norm()) for g in theirs if g is not None)
+    for (name, _), our, their in zip(model.named_parameters(), ours, theirs, strict=True):
+        if their is not None and their.any():
+            assert float((our - their).norm()) <= 1e-3 * max(float(their.norm()), 1e-3 * largest), name
+
+
+def test_figures_say_by_how_much_a_path_is_off():
+    path = choose_forward(tiny(config_class("modernbert-decoder")), "sdpa", "base")
+    tried, own = path.head_figures
+    assert abs(tried - own) > 0.1
+    path = choose_forward(tiny(config_class("bloom")), "sdpa", "base")
+    packed, alone = path.packing_figures
+    assert abs(packed - alone) > 0.01
+
+
+def test_a_model_that_sees_what_it_should_predict_is_refused_with_both_figures():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = config_class("bert")(vocab_size=97, **sizes)
+    with pytest.raises(ModelError, match=r'loss of 6 tokens [\d.]+ with text after them, [\d.]+ without\).*"is_decode'):
+        choose_forward(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
+
+
+def llama(**options):
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes | options))
+
+
+def test_the_copy_is_small_and_the_model_as_before():
+    model = llama(vocab_size=20_000, num_hidden_layers=9).train()
+    state, random = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
+    small = small_copy(model)
+    assert sum(p.numel() for p in small.parameters()) < 0.05 * sum(p.numel() for p in model.parameters())
+    assert len(small.model.layers) == 2
+    choose_forward(model, "eager", "base")
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert "forward" not in vars(model)
+
+
+def test_the_copy_has_a_layer_of_every_kind():
+    kinds = ["conv", "conv", "conv", "full_attention", "conv", "conv"]
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model("lfm2", **sizes, num_hidden_layers=6, layer_types=kinds, intermediate_size=48)
+    model = AutoModelForCausalLM.from_config(config)
+    assert len(small_copy(model).model.layers) == 4
+    assert not choose_forward(model, "sdpa", "base").keeps_documents_apart
+
+
+def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
+    model = llama(num_hidden_layers=1, initializer_range=1e-3)
+    plain = type(model).forward
+
+    def capped(self, **inputs):
+        out = plain(self, **inputs)
+        out.logits = 30 * torch.tanh(out.logits / 30)
+        return out
+
+    monkeypatch.setattr(module, "_CHOSEN", {})
+    monkeypatch.setattr(type(model), "forward", capped)
+    assert choose_forward(model, "sdpa", "base").head == "own"
+
+
+def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
+    said, base = [], tiny(config_class("lfm2"))
+    found = outcome(base, tmp_path, packing=True, say=said.append)
+    assert found.right, found
+    (line,) = [text for text in said if text.startswith("data.packing")]
+    assert "one conversation a row, 6 rows an epoch instead of 2" in line
+    some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
+    assert read_data(run, "manifest.json")["unpacked"]
+    assert not train(some).trained, "the same command finds it finished"
+    (before,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
+    for folder in ("final", "checkpoint-2"):
+        shutil.rmtree(run / folder)
+    assert train(some).trained
+    (after,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
+    assert after == before
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tied, method):
+    """Padding is the end token: torch gives the input row of `padding_idx` no gradient."""
+    base = tiny(config_class("llama"))
+    if tied:
+        base.config.tie_word_embeddings = True
+        base.lm_head.weight = base.model.embed_tokens.weight
+    some = _recipe(base, tmp_path, packing=True)
+    end = chat_tokenizer(some.model, some.chat).eos_id
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"pad_token_id": end}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    if method == "dpo":
+        answers = [{"prompt": q, "chosen": "Sì, certo.", "rejected": "No."} for q in QUESTIONS]
+        (tmp_path / "pairs.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, answers))))
+        some = recipe("dpo", tmp_path / "dpo", [tmp_path / "pairs.jsonl"], model=some.model.model_dump(),
+                      train={"max_steps": 1}, evaluation=None)  # fmt: skip
+    seen = {}
+    clip = TrackedTrainer._clip_grad_norm
+
+    def watched(self, model):
+        seen.setdefault("rows", model.model.embed_tokens.weight.grad[[end, 0]].clone())
+        seen.setdefault("padding", model.model.embed_tokens.padding_idx)
+        return clip(self, model)
+
+    monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", watched)
+    train(some)
+    assert seen["padding"] is None, "tied or not, the input side has its gradient"
+    assert seen["rows"][0].any()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / some.output_dir / "final")
+    assert again.config.pad_token_id == end
+
+
+@thorough
+@pytest.mark.parametrize("kind", ["modernbert-decoder", "bert", "roberta", "qwen3_5_text", "bloom", "falcon_h1"])
+def test_whole_runs_of_bases_that_were_faulty(tmp_path, kind):
+    assert outcome(tiny(config_class(kind)), tmp_path, packing=True).right
+
+
+def test_documents_beyond_the_learned_positions_are_refused_before_training(tmp_path):
+    base = tiny(config_class("gpt2"))
+    base.config.n_positions = 24
+    base.transformer.wpe = torch.nn.Embedding(24, 64)
+    with pytest.raises(RecipeError, match=r"data.sequence_len: a document has \d+ tokens, the base positions for 24; "):
+        outcome(base, tmp_path, packing=True, raises=True)
+    assert not (tmp_path / "run-True" / "metrics.jsonl").exists()
