@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import signal
 import socket
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["KINETO_LOG_LEVEL"] = "99"  # read at the first profile of a process, whichever test makes it
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if threading.current_thread() is threading.main_thread():  # a suite started in the background ignores Ctrl-C, and so
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # would the processes that it sends one to
 
 import numpy as np
 import torch  # it reads the above; a command line that finds it loaded leaves nothing out for others

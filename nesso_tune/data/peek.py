@@ -42,7 +42,7 @@ def _format(source: Source, method: str, rows: Sequence[Row]) -> DataFormat | Ow
     if not rows:
         raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
     if is_reader(source.format):
-        return load_reader(source.format)
+        return load_reader(source.format, source.reads)
     if source.format == "auto" and recognise(source, rows) is None and (guess := guess_fields(rows)) is not None:
         name, keys = guess
         said = ", ".join(f"{key}: {value}" for key, value in {"format": name, **keys}.items())

@@ -14,13 +14,14 @@ import ast
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nesso_tune.data.files import content_hash, files_under
 from nesso_tune.errors import RecipeError, first_line
 from nesso_tune.recipes.names import closest
 
@@ -34,7 +35,8 @@ class OwnReader:
     Attributes:
         name: as the recipe names it.
         function: gets a row, returns a row of a known shape, a Conversation, a PreferencePair, or None.
-        code: hash of its name, of the file that it stands in, and of what that imports of the user's.
+        code: hash of its name, of the file that it stands in, of what that imports of the user's, and of the files that
+            it is said to read.
     """
 
     name: str
@@ -50,26 +52,33 @@ def is_reader(name: str) -> bool:
     return ".py:" in name
 
 
-def load_reader(name: str) -> OwnReader:
+def load_reader(name: str, reads: Sequence[str] = ()) -> OwnReader:
     """The function that `FILE.py:FUNCTION` names. Its file is run, as any Python file that is imported.
+
+    Args:
+        name: `FILE.py:FUNCTION`.
+        reads: the files that the source says it reads. The file is run again if one of them changes, since it may
+            read them when it is loaded.
 
     Raises:
         RecipeError: if there is no such file or function, or the file raises.
+        DataError: if a file of `reads` is missing.
     """
-    known, code = _loaded.get(name), _code(name)
+    read = [content_hash(files_under(path)) for path in reads]
+    known, code = _loaded.get(name), _code(name, read)
     if known is None or known.code != code:
-        known = OwnReader(name, _function(name), _code(name))  # the code again: now it is known what was imported
+        known = OwnReader(name, _function(name), _code(name, read))  # again: now it is known what was imported
         _loaded[name] = known
     return known
 
 
-def _code(name: str) -> str:
+def _code(name: str, read: Sequence[str]) -> str:
     file, _, function = name.rpartition(":")
     try:
         modules = _modules(Path(file))
     except OSError as error:
         raise RecipeError("format", f"{file} cannot be read ({error.strerror})", "check the path") from None
-    digest = hashlib.sha256(function.encode())
+    digest = hashlib.sha256("\n".join([function, *read]).encode())
     for module, source in sorted(modules.items()):
         digest.update(f"\n{module} {len(source)}\n".encode() + source)
     return digest.hexdigest()[:16]

@@ -144,7 +144,7 @@ def content_of(source: Source) -> Content:
     What any of these files is called, and where it lies, does not count.
     """
     if is_reader(source.format):
-        fmt: Any = load_reader(source.format).code
+        fmt: Any = load_reader(source.format, source.reads).code
     else:
         fmt = None if source.format == "auto" else load_format(source.format).model_dump(mode="json")
     tools = None if source.tools_file is None else content_hash(expand(source.tools_file))

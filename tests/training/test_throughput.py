@@ -254,8 +254,10 @@ def test_a_profile_names_the_operations_and_changes_nothing(tmp_path, talks, pla
     names = [event.get("name", "") for event in events]
     assert {"aten::mm", "aten::scaled_dot_product_attention", "aten::embedding"} <= set(names)
     assert sum(name.startswith("Optimizer.step") for name in names) >= 3
-    open_run(some, overwrite=True).close()
-    assert not (tmp_path / "run").exists(), "--overwrite takes it away with the run"
+    opened = open_run(some, overwrite=True)
+    assert not (tmp_path / "run" / "profile").exists(), "--overwrite moves it aside with the run"
+    opened.close()
+    assert traces(tmp_path / "run") == ["steps-6-8.json.gz"], "and puts it back with it"
 
 
 @pytest.mark.parametrize(("most", "evaluate_every", "file"), [(2, 9, "steps-2-2"), (1, 9, "steps-1-1"),
