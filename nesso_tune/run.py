@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import check_adapter
-from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.attention import kernel_in_words
 from nesso_tune.model.compiling import can_compile
 from nesso_tune.model.head import Figures, ForwardPath, forward_path
 from nesso_tune.model.weights import load_model
@@ -170,10 +170,8 @@ def _train(
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
     kernel, path, given = kernel_in_words(model, recipe.model.dtype), forward_path(model), recipe
-    if not attends_by_document(model) and recipe.model.attention != "eager":
-        say(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
-    if path.head == "own":
-        say(_about_head(path))
+    for text in _about_path(path, recipe, plan, kernel):
+        say(text)
     if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.keeps_documents_apart:
         recipe, data, plan = _without_packing(recipe, data, plan, path, say)
     _check_positions(path, recipe, data, plan)
@@ -229,9 +227,27 @@ def _without_packing(
     return own, data, plan
 
 
-def _about_head(path: ForwardPath) -> str:
-    figures = _figures(path.head_figures, "by the head alone")
-    return f"head: this base computes more than its head{figures}: it trains with its own forward, which is slower"
+def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> list[str]:
+    """What is slower with this base than with others.
+
+    Raises:
+        RecipeError: if it cannot be sharded.
+    """
+    lines = []
+    if not path.by_document and recipe.model.attention != "eager":
+        lines.append(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
+    if path.head == "own":
+        figures = _figures(path.head_figures, "by the head alone")
+        lines.append(f"head: this base computes more than its head{figures}: it trains with its own forward (slower)")
+    if recipe.evaluation is not None and path.generation != "batch":
+        cache = " and without a cache" if path.generation == "uncached" else ""
+        lines.append(f"evaluation: padding changes what this base answers: it answers one prompt at a time{cache}")
+    if path.padding == "alone" and recipe.distributed.shards(plan.processes):
+        raise RecipeError(
+            "distributed.fsdp", "this base computes one row at a time, and ranks with fewer rows would not take part",
+            "set distributed.fsdp: none",
+        )  # fmt: skip
+    return lines
 
 
 def _figures(figures: Figures | None, tried: str) -> str:

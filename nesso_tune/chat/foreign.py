@@ -17,12 +17,13 @@ from nesso_tune.chat.segments import prompt_segments, whole
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.chat.tokenizer_files import CHAT_KEY, CONFIG, TEMPLATE, TOKENIZER, read_tokenizer, token_name
 from nesso_tune.conversation import Conversation, Message
-from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.errors import ModelError, RecipeError, first_line
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.recipes.shipped import local_path, shipped
 
 DEFAULT = "chatml"  # the template of a base that brings none
 TEMPLATE_S = 10.0  # in which a template is rendered
+ADDITIONAL = "additional_chat_templates"  # folder of further ones, by name
 SHOWN = 30  # characters of a difference
 
 TOOL = {
@@ -64,17 +65,26 @@ class Own:
 def templates_in(folder: Path) -> dict[str, str]:
     """The chat templates of a model folder by name, `default` among them; empty if there are none.
 
+    Where none is called `default`, the first one is that, too.
+
     Raises:
         OSError, ValueError: if a file cannot be read.
     """
+    found = {file.stem: file.read_text(encoding="utf-8") for file in sorted((folder / ADDITIONAL).glob("*.jinja"))}
     file = folder / TEMPLATE
-    if file.is_file():
-        return {"default": file.read_text(encoding="utf-8")}
+    found = {**found, "default": file.read_text(encoding="utf-8")} if file.is_file() else found or _configured(folder)
+    return {"default": next(iter(found.values())), **found} if found else {}
+
+
+def _configured(folder: Path) -> dict[str, str]:
+    """The chat templates in the JSON files of a model folder."""
     for name in ("chat_template.json", CONFIG):
         content = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
         found = content.get("chat_template") if isinstance(content, Mapping) else None
         if isinstance(found, str):
             return {"default": found}
+        if isinstance(found, Mapping):
+            return {str(key): str(text) for key, text in found.items()}
         if isinstance(found, list):
             return {str(entry["name"]): str(entry["template"]) for entry in found if isinstance(entry, Mapping)}
     return {}
@@ -120,9 +130,9 @@ def own_template(folder: Path, bos: str | None, default_system: DefaultSystem = 
     """
     try:
         templates = templates_in(folder)
-    except (OSError, ValueError, KeyError):  # the tokenizer says so, too
-        return None
-    if "default" not in templates:
+    except (OSError, ValueError, KeyError) as error:
+        return Own(None, f"its file cannot be read ({first_line(error)})")
+    if not templates:
         return None
     theirs = _theirs(templates, bos or "")
     names = sorted((file.stem for file in (shipped("data_templates") / "chat").glob("*.yaml")), key=DEFAULT.__ne__)

@@ -7,20 +7,22 @@ batches that training makes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.errors import ModelError, first_line
 from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, attend_by_document
-from nesso_tune.model.head import ForwardPath, Row, attach_supervised_head, own_logits
+from nesso_tune.model.head import ForwardPath, Generation, Row, attach_supervised_head, own_logits
 from nesso_tune.model.small_copy import small_copy, spread_logits
 
 LENGTHS = (7, 5, 6)  # tokens of the documents that are scored
+ANSWER = 3  # tokens that are generated after each
 IGNORED = -100
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask their head for
 NEAR = 2e-4  # how far log-probabilities may be off, in nats, and gradients, as a share of their norm: rounding only
@@ -57,7 +59,18 @@ def _asked(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
     except Exception:  # whatever an architecture's own code does on being copied
         return ForwardPath("own", packs=False, padding="alone")
     with torch.random.fork_rng(devices=[]):
-        return _Question(small, where).answer(kernel)
+        question = _Question(small, where)
+        path = question.answer(kernel)
+        return replace(path, generation=question.generation())
+
+
+def generation_of(model: PreTrainedModel) -> Generation:
+    """How a loaded model, of any precision, writes what its own forward finds likeliest: `ForwardPath.generation`."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _Question(small_copy(model).float(), "").generation()
+    except Exception:  # whatever an architecture's own code does on being copied
+        return "batch"
 
 
 @dataclass
@@ -112,6 +125,25 @@ class _Question:
             figures = (packed.loss, alone.loss) if packed is not None else None
             path = replace(path, packs=False, packing_figures=figures)
         return path
+
+    @torch.no_grad()
+    def generation(self) -> Generation:
+        """The first way to generate that writes what the model's own forward finds likeliest, token by token."""
+        wanted = []
+        for ids in self.documents:
+            written = ids
+            for _ in range(ANSWER):
+                written = torch.cat([written, self._own(written)[0, -1:].argmax(dim=-1)])
+            wanted.append(written[len(ids) :].tolist())
+        prompts = [ids.tolist() for ids in self.documents]
+        self.model.generation_config = GenerationConfig()  # no token ends an answer here
+        for way in get_args(Generation)[:-1]:
+            try:
+                if generate_greedily(self.model, prompts, way, ANSWER, pad=self.pad, end=None) == wanted:
+                    return way  # type: ignore[no-any-return]
+            except Exception:  # of an architecture whose cache or padding does not work
+                continue
+        return "uncached"
 
     def _alone(self) -> _Scores:
         """Each document by itself through the model's own forward, as plain transformers computes it."""
@@ -245,6 +277,27 @@ class _Question:
         except (IndexError, RuntimeError, ValueError):
             return False
         return True
+
+
+def generate_greedily(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Generation, most: int, *, pad: int, end: int | None
+) -> list[list[int]]:
+    """The likeliest tokens after each prompt, at most `most`; what follows the `end` token means nothing."""
+    if way != "batch" and len(prompts) > 1:
+        return [generate_greedily(model, [one], way, most, pad=pad, end=end)[0] for one in prompts]
+    longest = max(map(len, prompts))
+    ids = [[pad] * (longest - len(own)) + list(own) for own in prompts]
+    mask = [[0] * (longest - len(own)) + [1] * len(own) for own in prompts]
+    out = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=most,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=pad,
+        **({"use_cache": False} if way == "uncached" else {}),
+    )
+    return [row[longest:].tolist() for row in out]
 
 
 def _chosen(logits: Tensor, ids: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from nesso_tune.model.attention import Segments, through
 # Logits that are held at once, 6 bytes each in bfloat16 (8 in float32) while they are scored, 4 (8) on the way back.
 SCORED = {"cpu": 1 << 25, "cuda": 1 << 27}
 DERIVED = {"cpu": 1 << 26, "cuda": 1 << 27}
+Generation = Literal["batch", "alone", "uncached"]
 Figures = tuple[float, float]  # mean loss of some tokens: on the path that was tried, and by the model's own forward
 
 
@@ -44,6 +45,8 @@ class ForwardPath:
         padding: how rows of unequal length are padded to the right: with an attention mask, without one, or not at all
             (each row goes through the model by itself).
         positions: tokens that the model has learned positions for; None if there is no such limit.
+        generation: how greedy answers are those of the model's own forward: prompts padded to the left in a batch, each
+            prompt alone, or each alone and without a cache.
         head_figures: of the `supervised` head, where it is not the one that is used.
         packing_figures: of packed documents, where they are not kept apart.
     """
@@ -53,6 +56,7 @@ class ForwardPath:
     packs: bool = True
     padding: Literal["mask", "none", "alone"] = "mask"
     positions: int | None = None
+    generation: Generation = "batch"
     head_figures: Figures | None = None
     packing_figures: Figures | None = None
 

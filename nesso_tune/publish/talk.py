@@ -24,6 +24,7 @@ from nesso_tune.chat.tokenizer import encoder_of
 from nesso_tune.chat.tokenizer_files import CHAT_KEY
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError, first_line
+from nesso_tune.model.forward import generation_of
 
 Say = Callable[[str], None]
 UNBOUNDED = 1 << 30  # context of a model that states none
@@ -43,6 +44,7 @@ class Talker:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
+        self._uses_cache = generation_of(model) != "uncached"
 
     def answer(
         self,
@@ -62,9 +64,8 @@ class Talker:
             tools: what it may call.
         """
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
-        settings = GenerationConfig(
-            **{**self._model.generation_config.to_diff_dict(), "max_new_tokens": sampling.max_new_tokens}
-        )
+        limits = {"max_new_tokens": sampling.max_new_tokens, "use_cache": self._uses_cache}
+        settings = GenerationConfig(**{**self._model.generation_config.to_diff_dict(), **limits})
         if sampling.temperature > 0:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p)
         out = self._model.generate(

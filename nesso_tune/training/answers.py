@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nesso_tune.model.forward import generate_greedily
+from nesso_tune.model.head import forward_path
 from nesso_tune.training.prompts import Prompt
 from nesso_tune.training.traits import ends_in_a_loop, in_language
 
@@ -71,21 +73,12 @@ def answer(
 
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
-) -> Iterator[list[int]]:
+) -> list[list[int]]:
     longest = max(len(prompt.ids) for prompt in prompts)
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p.ids)) + p.ids for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=model.device)
     context = getattr(model.config, "max_position_embeddings", None) or longest + max_new_tokens
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max(1, min(max_new_tokens, context - longest)),
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=pad,
-    )
-    return (row[longest:].tolist() for row in out)
+    most = max(1, min(max_new_tokens, context - longest))
+    way, pad, end = forward_path(model).generation, tokenizer.pad_token_id, tokenizer.eos_token_id
+    return generate_greedily(model, [prompt.ids for prompt in prompts], way, most, pad=pad, end=end)
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int], max_new_tokens: int) -> Answer:

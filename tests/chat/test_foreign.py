@@ -94,6 +94,26 @@ def test_a_template_of_its_own_is_not_replaced_unsaid(instruct, kind):
     assert ready(folder, random_init=True).template == load_template("chatml"), "nothing of it was learned"
 
 
+@pytest.mark.parametrize(
+    ("files", "spec", "said"),
+    [
+        ({"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": OTHER_TOOLS}, None, "with tools"),
+        ({"tokenizer_config.json": json.dumps({"chat_template": {"default": LLAMA3}})}, "llama3", ""),
+        ({"tokenizer_config.json": json.dumps({"chat_template": [{"name": "rag", "template": BROKEN["BOS"][0]}]})},
+         None, "it writes 'begin_of_text|>"),
+        ({"chat_template.jinja": b"\xff\xfe"}, None, "its file cannot be read ("),
+    ],
+    ids=["a file for tools", "a mapping", "no default", "not UTF-8"],
+)  # fmt: skip
+def test_wherever_a_base_keeps_its_template(tmp_path, files, spec, said):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    own = own_template(tmp_path, "<|begin_of_text|>")
+    assert own.spec == spec
+    assert said in own.difference
+
+
 def test_a_default_system_message_that_the_recipe_has_too(instruct):
     folder = instruct(to_jinja(load_template("chatml"), "Sei Q."))
     with pytest.raises(RecipeError, match="it writes 'system"):

@@ -15,8 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import forward as module
-from nesso_tune.model.forward import FIELDS, choose_forward
-from nesso_tune.model.head import attach_supervised_head
+from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily
+from nesso_tune.model.head import attach_supervised_head, own_logits
 from nesso_tune.model.small_copy import small_copy
 from nesso_tune.run import train
 from nesso_tune.training.checkpoint import read_data
@@ -82,6 +82,20 @@ def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
     for (name, _), our, their in zip(model.named_parameters(), ours, theirs, strict=True):
         if their is not None and their.any():
             assert float((our - their).norm()) <= 1e-3 * max(float(their.norm()), 1e-3 * largest), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma", "xlstm"])
+def test_answers_do_not_depend_on_the_prompts_beside_them(kind):
+    model = tiny(config_class(kind))
+    path = choose_forward(model, "sdpa", kind)
+    assert (path.generation == "batch") == (kind == "llama")
+    prompts = [list(range(5, 5 + length)) for length in (5, 9, 14)]
+    model.generation_config.eos_token_id = None
+    written = generate_greedily(model, prompts, path.generation, 3, pad=0, end=None)
+    for prompt, answer in zip(prompts, written, strict=True):
+        for token in answer:
+            assert int(own_logits(model, {"input_ids": torch.tensor([prompt])})[0, -1].argmax()) == token
+            prompt = [*prompt, token]
 
 
 def test_figures_say_by_how_much_a_path_is_off():
