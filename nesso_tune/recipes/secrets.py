@@ -29,7 +29,9 @@ FORMS = {
     "of Google": r"\bAIza[\w-]{30,}|\bya29\.[\w-]{10,}|\bGOCSPX-[\w-]{20,}|\b1//0[\w-]{30,}",
     "of AWS": r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b|\bABSK[A-Za-z0-9+/]{60,}",
     "of Azure": r"(?i:AccountKey|SharedAccessKey|SharedAccessSignature)=(?P<secret>[^\s;\"'${<]{16,})"
-                r"|\b[\w~.]{3}\dQ~[\w~.-]{31,}",
+                r"|\b[\w~.]{3}\dQ~[\w~.-]{31,}"
+                # A storage account's key alone; the digest of a package (`sha512-…`) is as long.
+                r"|(?<![A-Za-z0-9+/])(?<!sha512[-:])[A-Za-z0-9+/]{86}==(?![\w=])",
     "of npm": r"\bnpm_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}",
     "of PyPI": r"\bpypi-(?=[\w-]{0,99}[A-Z])[\w-]{16,}",
     "of Databricks": r"\bdapi(?=[0-9a-f]*\d)[0-9a-f]{32}(?:-\d)?\b",
@@ -51,7 +53,8 @@ FORMS = {
     "of LangSmith": r"\blsv2_(?:pt|sk)_[0-9a-f]{20,}\w*",
     "of Pinecone": r"\bpcsk_\w{20,}",
     "of DigitalOcean": r"\bdo[opr]_v1_[0-9a-f]{32,}",
-    "of HashiCorp": r"\bhv[sbr]\.[\w-]{20,}|\b[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}",
+    "of HashiCorp": r"\bhv[sbr]\.[\w-]{20,}|\b[A-Za-z0-9]{14}\.atlasv1\.[\w-]{40,}"
+                    r"|(?<![\w.])[sb]\.(?=[A-Za-z]*\d)[A-Za-z0-9]{24}(?![\w(])",
     "of Grafana": r"\bgl(?:sa|c)_[\w+/=]{20,}",
     "of New Relic": r"\bNRA[KL]-[A-Z0-9]{20,}|\bNRJS-[0-9a-f]{16,}",
     "of Sentry": r"\bsntry[su]_[\w+/=]{20,}",
@@ -60,7 +63,8 @@ FORMS = {
     "of Linear, Notion or Figma": r"\blin_(?:api|oauth)_[A-Za-z0-9]{20,}|\bntn_[A-Za-z0-9]{30,}|\bfig[dor]_[\w-]{30,}",
     "of Airtable": r"\bpat[A-Za-z0-9]{14}\.[0-9a-f]{40,}",
     "of HubSpot": r"\bpat-(?:na|eu|ap)\d-[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "of Mailgun or Mailchimp": r"\bkey-[0-9a-f]{32}\b|\b[0-9a-f]{32}-us\d{1,2}\b|\bxkeysib-[0-9a-f]{40,}",
+    "of Mailgun or Mailchimp": r"\bkey-[0-9a-f]{32}\b|\b[0-9a-f]{32}-us\d{1,2}\b|\bxkeysib-[0-9a-f]{40,}"
+                              r"|(?<![\w-])[0-9a-f]{32}-[0-9a-f]{8}-[0-9a-f]{8}(?![\w-])",
     "of Twilio": r"\bSK[0-9a-f]{32}\b",
     "of Square": r"\bsq0(?:atp|csp)-[\w-]{20,}|\bEAAA[\w-]{50,}",
     "of Facebook": r"\bEAA[CG][A-Za-z0-9]{50,}",
@@ -69,6 +73,12 @@ FORMS = {
     "of a build service": r"\bCCIPAT_[A-Za-z0-9]{10,}_[0-9a-f]{20,}|\bbk[uc]a_[0-9a-f]{20,}|\bpul-[0-9a-f]{40}\b"
                           r"|\bpnu_[A-Za-z0-9]{30,}|\bdt0c01\.[A-Z0-9]{20,}\.[A-Z0-9]{40,}|\brubygems_[0-9a-f]{40,}"
                           r"|\bHRKU-[\w-]{30,}|\bnfp_[A-Za-z0-9]{30,}|\bsgp_[\w-]{30,}|\bFlyV1\s+fm\d_\S{20,}",
+    "of Anyscale, RunPod or Kaggle": r"\besecret_[A-Za-z0-9]{16,}|\brpa_(?=[A-Za-z0-9]*\d)[A-Za-z0-9]{36,}"
+                                     r"|\bKGAT_[0-9a-f]{32}\b",
+    "of Modal": r"(?<![\w/-])a[ks]-(?=[a-z0-9]*[A-Z]|[A-Za-z]*\d)[A-Za-z0-9]{22}(?![\w-])",
+    "of Lambda": r"\bsecret_(?:[A-Za-z0-9-]{1,40}_)?(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}(?:\.[A-Za-z0-9]{20,})?",
+    "of Aiven": r"\bAVNS_(?=[\w-]{0,30}[a-z])[\w-]{15,}",
+    "of Teams": r"(?:webhook\.office\.com/webhookb2|outlook\.office\.com/webhook)/(?P<secret>[^\s\"'<>]{20,})",
     "of ElevenLabs": r"\bsk_[0-9a-f]{40,}",
     "a JSON web token": r"\beyJ[\w-]{8,999}\.eyJ[\w-]{8,}(?:\.[\w-]*)?",
     "a private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?:[^-]+-----END [A-Z0-9 ]*-----)?"
@@ -88,25 +98,66 @@ CALLED = {
                 r"|[?&]key=(?P<key>(?=[^&\s]*\d)[^&\s#\"'${<…]{16,})",
     "in a header": r"(?i:\bauthorization\s*[:=]\s*[\"']?(?:\w+\s+)?)(?P<secret>(?![${<…])[^\s\"'$]{8,})"
                    r"|\b(?:Bearer|Basic)\s+(?P<bearer>(?=\S*[A-Z0-9])[\w+/.~-]{16,}={0,2})",
+    "in a command": r"\bcurl\s(?:[^\n|;]{0,300}\s)?(?:-u|--user)[ =]?[\"']?[^\s:\"'/]{1,100}:"
+                    r"(?P<secret>(?![${<…*])[^\s\"']{4,})"
+                    r"|\bsshpass\s+-p\s?[\"']?(?P<password>(?![${<…*])[^\s\"']{4,})"
+                    r"|\b(?:docker|podman)\s+login\s(?:[^\n|;]{0,300}\s)?-p\s?[\"']?(?P<p>(?![${<…*])[^\s\"']{4,})",
 }  # fmt: skip
 KINDS = {kind: re.compile(form) for kind, form in {**FORMS, **CALLED}.items()}
-# A value that a variable with a secret's name is set to, in a line of shell or in `KEY=value`.
-ASSIGNED = re.compile(r"(?<![\w.$-])(?P<name>[A-Za-z]\w*)=(?P<quote>[\"']?)(?P<secret>[^\s\"'$;&|]{4,})(?P=quote)")
+# What a name is set to: in a line of shell, in `KEY=value`, in YAML and JSON, in an option, in a .netrc.
+ASSIGNED = re.compile(
+    r"(?<![\w$])(?P<name>[A-Za-z][\w-]{0,60})(?P<sign>[\"']?[ \t]{0,3}[:=][ \t]{0,3})"
+    r"(?=[\"']?(?P<secret>[^\s\"'$;&|]{4,999}))"  # looked at only: what follows may be a name itself
+)
+SPOKEN = re.compile(
+    r"(?:(?<![\w-])--(?P<name>[A-Za-z][\w-]{0,60})|\b(?P<netrc>passw(?:or)?d))[ \t]{1,3}"
+    r"[\"']?(?P<secret>[^\s\"'$;&|]{7,})"
+)
+_NAMED_IN_WORD = re.compile(r"(?<![\w-])-{0,2}(?P<name>[A-Za-z_][\w-]{0,99})[\\\"']{0,4}\s{0,9}[:=]\s{0,9}")
+_LETTER_AND_DIGIT = re.compile(r"(?=[^a-zA-Z]*[a-zA-Z])(?=\D*\d)[^()\[\]{}<>,`]+")
+# What stands for a secret in an example.
+_PLACEHOLDER = re.compile(
+    r"[<{\[(%$].*|.*(?:…|\.{3}).*|(?:\w{1,8}[-_])?[x*.•_-]+|abc(?:d(?:ef?)?)?(?:123)?|.*[-_]here"
+    r"|(?:your|insert|enter|replace|example|placeholder|redacted|hidden|masked|dummy|change[-_]?me|inserisci)[\w-]*"
+    r"|(?:my|the|some|an?|il|la)[-_][a-z_-]+|values?|valore|secret|token|password|key|todo|tbd|string",
+    re.IGNORECASE,
+)
 RANDOM, ASSIGNMENT = "(a long random text)", "(a variable that is named so)"
 WINDOW, OVERLAP = 8_000, 1_000  # characters that are searched at once: no text, however long, takes long
 
-# Words of a variable's name that say: this is a secret; and those that, as its last word, say what else it is.
-WORDS = frozenset({
-    "TOKEN", "TOKENS", "SECRET", "SECRETS", "PASSWORD", "PASSWORDS", "PASSWD", "PASSPHRASE", "PASS", "PASSCODE", "KEY",
-    "APIKEY", "CREDENTIAL", "CREDENTIALS", "CREDS", "CRED", "PAT", "AUTH", "BEARER", "JWT", "COOKIE", "OTP", "PIN",
+# Words of a variable's name that say: this is a secret; those that also do so as the end of a word (`DBPASS`); the
+# words that only end alike; those that say something else before one of them (`MAX_TOKENS`, `SORT_KEY`); and those
+# that, as the last word, say what else it is.
+PASSWORDS = ("PASSWORDS", "PASSWORD", "PASSWD", "PASSPHRASE", "PASSCODE", "PASS", "PWD")
+ENDINGS = (*PASSWORDS, "TOKENS", "TOKEN", "SECRETS", "SECRET", "KEYS", "KEY", "CREDENTIALS", "CREDENTIAL", "CREDS",
+           "PAT", "JWT")  # fmt: skip
+WORDS = (*ENDINGS, "CRED", "AUTH", "BEARER", "COOKIE", "OTP", "PIN", "SIGNATURE", "SK")
+_WORD = re.compile(rf"(?P<before>.*?)(?P<noun>{'|'.join(ENDINGS)})|(?P<whole>{'|'.join(WORDS)})")
+ONLY_LAST = frozenset({"PWD", "SK"})  # and never alone: PWD is the working directory
+ALIKE = frozenset({
+    "BYPASS", "COMPASS", "ENCOMPASS", "TRESPASS", "OVERPASS", "UNDERPASS", "SURPASS", "LOWPASS", "HIGHPASS", "BANDPASS",
+    "MONKEY", "DONKEY", "TURKEY", "WHISKEY", "JOCKEY", "DISCJOCKEY", "HOCKEY", "MICKEY", "MALARKEY", "LACKEY", "JOKEY",
+    "SMOKEY", "COMPAT", "EXPAT", "SPAT", "OLDPWD",
 })  # fmt: skip
-ENDINGS = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "APIKEY", "SECRETKEY", "ACCESSKEY", "AUTHKEY",
-           "PRIVATEKEY", "CREDENTIALS")  # fmt: skip
+_OF_TOKENS = frozenset({"MAX", "MIN", "NUM", "N", "TOTAL", "PAD", "EOS", "BOS", "UNK", "SEP", "CLS", "MASK", "EOT",
+                        "EOD", "EOM", "SPECIAL", "STOP", "EXTRA", "ADDED", "BATCHED", "IMAGE", "FIM"})  # fmt: skip
+_OF_KEYS = frozenset({"SORT", "PRIMARY", "FOREIGN", "PARTITION", "SHARD", "GROUP", "CACHE", "INDEX", "JOIN", "HASH",
+                      "DICT", "MAP", "LOOKUP", "OBJECT", "COLUMN", "METRIC", "TEXT", "PROMPT", "IMAGE", "PUBLIC", "PUB",
+                      "HOT", "PUBLISHABLE", "UNIQUE", "ROUTING", "NUM", "MAX", "STATE"})  # fmt: skip
+_OF_PASSES = frozenset({"FORWARD", "BACKWARD", "SINGLE", "MULTI", "FIRST", "SECOND", "ONE", "TWO", "NUM", "MAX"})
+OF_OTHERS = {
+    "TOKEN": _OF_TOKENS, "TOKENS": _OF_TOKENS | {"NEW", "PROMPT", "INPUT", "OUTPUT"},
+    "KEY": _OF_KEYS, "KEYS": _OF_KEYS, "PASS": _OF_PASSES,
+    "PIN": frozenset({"CPU", "GPU", "CORE", "THREAD", "NUMA", "MEMORY", "OMP"}),
+    "AUTH": frozenset({"NCCL", "USE", "ENABLE", "DISABLE", "REQUIRE", "NO", "SKIP"}),
+    "SK": frozenset({"LANG", "LANGUAGE", "LOCALE", "WIKI"}),  # Slovak
+}  # fmt: skip
 OTHERWISE = frozenset({
     "FILE", "FILES", "FILENAME", "PATH", "DIR", "DIRECTORY", "FOLDER", "SOCK", "SOCKET", "URL", "URI", "HOST", "PORT",
     "TYPE", "METHOD", "MODE", "NAME", "LIMIT", "LENGTH", "LEN", "SIZE", "COUNT", "TIMEOUT", "TTL", "FORMAT", "ENABLED",
     "DISABLED", "VERSION", "ALGORITHM", "REGION", "PROVIDER", "ENDPOINT", "REQUIRED", "CACHE", "PARALLELISM", "HELPER",
-    "THREADS", "COLUMN", "FIELD", "EXPIRY", "LEVEL",
+    "THREADS", "COLUMN", "FIELD", "EXPIRY", "LEVEL", "THROUGH", "STEP", "STEPS", "BATCH", "RATE", "RATIO", "BUDGET",
+    "MEMORY", "CPU", "CORES", "AT", "K", "LOSS", "LOSSES", "MASK", "IDS", "EMBEDDINGS", "WEIGHT",
 })  # fmt: skip
 FLAGS = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
 
@@ -117,6 +168,9 @@ _STRETCH = re.compile(r"[\w+/.~%-]{20,}={0,2}")
 _PIECE = re.compile(r"[A-Za-z0-9]{20,}")
 _CHUNK = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 _HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
+_CONTENT_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}|baf[a-z2-7]{50,}")  # IPFS: a hash, in other letters
+DIGESTS = ("sha256-", "sha384-", "sha512-")  # of a package, in base64
+_NUMBER = re.compile(r"[+-]?[\d._]{1,9}(?:[eE][+-]?\d{1,3})?")
 
 
 def kind_of(text: str) -> str | None:
@@ -130,23 +184,47 @@ def masked(text: str) -> str:
 
 
 def masked_word(word: str) -> str:
-    """A word of a command line without secrets: also the value of `--set KEY=VALUE` whose key names one."""
-    key, equals, _ = word.partition("=")
-    if equals and names_a_secret(re.split(r"[.:]", key)[-1]):
-        return f"{masked(key)}={HIDDEN}"
+    """A word of a command line without secrets: also what a name in it that names one is set to.
+
+    From there on nothing is shown: the value may hold whatever ends one elsewhere.
+    """
+    for found in _NAMED_IN_WORD.finditer(word):
+        if names_a_secret(found["name"]):
+            return f"{masked(word[: found.end()])}{HIDDEN}" if found.end() < len(word) else masked(word)
     return masked(word)
 
 
 def names_a_secret(variable: str, value: str = "unknown") -> bool:
     """Whether an environment variable's name says that it holds a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`.
 
-    Its value, where it is known, may say that it holds the path of one, or only turns something on.
+    Its value, where it is known, may say that it holds the path of one, or a number, or only turns something on.
     """
-    words = variable.upper().split("_")
-    if words[-1] in OTHERWISE or value.strip().lower() in FLAGS or _is_path(value):
+    said = value.strip()
+    if said.lower() in FLAGS or _is_path(said):
         return False
-    spelt = not WORDS.isdisjoint(words) or any(word.endswith(ENDINGS) for word in words)
-    return spelt or (len(words) > 1 and words[-1] == "PWD")  # PWD alone is the working directory
+    nouns = {noun for _, noun in _nouns(variable)}
+    return bool(nouns) and not (_NUMBER.fullmatch(said) and nouns.isdisjoint((*PASSWORDS, "PIN", "OTP", "SECRET")))
+
+
+def _nouns(variable: str) -> list[tuple[str, str]]:
+    """The words in a variable's name that say that it holds a secret, each with what stands before it."""
+    words = [word for part in re.split(r"[\W_]+", variable.upper()) if (word := part.rstrip("0123456789"))]
+    if not words or words[-1] in OTHERWISE or "PER" in words:  # TOKENS_PER_STEP
+        return []
+    counted = not _OF_TOKENS.isdisjoint(words)  # MAX_NEW_TOKENS
+    nouns = []
+    for i, word in enumerate(words):
+        found = _WORD.fullmatch(word)
+        if not found or word in ALIKE:
+            continue
+        noun = found["noun"] or found["whole"]
+        before = found["before"] or (words[i - 1] if i else "")
+        if noun in ONLY_LAST and (i < len(words) - 1 or not before):
+            continue
+        of_other = before in OF_OTHERS.get(noun, ()) or (noun == "TOKENS" and counted)
+        if not of_other:
+            nouns.append((before, noun))
+    return nouns
 
 
 def _is_path(value: str) -> bool:
@@ -179,10 +257,25 @@ def _named(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
             for found in form.finditer(window):
                 named = next((name for name, part in found.groupdict().items() if part), 0)
                 yield kind, (start + found.start(named), start + found.end(named))
-        for found in ASSIGNED.finditer(window):
-            name, value = found["name"], found["secret"]
-            if name != name.lower() and not value.startswith(("{", "<", HIDDEN)) and names_a_secret(name, value):
+        for found in (*ASSIGNED.finditer(window), *SPOKEN.finditer(window)):
+            if _is_assigned(**found.groupdict()):
                 yield ASSIGNMENT, (start + found.start("secret"), start + found.end("secret"))
+
+
+def _is_assigned(name: str | None, secret: str, sign: str = " ", netrc: str | None = None) -> bool:
+    """Whether a value that a text gives a name is a secret, and no example, code or prose.
+
+    `DB_PASS=anything` is one; elsewhere a value has to look like one, where the name does not say much even more so.
+    """
+    name, value = name or netrc or "", secret.rstrip(",)}]`")
+    if not names_a_secret(name, value) or _PLACEHOLDER.fullmatch(value):
+        return False
+    before, noun = _nouns(name)[0]
+    if sign == "=" and name != name.lower() and (before or noun in PASSWORDS or noun.startswith("SECRET")):
+        return True
+    if noun in ("KEY", "KEYS", "PAT", "SK") and before not in ("API", "ACCESS", "SECRET", "ACCOUNT", "AUTH"):
+        return len(value) >= 20 and bool(re.fullmatch(r"(?=[A-Za-z]*\d)[\w+/]+={0,2}", value))
+    return len(value) >= 7 and bool(_LETTER_AND_DIGIT.fullmatch(value.rstrip(".")))
 
 
 def _random(text: str) -> Iterator[tuple[int, int]]:
@@ -192,7 +285,7 @@ def _random(text: str) -> Iterator[tuple[int, int]]:
     """
     for stretch in _STRETCH.finditer(text):
         said = stretch[0].rstrip(".%")  # the end of a sentence is no ending of a file
-        is_name = said.startswith("/") or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
+        is_name = said.startswith(("/", *DIGESTS)) or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
         if not is_name and any(map(_is_random, _PIECE.findall(said))):
             yield stretch.span()
 
@@ -201,7 +294,7 @@ def _is_random(piece: str) -> bool:
     """Random text changes between capitals, small letters and digits every second character; names do so rarely."""
     chunks = len(_CHUNK.findall(piece))
     kinds = [any(map(is_kind, piece)) for is_kind in (str.isupper, str.islower, str.isdigit)]
-    if _HEX.fullmatch(piece) or sum(kinds) < 2 or not kinds[2]:
+    if _HEX.fullmatch(piece) or _CONTENT_ID.fullmatch(piece) or sum(kinds) < 2 or not kinds[2]:
         return False
     if all(kinds):
         return len(piece) / chunks <= 2.5

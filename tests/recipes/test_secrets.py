@@ -2,6 +2,7 @@
 
 import random
 import string
+import time
 
 import pytest
 
@@ -13,6 +14,7 @@ from tests.support.runs import recipe, write_recipe
 _RNG = random.Random(16)
 LETTERS, WORD = string.ascii_letters, string.ascii_letters + string.digits
 HEX, CAPITALS, URL = "0123456789abcdef", string.ascii_uppercase + string.digits, WORD + "_-"
+BASE58 = "".join(sorted(set(WORD) - set("0OIl")))
 
 
 def some(count, alphabet=WORD):
@@ -90,6 +92,32 @@ SECRETS = {
     "a header": f"Authorization: Bearer {some(30)}",
     "an assignment": "export DB_PASS=hunter2",
     "a quoted assignment": f'WANDB_API_KEY="{some(40, HEX)}"',
+    "Anyscale": f"esecret_{some(24)}",
+    "Modal, its id": f"ak-{some(22)}",
+    "Modal": f"as-{some(22)}",
+    "RunPod": f"rpa_{some(40, CAPITALS)}",
+    "Lambda": f"secret_{some(40)}",
+    "Lambda, with its name": f"secret_my-key_{some(32, HEX)}.{some(32)}",
+    "Kaggle": f"KGAT_{some(32, HEX)}",
+    "Aiven": f"AVNS_{some(18, URL)}",
+    "Vault, an old one": f"s.{some(24)}",
+    "Mailgun, a newer one": f"{some(32, HEX)}-{some(8, HEX)}-{some(8, HEX)}",
+    "Teams, a webhook": f"https://acme.webhook.office.com/webhookb2/{some(36, HEX)}@{some(36, HEX)}/IncomingWebhook/"
+    f"{some(32, HEX)}/{some(36, HEX)}",
+    "Azure, the key alone": f"{some(86, WORD + '+')}==",
+    "Azure, the key alone, a path by its looks": f"/{some(20)}/{some(20)}/{some(20)}/{some(22)}==",
+    "a name in small letters": "password=hunter22",
+    "a name in small letters, exported": "export my_token=hunter22",
+    "an option": "mysql --password=hunter22 -h db",
+    "an option and a word": "mysql --password hunter22 -h db",
+    "a name in YAML": "api_key: hunter22abc",
+    "curl's user": "curl -s -u me:hunter22 https://host/x",
+    "sshpass": "sshpass -p hunter22 ssh host",
+    "docker login": "docker login -u me -p hunter22 registry",
+    "a .netrc": "machine host login me password hunter22",
+    "Kaggle's file": f'{{"username":"x","key":"{some(32, HEX)}"}}',
+    "Google's file": f'{{"private_key_id": "{some(40, HEX)}"}}',
+    "a recipe's key": "cluster.env.DBPASS=hunter",
     "within a text": f"Use gh with ghp_{some(36)}, please.",
 }
 HARMLESS = [
@@ -114,19 +142,36 @@ HARMLESS = [
     "LlamaForCausalLM", "LlamaLikeForCausalLMWithValueHeadV2", "module load cuda/12.1 nccl/2.18.3-cuda12.1",
     "source /leonardo/prod/opt/modulefiles/profile/init.sh", "outputs/run-2024-05-11T10-22-33Z-seed42-lr5e4",
     "abcdefghijklmnopqrstuvwxyz0123456789", "a" * 60,
+    f"Qm{some(44, BASE58)}", f"bafybei{some(52, 'abcdefghijklmnopqrstuvwxyz234567')}", f"sha512-{some(86)}==",
+    "KEY=abcde", "KEY=VALUE", "HF_TOKEN=hf_xxxxxxxx", "HF_TOKEN=your-token", "API_KEY=abcde", "export HF_TOKEN=<token>",
+    "La password: scegline una lunga.", "Scegli una password sicura, di 8 caratteri.", "password=<password>",
+    "password=$PASSWORD", "password=********", "token: xxxxxxxx", "api_key=your-token-1", "api_key: my-api-key",
+    "--password=${PASSWORD}", "sshpass -p $PASSWORD ssh host", "curl -u user:$PASSWORD https://host/x",
+    "curl -u user https://host:8080/x", "max_new_tokens=4096", "eos_token: <|reserved_200|>", "sorted(x, key=str2int)",
+    "tokenizer(text, max_tokens=n2_tokens)", "api_key=os.environ['KEY1']", "password=getpass('Password 1')",
+    "key: Llama-3.1-8B-Instruct", "--ssh-key id_ed25519", "Il token: un pezzo di parola.",
+    "primary_key=customer_id_2024",
+    "per_token_loss = -soft_coef_1", "OPENAI_API_KEY=sk-...,", "(`--secrets SECRET=value`)",
+    "secret_santa_2024_for_everyone", "esecret_word", "ak-47", "as-is",
+    "s.abcdefghijklmnopqrstuvwx", "rpa_robotic",
 ]  # fmt: skip
 
 
 NAMES = [
     "HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "db_password", "MY_APIKEY", "DB_PASS",
     "GITHUB_PAT", "MY_AUTH", "HFTOKEN", "PGPASSWORD", "MYSQL_PWD", "SMTP_CREDS", "SLACK_BOT_TOKEN", "OPENAIAPIKEY",
-    "MYSECRET",
+    "MYSECRET", "DBPASS", "SSHPASS", "HF_TOKEN1", "WANDBKEY", "MYPASS", "MYPAT", "TOKEN1", "KEY2", "MYKEY",
+    "ENCRYPTIONKEY", "S3_SK", "X_API_KEYS", "SIGNATURE", "TOKEN_2", "apiKey", "DBPWD", "ROOTPASS2",
+    "GH_PAT_1", "OSS_SK", "KEY",
 ]  # fmt: skip
 OTHER_NAMES = [
     "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "MONKEY", "KEYS_FILE_FORMAT", "PWD", "OLDPWD", "SSH_AUTH_SOCK",
     "HF_TOKEN_PATH", "XAUTHORITY", "GIT_AUTHOR_NAME", "COMPASS", "BYPASS", "PATH", "PYTHONPATH", "KEYBOARD",
     "AWS_SHARED_CREDENTIALS_FILE", "MAX_TOKEN_LENGTH", "PATIENCE", "PASSTHROUGH", "TOKEN_LIMIT", "AUTH_METHOD",
-    "HF_HUB_DISABLE_IMPLICIT_TOKEN_CACHE",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN_CACHE", "MAX_TOKENS", "VLLM_MAX_TOKENS", "NUM_TOKENS", "PAD_TOKEN", "EOS_TOKEN",
+    "BOS_TOKEN", "NCCL_AUTH", "CPU_PIN", "PASS_THROUGH", "SORT_KEY", "PRIMARY_KEY", "TOKENS_PER_STEP", "MAX_NEW_TOKENS",
+    "VLLM_MAX_NUM_BATCHED_TOKENS", "TRESPASS", "DONKEY", "TURKEY", "HOTKEY", "HOTKEYS", "SORTKEY", "PUBLIC_KEY",
+    "COMPAT", "TASK", "DISK", "SK", "FOREIGN_KEYS", "PASS_AT_1", "PIN_MEMORY", "", "_", "1",
 ]  # fmt: skip
 
 
@@ -163,7 +208,45 @@ def test_names_of_variables_that_hold_a_secret():
 
 def test_names_of_variables_that_hold_none():
     assert [name for name in OTHER_NAMES if names_a_secret(name)] == []
-    assert not names_a_secret("USE_AUTH", "true")
+    assert not names_a_secret("MY_AUTH", "true")
+    assert not names_a_secret("PROMPT_TOKENS", "4096")
+    assert not names_a_secret("TOKEN_WEIGHT", "0.5")
+    assert all(names_a_secret(name, "4096") for name in ("SIM_PIN", "OTP", "DBPASS", "DB_PASSWORD"))
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--set=cluster.env.X_TOKEN=hunter2", "cluster.env={DB_PASS: hunter2}", '{"HF_TOKEN":"hunter2"}',
+     "--set=cluster={env: {A: b, 'MYKEY' : 'a, hunter2'}}", "cluster.env.DB_PASS= a hunter2", r'{\"KEY\":\"hunter2\"}',
+     "train.max_tokens=1,cluster.env.KEY2=hunter2"],
+)  # fmt: skip
+def test_every_name_in_a_word_of_the_command_is_asked(word):
+    assert "hunter2" not in masked_word(word)
+    assert masked_word(word).endswith("…")
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "train.max_tokens=4096",
+        "evaluation.new_tokens=64",
+        "--set=data.sort_key=x",
+        "{eos_token: </s>}",
+        "a=b=c",
+        "TOKEN=",
+    ],
+)
+def test_other_words_of_the_command_are_shown(word):
+    assert masked_word(word) == word
+
+
+@pytest.mark.parametrize("part", ["a=", "KEY=", "token: ", "--password ", "a-", "curl -u ", "s.", "TOKENS_", "A1",
+                                  "passwd ", "/a", "KEY", "secret_", "docker login ", "x_here"])  # fmt: skip
+def test_long_texts_take_no_long_time(part):
+    began = time.process_time()
+    text = part * (40_000 // len(part))
+    masked(text), masked_word(text), names_a_secret(text)
+    assert time.process_time() - began < 15, "of this process's own time, a second on any machine"
 
 
 def test_a_recipe_refuses_both_and_repeats_neither(tmp_path, talks):
