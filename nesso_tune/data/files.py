@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
@@ -79,16 +81,35 @@ def _expanded(path: str) -> list[Path]:
     raise DataError(path, "no such file", remedy)
 
 
-def could_match(path: str, file: Path) -> bool:
-    """Whether a folder or glob would mean a file of this name if it were there. Links are followed."""
+def could_match(path: str, *files: Path) -> bool:
+    """Whether a folder or glob would mean one of these files if it were there. Links are followed.
+
+    Args:
+        path: as a recipe names it.
+        files: their whole paths, without links.
+    """
     root = local_path(path)
-    if root.is_dir():
-        return root.resolve() in file.parents
-    fixed = list(takewhile(lambda part: not GLOB & set(part), root.parts))
-    folder = Path(*fixed).resolve()
-    if folder not in file.parents:
+    fixed = root.parts if root.is_dir() else tuple(takewhile(lambda part: not GLOB & set(part), root.parts))
+    folder, pattern = Path(*fixed), root.parts[len(fixed) :] or ("**", "*")
+    whole = folder.resolve()
+    if any(whole in file.parents and _matches(pattern, file.relative_to(whole).parts) for file in files):
+        return True
+    try:
+        return any(_leads_to(link, rest, files) for link, rest in _links(folder, pattern))
+    except (OSError, ValueError):  # a pattern that is none: `expand` says so
         return False
-    return _matches(root.parts[len(fixed) :], file.relative_to(folder).parts)
+
+
+def _links(folder: Path, pattern: tuple[str, ...]) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """The links that a pattern may pass or end at, each with the rest of the pattern."""
+    for end in range(1, len(pattern) + 1):
+        found = folder.glob("/".join(pattern[:end]))
+        yield from ((entry, pattern[end:]) for entry in found if entry.is_symlink())
+
+
+def _leads_to(link: Path, pattern: tuple[str, ...], files: Sequence[Path]) -> bool:
+    target = Path(os.path.realpath(link))
+    return any(target in (file, *file.parents) and _matches(pattern, file.relative_to(target).parts) for file in files)
 
 
 def _matches(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:

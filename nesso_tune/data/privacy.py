@@ -22,6 +22,7 @@ from nesso_tune.data.files import GLOB, expand, is_local
 from nesso_tune.data.read import OTHER
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.data import DataSection, Source
+from nesso_tune.recipes.paths import OF_SOURCE
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
 
@@ -138,7 +139,7 @@ class Privacy:
 
     def metric(self, metric: str) -> str:
         """The name of a metric as it is written: `eval_loss/source/ALIAS` with the number of a private source."""
-        whole, by_source, name = metric.partition("/source/")
+        whole, by_source, name = metric.partition(OF_SOURCE)
         held = bool(self.data.validation_sources)
         sources = self.data.validation_sources if held else self.data.sources
         shown = dict(zip(map(name_of, sources), self.names(held), strict=True))

@@ -83,7 +83,7 @@ def check_output(recipe: Recipe) -> None:
     for key, path in _read_paths(recipe):
         root = local_path(path)
         several = root.is_dir() or (not root.exists() and GLOB & set(path))
-        if several and any(could_match(path, output / name) for name in WRITTEN):
+        if several and could_match(path, *(output / name for name in WRITTEN)):
             raise RecipeError(
                 "output_dir", f"{recipe.output_dir} lies in {key} {path}: the run would read its own files as data",
                 "set an output_dir outside of it, or name only the files that are data",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from posixpath import normpath
 
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
-from nesso_tune.recipes.lint_data import DATA_RULES, unknown_template, wrong_code
+from nesso_tune.recipes.lint_data import DATA_RULES, unknown_source, unknown_template, wrong_code
 from nesso_tune.recipes.metric_names import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
+from nesso_tune.recipes.paths import OF_SOURCE
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
@@ -145,6 +146,10 @@ def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
             f"`{metric}` is measured on answers, and evaluation.samples: 0 asks for none",
             "set evaluation.samples: 8",
         )
+    if metric.startswith(f"{whole}{OF_SOURCE}"):
+        held = not whole.startswith(TRAIN)
+        fault = unknown_source(raw, metric.removeprefix(f"{whole}{OF_SOURCE}"), held)
+        return (f"`{metric}` {fault[0]}", fault[1]) if fault is not None else None
     return None
 
 

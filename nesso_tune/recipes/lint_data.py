@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from os.path import expanduser
 from typing import Any
 
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
@@ -122,12 +123,43 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
                 ("data", "sources", i, *path), "contradicts data.mixture: its shares say how often", "keep one"
             )
     if get(raw, "data", "mixture", "by") == "source":
-        names = [str(get(source, "alias") or get(source, "path")) for source in sources]
+        names = names_of(sources)
         for name in shares:
-            if name not in (*names, "other"):
+            if expanduser(str(name)) not in (*names, "other"):
                 guess = closest(str(name), names)
                 remedy = f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
                 yield Finding((*here, str(name)), "is no source of this recipe", remedy)
+
+
+def names_of(sources: Any) -> list[str]:
+    """What sources are called: before a recipe is validated, their paths may still begin with `~`."""
+    return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
+
+
+def unknown_source(raw: Raw, name: str, held: bool) -> tuple[str, str] | None:
+    """Why no part of a metric is of a source that is called so, and what to do; None if there may be one.
+
+    Args:
+        raw: the recipe.
+        name: of the source, by its alias, its path, or the number of a private one.
+        held: whether it is measured on `validation_sources`, if there are any.
+    """
+    held = held and bool(get(raw, "data", "validation_sources"))
+    sources = get(raw, "data", "validation_sources" if held else "sources")
+    if not isinstance(sources, (list, tuple)) or not sources:
+        return None
+    names, private = names_of(sources), any(get(source, "private") for source in sources)
+    if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private ones have a number each
+        return "is not measured: it is only where there are several sources", "name the metric over all"
+    kind = "private validation source" if held else "private source"
+    known = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
+    if expanduser(name) in known:
+        return None
+    guess = closest(name, names)
+    section = "data.validation_sources" if held else "data.sources"
+    return f"is not measured: {section} has none that is called so", (
+        f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
+    )
 
 
 def _clean(raw: Raw) -> Iterator[Finding]:

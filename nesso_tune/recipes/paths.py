@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 
 VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
+OF_SOURCE = "/source/"  # in the name of a metric: what follows names a source
 PATH_ERROR = "path"  # type of the error that `FilePath` raises
 
 
@@ -76,9 +77,15 @@ def _expanded(text: str) -> str:
         ) from None
 
 
+def _of_expanded(metric: str) -> str:
+    whole, of_source, name = metric.partition(OF_SOURCE)
+    return f"{whole}{of_source}{os.path.expanduser(name)}"
+
+
 _PATH = AfterValidator(_expanded)
 FilePath = Annotated[str, Field(pattern=r"\S"), _PATH]  # of a file or folder; also what may be a hub id or a name
 PathName = Annotated[str, Field(pattern=r"\S"), AfterValidator(os.path.expanduser)]  # a name, by default a path
+MetricName = Annotated[str, Field(pattern=r"\S"), AfterValidator(_of_expanded)]  # may end with the name of a source
 
 
 @cache

@@ -11,9 +11,9 @@ from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
 from nesso_tune.recipes.data import DPOData, SFTData
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.paths import FilePath
+from nesso_tune.recipes.paths import FilePath, MetricName
 from nesso_tune.recipes.schedule import Shape
-from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, NonEmpty, Section
+from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, Section
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a share of the run
@@ -70,7 +70,7 @@ class TrainSection(Section):
     on_spike: Literal["warn", "skip", "stop"] = "warn"
     """When loss or gradient norm leap far above those of the last 128 steps: say so, make no update of that step, or
     end the run. NaN and infinity always end it."""
-    best_metric: NonEmpty | None = None
+    best_metric: MetricName | None = None
     """final/ takes the weights of the evaluation that is best by this metric: eval_loss, eval_loss/it, stop_rate,
     eval_rewards/accuracies and the like; the checkpoint is kept. null takes the last weights."""
     early_stopping_patience: Count | None = None

@@ -14,6 +14,7 @@ from nesso_tune.data.packing import Rows
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.recipes.metric_names import HELD_OUT, better, did_you_mean, whole_metric
+from nesso_tune.recipes.paths import OF_SOURCE
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.checkpoint import PREFIX, read_manifest
 from nesso_tune.training.metrics import read_metrics
@@ -96,7 +97,7 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
             f"eval_{name}{part}" for name in figures.names for part in (parts[:1] if name in figures.whole else parts)
         ]
         divided = whole.removeprefix("eval_") not in figures.whole
-        of_source = divided and metric.startswith(f"{whole}/source/")  # which there are shows the first evaluation
+        of_source = divided and metric.startswith(f"{whole}{OF_SOURCE}")  # which there are shows the first evaluation
         if (whole if of_source else metric) not in measured:
             raise RecipeError(KEY, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
     return Best(metric, recipe.train.early_stopping_patience)

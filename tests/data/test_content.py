@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,43 @@ def test_two_readers_have_helpers_of_their_own_though_they_are_called_alike(tmp_
     assert "two" in made[1]
 
 
+LIB = "sys.path.insert(0, os.path.join(os.path.dirname(__file__), '{}'))"
+LATE = {  # readers, by what is inside `f` and before it
+    "folder_by_the_file": ("from late_a import A", LIB.format("lib")),
+    "folder_by_the_function": (f"{LIB.format('lib2')}; from late_b import A", ""),
+    "package_on_the_path": ("from late_pack.deep.one import A", ""),
+    "star_in_a_package": ("from late_star.up import two; A = two.A", ""),
+    "star_beside": ("A = three.A", f"{LIB.format('.')}\nfrom late_near import *"),
+}
+
+
+def test_what_a_reader_imports_late_or_by_a_star_is_seen_from_the_start(tmp_path, sft, write_rows, monkeypatch):
+    """Whether it is imported yet does not count; nor does Python's compiled code of the same second."""
+    texts = {
+        "path/late_pack/deep/__init__.py": "", "path/late_star/__init__.py": "",
+        "path/late_star/up.py": "from .all import *\n", "path/late_star/all/__init__.py": "__all__ = ['two']\n",
+        "late_near/__init__.py": "__all__ = ['three']\n",
+        **{f"{name}.py": f"import os, sys\n{before}\ndef f(row):\n    {inside}\n"
+                         "    return {'prompt': row['q'], 'response': A}\n" for name, (inside, before) in LATE.items()},
+    }  # fmt: skip
+    answers = ("lib/late_a.py", "lib2/late_b.py", "path/late_pack/deep/one.py", "path/late_star/all/two.py",
+               "late_near/three.py")  # fmt: skip
+    for file in (*texts, *answers):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(texts.get(file, ""))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "path"), *sys.path])
+    rows = write_rows([{"q": "a"}, {"q": "b"}])
+    for answer in ("uno", "due"):
+        for file in answers:
+            (tmp_path / file).write_text(f"A = '{answer}'\n")
+        for name in LATE:
+            recipe = sft({"path": rows, "format": f"{tmp_path}/{name}.py:f"})
+            data = prepare_data(recipe)
+            assert not data.report["cache_hit"], name
+            assert answer in data.tokenizer.decode(data.train[0]["input_ids"]), name
+            assert prepare_data(recipe).report["cache_hit"], name
+
+
 @pytest.mark.skipif(not (CASES / "reader").is_dir(), reason="the collection of small inputs is not here")
 def test_the_reader_of_the_collection(tmp_path, sft):
     here = shutil.copytree(CASES / "reader", tmp_path / "r")
@@ -222,13 +260,24 @@ def test_the_reader_of_the_collection(tmp_path, sft):
 @pytest.mark.parametrize(
     ("path", "output"),
     [("data", "data/run"), ("data/**/*.jsonl", "data/deep/run"), ("data/*/*.jsonl", "data/run"), ("data", "data"),
-     ("data/*", "data"), ("link", "data/run"), ("data", "link/run"), ("**/*.json*", "outputs/run")],
+     ("data/*", "data"), ("link", "data/run"), ("data", "link/run"), ("**/*.json*", "outputs/run"),
+     ("*/*.jsonl", "runs"), ("*/*.jsonl", "else/where"), ("*/*/*.jsonl", "runs/one"), ("dd/*/*.jsonl", "else/where"),
+     ("**/runs/*.jsonl", "runs"), ("dd/*.jsonl", "out"), ("dd", "out")],
 )  # fmt: skip
 def test_an_output_dir_among_the_data_is_refused(tmp_path, sft, write_rows, chats, monkeypatch, path, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "deep").mkdir(parents=True)
-    (tmp_path / "link").symlink_to("data")
+    for folder in ("dd", "else/where"):
+        (tmp_path / folder).mkdir(parents=True)
+    for link, target in (
+        ("link", "data"),
+        ("runs", "else/where"),
+        ("dd/b", "../runs"),
+        ("dd/m.jsonl", "../out/metrics.jsonl"),
+    ):
+        (tmp_path / link).symlink_to(target)
     write_rows(chats, "data/deep/a.jsonl")
+    write_rows(chats, "dd/a.jsonl")
     write_rows(chats, "data/a.jsonl")
     for keys in ({}, {"validation_sources": [{"path": path}]}):
         recipe = sft("data/a.jsonl" if keys else path, **keys).model_copy(update={"output_dir": output})
@@ -236,19 +285,22 @@ def test_an_output_dir_among_the_data_is_refused(tmp_path, sft, write_rows, chat
             check_output(recipe)
 
 
-def test_data_in_output_dir_is_refused_and_neighbours_are_not(tmp_path, sft, write_rows, chats, monkeypatch):
+def test_data_in_output_dir_is_refused_and_neighbours_are_not(
+    tmp_path, tmp_path_factory, sft, write_rows, chats, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for folder in ("data", "out/run/data"):
         (tmp_path / folder).mkdir(parents=True)
     write_rows(chats, "data/a.jsonl")
     write_rows(chats, "out/run/data/a.jsonl")
     (tmp_path / "files").symlink_to("out/run/data")
+    (tmp_path / "runs").symlink_to(tmp_path_factory.mktemp("elsewhere"))
     for path in ("out/run/data/a.jsonl", "out/run/data", "out/run/data/*.jsonl", "files", "files/a.jsonl"):
         with pytest.raises(RecipeError, match=r"data\.sources\.0\.path: .* lies in output_dir out/run, which is for"):
             check_output(sft(path).model_copy(update={"output_dir": "out/run"}))
     for path, output in (
         ("data/*.jsonl", "data/run"), ("*/a.jsonl", "out/x"), ("data", "data-run"), ("data/a.jsonl", "data/run"),
-        ("out/run/data", "out/other"), ("org/name", "org/name/run"),
+        ("out/run/data", "out/other"), ("*/a.jsonl", "runs"), ("**/*.jsonl", "runs/x"), ("org/name", "org/name/run"),
     ):  # fmt: skip
         check_output(sft(path).model_copy(update={"output_dir": output}))
 

@@ -131,6 +131,17 @@ FIRES = {
     "the best of another method": (
         "{method: sft, train: {best_metric: eval_rewards/accuracies}}", "train.best_metric", "method: dpo only",
     ),
+    "the best of no source": (
+        "{data: {sources: [{path: a}, {path: b, alias: bb}]}, train: {best_metric: eval_loss/source/b}}",
+        "train.best_metric", "data.sources has none that is called so",
+    ),
+    "the best of a source that is only trained on": (
+        "{data: {sources: [{path: a}, {path: b}], validation_sources: [{path: c}, {path: d}]},"
+        " train: {best_metric: stop_rate/source/a}}", "train.best_metric", "data.validation_sources has none",
+    ),
+    "the best of the one source": (
+        "{data: {sources: [{path: a}]}, train: {best_metric: eval_loss/source/a}}", "train.best_metric", "several",
+    ),
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
                         "--gres is written from elsewhere"),
@@ -152,6 +163,20 @@ SILENT = {
     "shards": "distributed: {state_dict: sharded}",
     "the best loss": "train: {best_metric: eval_loss, early_stopping_patience: 3}",
     "the best of a source": "train: {best_metric: eval_loss/source/a.jsonl}",
+    "the best of one of several": (
+        "{data: {sources: [{path: ~/a}, {path: b}]}, train: {best_metric: eval_loss/source/~/a}}"
+    ),
+    "the best of a private source": (
+        "{data: {sources: [{path: a, private: true}, {path: a}]}, train: {best_metric: eval_loss/source/a}}"
+    ),
+    "the best of a private source by its number": (
+        "{data: {validation_sources: [{path: a, private: true}, {path: b}]},"
+        " train: {best_metric: eval_loss/source/private validation source 1}}"
+    ),
+    "the best of a source that is trained on": (
+        "{data: {sources: [{path: a}, {path: b}], validation_sources: [{path: c}]},"
+        " train: {best_metric: train_stop_rate/source/a}}"
+    ),
     "the best of a language": "{method: dpo, train: {best_metric: eval_rewards/accuracies/it}}",
     "the best on training prompts": "{data: {validation_size: 0}, train: {best_metric: train_stop_rate}}",
     "the best of what is held out": (

@@ -6,6 +6,7 @@ import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError, SFTRecipe
 from nesso_tune.data.cache import cache_root
+from nesso_tune.data.privacy import name_of
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.load import validate
 from nesso_tune.recipes.paths import flag_path, path_keys
@@ -106,10 +107,13 @@ def test_in_python_and_on_the_command_line(recipe_file, home, capsys, monkeypatc
     assert not (Path(home) / "~").exists()
 
 
-def test_a_share_may_be_called_by_a_path(home):
+def test_a_share_and_a_metric_may_be_called_by_a_path(home):
     text = f"{SFT}    - path: b.jsonl\n  mixture: {{by: source, shares: {{~/a.jsonl: 0.5, b.jsonl: 0.5}}}}\n"
-    mixture = validate(with_value(text, ("data", "sources", "path"), "~/a.jsonl")).data.mixture
-    assert set(mixture.shares) == {f"{home}/a.jsonl", "b.jsonl"}
+    text += "train: {best_metric: eval_loss/source/~/a.jsonl}\n"
+    for key in ("path", "alias"):
+        recipe = validate(with_value(text, ("data", "sources", key), "~/a.jsonl"))
+        assert set(recipe.data.mixture.shares) == {f"{home}/a.jsonl", "b.jsonl"}
+        assert recipe.train.best_metric == f"eval_loss/source/{name_of(recipe.data.sources[0])}"
 
 
 def test_the_environment(home, monkeypatch):

@@ -282,7 +282,8 @@ def test_a_metric_that_is_not_measured_ends_the_run_before_its_first_step(tmp_pa
     none = Rows(data.validation.documents, data.validation.entries[:0], data.validation.bounds[:1])
     with pytest.raises(RecipeError, match=r"not measured: no row is held out; raise data\.validation_size"):
         best_of(some, Figures(("loss",)), none)
-    of_source = overfitting(tmp_path / "run", rows, train={"best_metric": "eval_loss/source/a"})
+    both = {"sources": [{"path": str(rows), "alias": name} for name in "ab"]}
+    of_source = overfitting(tmp_path / "run", rows, train={"best_metric": "eval_loss/source/a"}, data=both)
     best = best_of(of_source, Figures(("loss",)), data.validation)
     assert best.metric == "eval_loss/source/a", "is seen when it is measured"
 
