@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -47,7 +47,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
             ) from None
         model = _made(folder, section, where, config, "eager", seed)
     _fit_vocabulary(model, chat, section, where)
-    _set_ids(model, chat)
+    _set_ids(model, chat, seed if section.random_init else None)
     path = choose_forward(model, kernel, where)
     model.generation_config = _generation_config(model, chat)
     if not path.by_document and section.attention == "flash":
@@ -153,11 +153,12 @@ def _fit_vocabulary(model: PreTrainedModel, chat: ChatTokenizer, section: ModelS
                 table[token] = table[list(related)].mean(dim=0)
 
 
-def _set_ids(model: PreTrainedModel, chat: ChatTokenizer) -> None:
+def _set_ids(model: PreTrainedModel, chat: ChatTokenizer, seed: int | None) -> None:
     """The chat's ids in the configuration, and no row of a table that gets no gradient.
 
     Padding is the end token here, which is learned. Where the model computes with the id of padding (it counts
-    positions from it, say), it keeps its own, or `final/` would be another model.
+    positions from it, say), it keeps its own, or `final/` would be another model. `seed` is that of random weights,
+    whose row for padding is made of zeros.
     """
     model.config.eos_token_id, model.config.bos_token_id = chat.eos_id, chat.bos_token_id
     if getattr(model.config, "output_router_logits", False):  # a dense model has no router: its own forward would fail
@@ -168,7 +169,21 @@ def _set_ids(model: PreTrainedModel, chat: ChatTokenizer) -> None:
         if isinstance(module, nn.Embedding) and (
             type(module).forward is nn.Embedding.forward or not _reads_padding(module)
         ):
+            if seed is not None and module.padding_idx is not None:
+                _fill(module.weight, module.padding_idx, seed)
             module.padding_idx = None
+
+
+def _fill(table: Tensor, row: int, seed: int) -> None:
+    """Gives a row that was initialised to zeros, because it was padding, values like those of its neighbours.
+
+    Here its token may be learned, and a normalisation of zeros has an unbounded gradient.
+    """
+    with torch.no_grad():
+        if table[row].any():
+            return
+        generator = torch.Generator().manual_seed(seed)
+        table[row] = float(table.std()) * torch.randn(table.shape[1], generator=generator)
 
 
 def _reads_padding(module: nn.Module) -> bool:

@@ -127,6 +127,15 @@ def test_the_padding_tokens_row_has_a_gradient(trained, tied):
     assert grad[end].norm() > 0.1 * grad[5].norm() > 0
 
 
+def test_random_weights_have_no_row_of_zeros(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": 9}))
+    table = load(tmp_path, random_init=True)[0].get_input_embeddings().weight
+    assert float(table[9].std()) == pytest.approx(float(table.std()), rel=0.3)
+    assert table.abs().sum(dim=1).all()
+
+
 def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_path):
     tiny(RobertaConfig).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
