@@ -41,8 +41,8 @@ class Source(Section):
     """Name of a mapping under data_templates/formats/, a file of that kind, `FILE.py:FUNCTION` (a reader of your own,
     which makes a row of a known format of any row), or auto."""
     reads: Annotated[tuple[FilePath, ...], Field(strict=False)] = ()
-    """Files that your own reader opens: a change of one of them is then seen. Modules of your own that it imports by name
-    are seen without this; what it gets from anywhere else is not."""
+    """Files that your own reader opens: a change of one of them is then seen. Modules of your own that it imports by
+    name are seen without this; what it gets from anywhere else is not."""
     where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False, min_length=1)]] = Field(default={})
     """Only rows whose columns have these values, e.g. {source: [a, b]}; the others count as `not_selected`."""
     messages_field: NonEmpty | None = None
