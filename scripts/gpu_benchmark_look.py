@@ -102,6 +102,7 @@ def measured(
 def _exact_and_theirs(work: Path, row: Any, some: Any, sft: Any, dpo: Any, attention: str) -> tuple[Found, Found]:
     """The exact numbers, and TRL's, of one model."""
     model = LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
+    model.get_input_embeddings().padding_idx = None  # padding is the end token, whose row is learned
     wanted = measured(model, lambda: alone(model, row), lambda: answers_alone(model, some), False)
     add_fused_lm_head(model)
     model.set_attn_implementation(attention)
