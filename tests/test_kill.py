@@ -78,7 +78,10 @@ def undisturbed():
     return {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=thorough), signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=thorough), pytest.param(signal.SIGINT, marks=thorough)],
+)
 def test_asked_to_stop_it_saves_where_it_is_and_ends_with_75(tmp_path, talks, undisturbed, number):
     sections = {"train": {"max_steps": 40}, "checkpoint": {"every_steps": 30}, "evaluation": None}
     stopped = tmp_path / "stopped"

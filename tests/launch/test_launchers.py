@@ -77,7 +77,7 @@ main_process_port: 0
 @pytest.mark.parametrize(
     ("version", "sharding", "says"),
     [(1, "fsdp_sharding_strategy: FULL_SHARD", "fsdp_version: 1"),
-     (2, "fsdp_reshard_after_forward: false", "fsdp_reshard_after_forward: false"),
+     pytest.param(2, "fsdp_reshard_after_forward: false", "fsdp_reshard_after_forward: false", marks=thorough),
      (2, "fsdp_reshard_after_forward: true", None)],
 )  # fmt: skip
 def test_a_configuration_of_accelerates_own(tmp_path, talks, version, sharding, says):

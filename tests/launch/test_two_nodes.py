@@ -159,9 +159,9 @@ def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):
 
 @pytest.mark.parametrize(
     ("alone", "says"),
-    [(0, "machine 1: did not come within 5 s; see whether it is up and its part was started\n"),
-     (1, f"{ADDRESSES[0]}:29612: cannot be reached from ")],
-    ids=["the second", "the first"],
+    [pytest.param(0, "machine 1: did not come within 5 s; see whether it is up and its part was started\n",
+                  id="the second"),
+     pytest.param(1, f"{ADDRESSES[0]}:29612: cannot be reached from ", id="the first", marks=thorough)],
 )  # fmt: skip
 def test_a_node_that_never_comes(nodes, tmp_path, talks, alone, says):
     path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "run", talks, timeout_s=5))

@@ -170,6 +170,7 @@ def test_interrupted_it_comes_to_the_same_end(tmp_path, rows, whole, each_step, 
     assert [path.name for path in checkpoints(tmp_path / "run")] == [path.name for path in checkpoints(reference)]
 
 
+@thorough
 def test_killed_while_it_waits_for_better_ones(tmp_path, rows):
     """SIGKILL between the best evaluation and the early end, in a process of its own."""
     slow = {"max_steps": 400, "early_stopping_patience": 15}

@@ -28,6 +28,7 @@ def base_of(folder, tied):
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
+WITH_SFT = {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}
 CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
     "sft, untied": ("sft", 2, 2, FULL, False, {}),
@@ -38,8 +39,8 @@ CASES = {
     "sft, adapter, untied, shards on four": ("sft", 4, 1, SHARDS, False, {"model": LORA}),
     "sft, dora, recomputed": ("sft", 2, 2, FULL, True, {"model": DORA, "train": {"gradient_checkpointing": True}}),
     "sft, dora, DDP": ("sft", 2, 2, DDP, True, {"model": DORA}),
-    "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA}),
-    "dpo": ("dpo", 2, 2, SHARDS, None, {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}),
+    "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA, **WITH_SFT}),
+    "dpo": ("dpo", 2, 2, SHARDS, None, WITH_SFT),
     "dpo, on four": ("dpo", 4, 2, FULL, None, {}),
     "dpo, DDP": ("dpo", 2, 2, DDP, None, {}),
     "dpo, adapter": ("dpo", 2, 2, FULL, True, {"model": LORA}),
@@ -47,7 +48,8 @@ CASES = {
 
 
 # each part of them is in another case too
-BY_HAND = ("sft", "dpo", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four", "dpo, on four", "dpo, DDP",
+BY_HAND = ("sft", "dpo", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four",
+           "sft, adapter, untied, shards on four", "dpo, on four", "dpo, DDP",
            "dpo, adapter", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
 
 
