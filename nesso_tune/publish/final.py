@@ -98,8 +98,15 @@ def _still_read(model: PreTrainedModel, plain: Mapping[str, Any], both: Mapping[
         found = [type(model.config).from_dict(copy.deepcopy(dict(some))) for some in (plain, both)]
     except Exception:  # a layer's kind lacks something, say
         return False
-    first, second = (getattr(one, "rope_parameters", None) for one in found)
+    first, second = (_without_type(getattr(one, "rope_parameters", None)) for one in found)
     return bool(first == second)
+
+
+def _without_type(rope: Any) -> Any:
+    """Rotary parameters without the older name of `rope_type`, which is read along with it."""
+    if not isinstance(rope, Mapping):
+        return rope
+    return {key: _without_type(value) for key, value in rope.items() if key != "type"}
 
 
 def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nesso_tune.publish.final import read_by_older_versions
+from nesso_tune.publish.final import _still_read, read_by_older_versions
 from nesso_tune.run import train
 from tests.support.runs import recipe
 
@@ -77,7 +78,9 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 def test_config_says_the_same_in_both_spellings(shape):
     """The older one alone, which transformers 5 still reads, means what both mean together, and what was trained."""
     trained = AutoConfig.for_model(**SIZES, **copy.deepcopy(ROPES[shape]))
-    both = read_by_older_versions(json.loads(trained.to_json_string(use_diff=False)))
+    written = json.loads(trained.to_json_string(use_diff=False))
+    both = read_by_older_versions(written)
+    assert _still_read(SimpleNamespace(config=trained), written, both), "so both are written"
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     assert older["rope_scaling"] is None or older["rope_scaling"].get("type", older["rope_scaling"].get("rope_type"))
     for config in (both, older):
