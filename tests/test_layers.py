@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "nesso_tune"
 LAYERS = [
     ("terminal",),
-    ("errors", "conversation"),
+    ("errors", "conversation", "files"),
     ("recipes",),
     ("chat",),
     ("data",),

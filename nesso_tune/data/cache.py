@@ -6,7 +6,6 @@ a process first uses it: what was damaged since is named and made again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from platformdirs import user_cache_dir
 
 from nesso_tune.data.locks import acquire
 from nesso_tune.errors import RunEnvironmentError, is_full
+from nesso_tune.files import hash_of, sha256, sync
 from nesso_tune.recipes.describe import size
 from nesso_tune.recipes.paths import environment_path
 from nesso_tune.terminal import print_notes
@@ -40,7 +40,7 @@ def cache_root() -> Path:
 
 def key_of(parts: Any) -> str:
     """Hash of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+    return hash_of(parts)[:24]
 
 
 class Damaged(Exception):
@@ -119,7 +119,7 @@ def _built(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dic
         note = build(staging)
         files = _seal(staging, note)
         staging.rename(root / key)
-        _sync(root)
+        _sync_names(root)
     except Exception as error:
         if not is_full(error):
             raise
@@ -165,14 +165,14 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
     """Writes the note, with size and hash of every file and of itself, and syncs all of it; returns the files."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[str(file.relative_to(folder))] = [file.stat().st_size, _digest(file)]
-        _sync(file)
+        files[str(file.relative_to(folder))] = [file.stat().st_size, sha256(file)]
+        sync(file)
     record = json.loads(json.dumps({"note": note, "files": files}))  # as it will be read
-    record["sha256"] = _hash_of(record)
+    record["sha256"] = hash_of(record)
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / DONE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
-    _sync(folder / DONE)
-    _sync(folder)
+    sync(folder / DONE)
+    _sync_names(folder)
     return list(files)
 
 
@@ -180,7 +180,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """`note` and `files` of a finished result. Raises Damaged if they are missing or not as they were written."""
     try:
         record: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
-        if record.pop("sha256") == _hash_of(record):
+        if record.pop("sha256") == hash_of(record):
             return record
     except OSError as error:
         raise Damaged(f"{DONE}: {(error.strerror or 'cannot be read').lower()}") from None
@@ -195,7 +195,7 @@ def _check(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
         file = folder / name
         try:
             stamp = _stamp(file)
-            if _checked.get(str(file)) != stamp and (stamp[0] != length or _digest(file) != digest):
+            if _checked.get(str(file)) != stamp and (stamp[0] != length or sha256(file) != digest):
                 raise Damaged(name)
         except OSError as error:
             raise Damaged(f"{name}: {(error.strerror or 'cannot be read').lower()}") from None
@@ -207,25 +207,10 @@ def _stamp(file: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _hash_of(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Brings a file to the disk, or the entries of a folder where the file system can do that."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
+def _sync_names(folder: Path) -> None:
+    """Syncs the names in a folder, where the file system can do that."""
+    with suppress(OSError):
+        sync(folder)
 
 
 def _sweep(root: Path) -> None:

@@ -14,10 +14,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
+from nesso_tune.files import sync
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.weights import load_model
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.training.checkpoint import as_environment_error, put_in_place, readable, sync
+from nesso_tune.training.checkpoint import as_environment_error, put_in_place, readable
 from nesso_tune.training.processes import is_first
 from nesso_tune.training.state import State, set_weights, weights_of
 

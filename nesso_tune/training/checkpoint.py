@@ -7,7 +7,6 @@ SHA-256 of every file. The schedule needs no file: it is a function of the step.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.files import hash_of, sha256, sync
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -76,12 +76,12 @@ class CheckpointWriter:
     def _seal(self, path: Path) -> None:
         """Begins to bring a file that is written to the disk, and to hash it from memory meanwhile."""
         readable(path)
-        self._written[path.name] = self._beside.submit(sync, path), self._beside.submit(_sha256, path)
+        self._written[path.name] = self._beside.submit(sync, path), self._beside.submit(sha256, path)
 
     def finish(self, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
         """Writes the manifest with `facts` and what all noted, and renames the folder into place (main process)."""
         body = {**facts, "files": files}
-        (self.staging / MANIFEST).write_text(json.dumps({**body, "self": _hash_of(body)}), encoding="utf-8")
+        (self.staging / MANIFEST).write_text(json.dumps({**body, "self": hash_of(body)}), encoding="utf-8")
         sync(self.staging / MANIFEST)
         put_in_place(self.staging, self.final)
         return self.final
@@ -96,7 +96,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         body = {key: value for key, value in manifest.items() if key != "self"}
-        if manifest["self"] != _hash_of(body):
+        if manifest["self"] != hash_of(body):
             raise ValueError("manifest.json was altered")
         for name, noted in manifest["files"].items():
             if Path(name).name != name:
@@ -104,7 +104,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             file = checkpoint / name
             if not file.is_file():
                 raise ValueError(f"{name} is missing")
-            if file.stat().st_size != noted["size"] or _sha256(file) != noted["sha256"]:
+            if file.stat().st_size != noted["size"] or sha256(file) != noted["sha256"]:
                 raise ValueError(f"{name} is damaged")
     except (*GONE, KeyError, TypeError, AttributeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError("manifest.json is missing or damaged") from None  # what only cannot be read now is no damage
@@ -172,15 +172,6 @@ def readable(path: Path) -> None:
     path.chmod(0o666 & ~mask)
 
 
-def _hash_of(data: Any) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def put_in_place(staging: Path, folder: Path) -> None:
     """Renames a folder whose files are on the disk to its name, for good; one that stood there goes."""
     sync(staging)
@@ -207,15 +198,6 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove_staging(run: Path) -> None:

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.training.checkpoint import sync
+from nesso_tune.files import sync
 
 
 class MetricsLog:

@@ -14,7 +14,8 @@ import os
 from pathlib import Path
 
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.training.checkpoint import MANIFEST, checkpoints, discard, remove, remove_staging, sync
+from nesso_tune.files import sync
+from nesso_tune.training.checkpoint import MANIFEST, checkpoints, discard, remove, remove_staging
 from nesso_tune.training.layout import FINAL, METRICS, files_of_run
 
 ASIDE = "being-overwritten"

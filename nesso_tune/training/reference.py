@@ -22,8 +22,9 @@ from torch.utils.data import ConcatDataset
 from nesso_tune.data import cache
 from nesso_tune.data.packing import Rows
 from nesso_tune.errors import NumericalError, RunEnvironmentError
+from nesso_tune.files import sync
 from nesso_tune.recipes.schema import DPORecipe
-from nesso_tune.training.checkpoint import as_environment_error, sync
+from nesso_tune.training.checkpoint import as_environment_error
 from nesso_tune.training.collate import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 

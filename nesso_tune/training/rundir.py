@@ -15,6 +15,7 @@ from nesso_tune.data.locks import acquire
 from nesso_tune.data.privacy import Privacy, as_recorded, recorded
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
+from nesso_tune.files import sync
 from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
@@ -26,7 +27,6 @@ from nesso_tune.training.checkpoint import (
     read_manifest,
     remove,
     remove_staging,
-    sync,
 )
 from nesso_tune.training.facts import names_content
 from nesso_tune.training.layout import FINAL, LOCK, METRICS, RECIPE, check_path, is_foreign, run_manifest
