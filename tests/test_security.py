@@ -176,8 +176,8 @@ def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path, talks):
     (tmp_path / "run" / "outside.json").write_text("{}")
     manifest = read_manifest(whole)
     body = {key: value for key, value in manifest.items() if key != "self"}
-    body["files"]["../outside.json"] = {"size": 2, "sha256": checkpoint._sha256(tmp_path / "run" / "outside.json")}
-    (whole / "manifest.json").write_text(json.dumps({**body, "self": checkpoint._hash_of(body)}))
+    body["files"]["../outside.json"] = {"size": 2, "sha256": checkpoint.sha256(tmp_path / "run" / "outside.json")}
+    (whole / "manifest.json").write_text(json.dumps({**body, "self": checkpoint.hash_of(body)}))
     with pytest.raises(ValueError, match="names a file outside"):
         read_manifest(whole)
 

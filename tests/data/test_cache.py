@@ -149,12 +149,12 @@ def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hash
     def run(trusted=None):
         hashed = []
         monkeypatch.setattr(cache, "_checked", dict(trusted or {}))
-        monkeypatch.setattr(cache, "_digest", lambda file: hashed.append(file.name) or digest(file))
+        monkeypatch.setattr(cache, "sha256", lambda file: hashed.append(file.name) or digest(file))
         prepare_data(recipe)
         prepare_data(recipe)
         return sorted(hashed)
 
-    digest = cache._digest
+    digest = cache.sha256
     prepare_data(recipe)
     seen, names = cache.checked(), sorted(name for name in FILES if name != cache.DONE)
     assert run() == names

@@ -205,7 +205,7 @@ def test_what_cannot_be_read_now_is_not_damaged(tmp_path, talks, monkeypatch):
     def unreadable(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr(checkpoint, "_sha256", unreadable)
+    monkeypatch.setattr(checkpoint, "sha256", unreadable)
     with pytest.raises(OSError, match="Input/output error"):
         train(some)
     monkeypatch.undo()
