@@ -79,14 +79,18 @@ class PreparedData:
         )  # fmt: skip
 
 
+def _packing(rows: Rows, sequence_len: int) -> dict[str, Any]:
+    """How many rows there are, and what share of them is tokens of documents."""
+    used = int(rows.documents.spans[rows.entries].sum())
+    return {"rows": len(rows), "fill": round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0}
+
+
 def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
     """The same conversations, a row each: for a base that cannot keep packed ones apart."""
     stream = data.stream.unpacked()
     rows, held = stream.epoch(0), data.validation
     validation = Rows(held.documents, np.sort(held.entries), np.arange(len(held.entries) + 1), held.first_pair)
-    used = int(rows.documents.spans[rows.entries].sum())
-    fill = round(used / (len(rows) * recipe.data.sequence_len), 4)
-    packing = {"rows": len(rows), "fill": fill, "unpacked": True}
+    packing = {**_packing(rows, recipe.data.sequence_len), "unpacked": True}
     report = data.report | {"packing": packing, "fingerprint": cache.key_of([data.report["fingerprint"], "unpacked"])}
     return replace(data, train=rows, validation=validation, stream=stream, report=report)
 
@@ -121,15 +125,13 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
     rows = stream.epoch(0)
     validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
-    used = int(documents.spans[rows.entries].sum())
-    fill = used / (len(rows) * data.sequence_len) if len(rows) else 0.0
     arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
     report = {
         **note["report"],
         "validation_overlap": overlap,
         "train": documents.counts(rows.entries),
         "validation": held.counts(held_out),
-        "packing": {"rows": len(rows), "fill": round(fill, 4)},
+        "packing": _packing(rows, data.sequence_len),
         "mixture": mixture_report(documents, groups, rows.entries),
         "fingerprint": cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
         "cache_hit": hit,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.data.files import GLOB, expand, is_local
+from nesso_tune.data.places import NUMBER
 from nesso_tune.data.read import OTHER
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.data import DataSection, Source
@@ -31,7 +32,6 @@ LISTS = ("sources", "validation_sources")
 OPEN = frozenset({"private", "weight", "max_rows", "min_score"})  # keys of a private source that tell nothing of it
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[-_]\w{2,4})?|auto|other|[iI]talian[o]?|[eE]nglish")
 SHIPPED_FORMAT = re.compile(r"[a-z_]+")
-NUMBER = re.compile(r"(?::| row )\d+")  # ends the name of a file in the place of a row
 OF = ": of "  # what comes after it is the place of the row that another one repeats
 DIGEST = re.compile(r"(.+) #[0-9a-f]{16}", re.DOTALL)
 ABOUT_DATA = re.compile(r"(?:--set=)?(?:[^:=]*:)?(data\.(?:sources|validation_sources|mixture|clean\.decontaminate)|"

@@ -30,9 +30,9 @@ MADE_OF = {
     "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
     "global_batch": "the global batch",
 }  # fmt: skip
-# Where it runs: it is continued elsewhere too, but rounds otherwise, so no longer to the bit.
 IDENTITY = 2  # how `data` is computed: since 2 from what is trained on, before from where it was read too
 CHOSEN_BY = {"data": ("data.",), "tokenizer": ("chat.", "model."), "base": ("model.",)}  # sections of the recipe
+# Where it runs: it is continued elsewhere too, but rounds otherwise, so no longer to the bit.
 RUNS_ON = {
     "world_size": "processes", "threads": "CPU threads", "device": "device", "attention": "attention",
     "torch_compile": "compiled layers", "python": "Python", "versions": "", "nesso_tune": "nesso-tune",
