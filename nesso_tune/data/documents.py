@@ -155,9 +155,14 @@ class Documents:
         """Where an entry's row stands: `file:line`, or `file row N`."""
         return f"{self.prefixes[int(self.files[entry])]}{self.numbers[entry]}"
 
+    def are_private(self, entries: Ints) -> npt.NDArray[np.bool_]:
+        """Which entries are of a private source or file: nothing of these is shown."""
+        of_source = np.isin(self.sources[entries], list(self.private_sources))
+        return of_source | np.isin(self.files[entries], list(self.private_files))
+
     def is_private(self, entry: int) -> bool:
-        """Whether an entry is of a private source or file: nothing of it is shown."""
-        return int(self.sources[entry]) in self.private_sources or int(self.files[entry]) in self.private_files
+        """Whether one entry is."""
+        return bool(self.are_private(np.array([entry]))[0])
 
     def shown_place(self, entry: int) -> str:
         """Where an entry's row stands, as others may read it: of a private one its source's number."""

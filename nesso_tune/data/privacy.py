@@ -23,7 +23,7 @@ from nesso_tune.data.places import NUMBER
 from nesso_tune.data.read import OTHER
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.data import DataSection, Source
-from nesso_tune.recipes.paths import OF_SOURCE
+from nesso_tune.recipes.paths import OF_SOURCE, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.shipped import local_path
 
@@ -174,7 +174,7 @@ class Privacy:
     def _path(self, value: Any, name: str, hide: Hide) -> Any:
         if isinstance(value, (list, tuple)):
             return [self._path(item, name, hide) for item in value]
-        if not isinstance(value, str) or self._files.isdisjoint(_identities(_file_of(value))):
+        if not isinstance(value, str) or self._files.isdisjoint(_identities(reader_file(value))):
             return value
         return hide(name, value)
 
@@ -276,13 +276,7 @@ def _paths(source: Source) -> Iterator[str]:
     yield source.path
     for value in (source.tools_file, source.format, *getattr(source, "reads", ())):
         if value is not None and not SHIPPED_FORMAT.fullmatch(value):
-            yield _file_of(value)
-
-
-def _file_of(text: str) -> str:
-    """The file of a reader, `FILE.py:FUNCTION`; of anything else the text itself."""
-    file, colon, _ = text.rpartition(":")
-    return file if colon and file.endswith(".py") else text
+            yield reader_file(value)
 
 
 def _identities(text: str) -> Iterator[object]:

@@ -28,6 +28,7 @@ from typing import Any
 from nesso_tune.data.files import content_hash, files_under
 from nesso_tune.errors import RecipeError, first_line
 from nesso_tune.recipes.names import closest
+from nesso_tune.recipes.paths import reader_file
 
 Places = dict[str, Path | None]  # where modules that are not beside a reader come from; None: not a user's own
 PYTHON = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
@@ -100,7 +101,7 @@ def _modules(name: str) -> dict[str, bytes]:
     Raises:
         RecipeError: if a file cannot be read.
     """
-    file = Path(name.rpartition(":")[0])
+    file = Path(reader_file(name))
     try:
         found = {"": file.read_bytes()}
         places, folders = _places.get(name, {}), _named_folders(file, found[""])
@@ -260,7 +261,7 @@ def _outdated(name: str) -> list[str]:
     One that changed takes all from elsewhere along, since they may hold what it was. Otherwise these stay, as they may
     be in use by a program that called this.
     """
-    file, modules = Path(name.rpartition(":")[0]), _modules(name)
+    file, modules = Path(reader_file(name)), _modules(name)
     beside = [module for module in modules if module and _beside(file, module) and _own(_loaded_from(module))]
     changed = any(_as_imported[module] != source for module, source in modules.items() if module in _as_imported)
     return [*beside, *(_as_imported if changed else ())]

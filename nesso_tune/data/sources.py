@@ -24,7 +24,7 @@ from nesso_tune.data.hub import hub_blocks, hub_fingerprint, hub_size
 from nesso_tune.data.readers import is_reader, load_reader
 from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.recipes.data import Source
-from nesso_tune.recipes.paths import path_keys
+from nesso_tune.recipes.paths import path_keys, reader_file
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.shipped import local_path
 
@@ -113,7 +113,7 @@ def _read_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 def _helpers(source: Source) -> Iterator[tuple[str, str]]:
     """Files that tell how the rows of a source are read."""
     if is_reader(source.format):
-        yield "format", source.format.rpartition(":")[0]
+        yield "format", reader_file(source.format)
     elif source.format.endswith((".yaml", ".yml")):
         yield "format", source.format
     if source.tools_file is not None:

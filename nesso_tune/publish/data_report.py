@@ -77,8 +77,7 @@ def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
 def _examples(data: PreparedData) -> list[dict[str, Any]]:
     """Of each language the first rows of the first epoch that are of no private source."""
     documents, entries = data.train.documents, data.train.entries
-    private = np.isin(documents.sources[entries], list(documents.private_sources))
-    hidden = private | np.isin(documents.files[entries], list(documents.private_files))
+    hidden = documents.are_private(entries)
     out = []
     for _, code in sorted((name, code) for code, name in enumerate(documents.language_names)):
         own = entries[~hidden & (documents.languages[entries] == code)]

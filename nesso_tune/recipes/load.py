@@ -15,6 +15,7 @@ from nesso_tune.recipes.complaints import complaints, first_of
 from nesso_tune.recipes.document import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
 from nesso_tune.recipes.lint import EXCLUSIVE
 from nesso_tune.recipes.names import FOREIGN, closest, shortened
+from nesso_tune.recipes.paths import reader_file
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked
 from nesso_tune.recipes.shipped import find_recipe, local_path, shipped_recipes
@@ -94,7 +95,7 @@ def _check_files(recipe: Recipe, document: Document) -> None:
     named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
     for section in ("sources", "validation_sources"):
         for i, source in enumerate(getattr(recipe.data, section)):
-            named[("data", section, i, "format")] = re.sub(r"(\.py):.*", r"\1", source.format)
+            named[("data", section, i, "format")] = reader_file(source.format)
             named[("data", section, i, "tools_file")] = source.tools_file
     missing = [
         Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",

@@ -32,6 +32,12 @@ def expand_home(text: str) -> str:
     return path
 
 
+def reader_file(name: str) -> str:
+    """The file of a reader of the user's, `FILE.py:FUNCTION`; any other text as it is."""
+    file, colon, _ = name.rpartition(":")
+    return file if colon and file.endswith(".py") else name
+
+
 def flag_path(text: str) -> str:
     """A path that a command line or a caller gives. The shell has expanded variables, but not `--flag=~/x`.
 

@@ -114,7 +114,5 @@ class Tally:
         return self._sums.cpu().tolist()
 
     def restore(self, state: list[list[list[float]]]) -> None:
-        """Takes sums back from `state`; those of other names or groups are dropped."""
-        sums = torch.tensor(state, dtype=torch.float64)
-        if sums.shape == self._sums.shape:
-            self._sums.copy_(sums)
+        """Takes sums back from `state`."""
+        self._sums.copy_(torch.tensor(state, dtype=torch.float64))
