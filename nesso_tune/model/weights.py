@@ -164,7 +164,7 @@ def _set_ids(model: PreTrainedModel, chat: ChatTokenizer, seed: int | None) -> N
     if getattr(model.config, "output_router_logits", False):  # a dense model has no router: its own forward would fail
         model.config.output_router_logits = False
     if not any(_reads_padding(m) for m in model.modules() if not isinstance(m, nn.Embedding)):
-        model.config.pad_token_id = chat.pad_id
+        model.config.pad_token_id = None if _zeroes_padding(model) else chat.pad_id
     for module in model.modules():
         if isinstance(module, nn.Embedding) and (
             type(module).forward is nn.Embedding.forward or not _reads_padding(module)
@@ -172,6 +172,19 @@ def _set_ids(model: PreTrainedModel, chat: ChatTokenizer, seed: int | None) -> N
             if seed is not None and module.padding_idx is not None:
                 _fill(module.weight, module.padding_idx, seed)
             module.padding_idx = None
+
+
+@torch.no_grad()
+def _zeroes_padding(model: PreTrainedModel) -> bool:
+    """Whether transformers zeroes the row of padding of such a model when it loads it, whatever its files hold.
+
+    `final/` would be another model then, so its config.json names no padding; generation config and tokenizer do.
+    """
+    table = nn.Embedding(2, 1, padding_idx=1)
+    table.weight.fill_(1.0)
+    table.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every weight that a file holds
+    model._init_weights(table)
+    return not table.weight[1].any()
 
 
 def _fill(table: Tensor, row: int, seed: int) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, YoutuConfig
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
@@ -143,6 +143,20 @@ def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_pa
     model, tokenizer = load(tmp_path)
     assert model.config.pad_token_id == 1 != tokenizer.pad_id
     assert model.generation_config.pad_token_id == tokenizer.pad_id
+
+
+def test_a_model_whose_padding_row_is_zeroed_on_loading_names_no_padding(base, tmp_path):
+    """transformers zeroes it for youtu whatever the files hold, and here it is the row of the end token."""
+    tiny(YoutuConfig).save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / "base" / name)
+    model, tokenizer = load(tmp_path / "base")
+    assert model.config.pad_token_id is None
+    assert model.generation_config.pad_token_id == tokenizer.pad_id
+    table = model.get_input_embeddings().weight
+    assert table[tokenizer.pad_id].any()
+    model.save_pretrained(tmp_path / "final")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "final").get_input_embeddings().weight, table)
 
 
 @pytest.mark.parametrize("whole", [True, False])
