@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 UNKNOWN_LANGUAGE = "und"  # ISO 639-2 code of an undetermined language
+LANGUAGE_NAMES = {
+    "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
+    "german": "de", "spanish": "es", "portuguese": "pt",
+}  # fmt: skip
+OTHER_LANGUAGES = ("other", "und")  # every language that is not named; records that name none
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}")
 
 
 @dataclass(frozen=True)
@@ -98,3 +105,10 @@ class Tokenized:
     def turns(self) -> tuple[Message, ...]:
         """None: there is no text."""
         return ()
+
+
+def language_code(said: str) -> str | None:
+    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; None for what is no code, e.g. `Python`."""
+    code = said.strip().lower().replace("_", "-").split("-")[0]
+    code = LANGUAGE_NAMES.get(code, code)
+    return code if LANGUAGE_CODE.fullmatch(code) else None

@@ -6,6 +6,7 @@ carry the place, the fault and the remedy, so that many mistakes can be reported
 
 from __future__ import annotations
 
+import difflib
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -135,3 +136,20 @@ def of_os(error: OSError) -> RunEnvironmentError:
     if error.errno in (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY):
         return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path, or set another one")
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")
+
+
+LONGEST = 200  # characters from which a word is no misspelt name
+
+
+def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The choice that `word` was most likely meant to be, or None."""
+    if len(word) > LONGEST:
+        return None
+    short = [choice for choice in choices if len(choice) <= LONGEST]  # a comparison's time grows with both lengths
+    found = difflib.get_close_matches(word.lower(), short, n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A name or value as a message shows it: whole, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} characters)"

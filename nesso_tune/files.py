@@ -27,3 +27,13 @@ def sha256(path: Path) -> str:
 def hash_of(data: Any) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def size(count: int) -> str:
+    """Bytes in the unit that reads well, e.g. `5.25 GB`."""
+    value = float(count)
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.3g} {unit}"

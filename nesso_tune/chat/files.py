@@ -7,9 +7,8 @@ import re
 from pathlib import Path
 
 from nesso_tune.chat.network import offline_if_unreachable
-from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, closest
 from nesso_tune.recipes.bases import TABLE
-from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.recipes.shape import unsupported
 from nesso_tune.recipes.shipped import is_result, local_path

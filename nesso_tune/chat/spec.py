@@ -8,10 +8,9 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import RecipeError, closest, shortened
 from nesso_tune.recipes.complaints import complaints, first_of
 from nesso_tune.recipes.document import Document, read_document
-from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.sections import Section
 from nesso_tune.recipes.shipped import shipped, template_names
 

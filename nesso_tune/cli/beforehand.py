@@ -11,9 +11,8 @@ from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.peek import reading_of
 from nesso_tune.data.sources import check_output
-from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.errors import ModelError, RecipeError, closest
 from nesso_tune.recipes.keys import key_paths
-from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.plan import World
 from nesso_tune.recipes.planning import make_plan
 from nesso_tune.recipes.schema import Recipe

@@ -15,11 +15,10 @@ from nesso_tune.chat.foreign import DEFAULT, own_template_of
 from nesso_tune.data.detect import Detected, detect
 from nesso_tune.data.files import expand, is_local, looks_like_data
 from nesso_tune.draft import Base, brings_template, draft, languages_of, share_too_long, usable_note
-from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError
+from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError, closest
 from nesso_tune.recipes.describe import in_short
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
-from nesso_tune.recipes.names import closest
 from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection

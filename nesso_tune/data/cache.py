@@ -19,8 +19,7 @@ from platformdirs import user_cache_dir
 
 from nesso_tune.data.locks import acquire
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.files import hash_of, sha256, sync
-from nesso_tune.recipes.describe import size
+from nesso_tune.files import hash_of, sha256, size, sync
 from nesso_tune.recipes.paths import environment_path
 from nesso_tune.terminal import print_notes
 

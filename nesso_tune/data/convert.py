@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from nesso_tune.chat.encoding import IGNORED
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Completion, Conversation, Message, PreferencePair, Tokenized
+from nesso_tune.conversation import (
+    UNKNOWN_LANGUAGE,
+    Completion,
+    Conversation,
+    Message,
+    PreferencePair,
+    Tokenized,
+    language_code,
+)
 from nesso_tune.data.formats import PLACEHOLDER, DataFormat, Row, find, lookup
 from nesso_tune.data.messages import column_of, is_empty, messages_of, system_of, text_of, turns_of
 from nesso_tune.data.tools import Tool, Unusable, read_tools
 from nesso_tune.recipes.data import AUTO, Source
-from nesso_tune.recipes.names import language_code
 
 Item = Conversation | Completion | Tokenized | PreferencePair
 

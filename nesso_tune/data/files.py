@@ -9,8 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 
-from nesso_tune.errors import DataError
-from nesso_tune.recipes.names import closest
+from nesso_tune.errors import DataError, closest
 from nesso_tune.recipes.shipped import local_path
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")

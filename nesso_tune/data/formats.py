@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from nesso_tune.chat.spec import find_spec, read_spec
-from nesso_tune.errors import DataError, RecipeError
+from nesso_tune.errors import DataError, RecipeError, closest, shortened
 from nesso_tune.recipes.data import Plain, Source
-from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.sections import NonEmpty, Role, Section
 
 Row = Mapping[str, Any]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from nesso_tune.data.convert import Item
+from nesso_tune.data.documents import Ints
 
-Ints = npt.NDArray[Any]
 WORDS = re.compile(r"\w+")
 SHINGLE = 3  # words that are taken together
 VALUES = 128  # of a signature

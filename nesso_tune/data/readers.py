@@ -26,8 +26,7 @@ from types import ModuleType
 from typing import Any
 
 from nesso_tune.data.files import content_hash, files_under
-from nesso_tune.errors import RecipeError, first_line
-from nesso_tune.recipes.names import closest
+from nesso_tune.errors import RecipeError, closest, first_line
 from nesso_tune.recipes.paths import reader_file
 
 Places = dict[str, Path | None]  # where modules that are not beside a reader come from; None: not a user's own

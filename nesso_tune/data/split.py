@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from nesso_tune.data.documents import Ints
 from nesso_tune.errors import RecipeError
-
-Ints = npt.NDArray[Any]
 
 
 def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]:

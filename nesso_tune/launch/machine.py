@@ -16,8 +16,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 
 from nesso_tune.errors import Problem
+from nesso_tune.files import size
 from nesso_tune.model.attention import choose_attention
-from nesso_tune.recipes.describe import size
 from nesso_tune.recipes.gpus import GIB
 
 PACKAGE = "nesso-tune"

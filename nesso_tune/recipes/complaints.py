@@ -7,11 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from nesso_tune.errors import Problem
+from nesso_tune.errors import Problem, closest, shortened
 from nesso_tune.recipes.document import Document
 from nesso_tune.recipes.keys import Path, section_at, suggest_key
 from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.names import closest, shortened
 from nesso_tune.recipes.paths import PATH_ERROR
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 

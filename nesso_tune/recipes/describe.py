@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from nesso_tune.files import size
 from nesso_tune.recipes.curve import curve
 from nesso_tune.recipes.data import SFTData
 from nesso_tune.recipes.gpus import GIB
@@ -133,13 +134,3 @@ def in_short(parameters: int) -> str:
 def _short(value: float) -> str:
     """A number in two digits, e.g. `0.46`, `5.7`, `170`."""
     return f"{float(f'{value:.2g}'):,g}"
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that reads well, e.g. `5.25 GB`."""
-    value = float(count)
-    for unit in ("B", "KB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.3g} {unit}"

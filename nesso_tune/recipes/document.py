@@ -14,8 +14,7 @@ from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from nesso_tune.errors import Problem, RecipeError
-from nesso_tune.recipes.names import shortened
+from nesso_tune.errors import Problem, RecipeError, shortened
 
 KeyPath = tuple[str | int, ...]
 MAX_NODES = 20_000  # far above any recipe; a nest of aliases that grows beyond it is refused

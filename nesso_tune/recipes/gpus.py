@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.names import closest
+from nesso_tune.errors import RecipeError, closest
 
 GIB = 1 << 30
 

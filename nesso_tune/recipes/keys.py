@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from nesso_tune.recipes.names import FOREIGN, NAMES_LIST, closest, shortened
+from nesso_tune.errors import closest, shortened
+from nesso_tune.recipes.other_tools import FOREIGN, NAMES_LIST
 from nesso_tune.recipes.schema import RECIPES
 
 Path = tuple[str | int, ...]

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from os.path import expanduser
 from typing import Any
 
+from nesso_tune.conversation import LANGUAGE_NAMES, OTHER_LANGUAGES, language_code
+from nesso_tune.errors import closest, shortened
 from nesso_tune.recipes.finding import Finding, Path, Raw, get
-from nesso_tune.recipes.names import LANGUAGE_NAMES, OTHER_LANGUAGES, closest, language_code, shortened
 from nesso_tune.recipes.shipped import template_names
 
 MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")

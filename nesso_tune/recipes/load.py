@@ -10,11 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nesso_tune.errors import Problem, RecipeError
+from nesso_tune.errors import Problem, RecipeError, closest, shortened
 from nesso_tune.recipes.complaints import complaints, first_of
 from nesso_tune.recipes.document import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
 from nesso_tune.recipes.lint import EXCLUSIVE
-from nesso_tune.recipes.names import FOREIGN, closest, shortened
+from nesso_tune.recipes.other_tools import FOREIGN
 from nesso_tune.recipes.paths import reader_file
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
-from nesso_tune.recipes.names import closest
+from nesso_tune.errors import closest
 
 Better = Literal["lower", "higher"]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.recipes.describe import size
+from nesso_tune.files import size
 from nesso_tune.recipes.plan import Plan
 from nesso_tune.training.checkpoint import checkpoints, remove_staging
 from nesso_tune.training.overwrite import bytes_aside

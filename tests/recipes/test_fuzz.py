@@ -10,7 +10,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.document import parse_document
 from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.load import parse_overrides, validate
-from nesso_tune.recipes.names import FOREIGN
+from nesso_tune.recipes.other_tools import FOREIGN
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
 from tests.support.examples import examples
 

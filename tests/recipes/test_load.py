@@ -9,7 +9,7 @@ from nesso_tune.recipes import DPORecipe, SFTRecipe, document, load_recipe
 from nesso_tune.recipes.complaints import MOST
 from nesso_tune.recipes.keys import key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
-from nesso_tune.recipes.names import FOREIGN
+from nesso_tune.recipes.other_tools import FOREIGN
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.recipes.shipped import catalogue, shipped_recipes
 

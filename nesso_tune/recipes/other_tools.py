@@ -1,10 +1,6 @@
-"""What other tools call things, and what a misspelt name was meant to be."""
+"""What Axolotl, TRL, transformers and LLaMA-Factory call the keys of a recipe."""
 
 from __future__ import annotations
-
-import difflib
-import re
-from collections.abc import Iterable
 
 # Keys of Axolotl, TRL / transformers and LLaMA-Factory, by what they are called here.
 CALLED_HERE: dict[str, tuple[str, ...]] = {
@@ -81,35 +77,3 @@ NAMES_LIST = {
     "tensor_parallel_size": "tensor parallelism is not in version 1",
     "load_in_8bit": "a base is held in 4 bits (model.adapter.type: qlora) or not quantised",
 }
-
-
-LANGUAGE_NAMES = {
-    "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
-    "german": "de", "spanish": "es", "portuguese": "pt",
-}  # fmt: skip
-OTHER_LANGUAGES = ("other", "und")  # all that are not named; rows that say no language
-CODE = re.compile(r"[a-z]{2,3}")
-
-
-def language_code(said: str) -> str | None:
-    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; None for what is no code, e.g. `Python`."""
-    code = said.strip().lower().replace("_", "-").split("-")[0]
-    code = LANGUAGE_NAMES.get(code, code)
-    return code if CODE.fullmatch(code) else None
-
-
-LONGEST = 200  # characters from which a word is no misspelt name
-
-
-def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that `word` was most likely meant to be, or None."""
-    if len(word) > LONGEST:
-        return None
-    short = [choice for choice in choices if len(choice) <= LONGEST]  # a comparison's time grows with both lengths
-    found = difflib.get_close_matches(word.lower(), short, n=1, cutoff=cutoff)
-    return found[0] if found else None
-
-
-def shortened(text: str, most: int = 60) -> str:
-    """A name or value as a message shows it: whole, or its beginning and how long it is."""
-    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} characters)"
