@@ -23,10 +23,10 @@ _HOME = {
     "encode_conversation": "nesso_tune.chat.tokenizer",
     "load_recipe": "nesso_tune.recipes.load",
     "load_tokenizer": "nesso_tune.chat.tokenizer",
-    "lr_multiplier": "nesso_tune.recipes.schedule",
-    "make_plan": "nesso_tune.recipes.planning",
+    "lr_multiplier": "nesso_tune.lr_schedule",
+    "make_plan": "nesso_tune.planning.planner",
     "prepare_data": "nesso_tune.data.prepare",
-    "preview": "nesso_tune.publish.preview",
+    "preview": "nesso_tune.reports.preview",
     "train": "nesso_tune.run",
 }
 
@@ -47,11 +47,11 @@ if TYPE_CHECKING:
         RecipeError,
         RunEnvironmentError,
     )
-    from nesso_tune.publish.preview import preview
+    from nesso_tune.lr_schedule import lr_multiplier
+    from nesso_tune.planning.planner import make_plan
     from nesso_tune.recipes.load import load_recipe
-    from nesso_tune.recipes.planning import make_plan
-    from nesso_tune.recipes.schedule import lr_multiplier
     from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
+    from nesso_tune.reports.preview import preview
     from nesso_tune.run import train
 
 

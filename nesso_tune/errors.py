@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nesso_tune.terminal import visible
+from nesso_tune.logs import visible
 
 
 @dataclass(frozen=True)

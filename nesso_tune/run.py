@@ -13,29 +13,9 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
-from nesso_tune.errors import RecipeError
-from nesso_tune.model.adapters import check_adapter
-from nesso_tune.model.attention import kernel_in_words
-from nesso_tune.model.compiling import can_compile
-from nesso_tune.model.head import Figures, ForwardPath, forward_path
-from nesso_tune.model.weights import load_model
-from nesso_tune.publish.card import model_card
-from nesso_tune.publish.data_report import write_data_report
-from nesso_tune.publish.final import final_bytes, save_final, whole_model
-from nesso_tune.publish.report import write_report
-from nesso_tune.recipes.advice import more_epochs
-from nesso_tune.recipes.plan import Plan
-from nesso_tune.recipes.planning import make_plan
-from nesso_tune.recipes.schema import Recipe, SFTRecipe
-from nesso_tune.training.arguments import check_trackers
-from nesso_tune.training.best import in_words
-from nesso_tune.training.checkpoint import MANIFEST, checkpoints, read_data
-from nesso_tune.training.facts import check_same_run, moved_in_words, other_environment, run_facts
-from nesso_tune.training.finite import check_final
-from nesso_tune.training.fit import fit
-from nesso_tune.training.launched import check_launcher
-from nesso_tune.training.metrics import read_metrics
-from nesso_tune.training.processes import (
+from nesso_tune.distributed.preemption import StopRequest
+from nesso_tune.distributed.process_group import (
+    check_launcher,
     check_shared,
     come_together,
     contact,
@@ -46,9 +26,27 @@ from nesso_tune.training.processes import (
     wait_for_all,
     world,
 )
-from nesso_tune.training.rundir import RunDir, open_run, write_end, write_start
-from nesso_tune.training.signals import StopRequest
-from nesso_tune.training.space import Room
+from nesso_tune.errors import RecipeError
+from nesso_tune.export.card import model_card
+from nesso_tune.export.final_folder import final_bytes, save_final, whole_model
+from nesso_tune.model.adapters import check_adapter
+from nesso_tune.model.attention import kernel_in_words
+from nesso_tune.model.lm_head import Figures, ForwardPath, forward_path
+from nesso_tune.model.loading import can_compile, load_model
+from nesso_tune.planning.advice import more_epochs
+from nesso_tune.planning.plan import Plan
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.reports.data_report import write_data_report
+from nesso_tune.reports.run_report import write_report
+from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_data
+from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.metrics_log import read_metrics
+from nesso_tune.runs.provenance import check_same_run, moved_in_words, other_environment, run_facts
+from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
+from nesso_tune.training.evaluation import in_words
+from nesso_tune.training.fit import check_trackers, fit
+from nesso_tune.training.numerical_checks import check_final
 
 TINY = 20_000_000  # parameters below which several CPU threads cost more than they give
 

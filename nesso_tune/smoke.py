@@ -1,8 +1,4 @@
-"""`--smoke`: any recipe, anywhere, in about a minute: a tiny stand-in for its base, its first rows, a few steps.
-
-The whole way of a run is gone, with the recipe's own template, format, mask, loss and adapter; only size and length
-are cut down. Nothing of the real run is touched, and nothing is fetched.
-"""
+"""A tiny stand-in for a base model: the same architecture, two thin layers, random weights."""
 
 from __future__ import annotations
 
@@ -16,22 +12,81 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
-from nesso_tune.chat.files import base_at_hand, check_at_hand, tokenizer_files, unknown_base
+from nesso_tune import cache
 from nesso_tune.chat.tokenizer import chat_tokenizer
-from nesso_tune.data import cache
 from nesso_tune.data.files import expand, is_local
-from nesso_tune.data.hub import is_cached
+from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
-from nesso_tune.model.standin import FALLBACK, build_standin, shrunk
-from nesso_tune.recipes.data import Source
-from nesso_tune.recipes.metric_names import whole_metric
+from nesso_tune.hub import base_at_hand, check_at_hand, tokenizer_files, unknown_base
+from nesso_tune.metrics import whole_metric
+from nesso_tune.planning.shapes import find_config, unsupported
+from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path, shipped
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
-from nesso_tune.recipes.sections import ChatSection, ModelSection
-from nesso_tune.recipes.shape import find_config, unsupported
-from nesso_tune.recipes.shipped import BUNDLED_TOKENS, bundled_base, local_path, shipped
-from nesso_tune.training.checkpoint import MANIFEST
-from nesso_tune.training.overwrite import ASIDE, MOVING
+from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
+from nesso_tune.runs.checkpoint import MANIFEST
+from nesso_tune.runs.layout import ASIDE, MOVING
+
+HIDDEN, HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 16, 128, 2
+FALLBACK = "llama"  # stands in for an architecture that transformers does not know by itself
+LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern")  # one entry a layer
+FITTING = ("pad_token_id", "bos_token_id", "eos_token_id")  # ids that may lie beyond a small vocabulary
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "initializer_range", "tie_word_embeddings")  # fmt: skip
+DROPPED = ("auto_map", "quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version",
+           "rope_scaling", "architectures")  # fmt: skip
+
+
+def shrunk(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The configuration of a model like that of `config`, but tiny, with `vocabulary` rows.
+
+    Heads keep whether they are grouped, embeddings whether they are tied; a rope that is scaled for long contexts is
+    left plain, since its factors belong to the size of the heads.
+    """
+    heads, groups = config.get("num_attention_heads") or 1, config.get("num_key_value_heads")
+    small = {key: value for key, value in config.items() if key not in DROPPED}
+    small |= {
+        "model_type": config.get("model_type", FALLBACK),
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS if groups in (None, heads) else HEADS // 2,
+        "head_dim": HEAD_DIM,
+        "initializer_range": HIDDEN**-0.5,
+        "max_window_layers": LAYERS,
+    }
+    for key in FITTING:
+        if isinstance(small.get(key), int) and small[key] >= vocabulary:
+            small[key] = None
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and any(isinstance(value, (list, dict)) for value in rope.values()):
+        small.pop("rope_parameters")
+    for key in LISTS:
+        if isinstance(small.get(key), list):
+            small[key] = small[key][:LAYERS]
+    return small
+
+
+def build_standin(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
+    """Writes weights and config.json of a model of this (tiny) configuration into a folder.
+
+    Returns:
+        The architecture it has: that of `config`, or Llama where transformers cannot make that one.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception:  # an architecture of its own code, or one with more to it than sizes
+        plain = {key: value for key, value in config.items() if key in SIZES} | {"model_type": FALLBACK}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
+    model.save_pretrained(folder)
+    return str(model.config.model_type)
+
 
 Say = Callable[[str], None]
 STEPS, LENGTH, LOWEST = 4, 4096, -1e300

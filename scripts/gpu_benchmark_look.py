@@ -15,10 +15,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model import attention as attention_module
 from nesso_tune.model.attention import Segments, through
-from nesso_tune.model.head import attach_supervised_head
-from nesso_tune.model.weights import load_model
-from nesso_tune.training.collate import ConversationCollator, PairCollator
-from nesso_tune.training.tally import Groups
+from nesso_tune.model.lm_head import attach_supervised_head
+from nesso_tune.model.loading import load_model
+from nesso_tune.training.dataset import ConversationCollator, PairCollator
+from nesso_tune.training.grouped_metrics import Groups
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDES = ("ours", "ours, bfloat16 weights", "TRL")

@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from nesso_tune import load_recipe, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection, ModelSection
-from nesso_tune.training.collate import pair_tokens
+from nesso_tune.training.dataset import pair_tokens
 from nesso_tune.training.throughput import Operations, device_peak, peak_memory, squares_of
 
 ON_GPU = torch.cuda.is_available()

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from nesso_tune.recipes.data import Limit, SFTData
 from nesso_tune.recipes.schema import BaseRecipe, DPORecipe, SFTRecipe
+from nesso_tune.recipes.sections import Limit, SFTData
 
 HEAD = """# Recipe reference
 

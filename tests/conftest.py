@@ -22,6 +22,9 @@ import torch  # it reads the above; a command line that finds it loaded leaves n
 from hypothesis import settings
 
 import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
+from nesso_tune import DPORecipe, SFTRecipe
+from nesso_tune.recipes import load_recipe
+from tests.support.recipe_texts import SFT
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,7 +61,7 @@ def base() -> str:
 @pytest.fixture(scope="session")
 def whole_base(base, tmp_path_factory) -> str:
     """The same with (random) weights: what a pre-trained base looks like."""
-    from nesso_tune.model.standin import build_standin
+    from nesso_tune.smoke import build_standin
 
     folder = tmp_path_factory.mktemp("whole_base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -136,3 +139,58 @@ def pairs(write_rows, chats):
         for i, row in enumerate(chats * 2)
     ]
     return write_rows(rows, "pairs.jsonl")
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe (text or bytes); returns the path."""
+
+    def write(content=SFT, name="r.yaml"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture
+def override(recipe_file):
+    """Loads the small SFT recipe with overrides."""
+    return lambda overrides, text=SFT: load_recipe(recipe_file(text), overrides)
+
+
+@pytest.fixture
+def sft(base, tmp_path):
+    """An SFT recipe over sources (paths or dicts) with keys of `data`."""
+
+    def make(*sources, seed=42, chat=None, **data):
+        data = {"sequence_len": 256, "validation_size": 0} | data
+        return SFTRecipe.model_validate(
+            {"output_dir": str(tmp_path / "run"), "seed": seed, "model": {"base": base}, "chat": chat or {},
+             "data": {**data, "sources": [s if isinstance(s, dict) else {"path": s} for s in sources]}}
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def dpo(base, tmp_path):
+    """A DPO recipe over sources (paths or dicts) with keys of `data`."""
+
+    def make(*sources, **data):
+        data = {"sequence_len": 256, "validation_size": 0} | data
+        return DPORecipe.model_validate(
+            {"output_dir": str(tmp_path / "run"), "model": {"base": base},
+             "data": {**data, "sources": [s if isinstance(s, dict) else {"path": s} for s in sources]}}
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture
+def duels():
+    """Six preference pairs."""
+    return [
+        {"prompt": f"Domanda {i}?", "chosen": f"Sì, la risposta è {i}.", "rejected": "Boh.", "lang": "it"}
+        for i in range(6)
+    ]

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from nesso_tune import terminal
+from nesso_tune import logs
 from nesso_tune.cli.chat import chat
-from nesso_tune.publish.talk import Talker
+from nesso_tune.generation.inference import Talker
+from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms, Reading
-from nesso_tune.training.metrics import MetricsLog
 from tests.support.runs import ROOT, main_here, recipe, write_recipe
 
 PACKAGE = ROOT / "nesso_tune"
@@ -22,18 +22,18 @@ NAME = EVIL.replace("[", "").replace("]", "")  # as the name of a file; these wo
 
 def is_tame(text, colours=False):
     """Whether a text could not drive a terminal; line breaks and tabs are its own."""
-    bare = terminal.COLOUR.sub("", text) if colours else text
-    return not terminal.UNSEEN.search(bare.replace("\n", "").replace("\t", ""))
+    bare = logs.COLOUR.sub("", text) if colours else text
+    return not logs.UNSEEN.search(bare.replace("\n", "").replace("\t", ""))
 
 
 def test_what_is_made_visible():
-    assert terminal.visible("Perché no? 👩‍👩‍👧 مرحبا 10\xa0000") == "Perché no? 👩‍👩‍👧 مرحبا 10\xa0000", "text is text"
+    assert logs.visible("Perché no? 👩‍👩‍👧 مرحبا 10\xa0000") == "Perché no? 👩‍👩‍👧 مرحبا 10\xa0000", "text is text"
     for character in (*map(chr, range(32)), "\x7f", *map(chr, range(0x80, 0xA0)), *"\u202a\u202e\u2066\u2069\u200b",
                       "\u2028", "\u2029", "\ud800", "\ufeff", "\U000e0041"):  # fmt: skip
-        shown = terminal.visible(f"a{character}b")
+        shown = logs.visible(f"a{character}b")
         assert shown.isprintable(), ascii(character)
         assert json.loads(f'"{shown}"') == f"a{character}b", "the escapes are those of JSON"
-    assert terminal.visible("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\u001b"
+    assert logs.visible("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\u001b"
 
 
 def test_only_one_module_prints():
@@ -102,7 +102,7 @@ def test_a_line_break_in_a_name_feigns_no_line(tmp_path, capsys, monkeypatch):
 
 
 def test_colours_of_the_preview_are_ours_alone(capsys):
-    terminal.print_text("\x1b[32mverde\x1b[0m \x1b[2J\x1b]0;x\x07", coloured=True)
+    logs.print_text("\x1b[32mverde\x1b[0m \x1b[2J\x1b]0;x\x07", coloured=True)
     assert capsys.readouterr().out == "\x1b[32mverde\x1b[0m \\u001b[2J\\u001b]0;x\\u0007"
 
 
@@ -118,7 +118,7 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
 
     monkeypatch.setattr(Talker, "answer", answer)
     monkeypatch.setattr(Talker, "room", lambda self, *_: 10_000)
-    monkeypatch.setattr("nesso_tune.publish.talk.load_talker", lambda model: Talker(None, None))
+    monkeypatch.setattr("nesso_tune.generation.inference.load_talker", lambda model: Talker(None, None))
     asked, lines = [], iter(["ciao", "", "/history", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or next(lines))
     prompt = None if talking else "Ciao"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from nesso_tune.run import train
-from nesso_tune.training.checkpoint import WEIGHTS
+from nesso_tune.runs.checkpoint import WEIGHTS
 from tests.support.runs import ROOT, command, metrics, recipe, thorough, write_recipe
 
 

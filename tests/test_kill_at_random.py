@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nesso_tune.training.checkpoint import checkpoints, read_manifest
+from nesso_tune.runs.checkpoint import checkpoints, read_manifest
 from tests.support.runs import ROOT, command, recipe, steps, write_recipe
 from tests.test_kill import kill_at, last_step
 

@@ -9,15 +9,20 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "nesso_tune"
 LAYERS = [
-    ("terminal",),
-    ("errors", "conversation", "files"),
+    ("logs",),
+    ("errors", "conversation", "lr_schedule"),
+    ("files",),
+    ("metrics",),
     ("recipes",),
+    ("planning",),
+    ("hub", "cache"),
     ("chat",),
     ("data",),
-    ("model",),
+    ("model", "distributed"),
+    ("runs", "generation"),
     ("training",),
-    ("publish", "launch"),
-    ("run", "smoke", "draft"),
+    ("export", "reports", "launch"),
+    ("run", "smoke", "recipe_draft"),
     ("cli",),
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -30,6 +35,8 @@ def imported(tree):
     inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
     for node in ast.walk(tree):
         names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if names == ["nesso_tune"]:  # a module at the root, e.g. `from nesso_tune import cache`
+            names = [f"nesso_tune.{alias.name}" for alias in node.names]
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
             yield name, node.lineno, id(node) in inside
@@ -74,13 +81,13 @@ def test_no_cycles_between_modules():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_stay_small(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 330
+    assert len(text.splitlines()) <= 450
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno <= 60, f"{path.name}: {node.name} is too long"
 
 
-@pytest.mark.parametrize("layer", ["recipes", "chat", "data"])
+@pytest.mark.parametrize("layer", ["recipes", "planning", "chat", "data"])
 def test_light_layers_never_import_torch(layer):
     for path in (PACKAGE / layer).rglob("*.py"):
         for name, line, deferred in imported(ast.parse(path.read_text())):

@@ -6,9 +6,9 @@ import pytest
 
 from nesso_tune import RecipeError
 from nesso_tune.data.prepare import prepare_data
-from nesso_tune.recipes.planning import make_plan
+from nesso_tune.planning.planner import make_plan
 from nesso_tune.run import train
-from nesso_tune.training.checkpoint import checkpoints
+from nesso_tune.runs.checkpoint import checkpoints
 from tests.support.runs import metrics, recipe, steps, sums, thorough
 
 TEN = {"packing": False, "validation_size": 2}  # rows to train on

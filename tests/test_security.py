@@ -15,7 +15,7 @@ from nesso_tune import ModelError, RecipeError
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.secrets import kind_of
 from nesso_tune.run import train
-from nesso_tune.training.checkpoint import checkpoints, read_manifest
+from nesso_tune.runs.checkpoint import checkpoints, read_manifest
 from tests.support.runs import ROOT, command, main_here, metrics, recipe, write_recipe
 
 CANARIES = {
@@ -169,7 +169,7 @@ def test_an_output_folder_does_not_lead_out_of_the_working_directory(tmp_path, t
 
 
 def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path, talks):
-    from nesso_tune.training import checkpoint
+    from nesso_tune.runs import checkpoint
 
     train(recipe("sft", tmp_path / "run", [talks], train={"max_steps": 2}, evaluation=None))
     (whole,) = checkpoints(tmp_path / "run")

@@ -8,11 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import DataError, ModelError
-from nesso_tune.model.standin import build_standin, shrunk
+from nesso_tune.planning.shapes import TABLE, known_config
 from nesso_tune.recipes import load_recipe
-from nesso_tune.recipes.bases import TABLE, known_config
-from nesso_tune.recipes.shipped import shipped_recipes
-from nesso_tune.smoke import LENGTH, ROWS, STEPS, smoke_recipe
+from nesso_tune.recipes.builtin import shipped_recipes
+from nesso_tune.smoke import LENGTH, ROWS, STEPS, build_standin, shrunk, smoke_recipe
 from tests.support.runs import main_here, metrics, recipe, thorough, write_recipe
 
 

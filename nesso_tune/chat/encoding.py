@@ -9,17 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.segments import (
-    BOS,
-    Segment,
-    TrainOnEos,
-    answer_segments,
-    prompt_segments,
-    segments,
-    whole,
-)
+from nesso_tune.chat.render import BOS, Segment, TrainOnEos, answer_segments, body_of, prompt_segments, segments, whole
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
-from nesso_tune.chat.tools import body_of
 from nesso_tune.conversation import Conversation, Message, PreferencePair
 
 Tools = Sequence[Mapping[str, Any]]

@@ -12,10 +12,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nesso_tune.chat.spec import find_spec, read_spec
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.document import KeyPath
+from nesso_tune.recipes.load import find_spec, read_spec
 from nesso_tune.recipes.sections import NonEmpty, Role, Section
+from nesso_tune.recipes.yaml_source import KeyPath
 
 DefaultSystem = str | Mapping[str, str] | None
 

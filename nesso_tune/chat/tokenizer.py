@@ -17,24 +17,28 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
+from nesso_tune.chat.base_template import DEFAULT, Own, own_template, spec_for
 from nesso_tune.chat.encoding import ChatEncoder, id_of
-from nesso_tune.chat.files import base_folder, check_pinned
-from nesso_tune.chat.foreign import DEFAULT, Own, own_template, spec_for
 from nesso_tune.chat.jinja import to_jinja
-from nesso_tune.chat.segments import TrainOnEos
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
-from nesso_tune.chat.tokenizer_files import (
+from nesso_tune.chat.render import TrainOnEos
+from nesso_tune.chat.special_tokens import (
     CHAT_KEY,
     CONFIG,
     TEMPLATE,
     TOKENIZER,
+    NewTokens,
+    Placed,
+    emit_nothing_around,
     parsed,
+    place_control_tokens,
     read_tokenizer,
+    size_of,
     token_name,
 )
-from nesso_tune.chat.tokens import NewTokens, Placed, emit_nothing_around, place_control_tokens, size_of
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.hub import base_folder, check_pinned
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""`nesso-tune check`: validates a recipe and prints the plan."""
+"""`nesso-tune schema`: prints the recipe's JSON Schema."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.files import check_at_hand, unknown_base
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
+from nesso_tune.data.estimate import find_volume
 from nesso_tune.data.sources import check_output
-from nesso_tune.data.volume import find_volume
+from nesso_tune.hub import check_at_hand, unknown_base
 from nesso_tune.launch.command import Machines, gpus_of_this_machine
-from nesso_tune.recipes.describe import describe
-from nesso_tune.recipes.gpus import find_gpu
-from nesso_tune.recipes.plan import World
-from nesso_tune.recipes.planning import make_plan
+from nesso_tune.logs import print_lines, print_text
+from nesso_tune.planning.hardware import find_gpu
+from nesso_tune.planning.plan import World, describe
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.recipes.json_schema import recipe_schema
 from nesso_tune.recipes.sections import ClusterSection
-from nesso_tune.terminal import print_lines, print_text
+
+
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    print_text(json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n")
 
 
 def check(

@@ -9,7 +9,7 @@ import typer
 
 from nesso_tune.cli.options import file_path
 from nesso_tune.errors import Problem, RunEnvironmentError
-from nesso_tune.terminal import print_lines
+from nesso_tune.logs import print_lines
 
 
 def doctor(
@@ -19,9 +19,8 @@ def doctor(
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""
-    from nesso_tune.launch.machine import examine
-    from nesso_tune.launch.preflight import meet
-    from nesso_tune.training.processes import is_first, part, world_size
+    from nesso_tune.distributed.process_group import is_first, part, world_size
+    from nesso_tune.launch.doctor import examine, meet
 
     machine = examine(folder)
     facts, problems = list(machine.facts), list(machine.problems)

@@ -10,21 +10,20 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.files import check_at_hand, has_weights, unknown_base
-from nesso_tune.chat.foreign import DEFAULT, own_template_of
+from nesso_tune.chat.base_template import DEFAULT, own_template_of
 from nesso_tune.data.detect import Detected, detect
 from nesso_tune.data.files import expand, is_local, looks_like_data
-from nesso_tune.draft import Base, brings_template, draft, languages_of, share_too_long, usable_note
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError, closest
-from nesso_tune.recipes.describe import in_short
+from nesso_tune.hub import check_at_hand, has_weights, unknown_base
+from nesso_tune.logs import print_lines, print_notes, print_text
+from nesso_tune.planning.plan import in_short
+from nesso_tune.planning.shapes import find_shape
+from nesso_tune.recipe_draft import Base, brings_template, draft, languages_of, share_too_long, usable_note
+from nesso_tune.recipes.builtin import catalogue, flag_path, is_result, local_path
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
-from nesso_tune.recipes.paths import flag_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.recipes.shape import find_shape
-from nesso_tune.recipes.shipped import catalogue, is_result, local_path
-from nesso_tune.terminal import print_lines, print_notes, print_text
 
 DEFAULT_BASE = "mii-llm/zagreus-0.4B-ita"
 

@@ -13,20 +13,19 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.files import base_at_hand, has_weights
-from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders
 from nesso_tune.cli.options import SetOption, file_path, load_all
+from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
+from nesso_tune.hub import base_at_hand, has_weights
 from nesso_tune.launch.command import Machines, local_command, train_words
 from nesso_tune.launch.slurm import sbatch_text
-from nesso_tune.recipes.paths import flag_path
-from nesso_tune.recipes.plan import World
-from nesso_tune.recipes.planning import make_plan
+from nesso_tune.logs import print_lines, print_text
+from nesso_tune.planning.plan import World
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.recipes.builtin import flag_path, is_result
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
-from nesso_tune.recipes.shipped import is_result
-from nesso_tune.terminal import print_lines, print_text
 
 
 def launch(
@@ -141,7 +140,7 @@ def _gpus_here() -> int:
 def _check_fetched(names: list[str], recipes: list[Recipe]) -> None:
     """Raises RunEnvironmentError if the nodes, which have no network, would lack a base or data."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # only what is here counts
-    from nesso_tune.data.hub import is_cached
+    from nesso_tune.data.sources import is_cached
 
     missing: list[Problem] = []
     for name, recipe in zip(names, recipes, strict=True):

@@ -18,18 +18,16 @@ from typing import Any
 import typer
 
 from nesso_tune.cli.chat import chat
-from nesso_tune.cli.check import check
+from nesso_tune.cli.check import check, schema
+from nesso_tune.cli.data import prepare, preview
 from nesso_tune.cli.doctor import doctor
 from nesso_tune.cli.init import init
 from nesso_tune.cli.launch import launch
-from nesso_tune.cli.prepare import prepare
-from nesso_tune.cli.preview import preview
-from nesso_tune.cli.schema import schema
 from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
 from nesso_tune.launch.slurm import EXIT_FILE
+from nesso_tune.logs import print_lines, print_notes, print_text
 from nesso_tune.recipes.secrets import masked
-from nesso_tune.terminal import print_lines, print_notes, print_text
 
 USAGE: Any = typer.BadParameter.__base__  # what a command line that cannot be understood raises
 app = typer.Typer(

@@ -10,8 +10,8 @@ import typer
 
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.recipes import Recipe, load_recipe
+from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.recipes.load import parse_overrides
-from nesso_tune.recipes.paths import flag_path
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")]
 SetOption = Annotated[

@@ -12,14 +12,14 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.beforehand import check_bases, check_beforehand, check_flags, check_folders, is_of
 from nesso_tune.cli.options import SetOption, load_all, processes
-from nesso_tune.data.ahead import prepared_ahead
+from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders, is_of
 from nesso_tune.data.prepare import prepare_data
+from nesso_tune.data.workers import prepared_ahead
 from nesso_tune.errors import Preempted, RecipeError
-from nesso_tune.recipes.paths import flag_path
+from nesso_tune.logs import print_notes
+from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.terminal import print_notes
 
 
 def train(

@@ -1,7 +1,11 @@
-"""From a row of a data set to a conversation or a preference pair, or to the reason why it cannot be used."""
+"""Tools and calls as data sets write them down, in the one form that is rendered."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat.encoding import IGNORED
@@ -15,9 +19,258 @@ from nesso_tune.conversation import (
     language_code,
 )
 from nesso_tune.data.formats import PLACEHOLDER, DataFormat, Row, find, lookup
-from nesso_tune.data.messages import column_of, is_empty, messages_of, system_of, text_of, turns_of
-from nesso_tune.data.tools import Tool, Unusable, read_tools
-from nesso_tune.recipes.data import AUTO, Source
+from nesso_tune.errors import DataError
+from nesso_tune.recipes.sections import AUTO, Source
+
+MOST = 200  # characters of a row that a reason quotes
+
+
+class Unusable(Exception):
+    """A row that cannot be used. Its text is the reason, a word that drops are counted under; `detail` says more."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.detail = detail.encode("utf-8", "backslashreplace").decode()[:MOST]  # it may quote the data
+
+
+Tool = Mapping[str, Any]
+
+
+def read_tools(value: Any) -> tuple[Tool, ...]:
+    """The tools that a column holds: a list of schemas, or one as JSON text; each with or without its `function` key.
+
+    Raises:
+        Unusable: if it is neither, or a tool has no name.
+    """
+    listed = read_json(value, "tools_not_readable")
+    if listed in (None, "", {}):
+        return ()
+    if not isinstance(listed, list) or not all(isinstance(tool, Mapping) for tool in listed):
+        raise Unusable("tools_not_readable")
+    functions = [tool.get("function", tool) for tool in listed]
+    if not all(isinstance(f, Mapping) and isinstance(f.get("name"), str) and f["name"] for f in functions):
+        raise Unusable("tool_without_name")
+    for function in functions:
+        if (fault := _schema_fault(function)) is not None:
+            raise Unusable("tool_schema_wrong", f"{function['name']}: {fault}")
+    return tuple(_writable({"type": "function", "function": dict(f)}, "tools_not_readable") for f in functions)
+
+
+def _schema_fault(function: Mapping[str, Any]) -> str | None:
+    """What is wrong with the parameters of a tool, in words; None if nothing is."""
+    parameters = function.get("parameters")
+    if parameters in (None, {}):
+        return None
+    if not isinstance(parameters, Mapping):
+        return "its parameters are no object"
+    properties, required = parameters.get("properties") or {}, parameters.get("required") or []
+    if parameters.get("type", "object") not in ("object", "dict"):  # `dict` is what BFCL writes
+        return f"its parameters are of type {parameters['type']}"
+    if not isinstance(properties, Mapping) or not all(isinstance(schema, Mapping) for schema in properties.values()):
+        return "its properties are no schemas"
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return "`required` is no list of names"
+    unknown = [name for name in required if name not in properties]
+    return f"it requires {unknown[0]}, which is not among its properties" if unknown else None
+
+
+def read_calls(value: Any) -> tuple[Tool, ...]:
+    """The calls that a message holds: one or a list, as objects or as JSON text, in the order they are made.
+
+    Raises:
+        Unusable: if a call has no name, or its arguments are no JSON object.
+    """
+    listed = read_json(value, "tool_call_not_readable")
+    calls = listed if isinstance(listed, list) else [listed]
+    return tuple(_call(call) for call in calls)
+
+
+def _call(call: Any) -> Tool:
+    inner = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise Unusable("tool_call_not_readable")
+    said = inner["arguments"] if "arguments" in inner else inner.get("parameters", {})  # as Llama 3 calls them
+    arguments = read_json(said, "tool_call_not_readable")
+    if arguments in (None, ""):
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise Unusable("tool_call_not_readable")
+    return _writable({"name": inner["name"], "arguments": dict(arguments)}, "tool_call_not_readable")
+
+
+def _writable(data: Tool, reason: str) -> Tool:
+    """The same, if it can be written as JSON and as UTF-8: no NaN, dates or bytes of a Parquet file, surrogates."""
+    try:
+        json.dumps(data, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError):
+        raise Unusable(reason) from None
+    return data
+
+
+def read_json(value: Any, reason: str) -> Any:
+    """What a JSON text says; "" for a blank one, and anything else as it is.
+
+    Raises:
+        Unusable: with the reason, if it is no JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return ""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise Unusable(reason) from None
+
+
+def read_tool_file(file: Path) -> tuple[Tool, ...]:
+    """The tools of a JSON file: a list of schemas, as a data set's `tools` column has them.
+
+    Raises:
+        DataError: if it is not one.
+    """
+    try:
+        parsed: Any = json.loads(file.read_text(encoding="utf-8"))
+        tools = read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed)
+    except OSError as error:
+        raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
+    except (ValueError, RecursionError, Unusable) as error:
+        raise DataError(str(file), f"is no list of tools ({error})", 'write [{"name": …, "parameters": {…}}]') from None
+    if not tools:
+        raise DataError(str(file), "holds no tools", 'write [{"name": …, "parameters": {…}}], or remove the key')
+    return tools
+
+
+TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("reasoning", "thinking")
+CALL_PARTS = ("tool_call", "function_call")
+
+
+def column_of(row: Row, names: Sequence[str]) -> Any:
+    """The value of the first of these columns. Raises Unusable if a row has none."""
+    value = lookup(row, names)
+    if value is None:
+        raise Unusable("missing_field", f"no {' or '.join(names)} in {', '.join(map(str, row)) or 'an empty object'}")
+    return value
+
+
+def text_of(value: Any) -> str:
+    """A value that must be a text. Raises Unusable for anything else."""
+    if not isinstance(value, str):
+        raise Unusable("content_not_text", type(value).__name__)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        raise Unusable("invalid_unicode") from None
+    return value
+
+
+def messages_of(value: Any, fmt: DataFormat) -> list[Message]:
+    """The messages of a list, or of one as JSON text. Raises Unusable with the reason."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = read_json(value, "no_messages")
+    if not isinstance(value, list) or not value:
+        raise Unusable("no_messages")
+    messages: list[Message] = []
+    if fmt.speakers:
+        value = _spoken(value, fmt)
+    for entry in value:
+        message = _message(entry, fmt)
+        if messages and _is_call(entry, fmt):
+            last = messages[-1]
+            if last.role == "assistant" and last.train == message.train:  # its words, then its calls
+                messages.pop()
+                message = replace(last, tool_calls=(*last.tool_calls, *message.tool_calls))
+        messages.append(message)
+    return messages
+
+
+def _spoken(value: list[Any], fmt: DataFormat) -> list[dict[str, Any]]:
+    """Texts without roles as messages, said in turn by the format's speakers."""
+    texts = [text for entry in value for text in (entry if isinstance(entry, list) else [entry])]
+    role, content = fmt.role_keys[0], fmt.content_keys[0]
+    if not texts:
+        raise Unusable("no_messages")
+    return [{role: fmt.speakers[i % len(fmt.speakers)], content: text} for i, text in enumerate(texts)]
+
+
+def _message(entry: Any, fmt: DataFormat) -> Message:
+    if not isinstance(entry, Mapping):
+        raise Unusable("message_not_an_object")
+    said = column_of(entry, fmt.role_keys)
+    train = entry.get("train")
+    if train is not None and not isinstance(train, bool):
+        raise Unusable("train_not_true_or_false")
+    if isinstance(said, str) and said in fmt.call_roles:
+        return Message("assistant", "", read_calls(column_of(entry, fmt.content_keys)), train=train)
+    role = said if said in fmt.speakers else fmt.role_of(said)
+    if role is None:
+        raise Unusable("unknown_role", f"`{said}`")
+    calls = read_calls(entry["tool_calls"]) if entry.get("tool_calls") else ()
+    words = lookup(entry, fmt.content_keys)
+    if words is None and not calls:  # with calls it is a turn that only calls
+        column_of(entry, fmt.content_keys)
+    content, within = ("", ()) if words is None else (words, ()) if _is_plain(words) else _content(words)
+    if (calls or within) and role != "assistant":
+        raise Unusable("tool_call_not_by_assistant")
+    name = entry.get("name")
+    return Message(role, content, (*calls, *within), name if isinstance(name, str) else None, train)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str) and value.isascii()
+
+
+def _content(value: Any) -> tuple[str, tuple[Tool, ...]]:
+    """A message's text and calls: a text as it is, or parts `[{"type": "text", "text": …}]`, which follow each other.
+
+    Reasoning is written between `<think>` and `</think>`, as the Qwen and DeepSeek models write it.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(part, Mapping) for part in value):
+        return text_of(value), ()
+    texts: list[str] = []
+    calls: list[Tool] = []
+    for part in value:
+        kind = part.get("type", "text")
+        said = lookup(part, ("text", "value", str(kind)))
+        if kind in TEXT_PARTS:
+            texts.append(text_of(said))
+        elif kind in THOUGHT_PARTS:
+            texts.append(f"<think>\n{text_of(said)}\n</think>\n\n")
+        elif kind in CALL_PARTS:
+            calls += read_calls(said)
+        else:
+            raise Unusable("content_part_not_text", str(kind))
+    text = "".join(texts)
+    return (text.removesuffix("\n\n") if calls else text), tuple(calls)
+
+
+def _is_call(entry: Mapping[str, Any], fmt: DataFormat) -> bool:
+    """Whether the whole message is a call, as sharegpt writes it: the role says so, the content is JSON."""
+    said = lookup(entry, fmt.role_keys)
+    return isinstance(said, str) and said in fmt.call_roles
+
+
+def turns_of(value: Any, role: str, fmt: DataFormat) -> list[Message]:
+    """A text as one turn of `role`, one message, or a list of messages."""
+    if isinstance(value, str):
+        return [Message(role, text_of(value))]
+    return [_message(value, fmt)] if isinstance(value, Mapping) else messages_of(value, fmt)
+
+
+def system_of(row: Row, fmt: DataFormat, messages: Sequence[Message]) -> list[Message]:
+    """The system message of a row's own column: a text, or a list of texts as lines."""
+    said = lookup(row, fmt.system_field)
+    if isinstance(said, list) and all(isinstance(line, str) for line in said):
+        said = "\n".join(said)
+    if not isinstance(said, str) or not said.strip() or messages[0].role == "system":
+        return []
+    return [Message("system", text_of(said))]
+
+
+def is_empty(message: Message) -> bool:
+    """Whether a turn neither says nor calls anything."""
+    return not message.content.strip() and not message.tool_calls
+
 
 Item = Conversation | Completion | Tokenized | PreferencePair
 

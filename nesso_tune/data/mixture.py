@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.documents import Documents, Ints
 from nesso_tune.data.privacy import name_of
-from nesso_tune.data.read import OTHER, rule_of
+from nesso_tune.data.record_reader import OTHER, rule_of
+from nesso_tune.data.token_store import Documents, Ints
 from nesso_tune.errors import DataError
-from nesso_tune.recipes.data import DataSection, MixtureSection, Source
+from nesso_tune.recipes.sections import DataSection, MixtureSection, Source
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from nesso_tune.data.documents import Documents
 from nesso_tune.data.mixture import Group
+from nesso_tune.data.token_store import Documents
 
 Ints = npt.NDArray[Any]
 

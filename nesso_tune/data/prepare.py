@@ -1,4 +1,4 @@
-"""From a recipe to rows: sources are read, encoded, cached by content, split, and packed."""
+"""Holding rows out for evaluation, stratified by language."""
 
 from __future__ import annotations
 
@@ -14,28 +14,73 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nesso_tune import cache
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
-from nesso_tune.data import cache
-from nesso_tune.data.ahead import wait_for_it
-from nesso_tune.data.build import DROPPED, build_documents
-from nesso_tune.data.documents import IDS, TRAINED, Documents, Ints, open_documents
+from nesso_tune.data.anomalies import check_preferences
 from nesso_tune.data.files import content_hash, expand, is_local
 from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, in_order
-from nesso_tune.data.places import Names, file_names, other_names, renamed_note, write_renamed
-from nesso_tune.data.preferences import check_preferences
-from nesso_tune.data.privacy import Privacy, name_of
-from nesso_tune.data.read import OTHER
+from nesso_tune.data.pipeline import DROPPED, build_documents
+from nesso_tune.data.privacy import Names, Privacy, file_names, name_of, other_names, renamed_note, write_renamed
+from nesso_tune.data.record_reader import OTHER
 from nesso_tune.data.sources import Content, content_of
-from nesso_tune.data.split import hold_out
-from nesso_tune.errors import DataError
-from nesso_tune.recipes.data import CleanSection, DPOData, SFTData, Source
-from nesso_tune.recipes.plan import DataVolume
+from nesso_tune.data.token_store import IDS, TRAINED, Documents, Ints, open_documents
+from nesso_tune.data.workers import wait_for_it
+from nesso_tune.errors import DataError, RecipeError
+from nesso_tune.planning.plan import DataVolume
+from nesso_tune.recipes.builtin import shipped
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.shipped import shipped
+from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]:
+    """Positions to train on and positions held out, both ascending.
+
+    Args:
+        languages: language index of every row.
+        size: rows (int) or share (float) to hold out. Languages are held out in proportion; a share holds out at
+            least one row of every language that has ten.
+        seed: decides which rows.
+
+    Raises:
+        RecipeError: if nothing would be left to train on.
+    """
+    total = len(languages)
+    if not size:
+        return np.arange(total), np.zeros(0, dtype=np.int64)
+    check_size(size, total)
+    codes, counts = np.unique(languages, return_counts=True)
+    rng = np.random.default_rng([seed, 7])
+    chosen = [
+        rng.choice(np.flatnonzero(languages == code), size=wanted, replace=False)
+        for code, wanted in zip(codes, _shares(counts, size), strict=True)
+    ]
+    held_out = np.sort(np.concatenate(chosen)).astype(np.int64)
+    return np.setdiff1d(np.arange(total), held_out), held_out
+
+
+def check_size(size: int | float, total: int) -> None:
+    """Raises RecipeError if holding out `size` of `total` rows would leave nothing to train on."""
+    if isinstance(size, int) and size and size >= total:
+        raise RecipeError(
+            "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
+            f"hold out fewer, e.g. {max(1, total // 20)}, or a share like 0.05",
+        )  # fmt: skip
+
+
+def _shares(counts: Ints, size: int | float) -> list[int]:
+    """How many rows each language gives, by largest remainders."""
+    if isinstance(size, float):
+        return [max(int(size * n), 1 if n >= 10 else 0) for n in counts]
+    exact = size * counts / counts.sum()
+    floors = np.floor(exact).astype(int)
+    for i in np.argsort(floors - exact, kind="stable")[: size - floors.sum()]:
+        floors[i] += 1
+    return [int(n) for n in floors]
+
 
 KIND = "documents"
 SUSPICIOUS = 0.1  # share of rows with control tokens as text: someone rendered them already

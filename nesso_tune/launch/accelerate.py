@@ -22,10 +22,10 @@ from accelerate.commands import launch as accelerate
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from nesso_tune.distributed.membership import absent, machine_name, not_come, open_store, slurm_nodes
+from nesso_tune.distributed.preemption import LAUNCHED
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
-from nesso_tune.terminal import print_notes
-from nesso_tune.training.rollcall import absent, machine_name, not_come, open_store, slurm_nodes
-from nesso_tune.training.signals import LAUNCHED
+from nesso_tune.logs import print_notes
 
 ABOVE = "what a library printed above may say why"
 HINTS = {

@@ -6,10 +6,9 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from nesso_tune.recipes.finding import Path
-from nesso_tune.recipes.lint import EXCLUSIVE, INERT
+from nesso_tune.recipes.builtin import template_names
+from nesso_tune.recipes.rules import EXCLUSIVE, INERT, Path
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
-from nesso_tune.recipes.shipped import template_names
 
 FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
 NAMED = (  # keys that take the name of a shipped file: ((section, key), its folder under data_templates/, other names)

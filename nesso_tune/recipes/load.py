@@ -1,4 +1,4 @@
-"""From a file and overrides to a validated recipe, or to all that is wrong with it."""
+"""Reading small typed YAML files: chat templates and data formats."""
 
 from __future__ import annotations
 
@@ -6,19 +6,62 @@ import re
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from nesso_tune.errors import Problem, RecipeError, closest, shortened
-from nesso_tune.recipes.complaints import complaints, first_of
-from nesso_tune.recipes.document import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
-from nesso_tune.recipes.lint import EXCLUSIVE
+from nesso_tune.recipes.builtin import find_recipe, local_path, reader_file, shipped, shipped_recipes, template_names
+from nesso_tune.recipes.error_messages import complaints, first_of
 from nesso_tune.recipes.other_tools import FOREIGN
-from nesso_tune.recipes.paths import reader_file
+from nesso_tune.recipes.rules import EXCLUSIVE
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked
-from nesso_tune.recipes.shipped import find_recipe, local_path, shipped_recipes
+from nesso_tune.recipes.sections import Section
+from nesso_tune.recipes.yaml_source import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
+
+Spec = TypeVar("Spec", bound=Section)
+
+
+def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Path:
+    """The file that a name means: a YAML file by its path, or a shipped one of data_templates/KIND/.
+
+    Args:
+        kind: the folder.
+        name: what the recipe says.
+        key: the recipe's key, for the error.
+        also: names that the key takes besides files.
+
+    Raises:
+        RecipeError: if there is none, with the names that there are.
+    """
+    folder = shipped("data_templates") / kind
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        names = [*also, *template_names(kind)]
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
+        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name, 300)}`", remedy)
+    return path
+
+
+def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:
+    """What a file says, and the document with the line of every key.
+
+    Raises:
+        RecipeError: with all that is wrong with it.
+    """
+    document = read_document(path)
+    if not isinstance(document.value, Mapping):
+        raise RecipeError(f"{path}:1", "is not a section of keys", "start from a shipped file under data_templates/")
+    problems = list(document.problems)
+    try:
+        spec = kind.model_validate(document.value)
+    except ValidationError as error:
+        problems += complaints(error, document, kind)
+    if problems:
+        raise RecipeError(first_of(problems, document))
+    return spec, document
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:

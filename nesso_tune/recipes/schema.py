@@ -9,11 +9,10 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from nesso_tune.recipes.data import DPOData, SFTData
-from nesso_tune.recipes.lint import lint
-from nesso_tune.recipes.paths import FilePath, MetricName
-from nesso_tune.recipes.schedule import Shape
-from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, ModelSection, Section
+from nesso_tune.lr_schedule import Shape
+from nesso_tune.recipes.builtin import FilePath, MetricName
+from nesso_tune.recipes.rules import lint
+from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, DPOData, ModelSection, Section, SFTData
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a share of the run

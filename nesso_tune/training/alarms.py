@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.terminal import print_notes
-from nesso_tune.training.answers import SOURCE
+from nesso_tune.generation.answers import SOURCE
+from nesso_tune.logs import print_notes
+from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.evaluation import PARENT
-from nesso_tune.training.metrics import MetricsLog, read_metrics
 
 Line = Mapping[str, Any]
 EVENT, EARLY_STOPPED = "alarm", "early_stopped"

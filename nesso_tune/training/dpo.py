@@ -14,10 +14,10 @@ from trl import DPOTrainer
 
 from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.errors import NumericalError
-from nesso_tune.recipes.lint import SORTED_LOSSES
-from nesso_tune.training.collate import OURS, Batch, CountedBatch
-from nesso_tune.training.sharding import drops_at_random
-from nesso_tune.training.tally import Figures, Groups, Tally
+from nesso_tune.recipes.rules import SORTED_LOSSES
+from nesso_tune.training.dataset import OURS, Batch, CountedBatch
+from nesso_tune.training.fsdp import drops_at_random
+from nesso_tune.training.grouped_metrics import Figures, Groups, Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",

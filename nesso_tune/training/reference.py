@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from nesso_tune.data import cache
+from nesso_tune import cache
 from nesso_tune.data.packing import Rows
 from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.files import sync
 from nesso_tune.recipes.schema import DPORecipe
-from nesso_tune.training.checkpoint import as_environment_error
-from nesso_tune.training.collate import PairCollator
+from nesso_tune.runs.checkpoint import as_environment_error
+from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
 FILE = "reference.safetensors"

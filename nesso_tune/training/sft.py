@@ -10,8 +10,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from nesso_tune.training.collate import OURS, CountedBatch
-from nesso_tune.training.tally import Figures, Groups, Tally
+from nesso_tune.training.dataset import OURS, CountedBatch
+from nesso_tune.training.grouped_metrics import Figures, Groups, Tally
 from nesso_tune.training.trainer import TrackedTrainer
 
 FIGURES = Figures(("loss", "token_accuracy"))

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nesso_tune.recipes.gpus import bf16_peak
+from nesso_tune.planning.hardware import bf16_peak
 
 SQUARES = "squared_lengths"  # of a batch: the sum of its documents' squared lengths
 

@@ -23,22 +23,21 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nesso_tune.model.compiling import not_compiled
-from nesso_tune.recipes.plan import Plan
-from nesso_tune.training import checkpoint as ckpt
-from nesso_tune.training import state
+from nesso_tune.distributed.process_group import from_first
+from nesso_tune.model.loading import not_compiled
+from nesso_tune.planning.plan import Plan
+from nesso_tune.runs import checkpoint as ckpt
+from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.layout import delete_earlier
+from nesso_tune.runs.metrics_log import MetricsLog
+from nesso_tune.training import state_dict
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.best import Best
-from nesso_tune.training.finite import check_evaluation, check_trained
-from nesso_tune.training.guards import Guard
-from nesso_tune.training.metrics import MetricsLog
-from nesso_tune.training.order import RunOrder
-from nesso_tune.training.overwrite import delete_earlier
-from nesso_tune.training.processes import from_first
-from nesso_tune.training.randomness import random_states, set_random_states
-from nesso_tune.training.sharding import set_precision, tied_tables_together
-from nesso_tune.training.space import Room
-from nesso_tune.training.tally import Tally
+from nesso_tune.training.dataset import RunOrder
+from nesso_tune.training.evaluation import Best
+from nesso_tune.training.fsdp import set_precision, tied_tables_together
+from nesso_tune.training.grouped_metrics import Tally
+from nesso_tune.training.numerical_checks import Guard, check_evaluation, check_trained
+from nesso_tune.training.state_dict import random_states, set_random_states
 from nesso_tune.training.throughput import SQUARES, Throughput, WithSquares
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
@@ -233,14 +232,16 @@ class TrackedTrainer(_Base):
     def _save_tensors(self, writer: ckpt.CheckpointWriter) -> None:
         wrapped, optimizer = self.model_wrapped, self.optimizer.optimizer
         if self.track.in_shards:
-            state.save_shards(writer.staging, wrapped, optimizer)
-            writer.adopt(state.shards_of(self.accelerator.process_index))
+            state_dict.save_shards(writer.staging, wrapped, optimizer)
+            writer.adopt(state_dict.shards_of(self.accelerator.process_index))
             return
-        moments = state.moments_of(wrapped, optimizer)  # first: the larger file is hashed while the other is written
+        moments = state_dict.moments_of(
+            wrapped, optimizer
+        )  # first: the larger file is hashed while the other is written
         if self.accelerator.is_main_process:
             writer.tensors(ckpt.MOMENTS, moments)
         del moments  # never both in memory
-        weights = state.weights_of(wrapped)
+        weights = state_dict.weights_of(wrapped)
         if self.accelerator.is_main_process:
             writer.tensors(ckpt.WEIGHTS, weights)
 
@@ -257,19 +258,19 @@ class TrackedTrainer(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder, model = Path(resume_from_checkpoint), model or self.model
-        if state.is_sharded(folder):
-            state.load_shards(folder, model)
+        if state_dict.is_sharded(folder):
+            state_dict.load_shards(folder, model)
         else:
-            state.set_weights(model, ckpt.read_tensors(folder, ckpt.WEIGHTS))
+            state_dict.set_weights(model, ckpt.read_tensors(folder, ckpt.WEIGHTS))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder, optimizer = Path(checkpoint), self.optimizer.optimizer
-        if state.is_sharded(folder):
-            state.load_shards(folder, self.model_wrapped, optimizer)
+        if state_dict.is_sharded(folder):
+            state_dict.load_shards(folder, self.model_wrapped, optimizer)
         else:
-            state.set_moments(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
+            state_dict.set_moments(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
         self._set_schedule(self.state.global_step)
         counts, track = own_share(folder, self.accelerator.process_index, self.accelerator.num_processes), self.track
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]

@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.training.traits import ends_in_a_loop, language_told
+from nesso_tune.generation.answers import ends_in_a_loop, language_told
 
 BASE = Path(__file__).parent.parent.parent / "recipes" / "quickstart" / "base"
 FILES = ("sft_it", "sft_en", "sft_multiturn", "pref_it", "pref_en")

@@ -37,8 +37,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nesso_tune.data.prepare import prepare_data, unpacked
 from nesso_tune.errors import NessoError
-from nesso_tune.model import weights
-from nesso_tune.model.head import ForwardPath, forward_path
+from nesso_tune.model import loading
+from nesso_tune.model.lm_head import ForwardPath, forward_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.run import train
 from nesso_tune.training.trainer import TrackedTrainer
@@ -151,7 +151,7 @@ def _compared(some: Recipe, first: dict[str, Tensor]) -> Outcome:
     loss = next(line["loss"] for line in lines if line["step"] == 1 and "loss" in line)
     reported = [line["eval_loss"] for line in lines if "eval_loss" in line][-1]
     data = prepare_data(some)
-    begun = weights.load_model(some.model, data.chat, some.seed)
+    begun = loading.load_model(some.model, data.chat, some.seed)
     if json.loads((run / "manifest.json").read_text())["unpacked"]:
         data = unpacked(data, some)
     batch = (some.train.gradient_accumulation_steps or 1) * some.train.micro_batch_size

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
-from nesso_tune.chat.foreign import ALL, _variables
+from nesso_tune.chat.base_template import ALL, _variables
 from nesso_tune.run import train
 from tests.support.runs import BASE, recipe
 

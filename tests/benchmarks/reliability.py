@@ -25,15 +25,15 @@ import torch
 from transformers import TrainerCallback
 
 from nesso_tune.data.prepare import prepare_data
-from nesso_tune.model.weights import load_model
-from nesso_tune.recipes.plan import World
-from nesso_tune.recipes.planning import make_plan
-from nesso_tune.training.facts import run_facts
+from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
+from nesso_tune.model.loading import load_model
+from nesso_tune.planning.plan import World
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.provenance import run_facts
+from nesso_tune.runs.run_directory import open_run, write_start
 from nesso_tune.training.fit import fit
-from nesso_tune.training.guards import Guard
-from nesso_tune.training.rundir import open_run, write_start
-from nesso_tune.training.signals import StopRequest, StopWhenAsked
-from nesso_tune.training.space import Room
+from nesso_tune.training.numerical_checks import Guard
 from tests.support.runs import BASE, recipe
 
 KEEP = 3  # checkpoints, on both sides

@@ -1,9 +1,15 @@
 """`chat` on the command line, on a model that was never taught anything."""
 
 import io
+import json
 
 import pytest
 
+from nesso_tune import DataError, Message
+from nesso_tune.chat.render import calls_in
+from nesso_tune.cli.chat import Dialogue, converse
+from nesso_tune.data.convert import read_tool_file
+from nesso_tune.generation.inference import Sampling
 from nesso_tune.run import train
 from tests.support.runs import main_here, recipe
 
@@ -66,3 +72,145 @@ def test_an_option_without_effect_is_an_error(model, capsys):
     code, _, err = chat(capsys, model, "--prompt", "Ciao", "--top-p", "0.5")
     assert code == 2
     assert "--top-p: has no effect on greedy answers" in err
+
+
+CALL = '<tool_call>\n{"name": "meteo", "arguments": {"città": "Torino"}}\n</tool_call>'
+
+
+class Scripted:
+    """Answers in a fixed order and remembers what it was asked; each turn takes ten tokens of its context."""
+
+    def __init__(self, *answers, context=1000):
+        self.answers, self.asked, self.context = list(answers), [], context
+
+    def answer(self, messages, sampling, language, say=None, tools=()):
+        self.asked.append((list(messages), language, tools))
+        answer = self.answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        if say:
+            say(answer)
+        return answer
+
+    def room(self, messages, language, tools=()):
+        return self.context - 10 * len(messages)
+
+
+def talk(talker, *typed, **options):
+    """Types some lines; returns the dialogue, what the model wrote, and the notes."""
+    dialogue = Dialogue(talker, Sampling(max_new_tokens=10), **options)
+    wrote, notes, rest = [], [], list(typed)
+
+    def read(prompt):
+        if not rest:
+            raise EOFError
+        return rest.pop(0)
+
+    converse(dialogue, read, wrote.append, notes.append)
+    return dialogue, "".join(wrote), "".join(notes)
+
+
+def contents(messages):
+    return [(m.role, m.content) for m in messages]
+
+
+def test_the_model_reads_what_was_said_before():
+    talker = Scripted("uno", "due")
+    _, wrote, _ = talk(talker, "a", "b", system="S")
+    assert wrote == "uno\ndue\n"
+    assert contents(talker.asked[1][0]) == [("system", "S"), ("user", "a"), ("assistant", "uno"), ("user", "b")]
+
+
+def test_the_language_is_told_from_the_first_turn_or_given():
+    italian = "Qual è la capitale d'Italia, per favore?"
+    talker = Scripted("x", "y")
+    talk(talker, italian, "What is the capital of France, please?")
+    assert [language for _, language, _ in talker.asked] == ["it", "it"]
+    talker = Scripted("x")
+    talk(talker, italian, language="fr")
+    assert talker.asked[0][1] == "fr"
+
+
+def test_commands():
+    talker = Scripted("uno", "due", "tre")
+    dialogue, _, notes = talk(talker, "a", "/system Breve", "b", "/undo", "/history", "/reset", "c", "/system", "/what")
+    assert contents(talker.asked[1][0])[0] == ("system", "Breve")
+    assert "user: a\nassistant: uno\n" in notes
+    assert "user: b" not in notes
+    assert contents(dialogue.turns) == [("user", "c"), ("assistant", "tre")]
+    assert dialogue.system is None
+    assert "/undo" in notes, "an unknown command shows the help"
+
+
+def test_it_ends_with_an_empty_line_a_command_or_the_input():
+    for end in (["", "b"], ["/exit", "b"], []):
+        talker = Scripted("uno", "due")
+        talk(talker, "a", *end)
+        assert len(talker.asked) == 1
+
+
+def test_calls_are_shown_and_results_asked_for():
+    talker = Scripted(f"Guardo.\n{CALL}", "C'è il sole.")
+    dialogue, wrote, notes = talk(talker, "Che tempo fa?", '{"sole": true}', tools=({"name": "meteo"},))
+    assert 'calls meteo(città="Torino")' in notes
+    assert wrote.endswith("C'è il sole.\n")
+    assert talker.asked[0][2] == ({"name": "meteo"},)
+    assert contents(dialogue.turns)[2] == ("tool", '{"sole": true}')
+
+
+def test_two_calls_take_two_results_and_none_is_an_answer_too():
+    talker = Scripted(CALL + CALL, "fatto")
+    talk(talker, "q", "uno", "due")
+    assert contents(talker.asked[1][0])[2:] == [("tool", "uno"), ("tool", "due")]
+    talker = Scripted(CALL, "x")
+    dialogue, _, _ = talk(talker, "q", "", "altro")
+    assert contents(dialogue.turns)[2] == ("user", "altro")
+
+
+def test_what_no_longer_fits_is_left_out_and_said():
+    talker = Scripted("uno", "due", "tre", context=50)
+    dialogue, _, notes = talk(talker, "a", "b", "c", system="S")
+    assert contents(talker.asked[2][0]) == [("system", "S"), ("user", "b"), ("assistant", "due"), ("user", "c")]
+    assert "no longer fit" in notes
+    assert len(dialogue.turns) == 6, "nothing is forgotten: /undo and /history still have it"
+
+
+def test_an_interrupted_answer_takes_the_turn_back():
+    talker = Scripted(KeyboardInterrupt(), "uno")
+    dialogue, _, notes = talk(talker, "a", "b")
+    assert contents(dialogue.turns) == [("user", "b"), ("assistant", "uno")]
+    assert "taken back" in notes
+
+
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (CALL, [{"name": "meteo", "arguments": {"città": "Torino"}}]),
+        ("<tool_call>{broken</tool_call>", []),
+        ("<tool_call>[1]</tool_call>", []),
+        ('<tool_call>{"name": "f"}</tool_call> <tool_call>{"name": "g", "arguments": null}</tool_call>',
+         [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]),
+        ("no call", []),
+    ],
+)  # fmt: skip
+def test_calls_in_an_answer(text, calls):
+    assert calls_in(text) == calls
+
+
+def test_a_file_of_tools(tmp_path):
+    file = tmp_path / "tools.json"
+    for content in ([{"name": "f"}], {"tools": [{"name": "f"}]}, {"name": "f"}):
+        file.write_text(json.dumps(content))
+        assert [tool["function"]["name"] for tool in read_tool_file(file)] == ["f"]
+    for wrong in ("{", "[1]", '[{"description": "x"}]'):
+        file.write_text(wrong)
+        with pytest.raises(DataError, match="is no list of tools"):
+            read_tool_file(file)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_tool_file(tmp_path / "absent.json")
+
+
+def test_a_message_of_the_model_is_kept_as_text():
+    talker = Scripted(CALL)
+    dialogue, _, _ = talk(talker, "q")
+    assert dialogue.turns[1] == Message("assistant", CALL)

@@ -7,12 +7,11 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from nesso_tune.cli.main import main
-from nesso_tune.draft import choose
+from nesso_tune.planning.shapes import known_config, shape_of
+from nesso_tune.recipe_draft import choose
 from nesso_tune.recipes import load_recipe
-from nesso_tune.recipes.bases import known_config
-from nesso_tune.recipes.document import read_document
-from nesso_tune.recipes.shape import shape_of
-from nesso_tune.recipes.shipped import shipped_recipes
+from nesso_tune.recipes.builtin import shipped_recipes
+from nesso_tune.recipes.yaml_source import read_document
 
 ZAGREUS, EIGHT = "mii-llm/zagreus-0.4B-ita", "meta-llama/Llama-3.1-8B"
 

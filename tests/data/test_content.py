@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from nesso_tune import DataError, RecipeError, prepare_data
-from nesso_tune.data import cache
-from nesso_tune.data.places import renamed
+from nesso_tune import DataError, RecipeError, cache, prepare_data
 from nesso_tune.data.prepare import dropped_file, software
+from nesso_tune.data.privacy import renamed
 from nesso_tune.data.sources import check_output
 from nesso_tune.recipes.schema import SFTRecipe
 

@@ -5,10 +5,9 @@ import json
 import pytest
 
 from nesso_tune import Message
-from nesso_tune.data.convert import language_of, to_conversation, to_pair
+from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
 from nesso_tune.data.formats import load_format
-from nesso_tune.data.tools import Unusable
-from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.sections import Source
 
 MESSAGES, SHAREGPT, ALPACA, PREFERENCE = map(load_format, ("messages", "sharegpt", "alpaca", "preference"))
 

@@ -6,11 +6,10 @@ from itertools import pairwise
 import pytest
 
 from nesso_tune import DataError
-from nesso_tune.data.detect import detect
-from nesso_tune.data.guess import guess_fields
-from nesso_tune.data.peek import reading_of
-from nesso_tune.data.spread import spread_rows
-from nesso_tune.recipes.data import Source
+from nesso_tune.data.detect import detect, spread_rows
+from nesso_tune.data.formats import guess_fields
+from nesso_tune.data.record_reader import reading_of
+from nesso_tune.recipes.sections import Source
 from tests.data.test_real import shared
 
 IT = [f"Qual è la capitale della regione numero {i}, per favore? Grazie mille." for i in range(30)]
@@ -145,14 +144,14 @@ def test_a_sample_comes_from_all_over_a_file(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for large in (10**9, 1):  # read whole, and by place
-        monkeypatch.setattr("nesso_tune.data.spread.LARGE", large)
+        monkeypatch.setattr("nesso_tune.data.detect.LARGE", large)
         sample = [row["i"] for row in spread_rows(Source(path=str(path)), 100)]
         assert len(sample) == pytest.approx(100, abs=2)
         assert sample[0] == 0
         assert max(sample) > 4900
         assert max(b - a for a, b in pairwise(sample)) < 120
     (tmp_path / "other.jsonl").write_text('{"i": 1}\n')
-    monkeypatch.setattr("nesso_tune.data.spread.LARGE", 10**9)
+    monkeypatch.setattr("nesso_tune.data.detect.LARGE", 10**9)
     assert len(spread_rows(Source(path=str(tmp_path / "*.jsonl")), 10)) == 10
 
 

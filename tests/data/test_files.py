@@ -8,10 +8,9 @@ import pytest
 from pyarrow import parquet
 
 from nesso_tune import DataError
-from nesso_tune.data.blocks import read_rows
-from nesso_tune.data.files import content_hash, expand, is_local
+from nesso_tune.data.files import content_hash, expand, is_local, read_rows
 from nesso_tune.data.sources import count_rows
-from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.sections import Source
 
 ROWS = [{"a": "è"}, {"a": "b\nc"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

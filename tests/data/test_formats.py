@@ -4,7 +4,7 @@ import pytest
 
 from nesso_tune import DataError, RecipeError
 from nesso_tune.data.formats import choose_format, load_format
-from nesso_tune.recipes.data import Source
+from nesso_tune.recipes.sections import Source
 
 MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
 SHAREGPT = {"conversations": [{"from": "human", "value": "a"}]}

@@ -18,12 +18,11 @@ from pyarrow import parquet
 from nesso_tune import NessoError, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.blocks import Lines
+from nesso_tune.data.files import Lines
 from nesso_tune.data.formats import DataFormat, load_format
-from nesso_tune.data.read import Reading
-from nesso_tune.data.work import Work
-from nesso_tune.recipes.data import CleanSection, DPOData, SFTData, Source
-from nesso_tune.recipes.sections import ChatSection, ModelSection
+from nesso_tune.data.pipeline import Work
+from nesso_tune.data.record_reader import Reading
+from nesso_tune.recipes.sections import ChatSection, CleanSection, DPOData, ModelSection, SFTData, Source
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
 from tests.support.examples import examples
 

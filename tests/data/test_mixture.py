@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from nesso_tune import DataError, prepare_data
 from nesso_tune.data.mixture import groups_of
 from nesso_tune.data.packing import RowStream
-from nesso_tune.recipes.data import SFTData
+from nesso_tune.recipes.sections import SFTData
 from tests.support.examples import examples
 
 from .test_packing import documents_of

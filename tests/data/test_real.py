@@ -8,16 +8,14 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, prepare_data
+from nesso_tune.chat.render import calls_in
 from nesso_tune.chat.tokenizer import chat_tokenizer
-from nesso_tune.chat.tools import calls_in
+from nesso_tune.data.convert import messages_of, read_tool_file
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.languages import detect_language
-from nesso_tune.data.messages import messages_of
-from nesso_tune.data.peek import reading_of
+from nesso_tune.data.record_reader import reading_of
 from nesso_tune.data.sources import source_rows
-from nesso_tune.data.tools import read_tool_file
-from nesso_tune.recipes.data import Source
-from nesso_tune.recipes.sections import ChatSection, ModelSection
+from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 
 SHARED = Path(__file__).parents[3] / "shared"
 

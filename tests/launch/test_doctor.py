@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from nesso_tune.errors import Problem
-from nesso_tune.launch import machine
-from nesso_tune.launch.machine import Machine, examine
-from nesso_tune.launch.preflight import compare, slow
+from nesso_tune.launch import doctor as checks
+from nesso_tune.launch.doctor import Machine, compare, examine, slow
 from tests.support.runs import ROOT, lonely, main_here
 
 ALONE = [sys.executable, "-m", "nesso_tune", "doctor"]
@@ -53,19 +52,19 @@ def test_a_torch_without_cuda_beside_gpus(tmp_path, capsys, without_gpus, monkey
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     code, out, err = main_here(capsys, "doctor")
     assert "580.95.05" in out
-    if machine.torch.version.cuda is None:
+    if checks.torch.version.cuda is None:
         assert code == 5
         assert "is built without CUDA, and there are 1 GPUs" in err
 
 
 def test_a_full_disk_is_a_problem(tmp_path, monkeypatch):
     assert not [p for p in examine(tmp_path).problems if "left" in p.what]
-    monkeypatch.setattr(machine, "LEAST_DISK", 1 << 60)
+    monkeypatch.setattr(checks, "LEAST_DISK", 1 << 60)
     assert [p.where for p in examine(tmp_path / "not" / "made").problems if "(runs)" in p.what] == [str(tmp_path)]
 
 
 def test_the_launchers_port_is_seen(tmp_path, monkeypatch, port):
-    monkeypatch.setattr(machine, "LAUNCHERS_PORT", port)
+    monkeypatch.setattr(checks, "LAUNCHERS_PORT", port)
     assert dict(examine(tmp_path).facts)["port"] == f"{port} is free"
     with socket.socket() as holder:
         holder.bind(("", port))

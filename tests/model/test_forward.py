@@ -15,13 +15,12 @@ from trl.trainer.utils import add_fused_lm_head
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import forward as module
-from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily
-from nesso_tune.model.head import attach_supervised_head, own_logits
-from nesso_tune.model.small_copy import small_copy
+from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily, small_copy
+from nesso_tune.model.lm_head import attach_supervised_head, own_logits
 from nesso_tune.run import train
-from nesso_tune.training.checkpoint import read_data
-from nesso_tune.training.collate import ConversationCollator
-from nesso_tune.training.tally import Groups
+from nesso_tune.runs.checkpoint import read_data
+from nesso_tune.training.dataset import ConversationCollator
+from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.trainer import TrackedTrainer
 from tests.benchmarks.architectures import QUESTIONS, _recipe, mean_loss, outcome
 from tests.support.architectures import VOCABULARY, tiny

@@ -10,17 +10,17 @@ from jsonschema import Draft202012Validator
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import load_recipe
-from nesso_tune.recipes.document import parse_document, read_document
+from nesso_tune.recipes.builtin import find_recipe, shipped, shipped_recipes
+from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
-from nesso_tune.recipes.keys import key_paths
 from nesso_tune.recipes.load import validate
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe, dump
-from nesso_tune.recipes.shipped import find_recipe, shipped, shipped_recipes
+from nesso_tune.recipes.yaml_source import parse_document, read_document
 from tests.support.examples import examples
+from tests.support.recipe_texts import DPO, SFT, with_value
 
 from .test_fuzz import VALUES
 from .test_load import MISTAKES
-from .texts import DPO, SFT, with_value
 
 SCHEMA = recipe_schema()
 VALIDATOR = Draft202012Validator(SCHEMA)

@@ -5,15 +5,13 @@ import time
 import pytest
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes import DPORecipe, SFTRecipe, document, load_recipe
-from nesso_tune.recipes.complaints import MOST
-from nesso_tune.recipes.keys import key_paths, section_at
+from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe, yaml_source
+from nesso_tune.recipes.builtin import catalogue, shipped_recipes
+from nesso_tune.recipes.error_messages import MOST, key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
 from nesso_tune.recipes.other_tools import FOREIGN
 from nesso_tune.recipes.schema import RECIPES
-from nesso_tune.recipes.shipped import catalogue, shipped_recipes
-
-from .texts import DPO, SFT, problem, problems, read
+from tests.support.recipe_texts import DPO, SFT, problem, problems, read
 
 IN_TRAIN = SFT + "train:\n  "  # what follows stands in line 8
 IN_SOURCE = SFT + "      "  # and here in line 7
@@ -246,7 +244,7 @@ def test_what_is_said_of_an_oversized_recipe_stays_short(text):
 
 
 def test_a_file_of_far_too_many_values_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(document, "MAX_NODES", 100)
+    monkeypatch.setattr(yaml_source, "MAX_NODES", 100)
     assert "is too large" in problem(SFT + "cluster: {modules: [" + "a, " * 300)
 
 

@@ -4,8 +4,7 @@ import pytest
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.load import parse_overrides
-
-from .texts import DPO, SFT
+from tests.support.recipe_texts import DPO, SFT
 
 
 def fault(override, overrides, text=SFT):

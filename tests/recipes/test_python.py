@@ -6,12 +6,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
-from nesso_tune.recipes.data import DPOData, SFTData, Source
+from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.recipes.schema import Schedule, TrainSection
-from nesso_tune.recipes.sections import LoraSection, ModelSection
-from nesso_tune.recipes.shipped import shipped_recipes
-
-from .texts import read
+from nesso_tune.recipes.sections import DPOData, LoraSection, ModelSection, SFTData, Source
+from tests.support.recipe_texts import read
 
 MODEL = ModelSection(base="b")
 ROWS = SFTData(sources=[Source(path="rows.jsonl")])

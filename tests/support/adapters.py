@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.model.adapters import adapt
-from nesso_tune.model.weights import load_model
+from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ChatSection, LoraSection, ModelSection
 from tests.support.runs import BASE, recipe
 

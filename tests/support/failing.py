@@ -2,7 +2,7 @@
 
 import errno
 
-from nesso_tune.training.checkpoint import CheckpointWriter
+from nesso_tune.runs.checkpoint import CheckpointWriter
 
 write = CheckpointWriter.data
 

@@ -5,7 +5,7 @@ import os
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
-from nesso_tune.training.state import canonical
+from nesso_tune.training.state_dict import canonical
 from nesso_tune.training.trainer import TrackedTrainer
 
 clip = TrackedTrainer._clip_grad_norm

@@ -10,7 +10,7 @@ import signal
 import sys
 from pathlib import Path
 
-from nesso_tune.training import checkpoint
+from nesso_tune.runs import checkpoint
 
 if "KILL_RANK" in os.environ:
     import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU

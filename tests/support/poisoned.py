@@ -10,7 +10,7 @@ import os
 from torch.distributed.tensor import DTensor
 
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
-from nesso_tune.training.pace import Pace
+from nesso_tune.training.callbacks import Pace
 from nesso_tune.training.sft import ConversationTrainer
 
 STEP, RANK = int(os.environ["NAN_AT_STEP"]), int(os.environ["NAN_AT_RANK"])

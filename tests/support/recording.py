@@ -7,7 +7,7 @@ import json
 import os
 
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
-from nesso_tune.training.order import RunOrder
+from nesso_tune.training.dataset import RunOrder
 from nesso_tune.training.trainer import TrackedTrainer
 from tests.support.gradients import kept
 

@@ -10,7 +10,7 @@ import pytest
 
 from nesso_tune.cli.main import main
 from nesso_tune.data.prepare import prepare_data
-from nesso_tune.model.weights import load_model
+from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.schema import RECIPES
 
 # Cases whose parts other cases have too; by hand: NESSO_TUNE_ALL=1 make test

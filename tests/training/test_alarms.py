@@ -5,9 +5,9 @@ import json
 import pytest
 
 from nesso_tune.run import train
+from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.dpo import PairTrainer
-from nesso_tune.training.metrics import MetricsLog
 from tests.support.runs import metrics, recipe, steps
 
 LAST = 900

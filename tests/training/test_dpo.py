@@ -14,7 +14,7 @@ from nesso_tune import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.run import train
 from nesso_tune.training import dpo, fit
 from nesso_tune.training.dpo import answer_log_probs
-from nesso_tune.training.guards import Guard
+from nesso_tune.training.numerical_checks import Guard
 from nesso_tune.training.reference import load_reference
 from tests.support.runs import metrics, recipe, steps
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 from nesso_tune import load_tokenizer
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.run import train
-from nesso_tune.training.order import RunOrder
+from nesso_tune.training.dataset import RunOrder
 from tests.support import independent_trainer as independent
 from tests.support.runs import BASE, metrics, recipe
 

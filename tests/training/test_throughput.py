@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from nesso_tune.model.adapters import adapt
-from nesso_tune.recipes.gpus import bf16_peak
+from nesso_tune.planning.hardware import bf16_peak
 from nesso_tune.run import train
+from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training import throughput
+from nesso_tune.training.dataset import RunOrder
 from nesso_tune.training.evaluation import Evaluator
-from nesso_tune.training.order import RunOrder
-from nesso_tune.training.rundir import open_run
 from nesso_tune.training.sft import ConversationTrainer
-from nesso_tune.training.space import Room
 from nesso_tune.training.throughput import SQUARES, Operations, Throughput, WithSquares, squares_of
 from tests.support.runs import loaded, metrics, recipe, steps
 

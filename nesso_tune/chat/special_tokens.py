@@ -1,0 +1,200 @@
+"""The files of a base's tokenizer, read as data."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from tokenizers import Tokenizer
+
+from nesso_tune.errors import ModelError
+
+TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+CHAT_KEY = "nesso_chat"  # where tokenizer_config.json keeps the template's spec
+
+
+def read_tokenizer(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of tokenizer.json, and bos, eos, context length and our template's spec from the files beside it.
+
+    Raises:
+        ModelError: if there is no tokenizer, or one that cannot be read.
+    """
+    try:
+        if not (folder / "tokenizer.json").is_file():
+            return _converted(folder, where, trust_remote_code)
+        tokenizer = _json(folder / "tokenizer.json")
+        if not isinstance(tokenizer.get("added_tokens"), list) or not _has_vocabulary(tokenizer.get("model")):
+            raise ValueError("tokenizer.json holds no vocabulary")
+        older = _json(folder / "special_tokens_map.json")  # where older models keep bos and eos
+        config: dict[str, Any] = {key: older[key] for key in ("bos_token", "eos_token") if key in older}
+        config |= _json(folder / "tokenizer_config.json")
+        context = config.get("model_max_length")
+        if not isinstance(context, int) or context > 10**9:
+            config["model_max_length"] = _json(folder / "config.json").get("max_position_embeddings")
+        return tokenizer, config
+    except (OSError, ValueError) as error:
+        raise ModelError(where, f"its tokenizer cannot be read ({error})", "fetch the model again") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; an empty one if there is no such file."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no JSON object")
+    return content
+
+
+def _has_vocabulary(model: Any) -> bool:
+    return isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
+
+
+def parsed(text: str, where: str) -> Tokenizer:
+    """The tokenizer that a tokenizer.json describes.
+
+    Raises:
+        ModelError: if it describes none.
+    """
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise ModelError(where, f"its tokenizer.json is damaged ({error})", "fetch the model again") from None
+
+
+def _converted(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tokenizers in older file formats, converted by transformers."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with TemporaryDirectory() as converted:
+            loaded.save_pretrained(converted)
+            return _json(Path(converted) / "tokenizer.json"), _json(Path(converted) / "tokenizer_config.json")
+    except Exception:  # transformers raises whatever its parsers raise
+        raise ModelError(
+            where, "has no tokenizer (no tokenizer.json, nor files to make one from)", "name a complete model folder"
+        ) from None
+
+
+def token_name(entry: Any) -> str | None:
+    """The text of a token that tokenizer_config.json names, alone or with its properties."""
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
+NewTokens = Literal["auto", "reserved", "resize"]
+NO_LEADING_SPACE: dict[str, dict[str, Any]] = {
+    "Metaspace": {"add_prefix_space": False, "prepend_scheme": "never"},
+    "ByteLevel": {"add_prefix_space": False},
+    "Strip": {"start": 0},
+}
+RESERVED = re.compile(r"^<?[<\[|]*(?:reserved|unused|extra)[a-z_]*?[_-]?(\d+)[|\]>]*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where control tokens went: those renamed over reserved slots and those appended, as {token: id}."""
+
+    renamed: dict[str, int]
+    added: dict[str, int]
+
+
+def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewTokens, where: str) -> Placed:
+    """Makes every wanted token a special token of `tokenizer` (the content of tokenizer.json, changed in place).
+
+    Raises:
+        ModelError: if `how` is `reserved` and there are too few slots.
+    """
+    known = {entry["content"]: entry for entry in tokenizer["added_tokens"]}
+    for token in wanted:
+        if token in known:
+            known[token].update(_special(known[token]["id"], token))  # some swallow the blanks around them
+    in_vocabulary = _vocabulary(tokenizer)
+    missing = [token for token in wanted if token not in known]
+    renamed, added = {}, {}
+    slots = _reserved_slots(tokenizer)
+    absent = [token for token in missing if token not in in_vocabulary]
+    if how == "reserved" and len(slots) < len(absent):
+        raise ModelError(
+            where, f"the tokenizer has {len(slots)} reserved slots, the template needs {len(absent)}",
+            "set chat.new_tokens: resize",
+        )  # fmt: skip
+    use_slots = how == "reserved" or (how == "auto" and len(slots) >= len(absent))
+    for token in missing:
+        if token in in_vocabulary:  # a plain word of the vocabulary becomes a special token where it stands
+            tokenizer["added_tokens"].append(_special(in_vocabulary[token], token))
+        elif use_slots:
+            renamed[token] = _rename(tokenizer, slots.pop(0), token)
+        else:
+            added[token] = _append(tokenizer, token)
+    tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
+    return Placed(renamed, added)
+
+
+def emit_nothing_around(tokenizer: dict[str, Any]) -> None:
+    """Removes what the tokenizer adds around every text (BOS, EOS, a leading space) and its own truncation.
+
+    The template alone decides what is emitted, and a text has the same ids wherever it stands in a conversation.
+    """
+    tokenizer["truncation"] = tokenizer["padding"] = None
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        tokenizer[part] = _without_leading_space(tokenizer.get(part))
+    processor = tokenizer.get("post_processor")
+    steps = processor.get("processors", []) if processor and processor["type"] == "Sequence" else [processor]
+    kept = [step for step in steps if step and step["type"] == "ByteLevel"]
+    tokenizer["post_processor"] = kept[0] if kept else None
+
+
+def _without_leading_space(part: Any) -> Any:
+    """A normalizer, pre-tokenizer or decoder that neither puts a space before a text nor takes it away."""
+    if not part or part["type"] == "Prepend":
+        return None
+    part = {**part, **{key: off for key, off in NO_LEADING_SPACE.get(part["type"], {}).items() if key in part}}
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in part:
+            part[key] = [kept for inner in part[key] if (kept := _without_leading_space(inner))]
+    return part
+
+
+def size_of(tokenizer: dict[str, Any]) -> int:
+    """Number of ids: one more than the highest."""
+    ids = [entry["id"] for entry in tokenizer["added_tokens"]]
+    return max([*_vocabulary(tokenizer).values(), *ids], default=-1) + 1
+
+
+def _vocabulary(tokenizer: dict[str, Any]) -> dict[str, int]:
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        return vocabulary
+    return {token: i for i, (token, _) in enumerate(vocabulary)}  # Unigram: a list of [token, score]
+
+
+def _reserved_slots(tokenizer: dict[str, Any]) -> list[dict[str, Any]]:
+    found = [(m, e) for e in tokenizer["added_tokens"] if (m := RESERVED.match(e["content"]))]
+    return [entry for match, entry in sorted(found, key=lambda pair: int(pair[0].group(1)))]
+
+
+def _rename(tokenizer: dict[str, Any], slot: dict[str, Any], token: str) -> int:
+    old, position = slot["content"], int(slot["id"])
+    vocabulary = tokenizer["model"]["vocab"]
+    if isinstance(vocabulary, dict) and old in vocabulary:
+        vocabulary[token] = vocabulary.pop(old)
+    elif isinstance(vocabulary, list) and position < len(vocabulary) and vocabulary[position][0] == old:
+        vocabulary[position] = [token, vocabulary[position][1]]
+    slot.update(_special(position, token))
+    return position
+
+
+def _append(tokenizer: dict[str, Any], token: str) -> int:
+    position = size_of(tokenizer)
+    tokenizer["added_tokens"].append(_special(position, token))
+    return position
+
+
+def _special(position: int, token: str) -> dict[str, Any]:
+    return {
+        "id": position, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True,
+    }  # fmt: skip

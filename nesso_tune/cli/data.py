@@ -1,0 +1,122 @@
+"""`nesso-tune prepare`: fetches base and data, encodes and caches them, prints the data report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, file_path, load_all
+from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.logs import print_lines, print_notes, print_text
+from nesso_tune.recipes import Recipe
+
+if TYPE_CHECKING:
+    from nesso_tune.data.prepare import PreparedData
+
+
+def prepare(
+    recipe: RecipeArgument,
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    as_json: JsonOption = False,
+) -> None:
+    """Fetch, read, encode and cache the data, on the CPU, and report what is in it."""
+    from nesso_tune.data.prepare import dropped_file, prepare_data
+    from nesso_tune.data.sources import check_output
+    from nesso_tune.hub import base_folder
+
+    (loaded,) = load_all([recipe], settings)
+    check_output(loaded)
+    data = prepare_data(loaded)
+    base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
+    page = _written(Path(loaded.output_dir), loaded, data)
+    if as_json:
+        print_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
+        return
+    print_lines(*tables(data.report))
+    if data.report["dropped"]:
+        print_lines("", f"all dropped rows   {dropped_file(data)}")
+    if page is not None:
+        print_lines(f"to look at         {page}")
+
+
+def tables(report: dict[str, Any]) -> list[str]:
+    """The report as lines for a terminal."""
+    dropped = report["dropped"]
+    lost = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
+    lines = [
+        f"rows      {report['rows_read']:,} read, {report['rows_kept']:,} kept; dropped: {lost}",
+        *(f"          {reason}, e.g. {where}" for reason, where in report["examples_of_dropped"].items()),
+        f"packing   {report['packing']['rows']:,} rows an epoch, {report['packing']['fill']:.1%} full",
+        f"cache     {'found' if report['cache_hit'] else 'made'}, fingerprint {report['fingerprint']}",
+        *(f"oddity    {_oddity(name, of)}" for name, of in report["oddities"].items()),
+        *(f"mind      {warning}" for warning in report["warnings"]),
+        "",
+        f"{'':<28}{'rows':>12}{'tokens':>14}{'supervised':>14}",
+    ]
+    groups = [
+        *((f"language {code}", counts) for code, counts in report["languages"].items()),
+        *((f"source {_short(counts.get('alias', counts['path']))}", counts) for counts in report["sources"]),
+        ("held out", report["validation"]),
+        ("an epoch trains on", report["train"]),
+    ]
+    lines += [
+        f"{name:<28}{counts['rows']:>12,}{counts['tokens']:>14,}{counts['supervised_tokens']:>14,}"
+        for name, counts in groups
+    ]
+    lines += [
+        f"  {_short(group['name']):<26}{group['rows']:>12,}{group['tokens']:>14,}{group['supervised_tokens']:>14,}"
+        f"  {group['share_of_tokens']:.1%} of its tokens"
+        for group in report["mixture"]
+    ]
+    return lines
+
+
+def _oddity(name: str, of: dict[str, Any]) -> str:
+    return f"{of['rows']:,} rows: {name.replace('_', ' ')}, e.g. {of['example']}"
+
+
+def _written(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:
+    """The page in the run directory; None where it cannot be written, e.g. on a node that may only read."""
+    from nesso_tune.reports.data_report import write_data_report
+
+    try:
+        return write_data_report(folder, recipe, data)
+    except OSError as error:
+        print_notes(f"no data_report.html: {folder} cannot be written ({error.strerror})")
+        return None
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"…{name[-17:]}"
+
+
+def preview(
+    recipe: RecipeArgument,
+    settings: SetOption = [],  # noqa: B006 - typer copies it
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows that are shown.")] = 2,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="Write a page with every token instead.")
+    ] = None,
+) -> None:
+    """Show real rows as the model will see them: what is learned, control tokens, borders in the pack."""
+    from nesso_tune.reports.preview import preview as of
+
+    (loaded,) = load_all([recipe], settings)
+    view = of(loaded, count)
+    if html is not None:
+        if html.is_dir():
+            raise RunEnvironmentError(str(html), "is a folder", "name a file, e.g. page.html")
+        html.parent.mkdir(parents=True, exist_ok=True)
+        html.write_text(view.to_html(), encoding="utf-8")
+        print_lines(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
+    else:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        print_text(view.to_text(shutil.get_terminal_size().columns, colour) + "\n", coloured=colour)
+    print_lines("", f"next: nesso-tune train {shlex.quote(recipe)} --smoke")

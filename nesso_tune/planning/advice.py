@@ -1,0 +1,341 @@
+"""Learning rates that are known to work, with the model and the batch they were tuned for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from nesso_tune.planning.hardware import GIB
+from nesso_tune.planning.memory import estimate_memory
+from nesso_tune.planning.plan import Plan
+from nesso_tune.planning.shapes import ModelShape
+from nesso_tune.recipes.schema import DEFAULT_EPOCHS, Recipe, SFTRecipe
+from nesso_tune.recipes.sections import SFTData
+
+
+@dataclass(frozen=True)
+class TunedRun:
+    """A run whose learning rate is known to be good.
+
+    Attributes:
+        parameters: size of the model.
+        learning_rate: its peak.
+        batch: tokens (SFT) or pairs (DPO) per optimizer step.
+        source: where it comes from.
+    """
+
+    parameters: float
+    learning_rate: float
+    batch: int
+    source: str
+
+
+# Ordered by size. Between two sizes the learning rate is interpolated on log scales.
+TUNED: dict[str, tuple[TunedRun, ...]] = {
+    "sft": (
+        TunedRun(1e6, 1e-3, 512, "nesso-tune quickstart"),
+        TunedRun(4.38e8, 1e-3, 256 * 4096, "Nesso-0.4B-instruct"),
+        TunedRun(8e9, 1e-5, 128 * 4096, "the usual rate for 8B models"),
+    ),
+    "dpo": (
+        TunedRun(1e6, 3e-4, 8, "nesso-tune quickstart"),
+        TunedRun(4.38e8, 1e-6, 128, "SmolLM2-360M-Instruct (arXiv:2502.02737)"),
+        TunedRun(8e9, 5e-7, 128, "Llama-3.1-8B, Tulu 3 (arXiv:2411.15124)"),
+    ),
+}
+FALLBACK = {"sft": 2e-5, "dpo": 1e-6}  # of a model whose size is unknown
+ADAPTER = {"sft": 2e-4, "dpo": 5e-6}  # the usual rates of low-rank adapters, which need more than whole weights
+
+
+def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = False) -> float:
+    """The learning rate for a model of this size: that of the tuned runs around it, to two digits."""
+    if adapter:
+        return ADAPTER[method]
+    if shape is None:
+        return FALLBACK[method]
+    runs = TUNED[method]
+    size = min(max(float(shape.parameters), runs[0].parameters), runs[-1].parameters)
+    for small, large in pairwise(runs):
+        if size <= large.parameters:
+            way = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
+            rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** way
+            return float(f"{rate:.1e}")
+    return runs[-1].learning_rate
+
+
+def tuned_near(method: str, shape: ModelShape) -> TunedRun:
+    """The tuned run whose model is closest in size."""
+    return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
+
+
+@dataclass(frozen=True)
+class FarBatch:
+    """A tuned run of another batch, and the learning rate that would go with this one."""
+
+    run: TunedRun
+    rate: float
+
+
+def far_batch(method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int) -> FarBatch | None:
+    """The tuned run of such a model and rate, if its batch is far from this one; None if it is near, or the rate is.
+
+    The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
+
+    Args:
+        method: `sft` or `dpo`.
+        shape: the model's.
+        learning_rate: the peak.
+        rows: packed rows (SFT) or pairs (DPO) a step.
+        per_row: tokens of a row (SFT); 1 for pairs.
+    """
+    run = tuned_near(method, shape)
+    ratio = rows * per_row / run.batch
+    if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
+        return None
+    return FarBatch(run, learning_rate * math.sqrt(ratio))
+
+
+ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
+FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
+FEW_STEPS = 30
+MORE = 0.1  # share of epochs beyond those of the recipe that is worth a word
+OFTEN = 4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
+MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
+SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
+COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
+
+
+def advise(recipe: Recipe, plan: Plan) -> list[str]:
+    """All advice, the most urgent first."""
+    return [text for rule in RULES for text in rule(recipe, plan)]
+
+
+def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    data = recipe.data
+    if not isinstance(data, SFTData):
+        return
+    if data.train_on_eos == "none":
+        yield "data.train_on_eos: none never teaches the model to stop; use turn"
+    elif data.train_on_eos != "all" and "assistant" not in data.roles_to_train:
+        yield "the end token of assistant turns is not learned (data.roles_to_train): the model will not stop"
+
+
+def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    gpu, memory = plan.gpu, plan.memory
+    if gpu is None:
+        return
+    if not gpu.bfloat16 and recipe.model.dtype == "bfloat16":
+        yield f"{gpu.name} has no bfloat16: set model.dtype: float32"
+    if memory is None or memory.total <= gpu.memory:
+        return
+    fixed = memory.state + memory.working > gpu.memory  # what no shorter or smaller batch changes
+    ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
+    ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
+    ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
+    whole = not recipe.distributed.shards(plan.processes)
+    if recipe.model.adapter is None:
+        ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
+        ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
+    elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
+        ways += ["hold the base in 4 bits (model.adapter.type: qlora)"]
+    ways = ways or ["take a GPU with more memory, or a smaller base"]
+    needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
+    yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
+
+
+def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN
+    if short or plan.shape is None or recipe.model.adapter is not None:
+        return
+    per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
+    if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:
+        per_row = max(1, round(plan.volume.tokens / plan.volume.rows))
+    batch = far_batch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
+    if batch is None:
+        return
+    unit = "tokens" if recipe.method == "sft" else "pairs"
+    rows = f"{plan.global_batch:,} rows, " if recipe.method == "sft" else ""
+    wanted = 2 ** max(0, round(math.log2(batch.run.batch / per_row)))
+    fits = wanted % (plan.micro_batch * plan.processes) == 0 and (plan.volume is None or wanted < plan.volume.rows)
+    yield (
+        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} a step ({batch.run.source}); "
+        f"this run has {rows}{plan.global_batch * per_row:,} {unit}: consider {batch.rate:.1e}"
+        + (f", or {_batch_of(recipe, plan, wanted)}" if fits else "")
+    )
+
+
+def _batch_of(recipe: Recipe, plan: Plan, rows: int) -> str:
+    """How this recipe says a global batch of `rows`."""
+    if recipe.train.gradient_accumulation_steps is None:
+        return f"train.global_batch_size: {rows}"
+    return f"train.gradient_accumulation_steps: {rows // (plan.micro_batch * plan.processes)} (global batch {rows})"
+
+
+def _smaller_batch(recipe: Recipe) -> str | None:
+    """What makes the global batch of this recipe smaller; None where it is as small as it can be."""
+    train = recipe.train
+    if train.global_batch_size is not None:
+        return "lower train.global_batch_size" if train.global_batch_size > 1 else None
+    if (train.gradient_accumulation_steps or 1) > 1:
+        return "lower train.gradient_accumulation_steps"
+    return "lower train.micro_batch_size" if train.micro_batch_size > 1 else None
+
+
+def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    schedule = recipe.train.schedule
+    cold = schedule.warmup_steps == 0 or schedule.warmup_ratio == 0
+    run = None if plan.shape is None else tuned_near(recipe.method, plan.shape)
+    high = COLD_START if run is None else min(COLD_START, run.learning_rate / 2)
+    if cold and plan.learning_rate >= high:
+        instead = " instead of warmup_steps" if schedule.warmup_steps == 0 else ""
+        yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03{instead}"
+
+
+def _rest(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    schedule = recipe.train.schedule
+    end = 1.0 if schedule.constant_ratio is None else schedule.constant_ratio
+    if schedule.type != "constant" and end < 1 and not schedule.min_ratio:
+        yield (
+            f"the last {1 - end:.0%} of the run train at a learning rate of 0, which changes nothing: set "
+            "train.schedule.min_ratio: 0.1, or constant_ratio: 1.0"
+        )
+
+
+def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Equal results in less time, where the GPU has the memory for it."""
+    gpu, memory, shape = plan.gpu, plan.memory, plan.shape
+    if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
+        return
+
+    def total(micro_batch: int, checkpointing: bool) -> int:
+        return estimate_memory(
+            recipe, shape, processes=plan.processes, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
+        ).total
+
+    checkpointing = bool(plan.gradient_checkpointing)
+    if checkpointing and (without := total(plan.micro_batch, False)) <= ROOMY * gpu.memory:
+        checkpointing = False
+        yield (
+            f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
+            "set train.gradient_checkpointing: auto or false and nothing is computed twice"
+        )
+    splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
+    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= ROOMY * gpu.memory]
+    if room:
+        micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
+        follows = recipe.train.global_batch_size is not None
+        with_rest = f", accumulation becomes {rest}" if follows else f" with gradient_accumulation_steps: {rest}"
+        yield (
+            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} (about "
+            f"{total(micro, checkpointing) / GIB:.0f} of {gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x "
+            f"{plan.accumulation}"
+        )
+
+
+def _context(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    length, shape = recipe.data.sequence_len, plan.shape
+    if shape and shape.context and length > shape.context:
+        yield f"data.sequence_len {length} is beyond the base model's context of {shape.context}"
+
+
+def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    rows = plan.volume.rows if plan.volume else 0
+    if rows and rows < plan.global_batch:
+        ways = [_smaller_batch(recipe), "use fewer GPUs" if plan.processes > 1 else None, "give more data"]
+        yield (
+            f"one epoch ({rows} rows) is smaller than one global batch ({plan.global_batch}): "
+            f"every step sees rows more than once; {next(way for way in ways if way)}"
+        )
+
+
+def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    lost = plan.volume.dropped.get("too_long", 0.0) if plan.volume else 0.0
+    if lost < MUCH:
+        return
+    room = plan.shape is None or not plan.shape.context or recipe.data.sequence_len < plan.shape.context
+    ways = ["raise data.sequence_len"] if room else ["take a base of longer context"]
+    ways += ["set data.too_long: truncate"] if isinstance(recipe.data, SFTData) else []
+    length = recipe.data.sequence_len
+    yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
+
+
+def more_epochs(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Said as a run begins, too."""
+    asked, volume = recipe.num_epochs, plan.volume
+    if asked is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
+        return
+    if plan.epochs > asked * (1 + MORE):
+        steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
+        way = _smaller_batch(recipe) or "give more data"
+        yield f"{asked:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
+
+
+def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    steps, epochs = recipe.train.max_steps, plan.epochs
+    if steps is None or epochs is None:
+        return
+    usual = DEFAULT_EPOCHS[recipe.method]
+    if epochs > OFTEN * usual:
+        yield (
+            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
+            "heart; lower it, or set it to null and train.num_epochs instead"
+        )
+
+
+def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
+        return
+    lower = _smaller_batch(recipe)
+    yield f"only {plan.total_steps} steps: {f'{lower}, or ' if lower else ''}raise train.num_epochs"
+
+
+def _patience(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    patience = recipe.train.early_stopping_patience
+    if patience is None or plan.total_steps is None or plan.evaluate_every is None:
+        return
+    evaluations = math.ceil(plan.total_steps / plan.evaluate_every)
+    if patience >= evaluations - 1:  # the first is always the best so far, and after the last the run is over
+        yield (
+            f"train.early_stopping_patience: {patience} cannot end a run of {evaluations} evaluation(s): lower it, or "
+            "lower evaluation.every_steps"
+        )
+
+
+def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    data = recipe.data
+    if plan.volume is None or recipe.evaluation is None:
+        return
+    held = plan.volume.validation_rows
+    where, size = "data.validation_sources" if data.validation_sources else "data.validation_size", data.validation_size
+    little = isinstance(size, float) and not data.validation_sources and held / size < LITTLE
+    if held == 0 and not size:
+        yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
+    elif little:
+        yield f"{held} rows held out are few, and so is the data: read the evaluation with care"
+    elif held < FEW:
+        yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
+    elif held > MANY:
+        yield f"{held:,} rows are held out and read at every evaluation; a few thousand say as much: lower {where}"
+    packed = isinstance(data, SFTData) and data.packing
+    if not data.validation_sources and not packed and plan.volume.rows and held > plan.volume.rows:
+        yield "more rows are held out for evaluation than trained on; lower data.validation_size"
+
+
+RULES = (
+    _end_token,
+    _too_long,
+    _fits,
+    _rate,
+    _warm_up,
+    _rest,
+    _faster,
+    _context,
+    _small_epoch,
+    more_epochs,
+    _max_steps,
+    _few_steps,
+    _patience,
+    _validation,
+)

@@ -1,0 +1,205 @@
+"""Rules for the `data` section: keys that have no effect, and keys that contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from os.path import expanduser
+from typing import Any
+
+from nesso_tune.conversation import LANGUAGE_NAMES, OTHER_LANGUAGES, language_code
+from nesso_tune.errors import closest, shortened
+from nesso_tune.recipes.builtin import template_names
+
+Path = tuple[str | int, ...]
+Raw = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One inert or contradictory knob: where it stands, why it is wrong, and the remedy."""
+
+    path: Path
+    what: str
+    remedy: str
+
+
+def get(raw: Any, *path: str | int) -> Any:
+    """The value at a path of plain nested data; None if there is none."""
+    for part in path:
+        try:
+            raw = raw[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return raw
+
+
+MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
+INSTRUCTION_FIELDS = ("input_field", "response_field")
+PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
+KNOBS_OF_FORMAT: dict[str, tuple[str, ...]] = {  # what has an effect under each shipped format, of the keys below
+    "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
+    "preference": (*PREFERENCE_FIELDS, "prompt_field", "role_field", "content_field", "messages_field", "roles",
+                   "system_field", "tools_field", "tools_file"),
+    "choice": (*CHOICE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
+    "completion": ("text_field",),
+    "pretokenized": (),
+}  # fmt: skip
+KNOBS = sorted({knob for knobs in KNOBS_OF_FORMAT.values() for knob in knobs})
+
+
+def _sources(raw: Raw) -> Iterator[Finding]:
+    for section in ("sources", "validation_sources"):
+        sources = get(raw, "data", section)
+        for i in range(len(sources) if isinstance(sources, (list, tuple)) else 0):
+            yield from _source(sources[i], ("data", section, i))
+            if section == "validation_sources" and get(sources[i], "weight") not in (None, 1):
+                yield Finding(
+                    ("data", section, i, "weight"), "has no effect: evaluation sees every row once", "remove it"
+                )
+            for code, rule in _rules(sources[i]) if section == "validation_sources" else ():
+                if get(rule, "weight") is not None:
+                    here = ("data", section, i, "rules", code, "weight")
+                    yield Finding(here, "has no effect: evaluation sees every row once", "remove it")
+
+
+def unknown_template(here: Path, name: Any, kind: str) -> Iterator[Finding]:
+    """A name that is neither a shipped file of data_templates/KIND/ nor the path of one's own."""
+    known = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
+    own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
+    if isinstance(name, str) and name.strip() and not own and name not in known:
+        files = "FILE.yaml or FILE.py:FUNCTION" if kind == "formats" else "FILE.yaml"
+        guess = closest(name, known)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(known)}, or {files}"
+        yield Finding(here, f"`{shortened(name)}` is not known", remedy)
+
+
+def wrong_code(here: Path, code: Any) -> Iterator[Finding]:
+    """A language that rows are never said to be in: what they say becomes a code such as `it` first."""
+    if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
+        return
+    name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
+    yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
+
+
+def _language(here: Path, said: Any) -> Iterator[Finding]:
+    """The language of a whole source, which may also be said by its name."""
+    if isinstance(said, str) and said.strip() and said != "auto" and language_code(said) is None:
+        guess = closest(said, ["auto", *LANGUAGE_NAMES])
+        remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
+        yield Finding(here, f"`{shortened(said)}` is no language code", remedy)
+
+
+def _source(source: Any, here: Path) -> Iterator[Finding]:
+    style = get(source, "format")
+    yield from unknown_template((*here, "format"), style, "formats")
+    yield from _language((*here, "language"), get(source, "language"))
+    for code, _ in _rules(source):
+        yield from wrong_code((*here, "rules", code), code)
+    used = KNOBS_OF_FORMAT.get(style) if isinstance(style, str) else None
+    own = isinstance(style, str) and ".py:" in style
+    if own:
+        used, style = ("tools_file",), "of your own reader"
+    for knob in KNOBS if used is not None else ():
+        if knob not in (used or ()) and get(source, knob) is not None:
+            yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
+    if get(source, "reads") and not own:
+        yield Finding((*here, "reads"), "has no effect without a reader of your own", "set format: FILE.py:FUNCTION")
+    scored: list[Path] = [("min_score",)] if get(source, "min_score") is not None else []
+    scored += [("rules", code, "min_score") for code, rule in _rules(source) if get(rule, "min_score") is not None]
+    for path in scored if get(source, "score_field") is None else ():
+        yield Finding((*here, *path), "needs score_field", "name the column that holds the score")
+    if get(source, "score_field") is not None and not scored:
+        yield Finding((*here, "score_field"), "has no effect without min_score", "set min_score, or remove it")
+    language = get(source, "language")
+    if language not in (None, "auto") and get(source, "language_field") is not None:
+        yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
+    for code, rule in _rules(source):
+        for knob in ("min_score", "weight"):
+            if get(rule, "keep") is False and get(rule, knob) is not None:
+                yield Finding((*here, "rules", code, knob), "has no effect beside keep: false", "keep one of the two")
+
+
+def _rules(source: Any) -> list[tuple[str, Any]]:
+    rules = get(source, "rules")
+    return [(str(code), rule) for code, rule in rules.items()] if isinstance(rules, Mapping) else []
+
+
+def _mixture(raw: Raw) -> Iterator[Finding]:
+    shares, here = get(raw, "data", "mixture", "shares"), ("data", "mixture", "shares")
+    if not isinstance(shares, Mapping):
+        return
+    for code in shares if get(raw, "data", "mixture", "by") == "language" else ():
+        yield from wrong_code((*here, code), code)
+    numbers = [share for share in shares.values() if isinstance(share, (int, float))]
+    if len(numbers) == len(shares) and abs(sum(numbers) - 1) > 1e-6:
+        yield Finding(here, f"add up to {sum(numbers):g}", "make it 1, e.g. {it: 0.6, en: 0.4}")
+    sources = get(raw, "data", "sources")
+    sources = sources if isinstance(sources, (list, tuple)) else ()
+    for i, source in enumerate(sources):
+        weighted: list[Path] = [("weight",)] if get(source, "weight") not in (None, 1) else []
+        weighted += [("rules", code, "weight") for code, rule in _rules(source) if get(rule, "weight") is not None]
+        for path in weighted:
+            yield Finding(
+                ("data", "sources", i, *path), "contradicts data.mixture: its shares say how often", "keep one"
+            )
+    if get(raw, "data", "mixture", "by") == "source":
+        names = names_of(sources)
+        for name in shares:
+            if expanduser(str(name)) not in (*names, "other"):
+                guess = closest(str(name), names)
+                remedy = f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
+                yield Finding((*here, str(name)), "is no source of this recipe", remedy)
+
+
+def names_of(sources: Any) -> list[str]:
+    """What sources are called: before a recipe is validated, their paths may still begin with `~`."""
+    return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
+
+
+def unknown_source(raw: Raw, name: str, held: bool) -> tuple[str, str] | None:
+    """Why no part of a metric is of a source that is called so, and what to do; None if there may be one.
+
+    Args:
+        raw: the recipe.
+        name: of the source, by its alias, its path, or the number of a private one.
+        held: whether it is measured on `validation_sources`, if there are any.
+    """
+    held = held and bool(get(raw, "data", "validation_sources"))
+    sources = get(raw, "data", "validation_sources" if held else "sources")
+    if not isinstance(sources, (list, tuple)) or not sources:
+        return None
+    names, private = names_of(sources), any(get(source, "private") for source in sources)
+    if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private ones have a number each
+        return "is not measured: it is only where there are several sources", "name the metric over all"
+    kind = "private validation source" if held else "private source"
+    known = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
+    if expanduser(name) in known:
+        return None
+    guess = closest(name, names)
+    section = "data.validation_sources" if held else "data.sources"
+    return f"is not measured: {section} has none that is called so", (
+        f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
+    )
+
+
+def _clean(raw: Raw) -> Iterator[Finding]:
+    overlap = get(raw, "data", "clean", "validation_overlap") == "drop"
+    if overlap and get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources"):
+        yield Finding(("data", "clean", "validation_overlap"), "has no effect: nothing is held out", "remove it")
+
+
+def _limits(raw: Raw) -> Iterator[Finding]:
+    limits = get(raw, "data", "preferences")
+    for name in limits if isinstance(limits, Mapping) else ():
+        warn, fail = get(limits, name, "warn"), get(limits, name, "fail")
+        if isinstance(warn, (int, float)) and isinstance(fail, (int, float)) and warn > fail:
+            yield Finding(
+                ("data", "preferences", str(name), "warn"), f"never speaks: it fails from {fail:g}", "lower it"
+            )
+
+
+DATA_RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_sources, _mixture, _clean, _limits)

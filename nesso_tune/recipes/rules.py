@@ -1,0 +1,281 @@
+"""Rules for recipes: keys that have no effect and keys that contradict each other are errors.
+
+The rules read the recipe as plain nested data, so they run even when other keys are invalid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from posixpath import normpath
+
+from nesso_tune.metrics import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
+from nesso_tune.recipes.builtin import OF_SOURCE
+from nesso_tune.recipes.data_rules import DATA_RULES, Finding, Raw, get, unknown_source, unknown_template, wrong_code
+from nesso_tune.recipes.secrets import find_secrets, names_a_secret
+
+SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
+SORTED_LOSSES = ("aot", "aot_unpaired")  # they compare the sorted ratios of a batch, so none is a mean over pairs
+# What a Slurm job is told once, from these keys: said a second time it could disagree.
+_COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
+JOB_OPTIONS = {
+    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
+                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _COUNTED),
+    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
+    "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
+    "signal": "use cluster.save_before_s",
+    **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
+    "array": "remove it: its jobs would all write into one run directory",
+}  # fmt: skip
+JOB_VARIABLES = {
+    "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
+    "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
+    **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
+                     "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
+}  # fmt: skip
+JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
+
+
+@dataclass(frozen=True)
+class Exclusive:
+    """Keys of a section of which only one may be set."""
+
+    section: Path
+    keys: tuple[str, str]
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Inert:
+    """Keys of a section that do nothing while another key of it has a value."""
+
+    section: Path
+    key: str
+    value: str
+    inert: tuple[str, ...]
+    remedy: str
+
+
+# The rules that a JSON Schema can express; `json_schema.py` says them to editors.
+EXCLUSIVE = (
+    Exclusive(("train", "schedule"), ("warmup_ratio", "warmup_steps"), "keep one of the two"),
+    Exclusive(("train",), ("max_steps", "num_epochs"), "set one and null the other"),
+    Exclusive(("train",), ("global_batch_size", "gradient_accumulation_steps"), "set one and null the other"),
+)
+INERT = (
+    Inert(("train", "schedule"), "type", "constant", ("constant_ratio", "min_ratio"), "remove it, or set type: cosine"),
+)
+
+
+def lint(raw: Raw) -> list[Finding]:
+    """All findings of all rules. A key counts as set when it is there and not null."""
+    return [finding for rule in RULES for finding in rule(raw)]
+
+
+def _exclusive(raw: Raw) -> Iterator[Finding]:
+    for rule in EXCLUSIVE:
+        first, other = rule.keys
+        if all(get(raw, *rule.section, key) is not None for key in rule.keys):
+            yield Finding(
+                (*rule.section, other), f"contradicts {'.'.join(map(str, (*rule.section, first)))}", rule.remedy
+            )
+
+
+def _inert(raw: Raw) -> Iterator[Finding]:
+    for rule in INERT:
+        if get(raw, *rule.section, rule.key) == rule.value:
+            for knob in rule.inert:
+                if get(raw, *rule.section, knob) is not None:
+                    yield Finding((*rule.section, knob), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
+
+
+def _schedule(raw: Raw) -> Iterator[Finding]:
+    here: Path = ("train", "schedule")
+    warmup, end = get(raw, *here, "warmup_ratio"), get(raw, *here, "constant_ratio")
+    if isinstance(warmup, (int, float)) and isinstance(end, (int, float)) and warmup >= end > 0:
+        yield Finding(
+            (*here, "warmup_ratio"),
+            f"warms up to {warmup:g} of the run, but the decay should end at {end:g} (constant_ratio)",
+            "make it smaller than constant_ratio",
+        )
+    decays = get(raw, *here, "type") in (None, "cosine", "linear")
+    if decays and isinstance(end, (int, float)) and 0 < end < 1 and get(raw, *here, "min_ratio") is None:
+        yield Finding(
+            (*here, "constant_ratio"),
+            f"trains the last {1 - end:.0%} of the run at a learning rate of 0: min_ratio is not set",
+            "set min_ratio: 0.1, or constant_ratio: 1.0",
+        )
+
+
+def _validation(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "data", "validation_sources") and get(raw, "data", "validation_size") not in (None, 0, 0.01):
+        yield Finding(
+            ("data", "validation_size"),
+            "has no effect beside data.validation_sources",
+            "keep one of the two",
+        )
+
+
+def _best(raw: Raw) -> Iterator[Finding]:
+    metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
+    if patience is not None and metric is None:  # what is waited for also decides what final/ holds: it has to be said
+        yield Finding(
+            ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
+            "set train.best_metric: eval_loss, or remove it",
+        )  # fmt: skip
+    if isinstance(metric, str) and (fault := _unmeasured(raw, metric)) is not None:
+        yield Finding(("train", "best_metric"), *fault)
+
+
+def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
+    """Why a metric will not be measured, as far as a recipe tells, and what to do; None if it may be."""
+    whole, method = whole_metric(metric), get(raw, "method")
+    only, evaluation = ONLY.get(whole or ""), get(raw, "evaluation")
+    none_held = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
+    if whole is None:
+        return f"`{metric}` is not known to be better lower or higher", did_you_mean(metric, [*HELD_OUT, *ANSWERS])
+    if "evaluation" in raw and evaluation is None:
+        return "nothing is measured with evaluation: null", "set evaluation: {}, or remove it"
+    if only is not None and method in ("sft", "dpo") and method != only:
+        return f"`{metric}` is measured under method: {only} only", "use eval_loss"
+    if none_held and not whole.startswith(TRAIN):
+        return f"`{metric}` is measured on held-out rows, and there are none", "set data.validation_size, or remove it"
+    if whole.removeprefix(TRAIN) in ANSWERS and get(evaluation, "samples") == 0:
+        return (
+            f"`{metric}` is measured on answers, and evaluation.samples: 0 asks for none",
+            "set evaluation.samples: 8",
+        )
+    if metric.startswith(f"{whole}{OF_SOURCE}"):
+        held = not whole.startswith(TRAIN)
+        fault = unknown_source(raw, metric.removeprefix(f"{whole}{OF_SOURCE}"), held)
+        return (f"`{metric}` {fault[0]}", fault[1]) if fault is not None else None
+    return None
+
+
+def _compile(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "train", "torch_compile") is not True:
+        return
+    lacking = "pairs" if get(raw, "method") == "dpo" else "rows that are not packed"
+    if get(raw, "method") == "dpo" or get(raw, "data", "packing") is False:
+        yield Finding(
+            ("train", "torch_compile"), f"compiles for one constant length, which {lacking} do not have",
+            "set it to false",
+        )  # fmt: skip
+
+
+def _model(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "model", "random_init") is True:
+        if get(raw, "model", "adapter") is not None:
+            yield Finding(
+                ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
+            )
+        runs_code = get(raw, "model", "trust_remote_code") is True
+        if get(raw, "model", "revision") is not None and not runs_code:
+            yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
+
+
+def _qlora(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "model", "adapter", "type") != "qlora":
+        return
+    for key, value in (("fsdp", "full_shard"), ("state_dict", "sharded")):
+        if get(raw, "distributed", key) == value:
+            remedy = "remove it, or set model.adapter.type: lora"
+            yield Finding(("distributed", key), "has no effect under model.adapter.type: qlora, of one process", remedy)
+    for key in ("nodes", "gpus_per_node"):
+        count = get(raw, "cluster", key)
+        if isinstance(count, int) and count > 1:
+            remedy = "set it to 1, or model.adapter.type: lora"
+            yield Finding(("cluster", key), "contradicts model.adapter.type: qlora, which runs in one process", remedy)
+
+
+def _distributed(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "distributed", "fsdp") == "none" and get(raw, "distributed", "state_dict") == "sharded":
+        yield Finding(
+            ("distributed", "state_dict"), "has no effect under fsdp: none: nothing is sharded",
+            "remove it, or set fsdp: full_shard",
+        )  # fmt: skip
+
+
+def _cluster(raw: Raw) -> Iterator[Finding]:
+    extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
+    for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
+        name = str(option).removeprefix("--").split("=")[0]
+        said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
+        if said is not None:
+            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
+    for name, value in env.items() if isinstance(env, Mapping) else ():
+        if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
+            remedy = JOB_VARIABLES.get(name, "remove it")
+            yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
+        elif names_a_secret(str(name), str(value)):
+            remedy = "export it where you call `launch`: jobs inherit that environment"
+            yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
+    if isinstance(python, str) and python.startswith(("~", "$")):
+        yield Finding(("cluster", "python"), f"{python} is taken as it stands, nothing is expanded", "write the path")
+
+
+def _secrets(raw: Raw) -> Iterator[Finding]:
+    for path, kind in find_secrets(raw):
+        remedy = "remove it, revoke it if it was shared, and give it by an environment variable (HF_TOKEN and the like)"
+        yield Finding(path, f"looks like a secret {kind}: a recipe is recorded and shared", remedy)
+
+
+def _template(raw: Raw) -> Iterator[Finding]:
+    yield from unknown_template(("chat", "template"), get(raw, "chat", "template"), "chat")
+    systems = get(raw, "chat", "default_system")
+    for code in systems if isinstance(systems, Mapping) else ():
+        yield from wrong_code(("chat", "default_system", code), code)
+
+
+def _output(raw: Raw) -> Iterator[Finding]:
+    folder = get(raw, "output_dir")
+    if isinstance(folder, str) and "\0" in folder:
+        yield Finding(("output_dir",), "holds a NUL character", "correct it")
+    if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
+        yield Finding(("output_dir",), f"{folder} leads out of the working directory", "write the whole path if meant")
+
+
+def _dpo(raw: Raw) -> Iterator[Finding]:
+    losses = get(raw, "dpo", "loss")
+    names = set(losses) if isinstance(losses, Mapping) else {"sigmoid"}
+    smoothing = get(raw, "dpo", "label_smoothing")
+    if smoothing and not names & set(SMOOTHED_LOSSES):
+        yield Finding(
+            ("dpo", "label_smoothing"),
+            f"has no effect on the loss {', '.join(sorted(names))}",
+            f"remove it, or use one of {', '.join(SMOOTHED_LOSSES)}",
+        )
+    if "exo_pair" in names and not smoothing:
+        yield Finding(("dpo", "loss"), "exo_pair needs label_smoothing above 0", "set dpo.label_smoothing: 0.001")
+    if names == {"sft"} and get(raw, "dpo", "beta") not in (None, 0.1):
+        yield Finding(
+            ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
+        )
+    for name in sorted(names & set(SORTED_LOSSES)):
+        yield from _of_a_whole_step(raw, name)
+    if get(raw, "dpo", "ld_alpha") == 1:
+        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
+
+
+def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
+    """What keeps a loss that sorts the pairs of a micro batch from sorting those of the optimizer step."""
+    rows, whole, times = (
+        get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
+    )
+    rows = 1 if rows is None else rows
+    if not isinstance(rows, int):
+        return
+    step = whole if isinstance(whole, int) else rows * times if isinstance(times, int) else rows
+    if step > rows:
+        yield Finding(
+            ("dpo", "loss"), f"{loss} sorts the pairs of a step, and the {step} of a step come {rows} at a time",
+            f"set train.micro_batch_size: {step} and one device, or use another loss",
+        )  # fmt: skip
+    elif step == 1:
+        yield Finding(("dpo", "loss"), f"{loss} sorts pairs, and a step has one", "raise train.micro_batch_size")
+
+
+RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
+    _exclusive, _inert, _schedule, _compile, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets,
+    _template, _output, _dpo, *DATA_RULES,
+)  # fmt: skip

@@ -1,0 +1,108 @@
+"""Processes that do not come, or are lost, are named: in time, once, with exit code 5."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nesso_tune.distributed.membership import machines_of
+from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
+from tests.test_kill import environment_of, when_at, workers
+
+SHARED = {"micro_batch_size": 1, "global_batch_size": 2}
+
+
+@pytest.fixture
+def path(tmp_path, talks):
+    """A recipe of many steps that waits five seconds for others."""
+    some = recipe(
+        "sft", tmp_path / "run", [talks], train={**SHARED, "max_steps": 2000}, checkpoint={"every_steps": 3},
+        evaluation=None, distributed={"fsdp": "none", "timeout_s": 5},
+    )  # fmt: skip
+    return write_recipe(tmp_path / "r.yaml", some)
+
+
+def test_a_process_that_does_not_come_is_named_in_time(path, port):
+    began = time.monotonic()
+    done = command("train", path, **lonely(0, port))
+    assert done.returncode == 5
+    assert done.stderr.endswith(
+        "machine 1 (process 1): did not come within 5 s; see whether it is up and its part was started\n"
+    )
+    assert time.monotonic() - began < 120, "the libraries load slowly on a busy machine; else it waits for 1800 s"
+
+
+def test_a_first_machine_that_cannot_be_reached(path, port):
+    done = command("train", path, **lonely(1, port))
+    assert done.returncode == 5
+    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (number 1)" in done.stderr
+
+
+def test_a_port_in_use(path, port):
+    with socket.socket() as holder:
+        holder.bind(("", port))
+        holder.listen()
+        done = command("train", path, **lonely(0, port))
+    assert done.returncode == 5
+    assert f"127.0.0.1:{port}: is in use; give torchrun another --master_port" in done.stderr
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
+def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, victim):
+    """Without a launcher that would end the others: what is left must see it by itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    both = [
+        subprocess.Popen([sys.executable, "-m", "nesso_tune", "train", path], stderr=subprocess.PIPE, text=True,
+                         cwd=ROOT, env={**environment, **lonely(rank, port), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]  # fmt: skip
+    when_at(both[0], tmp_path / "run", 3, None)
+    both[victim].kill()
+    _, said = both[1 - victim].communicate(timeout=120)
+    both[victim].communicate()
+    assert both[1 - victim].returncode == 5
+    assert said.count("lost contact with") == 1
+    machine = socket.gethostname()
+    assert f"process {1 - victim} on {machine}: lost contact with process {victim} on {machine} (" in said
+
+
+def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--rdzv_backend=c10d",
+                "--rdzv_endpoint=localhost:0", "-m", "nesso_tune", "train", path]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.Popen(
+        [*launcher, "--set", "train.global_batch_size=3"], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    when_at(run, tmp_path / "run", 3, None)
+    (first,) = [pid for pid in workers(run.pid) if b"RANK=0" in environment_of(pid)]
+    os.kill(first, signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert said.count("lost contact with process 0 on ") == 1
+
+
+def test_what_one_process_finds_is_said_once_by_it(path):
+    done = several("train", path, module="tests.support.failing")
+    assert done.returncode != 0
+    assert done.stderr.count("the disk is full: a checkpoint needs") == 1
+    assert "lost contact" not in done.stderr
+
+
+def test_processes_that_are_told_no_meeting_point(path):
+    done = command("train", path, WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 5
+    assert "MASTER_ADDR, MASTER_PORT: do not say where the 2 processes of WORLD_SIZE meet" in done.stderr
+
+
+def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert machines_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
+    (fake := tmp_path / "scontrol").write_text("#!/bin/sh\necho lrdn01; echo lrdn02\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "lrdn[01-02]")
+    assert machines_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]

@@ -1,0 +1,312 @@
+"""Weights are never random by accident, the vocabulary fits, and new tokens start from related ones."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, YoutuConfig
+
+from nesso_tune import RunEnvironmentError
+from nesso_tune.chat.tokenizer import chat_tokenizer
+from nesso_tune.errors import ModelError, RecipeError
+from nesso_tune.model import loading
+from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.lm_head import forward_path
+from nesso_tune.model.loading import base_hash, load_model
+from nesso_tune.planning.plan import DataVolume
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.planning.shapes import ModelShape
+from nesso_tune.recipes.sections import ChatSection, ModelSection
+from nesso_tune.run import train
+from nesso_tune.training.sft import ConversationTrainer
+from tests.support.architectures import tiny
+from tests.support.runs import recipe, steps
+
+
+@pytest.fixture
+def trained(tmp_path, base):
+    """A folder with weights, as a hub model has them (bfloat16 on disk); `tied` and `rows` may be changed."""
+
+    def make(tied=True, rows=None):
+        folder = tmp_path / "trained"
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        config = LlamaConfig.from_pretrained(folder)
+        config.tie_word_embeddings = tied
+        config.vocab_size = rows or config.vocab_size
+        torch.manual_seed(3)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+def load(folder, random_init=False, **chat):
+    section = ModelSection(base=str(folder), random_init=random_init)
+    tokenizer = chat_tokenizer(section, ChatSection(**chat))
+    return load_model(section, tokenizer, seed=1), tokenizer
+
+
+def test_a_base_without_weights_is_an_error_unless_random_weights_are_asked_for(base):
+    with pytest.raises(ModelError, match="random_init"):
+        load(base)
+    model, _ = load(base, random_init=True)
+    again, _ = load(base, random_init=True)
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight), "the seed decides"
+
+
+def test_master_weights_are_float32(trained):
+    model, _ = load(trained())
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", ["reserved", "resize"])
+def test_new_and_renamed_rows_start_from_the_mean_of_related_rows(trained, tied, how):
+    folder = trained(tied)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, tokenizer = load(folder, new_tokens=how)
+    rows = plain.config.vocab_size
+    assert model.get_input_embeddings().weight.shape[0] == (rows if how == "reserved" else rows + 2)
+    assert tokenizer.starts_from
+    for token, related in tokenizer.starts_from.items():
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            wanted = getattr(plain, get)().weight[list(related)].mean(dim=0)
+            torch.testing.assert_close(getattr(model, get)().weight[token], wanted)
+    untouched = [i for i in range(rows) if i not in tokenizer.starts_from]
+    assert torch.equal(model.get_input_embeddings().weight[untouched], plain.get_input_embeddings().weight[untouched])
+
+
+def test_tokenizer_and_model_that_do_not_fit_are_an_error_with_both_numbers(trained):
+    with pytest.raises(ModelError, match=r"1,823 tokens, the model 1,000 rows"):
+        load(trained(rows=1000))
+
+
+def test_more_rows_than_tokens_are_fine(trained):
+    model, _ = load(trained(rows=2048))
+    assert model.get_input_embeddings().weight.shape[0] == 2048
+
+
+def test_missing_weights_are_named(trained):
+    from safetensors.torch import load_file, save_file
+
+    folder = trained()
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "wrong shape"])
+def test_damaged_weights_are_an_error(trained, damage):
+    folder = trained()
+    file = folder / "model.safetensors"
+    if damage == "wrong shape":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 99}))
+    else:
+        file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
+    with pytest.raises(ModelError):
+        load(folder)
+
+
+def test_generation_stops_at_the_templates_end_and_at_the_bases_own(trained):
+    model, tokenizer = load(trained())
+    assert model.generation_config.eos_token_id[0] == tokenizer.eos_id
+    assert 1 in model.generation_config.eos_token_id, "<|end_of_text|> of the base"
+    assert model.generation_config.pad_token_id == tokenizer.pad_id == tokenizer.eos_id
+    assert model.generation_config.max_length == model.config.max_position_embeddings
+    assert model.generation_config.max_new_tokens is None, "it would be a ceiling for servers and evaluations"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_padding_tokens_row_has_a_gradient(trained, tied):
+    """The template's end token is padding too, and what a second stage starts from says so."""
+    folder = trained(tied)
+    first, tokenizer = load(folder)
+    first.save_pretrained(folder)
+    assert AutoModelForCausalLM.from_pretrained(folder).get_input_embeddings().padding_idx == tokenizer.eos_id
+    model, _ = load(folder)
+    embedding, end = model.get_input_embeddings(), tokenizer.eos_id
+    hidden = model.base_model(input_ids=torch.tensor([[5, end, 7]])).last_hidden_state
+    (grad,) = torch.autograd.grad(hidden[0, -1].sum(), embedding.weight)  # of the input side alone
+    assert grad[end].norm() > 0.1 * grad[5].norm() > 0
+
+
+def test_random_weights_have_no_row_of_zeros(base, tmp_path):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "pad_token_id": 9}))
+    table = load(tmp_path, random_init=True)[0].get_input_embeddings().weight
+    assert float(table[9].std()) == pytest.approx(float(table.std()), rel=0.3)
+    assert table.abs().sum(dim=1).all()
+
+
+def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_path):
+    tiny(RobertaConfig).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / name)
+    model, tokenizer = load(tmp_path)
+    assert model.config.pad_token_id == 1 != tokenizer.pad_id
+    assert model.generation_config.pad_token_id == tokenizer.pad_id
+
+
+def test_a_model_whose_padding_row_is_zeroed_on_loading_names_no_padding(base, tmp_path):
+    """transformers zeroes it for youtu whatever the files hold, and here it is the row of the end token."""
+    tiny(YoutuConfig).save_pretrained(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / "base" / name)
+    model, tokenizer = load(tmp_path / "base")
+    assert model.config.pad_token_id is None
+    assert model.generation_config.pad_token_id == tokenizer.pad_id
+    table = model.get_input_embeddings().weight
+    assert table[tokenizer.pad_id].any()
+    model.save_pretrained(tmp_path / "final")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "final").get_input_embeddings().weight, table)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_adapter_in_the_folder_is_an_error_that_names_it(trained, whole):
+    folder = trained()
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "else"}))
+    if not whole:
+        (folder / "model.safetensors").unlink()
+    remedy = "remove adapter_config.json if the weights are whole" if whole else "merge it into its base"
+    with pytest.raises(ModelError, match=rf"holds an adapter \(adapter_config.json\); {remedy}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+def test_a_hybrid_without_experts_needs_no_router(base, tmp_path, scaling):
+    sizes = {"vocab_size": 1823, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "shared_intermediate_size": 96, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}  # fmt: skip
+    config = AutoConfig.for_model(
+        "granitemoehybrid", **sizes, num_hidden_layers=2, layer_types=["mamba", "attention"], num_local_experts=0,
+        num_experts_per_tok=0, output_router_logits=True, logits_scaling=scaling,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / name)
+    model, _ = load(tmp_path, random_init=True)
+    answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, eos_token_id=None)
+    assert answer.shape == (1, 5), "its own forward would look for a router"
+    assert not forward_path(model).keeps_documents_apart
+
+
+def test_flash_without_a_gpu_is_an_error(base):
+    section = ModelSection(base=base, random_init=True, attention="flash")
+    with pytest.raises(RecipeError, match="attention: auto"):
+        load_model(section, chat_tokenizer(section, ChatSection()), 0)
+
+
+def test_base_hash_follows_the_content(trained):
+    folder = trained()
+    section = ModelSection(base=str(folder))
+    before = base_hash(section)
+    assert base_hash(section) == before
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    assert base_hash(section) != before
+
+
+def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
+    from nesso_tune.smoke import build_standin, shrunk
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    gptj = {"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 128}
+    assert build_standin(folder, shrunk(gptj, 1900)) == "gptj"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", folder / name)
+    section = ModelSection(base=str(folder))
+    model = load_model(section, chat_tokenizer(section, ChatSection()), 1)
+    assert model.config._attn_implementation == "eager"
+    wanted = section.model_copy(update={"attention": "sdpa"})
+    chat = chat_tokenizer(wanted, ChatSection())
+    with pytest.raises(RecipeError, match="has no sdpa attention; set attention: auto or eager"):
+        load_model(wanted, chat, 1)
+
+
+def test_a_base_that_scales_its_logits_is_trained_in_batches(base, tmp_path):
+    """Its head stays TRL's, and so does what a run says of its attention."""
+    assert attends_by_document(load(base, random_init=True)[0])
+    folder = tmp_path / "granite"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "granite", "logits_scaling": 8.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    model, _ = load(folder, random_init=True)
+    assert not attends_by_document(model)
+    assert kernel_in_words(model, "float32") == "sdpa, with masks"
+
+
+def test_a_file_of_the_hubs_cache_that_is_not_what_the_hub_has_is_named(tmp_path, whole_base):
+    """The cache calls a large file by its hash."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(whole_base, snapshot)
+    blobs.mkdir()
+    weights = (snapshot / "model.safetensors").read_bytes()
+    blob = blobs / hashlib.sha256(weights).hexdigest()
+    blob.write_bytes(weights)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(blob)
+    section = ModelSection(base=str(snapshot))
+    assert base_hash(section) == base_hash(ModelSection(base=whole_base))
+    blob.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    with pytest.raises(ModelError, match=r"model\.safetensors was damaged in the hub's cache; remove .*/blobs/"):
+        base_hash(section)
+
+
+ZAGREUS = ModelShape(128_256, 960, 2560, 32, 15, 5, 64, tied=True, context=4096)
+
+
+def test_losses_are_those_of_a_run_that_is_not_compiled_and_a_resume_is_exact(tmp_path, talks, monkeypatch):
+    lengths = set()
+    compute = ConversationTrainer.compute_loss
+
+    def watched(self, model, inputs, *arguments, **options):
+        if self.model.training:
+            lengths.add(inputs["labels"].shape[1])
+        return compute(self, model, inputs, *arguments, **options)
+
+    monkeypatch.setattr(ConversationTrainer, "compute_loss", watched)
+    for name, compiled in (("plain", False), ("compiled", True)):
+        train(recipe("sft", tmp_path / name, [talks], train={"torch_compile": compiled}))
+        if not compiled:
+            lengths.clear()
+    assert lengths == {2 * 128}, "rows are filled up to one length"
+    assert steps(tmp_path / "compiled") == pytest.approx(steps(tmp_path / "plain"), rel=1e-5)
+    whole = steps(tmp_path / "compiled", "eval_loss")
+    assert whole == pytest.approx(steps(tmp_path / "plain", "eval_loss"), rel=1e-5)
+
+    before = load_file(tmp_path / "compiled" / "final" / "model.safetensors")
+    shutil.rmtree(tmp_path / "compiled" / "final")
+    shutil.rmtree(tmp_path / "compiled" / "checkpoint-4")
+    train(recipe("sft", tmp_path / "compiled", [talks], train={"torch_compile": True}))
+    after = load_file(tmp_path / "compiled" / "final" / "model.safetensors")
+    assert all((after[name] == tensor).all() for name, tensor in before.items())
+    assert json.loads((tmp_path / "compiled" / "manifest.json").read_text())["torch_compile"] is True
+
+
+def test_without_a_compiler_it_is_said(monkeypatch):
+    monkeypatch.setattr(loading.shutil, "which", lambda _: None)
+    assert not loading.can_compile()
+    with pytest.raises(RunEnvironmentError, match=r"no C\+\+ compiler is installed"):
+        loading.compile_layers(None)
+
+
+def test_auto_compiles_where_a_cpu_has_much_to_do(tmp_path):
+    def compiled(volume=None, shape=ZAGREUS, **train):
+        some = recipe("sft", tmp_path, ["a"], train={"max_steps": None, "num_epochs": 1.0, **train},
+                      data={"sequence_len": 1024})  # fmt: skip
+        return make_plan(some, volume=volume, shape=shape).torch_compile
+
+    much, little = DataVolume(1000, 10**6, 5 * 10**5), DataVolume(20, 20_000, 10_000)
+    assert compiled(much)
+    assert not compiled(little)
+    assert compiled(little, torch_compile=True)
+    assert not compiled(much, torch_compile=False)
+    assert not compiled(None)
+    assert not make_plan(recipe("dpo", tmp_path, ["a"]), volume=much, shape=ZAGREUS).torch_compile

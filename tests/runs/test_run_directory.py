@@ -1,0 +1,378 @@
+"""The run directory: foreign folders stay untouched, two runs exclude each other, a finished run says so."""
+
+import errno
+import json
+import re
+import shutil
+
+import pytest
+
+from nesso_tune import RecipeError, RunEnvironmentError
+from nesso_tune.recipes.builtin import shipped
+from nesso_tune.recipes.load import load_recipe
+from nesso_tune.run import train
+from nesso_tune.runs import checkpoint
+from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
+from nesso_tune.runs.provenance import MADE_OF, check_same_run
+from nesso_tune.runs.run_directory import differences, open_run, write_end, write_start
+from tests.support.runs import recipe, steps
+
+
+@pytest.fixture
+def some(tmp_path, talks):
+    return recipe("sft", tmp_path / "run", [talks])
+
+
+def test_a_foreign_folder_is_never_written_into(tmp_path, some):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(RunEnvironmentError, match="holds no run"):
+            open_run(some, overwrite=overwrite)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_way(tmp_path, some):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(RunEnvironmentError, match="is a file"):
+        open_run(some)
+
+
+def test_a_foreign_manifest_is_foreign(tmp_path, some):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"name": "an extension"}')
+    with pytest.raises(RunEnvironmentError, match="holds no run"):
+        open_run(some, overwrite=True)
+
+
+def test_two_runs_exclude_each_other(some):
+    run = open_run(some)
+    with pytest.raises(RunEnvironmentError, match="another nesso-tune"):
+        open_run(some)
+    run.close()
+    open_run(some).close()
+
+
+def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
+    run = open_run(some)
+    write_start(run, some, {"nesso_tune": "0"})
+    run.close()
+    assert load_recipe(run.path / "recipe.yaml") == some, "the resolved recipe loads again as it is"
+    again = open_run(some)
+    assert (again.checkpoint, again.finished) == (None, False)
+    assert "starts from the beginning" in again.notes[0]
+    again.close()
+    with pytest.raises(RunEnvironmentError, match="unfinished"):
+        open_run(some, resume="never")
+    run.final.mkdir()
+    (run.final / "model.safetensors").write_text("weights")
+    write_end(run)
+    done = open_run(some)
+    assert done.finished
+    done.close()
+    (run.final / "model.safetensors").write_text("weigh")
+    damaged = open_run(some)
+    assert not damaged.finished, "a final/ that was cut short is made again"
+    damaged.close()
+    other = recipe("sft", tmp_path / "run", [talks], seed=7)
+    with pytest.raises(RecipeError, match="seed: 42, the recipe now says 7"):
+        open_run(other)
+
+
+def test_leftovers_of_interrupted_saves_are_removed(some):
+    run = open_run(some)
+    write_start(run, some, {"nesso_tune": "0"})
+    (run.path / ".checkpoint-3.partial").mkdir()
+    (run.path / ".checkpoint-3.partial" / "model.safetensors").write_text("half")
+    run.close()
+    open_run(some).close()
+    assert not list(run.path.glob(".*.partial"))
+
+
+@pytest.mark.parametrize("path", ["nowhere", "checkpoint-9"])
+def test_a_checkpoint_that_is_not_there_cannot_be_resumed_from(some, path):
+    run = open_run(some)
+    write_start(run, some, {"nesso_tune": "0"})
+    run.close()
+    with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
+        open_run(some, resume=str(run.path / path))
+
+
+def test_a_damaged_manifest_is_named(some):
+    run = open_run(some)
+    (run.path / "manifest.json").write_text('{"nesso')
+    run.close()
+    with pytest.raises(RunEnvironmentError, match=r"manifest\.json: is damaged"):
+        open_run(some)
+
+
+def test_differences_name_dotted_keys_and_leave_free_ones_out():
+    old = {"seed": 1, "train": {"learning_rate": 1e-3, "schedule": {"type": "cosine"}}, "logging": {"every_steps": 1}}
+    new = {"seed": 1, "train": {"learning_rate": 2e-3, "schedule": {"type": "linear"}}, "logging": {"every_steps": 9}}
+    assert differences(old, new) == {
+        "train.learning_rate": (1e-3, 2e-3),
+        "train.schedule.type": ("cosine", "linear"),
+    }
+
+
+def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
+    train(some)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    for key in ("nesso_tune", "versions", "base", "tokenizer", "data", "world_size", "threads", "device", "command"):
+        assert manifest[key], key
+    assert manifest["finished"]
+    assert train(some).trained is False, "a finished run of the same recipe is done"
+
+
+def test_an_accepted_change_of_a_finished_run_would_do_nothing(some):
+    train(some)
+    changed = some.model_copy(update={"train": some.train.model_copy(update={"max_steps": 9})})
+    with pytest.raises(
+        RecipeError, match=r"its run is finished: a change of train.max_steps would do nothing; train it"
+    ):
+        train(changed, allow_changes=("train.max_steps",))
+
+
+def test_what_decides_the_data_is_not_offered_to_be_accepted(some):
+    train(some)
+    with pytest.raises(RecipeError) as error:
+        train(some.model_copy(update={"seed": 7}))
+    assert "its run has seed: 42, the recipe now says 7" in str(error.value)
+    assert "--allow-changes" not in str(error.value)
+
+
+def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
+    """The manifest comes first; until it is there, the folder holds nothing but a lock and a staged file."""
+    run = open_run(some)
+    (run.path / ".manifest.json.partial").write_text("{")
+    run.close()
+    assert open_run(some).checkpoint is None
+
+
+def test_a_base_inside_the_run_directory_is_refused(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], model={"base": str(tmp_path / "run" / "final")})
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    with pytest.raises(RecipeError, match="lies in output_dir"):
+        open_run(some, overwrite=True)
+    assert (tmp_path / "run" / "final").is_dir()
+
+
+def test_a_named_checkpoint_is_used_or_refused_never_passed_over(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
+        open_run(some, resume=str(tmp_path / "run" / "checkpoint-2"))
+    train(some)
+    named = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(RecipeError, match=r"would remove .*checkpoint-2, which --resume names"):
+        open_run(some, resume=named, overwrite=True)
+    with pytest.raises(RunEnvironmentError, match="its run is finished"):
+        open_run(some, resume=named)
+    shutil.rmtree(tmp_path / "run" / "final")
+    open_run(some, resume=named).close()
+    with pytest.raises(RunEnvironmentError, match="later-checkpoint-4: is no checkpoint of a run"):
+        open_run(some, resume=str(tmp_path / "run" / "later-checkpoint-4"))
+
+
+def stopped(tmp_path, talks):
+    """A run of four steps whose `final/` and last checkpoint are gone."""
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    train(some)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    return some, tmp_path / "run"
+
+
+def test_no_usable_checkpoint_is_refused_each_time_and_nothing_is_changed(tmp_path, talks):
+    some, run = stopped(tmp_path, talks)
+    (run / "checkpoint-2" / "rng-0.json").write_text("x")
+    before = (run / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(
+            RunEnvironmentError, match=r"no checkpoint is usable \(checkpoint-2: rng-0\.json is damaged"
+        ):
+            train(some)
+    assert (run / "checkpoint-2").is_dir()
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "checkpoint-2").rename(run / "damaged-checkpoint-2")
+    with pytest.raises(RunEnvironmentError, match="no checkpoint is usable"):
+        train(some)
+
+
+def test_what_cannot_be_read_now_is_not_damaged(tmp_path, talks, monkeypatch):
+    some, run = stopped(tmp_path, talks)
+
+    def unreadable(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoint, "sha256", unreadable)
+    with pytest.raises(OSError, match="Input/output error"):
+        train(some)
+    monkeypatch.undo()
+    monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+    assert (run / "checkpoint-2").is_dir()
+    assert train(some).trained
+
+
+def test_a_finished_model_with_files_added_and_an_edited_card_is_left_alone(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    final = train(some).model_dir
+    (final / "README.md").write_text("ours")
+    (final / "model-q4.gguf").write_text("weights")
+    assert train(some).trained is False
+    assert ((final / "README.md").read_text(), (final / "model-q4.gguf").read_text()) == ("ours", "weights")
+
+
+def test_a_damaged_final_is_kept_beside_and_made_again_with_a_word(tmp_path, talks):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    final = train(some).model_dir
+    (final / "config.json").unlink()
+    said = []
+    assert train(some, say=said.append).trained
+    assert "what stands there is kept as damaged-final" in said[0]
+    assert (tmp_path / "run" / "damaged-final" / "model.safetensors").is_file()
+    (final / "config.json").unlink()
+    for saved in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(saved)
+    said = []
+    assert train(some, say=said.append).trained
+    assert "made again" in said[0]
+    assert "starts from the beginning" in said[1]
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoint-2"])
+def test_a_folder_that_was_being_replaced_gets_its_name_back(tmp_path, talks, name):
+    some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
+    train(some)
+    run = tmp_path / "run"
+    (run / name).rename(run / f".{name}.before.partial")
+    (run / f".{name}.partial").mkdir()
+    assert train(some).trained is False
+    assert (run / name).is_dir()
+    assert not list(run.glob(".*.partial"))
+
+
+def test_paths_that_lead_nowhere(tmp_path, talks):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "c").symlink_to(tmp_path / "absent")
+    for name in ("a/run", "c"):
+        with pytest.raises(RunEnvironmentError, match="is a link"):
+            open_run(recipe("sft", tmp_path / name, [talks]))
+
+
+def test_strange_lines_in_the_metrics_are_passed_over_and_odd_line_breaks_kept(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", True)
+    log.write({"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n[1]\n{"step": "x"}\n\xff\xfe\n{"step": 2')
+    log.cut_back(1)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"}
+    ]
+
+
+def test_only_whole_numbers_name_checkpoints(tmp_path):
+    for name in ("checkpoint-²", "checkpoint-x", "checkpoint-", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-10"]
+
+
+def one_gone(run):
+    """As if the run had been stopped before its last save."""
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-4")
+
+
+def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, whole_base):
+    """A chain, stopped in its second run, is moved as a whole; then something is not what it was."""
+    (tmp_path / "old").mkdir()
+    data = shutil.copy(talks, tmp_path / "old" / "talks.jsonl")
+    base = shutil.copytree(whole_base, tmp_path / "old" / "base")
+    template = shutil.copy(shipped("data_templates") / "chat" / "chatml.yaml", tmp_path / "old" / "mine.yaml")
+
+    def made(folder, source="talks.jsonl", model="base", **data):
+        there = {"path": f"{folder}/{source}"}
+        return recipe(
+            "sft", folder / "run", [], model={"base": f"{folder}/{model}", "random_init": False}, evaluation=None,
+            chat={"template": f"{folder}/{template.name}"}, data={"sources": [there], **data},
+        )  # fmt: skip
+
+    train(made(tmp_path / "old"))
+    losses = steps(tmp_path / "old" / "run")
+    one_gone(tmp_path / "old" / "run")
+    new = (tmp_path / "old").rename(tmp_path / "new")
+    (new / data.name).rename(new / "renamed.jsonl")
+    (new / "linked").symlink_to(new / base.name)
+    moved, said = made(new, "renamed.jsonl", "linked"), []
+    assert train(moved, say=said.append).trained
+    assert steps(new / "run") == losses
+    assert "an unfinished run: it continues from checkpoint-2" in said
+    assert "the base is named otherwise (model.base), but has the same content" in said
+    assert "the data is named otherwise (data.sources.0.path), but has the same content" in said
+    assert "the template is named otherwise (chat.template), but has the same content" in said
+    assert train(made(new, "../new/renamed.jsonl")).trained is False, "the finished run is the same one too"
+    one_gone(new / "run")
+    (new / "other.jsonl").write_text((new / "renamed.jsonl").read_text().replace("Roma", "Toma"))
+    with pytest.raises(RecipeError) as refused:
+        train(made(new, "other.jsonl"))
+    said_of_data = r'the data changed \(\w+ -> \w+; data.sources.0.path: ".*/renamed.jsonl" -> ".*/other.jsonl"\); name'
+    assert re.search(f"{said_of_data} what it began with in data.sources.0.path, or start anew", str(refused.value))
+    other = shutil.copytree(base if base.exists() else new / "base", new / "other")
+    flipped = bytearray((other / "model.safetensors").read_bytes())
+    flipped[-2] ^= 1
+    (other / "model.safetensors").write_bytes(flipped)
+    with pytest.raises(
+        RecipeError, match=r'the base model\'s weights changed \(.*; model.base: ".*linked" -> ".*other"'
+    ):
+        train(made(new, "renamed.jsonl", "other"))
+    for saved in (new / "run").glob("checkpoint-*"):
+        shutil.rmtree(saved)  # nothing to go on from: it is other data all the same
+    with pytest.raises(RecipeError, match="the data changed"):
+        train(made(new, "other.jsonl"))
+    assert json.loads((new / "run" / "manifest.json").read_text())["recipe"]["data"]["sources"][0]["path"].endswith(
+        "renamed.jsonl"
+    ), "a refusal writes nothing"
+
+
+def test_which_changes_of_a_recipe_are_only_of_names(tmp_path, talks, pairs):
+    """A key that says how rows are read is refused at once, with both values."""
+    some = recipe("sft", tmp_path / "run", [talks])
+    open_run(some).close()
+    run = open_run(some)
+    write_start(run, some, {"nesso_tune": "0"})
+    run.close()
+    raw = some.model_dump(mode="json")
+    raw["data"]["sources"][0] |= {"path": pairs, "alias": "mine", "format": "messages"}
+    raw["model"]["revision"] = "0" * 40
+    raw["chat"]["template"] = "llama3"
+    raw["model"]["random_init"] = False
+    with pytest.raises(RecipeError, match=r"its run has model\.random_init: true, the recipe now says false") as error:
+        open_run(type(some).model_validate(raw))
+    assert len(error.value.problems) == 1
+    raw["model"]["random_init"] = True
+    del raw["model"]["revision"]
+    again = open_run(type(some).model_validate(raw))
+    assert sorted(again.moved) == [
+        "chat.template", "data.sources.0.alias", "data.sources.0.format", "data.sources.0.path"
+    ]  # fmt: skip
+    assert not again.changed
+    again.close()
+
+
+def test_data_of_a_run_begun_before_data_was_its_content_cannot_be_compared(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"begun by an earlier nesso-tune \(0\.0\), .*; continue it with that version"
+    ):
+        check_same_run(tmp_path, {"nesso_tune": "0.0", "data": "a"}, {**dict.fromkeys(MADE_OF), "data": "b"}, False)
+
+
+def test_an_output_dir_with_its_data_is_refused_before_anything_is_written(tmp_path, talks):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    shutil.copy(talks, folder / "a.jsonl")
+    with pytest.raises(
+        RecipeError, match=r"output_dir: .*run lies in data.sources.0.path .*: the run would read its own"
+    ):
+        train(recipe("sft", folder / "run", [folder]))
+    assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
