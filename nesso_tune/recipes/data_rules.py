@@ -11,7 +11,7 @@ from nesso_tune.conversation import LANGUAGE_NAMES, OTHER_LANGUAGES, language_co
 from nesso_tune.errors import closest, shortened
 from nesso_tune.recipes.builtin import template_names
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 Raw = Mapping[str, Any]
 
 
@@ -19,7 +19,7 @@ Raw = Mapping[str, Any]
 class Finding:
     """One inert or contradictory knob: where it stands, why it is wrong, and the remedy."""
 
-    path: Path
+    path: KeyPath
     what: str
     remedy: str
 
@@ -66,7 +66,7 @@ def _sources(raw: Raw) -> Iterator[Finding]:
                     yield Finding(here, "has no effect: evaluation sees every row once", "remove it")
 
 
-def unknown_template(here: Path, name: Any, kind: str) -> Iterator[Finding]:
+def unknown_template(here: KeyPath, name: Any, kind: str) -> Iterator[Finding]:
     """A name that is neither a shipped file of data_templates/KIND/ nor the path of one's own."""
     known = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
     own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
@@ -77,7 +77,7 @@ def unknown_template(here: Path, name: Any, kind: str) -> Iterator[Finding]:
         yield Finding(here, f"`{shortened(name)}` is not known", remedy)
 
 
-def wrong_code(here: Path, code: Any) -> Iterator[Finding]:
+def wrong_code(here: KeyPath, code: Any) -> Iterator[Finding]:
     """A language that rows are never said to be in: what they say becomes a code such as `it` first."""
     if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
         return
@@ -85,7 +85,7 @@ def wrong_code(here: Path, code: Any) -> Iterator[Finding]:
     yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
 
 
-def _language(here: Path, said: Any) -> Iterator[Finding]:
+def _language(here: KeyPath, said: Any) -> Iterator[Finding]:
     """The language of a whole source, which may also be said by its name."""
     if isinstance(said, str) and said.strip() and said != "auto" and language_code(said) is None:
         guess = closest(said, ["auto", *LANGUAGE_NAMES])
@@ -93,7 +93,7 @@ def _language(here: Path, said: Any) -> Iterator[Finding]:
         yield Finding(here, f"`{shortened(said)}` is no language code", remedy)
 
 
-def _source(source: Any, here: Path) -> Iterator[Finding]:
+def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
     style = get(source, "format")
     yield from unknown_template((*here, "format"), style, "formats")
     yield from _language((*here, "language"), get(source, "language"))
@@ -108,7 +108,7 @@ def _source(source: Any, here: Path) -> Iterator[Finding]:
             yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
     if get(source, "reads") and not own:
         yield Finding((*here, "reads"), "has no effect without a reader of your own", "set format: FILE.py:FUNCTION")
-    scored: list[Path] = [("min_score",)] if get(source, "min_score") is not None else []
+    scored: list[KeyPath] = [("min_score",)] if get(source, "min_score") is not None else []
     scored += [("rules", code, "min_score") for code, rule in _rules(source) if get(rule, "min_score") is not None]
     for path in scored if get(source, "score_field") is None else ():
         yield Finding((*here, *path), "needs score_field", "name the column that holds the score")
@@ -140,7 +140,7 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
     sources = get(raw, "data", "sources")
     sources = sources if isinstance(sources, (list, tuple)) else ()
     for i, source in enumerate(sources):
-        weighted: list[Path] = [("weight",)] if get(source, "weight") not in (None, 1) else []
+        weighted: list[KeyPath] = [("weight",)] if get(source, "weight") not in (None, 1) else []
         weighted += [("rules", code, "weight") for code, rule in _rules(source) if get(rule, "weight") is not None]
         for path in weighted:
             yield Finding(

@@ -11,7 +11,7 @@ from posixpath import normpath
 
 from nesso_tune.metrics import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
-from nesso_tune.recipes.data_rules import DATA_RULES, Finding, Raw, get, unknown_source, unknown_template, wrong_code
+from nesso_tune.recipes.data_rules import DATA_RULES, Finding, KeyPath, Raw, get, unknown_source, unknown_template, wrong_code
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
@@ -40,7 +40,7 @@ JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
 class Exclusive:
     """Keys of a section of which only one may be set."""
 
-    section: Path
+    section: KeyPath
     keys: tuple[str, str]
     remedy: str
 
@@ -49,7 +49,7 @@ class Exclusive:
 class Inert:
     """Keys of a section that do nothing while another key of it has a value."""
 
-    section: Path
+    section: KeyPath
     key: str
     value: str
     inert: tuple[str, ...]
@@ -90,7 +90,7 @@ def _inert(raw: Raw) -> Iterator[Finding]:
 
 
 def _schedule(raw: Raw) -> Iterator[Finding]:
-    here: Path = ("train", "schedule")
+    here: KeyPath = ("train", "schedule")
     warmup, end = get(raw, *here, "warmup_ratio"), get(raw, *here, "constant_ratio")
     if isinstance(warmup, (int, float)) and isinstance(end, (int, float)) and warmup >= end > 0:
         yield Finding(
