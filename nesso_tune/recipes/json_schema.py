@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nesso_tune.recipes.builtin import template_names
-from nesso_tune.recipes.rules import EXCLUSIVE, INERT, Path
+from nesso_tune.recipes.data_rules import KeyPath
+from nesso_tune.recipes.rules import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
 
 FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
@@ -64,9 +65,9 @@ def _tidy(schema: Any) -> Any:
     return kept
 
 
-def _rules() -> list[tuple[Path, dict[str, Any]]]:
+def _rules() -> list[tuple[KeyPath, dict[str, Any]]]:
     """Contradictions and knobs without effect, by section."""
-    rules: list[tuple[Path, dict[str, Any]]] = []
+    rules: list[tuple[KeyPath, dict[str, Any]]] = []
     for pair in EXCLUSIVE:
         both = {"required": list(pair.keys), "properties": dict.fromkeys(pair.keys, NOT_NULL)}
         rules.append((pair.section, {"not": both, "$comment": f"{' and '.join(pair.keys)}: {pair.remedy}"}))
@@ -77,7 +78,7 @@ def _rules() -> list[tuple[Path, dict[str, Any]]]:
     return rules
 
 
-def _definition(definitions: dict[str, Any], section: Path) -> str:
+def _definition(definitions: dict[str, Any], section: KeyPath) -> str:
     """The name of the definition that a section refers to."""
     name = SFTRecipe.__name__
     for key in section:

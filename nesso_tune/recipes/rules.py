@@ -11,7 +11,16 @@ from posixpath import normpath
 
 from nesso_tune.metrics import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
-from nesso_tune.recipes.data_rules import DATA_RULES, Finding, KeyPath, Raw, get, unknown_source, unknown_template, wrong_code
+from nesso_tune.recipes.data_rules import (
+    DATA_RULES,
+    Finding,
+    KeyPath,
+    Raw,
+    get,
+    unknown_source,
+    unknown_template,
+    wrong_code,
+)
 from nesso_tune.recipes.secrets import find_secrets, names_a_secret
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
