@@ -4,10 +4,12 @@
     python scripts/training_record.py compare RECORD          # runs them again and lists every difference
     python scripts/training_record.py compare RECORD --tree ../other --only dpo,lora
 
-A record holds each case's metrics (loss, gradient norm, learning rate and everything else that is not a time), its
-answers, the fingerprint of its prepared data and the SHA-256 of every file in `final/` but the model card. It also
+A record holds the metrics of each case (loss, gradient norm, learning rate and everything else that is not a time),
+its answers, the fingerprint of its prepared data and the SHA-256 of every file in `final/` but the model card. It also
 holds a run that was killed by SIGKILL after its first checkpoint: `compare` continues it with the tree under test, and
-expects the metrics and weights of the run that was never killed. Record and compare on the same machine. Exit code 1 means a difference.
+expects the metrics and weights of the run that was never killed.
+
+Record and compare on the same machine. Exit code 1 means that there is a difference.
 """
 
 import argparse
