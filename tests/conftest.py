@@ -24,6 +24,7 @@ from hypothesis import settings
 import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
 from nesso_tune import DPORecipe, SFTRecipe
 from nesso_tune.recipes import load_recipe
+from tests.support.processes import end_all
 from tests.support.recipe_texts import SFT
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,13 @@ def pytest_runtest_setup():
 def own_cache(tmp_path, monkeypatch):
     """Every test has a cache of its own."""
     monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """Runs that a failed test leaves behind are killed."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

@@ -14,15 +14,13 @@ from safetensors.torch import load_file
 
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import WEIGHTS
+from tests.support.processes import Forked
 from tests.support.runs import ROOT, command, metrics, recipe, thorough, write_recipe
 
 
 def start(*paths):
     """The run, or a chain of them, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "nesso_tune", "train", *paths], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
-    )
+    return Forked("train", *paths)
 
 
 def kill_at(process, run, step):
@@ -104,16 +102,13 @@ def test_asked_to_stop_it_saves_where_it_is_and_ends_with_75(tmp_path, talks, un
 
 def test_asked_to_stop_before_the_first_step(tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks], train={"max_steps": 4000}))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "nesso_tune", "train", path], cwd=ROOT, env=environment,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = start(path)
     while not (tmp_path / "run").exists():  # the libraries are loaded, and the data is not
         assert process.poll() is None
         time.sleep(0.002)
     process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "SIGTERM: asked to stop before training began; the same command starts again" in said
+    assert process.wait(60) == 75
+    assert "SIGTERM: asked to stop before training began; the same command starts again" in process.stderr
 
 
 def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks, pairs):

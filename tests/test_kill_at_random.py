@@ -6,8 +6,6 @@ Two kills here; by hand: NESSO_TUNE_KILLS=100 NESSO_TUNE_SEED=7 pytest tests/tes
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from itertools import count
 
@@ -16,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
-from tests.support.runs import ROOT, command, recipe, steps, write_recipe
+from tests.support.processes import Forked
+from tests.support.runs import command, recipe, steps, write_recipe
 from tests.test_kill import kill_at, last_step
 
 KILLS = int(os.environ.get("NESSO_TUNE_KILLS", "2"))
@@ -27,11 +26,9 @@ WRITES = 60  # of two or three saves, or of the end
 
 def start(path, run, write=None):
     """The run in a process of its own, which kills itself at a write."""
-    module = "nesso_tune" if write is None else "tests.support.killing"
-    variables = {} if write is None else {"KILL_IN": str(run), "KILL_AT_WRITE": str(write)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.Popen([sys.executable, "-m", module, "train", path], cwd=ROOT, env=environment,
-                            stderr=subprocess.DEVNULL)  # fmt: skip
+    if write is None:
+        return Forked("train", path)
+    return Forked("train", path, module="tests.support.killing", KILL_IN=str(run), KILL_AT_WRITE=str(write))
 
 
 def killed_once(path, run, chance):

@@ -8,14 +8,16 @@ import sys
 
 import pytest
 
-from tests.support.runs import ROOT, command, main_here, metrics
+from tests.support.runs import ROOT, fresh_command, main_here, metrics
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """An empty folder in which SFT and then DPO have run, by names of shipped recipes alone."""
     folder = tmp_path_factory.mktemp("home")
-    done = command("train", "quickstart/sft", "quickstart/dpo", cwd=folder, NESSO_TUNE_CACHE=str(folder / "cache"))
+    done = fresh_command(
+        "train", "quickstart/sft", "quickstart/dpo", cwd=folder, NESSO_TUNE_CACHE=str(folder / "cache")
+    )
     assert done.returncode == 0, done.stderr
     return folder / "outputs" / "quickstart"
 
@@ -58,7 +60,7 @@ def test_losses_of_both_languages_fall(home):
 
 
 def test_chat_answers_alone_on_stdout(home, capsys):
-    done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
+    done = fresh_command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
     code, out, _ = main_here(capsys, "chat", home / "dpo", "--prompt", "What is the capital of Italy?")

@@ -6,8 +6,6 @@ One of each here; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 NESSO_TUNE_
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.runs import ROOT, metrics, recipe, several, steps, write_recipe
-from tests.test_kill import environment_of, last_step, when_at, workers
+from tests.support.processes import Ranks
+from tests.support.runs import metrics, recipe, several, steps, write_recipe
+from tests.test_kill import last_step, when_at
 
 KILLS, SIGNALS = (int(os.environ.get(f"NESSO_TUNE_{name}", "1")) for name in ("KILLS", "SIGNALS"))
 SEED = os.environ.get("NESSO_TUNE_SEED", "")
@@ -52,23 +51,14 @@ class Runs:
         self.exit_file = folder / "code"
 
     def go(self, module="tests.support.fsdp_on_cpu", **variables):
-        """The disturbed run, in two processes below the one that is returned."""
+        """The disturbed run, in two processes."""
         self.exit_file.unlink(missing_ok=True)
-        torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-                    "--rdzv_endpoint=localhost:0", "-m", module]  # fmt: skip
-        fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "NESSO_TUNE_EXIT_FILE": str(self.exit_file)}
-        return subprocess.Popen([sys.executable, *torchrun, "train", self.recipes[self.path]], cwd=ROOT,
-                                env={**os.environ, **fixed, **variables}, stderr=subprocess.DEVNULL)  # fmt: skip
+        variables["NESSO_TUNE_EXIT_FILE"] = str(self.exit_file)
+        return Ranks("train", self.recipes[self.path], module=module, **variables)
 
     def further(self, process, chance):
-        """Waits for a few more steps; returns the two processes, by rank."""
+        """Waits for a few more steps."""
         when_at(process, self.path, last_step(self.path) + chance.randint(6, 12), None)
-        found = {}
-        for pid in workers(process.pid):
-            for line in environment_of(pid):
-                if line.startswith(b"RANK="):
-                    found[int(line[5:])] = pid
-        return [found[0], found[1]]
 
     def same_to_the_bit(self):
         """Ends both runs and compares them."""
@@ -96,7 +86,8 @@ def test_killed_at_random(run):
                              KILL_RANK=str(rank))  # fmt: skip
         else:
             process = run.go()
-            pids = run.further(process, chance)
+            run.further(process, chance)
+            pids = process.pids
             time.sleep(chance.random() * 0.05)
             for pid in pids if where == "all" else [pids[int(where[-1])]]:
                 os.kill(pid, signal.SIGKILL)
@@ -113,7 +104,8 @@ def test_asked_to_stop_at_any_skew(run):
     chance = random.Random(f"3{SEED}")
     for i in range(SIGNALS):
         process = run.go()
-        pids = run.further(process, chance)
+        run.further(process, chance)
+        pids = process.pids
         first = chance.randint(0, 1)
         skew = None if i % 4 == 3 else chance.random() * 0.5
         os.kill(pids[first], signal.SIGTERM)

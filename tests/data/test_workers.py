@@ -15,7 +15,7 @@ import pytest
 from nesso_tune import DataError, RunEnvironmentError, prepare_data
 from nesso_tune.data import files, workers
 from nesso_tune.data.workers import FEW, worked
-from tests.support.runs import command, recipe, sums, write_recipe
+from tests.support.runs import fresh_command, recipe, sums, write_recipe
 
 MANY = 40
 
@@ -175,7 +175,7 @@ def test_a_data_error_is_said_once_in_its_own_form(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text('{"prompt": "a", "response": "b", "lang": "it"}\n' * 30 + "{broken\n")
     file = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [source]))
-    done = command("train", file)
+    done = fresh_command("train", file)
     assert done.returncode == 3
     assert done.stderr.count(f"{source}:31") == 1
     assert "Traceback" not in done.stderr

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from nesso_tune.distributed.membership import machines_of
+from tests.support.processes import Forked
 from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
@@ -54,17 +55,12 @@ def test_a_port_in_use(path, port):
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
 def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, victim):
     """Without a launcher that would end the others: what is left must see it by itself."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    both = [
-        subprocess.Popen([sys.executable, "-m", "nesso_tune", "train", path], stderr=subprocess.PIPE, text=True,
-                         cwd=ROOT, env={**environment, **lonely(rank, port), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]  # fmt: skip
+    both = [Forked("train", path, CUDA_VISIBLE_DEVICES="", **{**lonely(rank, port), "LOCAL_RANK": str(rank)})
+            for rank in range(2)]  # fmt: skip
     when_at(both[0], tmp_path / "run", 3, None)
     both[victim].kill()
-    _, said = both[1 - victim].communicate(timeout=120)
-    both[victim].communicate()
-    assert both[1 - victim].returncode == 5
+    assert both[1 - victim].wait(120) == 5
+    said = both[1 - victim].stderr
     assert said.count("lost contact with") == 1
     machine = socket.gethostname()
     assert f"process {1 - victim} on {machine}: lost contact with process {victim} on {machine} (" in said

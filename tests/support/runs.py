@@ -12,10 +12,10 @@ from nesso_tune.cli.main import main
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.schema import RECIPES
+from tests.support.processes import ROOT, command, several  # noqa: F401 - with the runs that they start
 
 # Cases whose parts other cases have too; by hand: NESSO_TUNE_ALL=1 make test
 thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="by hand: NESSO_TUNE_ALL=1")
-ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "recipes" / "quickstart" / "base"
 
 
@@ -55,8 +55,8 @@ def write_recipe(path, some):
     return str(path)
 
 
-def command(*arguments, cwd=ROOT, **environment):
-    """Runs the command line in a process of its own."""
+def fresh_command(*arguments, cwd=ROOT, **environment):
+    """Runs `python -m nesso_tune` in a new interpreter, for tests of what the start does; others use `command`."""
     return subprocess.run(
         [sys.executable, "-m", "nesso_tune", *map(str, arguments)],
         capture_output=True,
@@ -64,17 +64,6 @@ def command(*arguments, cwd=ROOT, **environment):
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
         timeout=300,
-    )
-
-
-def several(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables):
-    """Runs the command line on two CPU processes, or on another number of them."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
-    torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
-    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    environment = {**os.environ, **fixed, **variables}
-    return subprocess.run(
-        [*torchrun, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300
     )
 
 
