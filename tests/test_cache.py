@@ -12,7 +12,7 @@ import pytest
 from nesso_tune import DataError, cache, prepare_data
 from nesso_tune.data.prepare import cached_only
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_failed_build_leaves_nothing():
 BUILD_SLOWLY = """
 import sys, time
 from pathlib import Path
-from nesso_tune.data import cache
+from nesso_tune import cache
 log = Path(sys.argv[1])
 def build(folder):
     log.open("a").write("built\\n")
