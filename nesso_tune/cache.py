@@ -23,7 +23,7 @@ from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import environment_path
 
 Opened = TypeVar("Opened")
-DONE = "done.json"  # written last: a folder without it is not trusted
+DONE_FILE = "done.json"  # written last: a folder without it is not trusted
 ELSEWHERE = "name a folder on another disk in NESSO_TUNE_CACHE"
 Stamp = tuple[int, int, int]  # of a file: size, time of the last change, inode
 
@@ -55,12 +55,12 @@ def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
     return folder, note
 
 
-def digests(kind: str, key: str) -> dict[str, str]:
+def file_hashes(kind: str, key: str) -> dict[str, str]:
     """SHA-256 of every file of a finished result, as it was written. Raises Damaged if its note is."""
     return {name: digest for name, (_, digest) in _read(cache_root() / kind / key)["files"].items()}
 
 
-def look_up(
+def load(
     kind: str, key: str, opened: Callable[[Path, dict[str, Any]], Opened], called: str | None = None
 ) -> Opened | None:
     """A finished result, or None if it is not there or damaged; then it is removed. Arguments as of `make`."""
@@ -72,7 +72,7 @@ def look_up(
     return None if found is None else found[0]
 
 
-def make(
+def get_or_build(
     kind: str,
     key: str,
     build: Callable[[Path], dict[str, Any]],
@@ -133,12 +133,12 @@ def _built(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dic
     return note
 
 
-def checked() -> dict[str, Stamp]:
+def verified_files() -> dict[str, Stamp]:
     """What this process has compared with its hashes, for another one to `trust`."""
     return dict(_checked)
 
 
-def trust(others: Mapping[str, Stamp]) -> None:
+def trust_verified(others: Mapping[str, Stamp]) -> None:
     """Takes over what another process has compared: files that are still the same are not read again."""
     _checked.update(others)
 
@@ -168,8 +168,8 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
     record = json.loads(json.dumps({"note": note, "files": files}))  # as it will be read
     record["sha256"] = hash_of(record)
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / DONE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
-    sync(folder / DONE)
+    (folder / DONE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
+    sync(folder / DONE_FILE)
     _sync_names(folder)
     return list(files)
 
@@ -177,14 +177,14 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
 def _read(folder: Path) -> dict[str, Any]:
     """`note` and `files` of a finished result. Raises Damaged if they are missing or not as they were written."""
     try:
-        record: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))
         if record.pop("sha256") == hash_of(record):
             return record
     except OSError as error:
-        raise Damaged(f"{DONE}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise Damaged(f"{DONE_FILE}: {(error.strerror or 'cannot be read').lower()}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise Damaged(DONE)
+    raise Damaged(DONE_FILE)
 
 
 def _check(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:

@@ -257,7 +257,8 @@ def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan
     if path.positions is None:
         return
     longest = max(
-        int(rows.documents.spans[rows.documents.kept].max(initial=0)) for rows in (data.train, data.validation)
+        int(rows.documents.sequence_lengths[rows.documents.kept].max(initial=0))
+        for rows in (data.train, data.validation)
     )
     if plan.torch_compile:  # rows are filled up, with one document more
         longest = max(longest, recipe.data.sequence_len)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, cache, prepare_data
-from nesso_tune.data.prepare import cached_only
+from nesso_tune.data.prepare import is_prepared
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,9 +30,9 @@ def ids(data):
 
 
 def test_the_second_time_is_a_hit_with_the_same_rows(recipe):
-    assert not cached_only(recipe)
+    assert not is_prepared(recipe)
     first = prepare_data(recipe)
-    assert cached_only(recipe)
+    assert is_prepared(recipe)
     second = prepare_data(recipe)
     assert (first.report["cache_hit"], second.report["cache_hit"]) == (False, True)
     assert first.report | {"cache_hit": True} == second.report
@@ -98,7 +98,7 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     folder = the_folder()
     folder.rename(folder.with_suffix(".partial"))  # killed before the last step
     assert prepare_data(recipe).report["cache_hit"] is False
-    (folder / cache.DONE).unlink()  # and a folder without its note
+    (folder / cache.DONE_FILE).unlink()  # and a folder without its note
     (folder / "ids.bin").write_bytes(b"")
     again = prepare_data(recipe)
     assert again.report["cache_hit"] is False
@@ -106,7 +106,7 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
 
 
-FILES = ["ids.bin", "trained.bin", "entries.npz", "dropped.jsonl", cache.DONE]
+FILES = ["ids.bin", "trained.bin", "entries.npz", "dropped.jsonl", cache.DONE_FILE]
 
 
 def flip(file, at=0.5):
@@ -137,10 +137,10 @@ def test_damaged_files_are_named_and_made_again(with_drops, name, capfd):
 def test_any_flipped_bit_of_the_note_is_seen(recipe):
     """What is there twice, in the text and in its hash, disagrees wherever one of them changes."""
     prepare_data(recipe)
-    folder, content = the_folder(), (the_folder() / cache.DONE).read_bytes()
+    folder, content = the_folder(), (the_folder() / cache.DONE_FILE).read_bytes()
     assert cache.find("documents", folder.name)
     for at in range(0, len(content), 41):
-        (folder / cache.DONE).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 7)]) + content[at + 1 :])
+        (folder / cache.DONE_FILE).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 7)]) + content[at + 1 :])
         assert cache.find("documents", folder.name) is None, content[at - 20 : at + 20]
 
 
@@ -155,7 +155,7 @@ def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hash
 
     digest = cache.sha256
     prepare_data(recipe)
-    seen, names = cache.checked(), sorted(name for name in FILES if name != cache.DONE)
+    seen, names = cache.verified_files(), sorted(name for name in FILES if name != cache.DONE_FILE)
     assert run() == names
     assert run(seen) == []
 
@@ -166,7 +166,7 @@ def test_a_failed_build_leaves_nothing():
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        cache.make("kind", "key", fails, lambda folder, note: folder)
+        cache.get_or_build("kind", "key", fails, lambda folder, note: folder)
     assert cache.find("kind", "key") is None
     assert not [path for path in (cache.cache_root() / "kind").iterdir() if path.is_dir()]
 
@@ -181,7 +181,7 @@ def build(folder):
     time.sleep(0.5)
     (folder / "x").write_text("content")
     return {"a": 1}
-opened, note, hit = cache.make("kind", "key", build, lambda folder, note: (folder / "x").read_text())
+opened, note, hit = cache.get_or_build("kind", "key", build, lambda folder, note: (folder / "x").read_text())
 print(opened, note, hit)
 """
 
@@ -201,13 +201,13 @@ def test_a_build_killed_half_way_is_done_again(tmp_path):
     process.kill()
     process.wait()
     assert cache.find("kind", "key") is None
-    made = cache.make("kind", "key", lambda folder: {"b": 2}, lambda folder, note: list(folder.glob("x")))
+    made = cache.get_or_build("kind", "key", lambda folder: {"b": 2}, lambda folder, note: list(folder.glob("x")))
     assert made == ([], {"b": 2}, False)
 
 
 def test_the_note_is_plain_json(recipe):
     prepare_data(recipe)
-    note = json.loads((the_folder() / cache.DONE).read_text())
+    note = json.loads((the_folder() / cache.DONE_FILE).read_text())
     assert note["note"]["documents"]["languages"] == ["it", "en"]
 
 
@@ -219,4 +219,4 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(sft, write_rows, chats
     recipe = sft({"path": path, "format": f"{tmp_path}/writes.py:along"})
     with pytest.raises(DataError, match="changed while it was read; run again"):
         prepare_data(recipe)
-    assert not list(cache.cache_root().rglob(cache.DONE))
+    assert not list(cache.cache_root().rglob(cache.DONE_FILE))

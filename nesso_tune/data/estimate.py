@@ -10,7 +10,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
-from nesso_tune.data.prepare import cached_only, check_size, prepare_data
+from nesso_tune.data.prepare import is_prepared, check_size, prepare_data
 from nesso_tune.data.record_reader import Drops, reading_of, usable
 from nesso_tune.data.sources import count_rows, source_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
@@ -36,15 +36,17 @@ def stated_rows(source: Source) -> int | None:
 
 SAMPLE = 500  # rows of each source
 FULL_ROWS = 0.99  # how full best-fit packing leaves a row of chat data
-CHARACTERS = 3.8  # of Italian and English chat, a token of a large vocabulary: assumed where no tokenizer is at hand
+CHARACTERS_PER_TOKEN = (
+    3.8  # of Italian and English chat, a token of a large vocabulary: assumed where no tokenizer is at hand
+)
 TURN = 5  # tokens around each turn
 ROW, LEARNED = 500, 300  # tokens and supervised tokens of a conversation or pair: assumed where no row is at hand
 SAMPLED = f"from the first {SAMPLE} rows of each source"
-WITHOUT_TOKENIZER = f"at {CHARACTERS} characters a token, the tokenizer is not at hand"
+WITHOUT_TOKENIZER = f"at {CHARACTERS_PER_TOKEN} characters a token, the tokenizer is not at hand"
 STATED = f"rows as the hub states them, {ROW} tokens a row assumed: `nesso-tune prepare` fetches and counts them"
 
 
-def find_volume(recipe: Recipe) -> DataVolume | None:
+def estimate_volume(recipe: Recipe) -> DataVolume | None:
     """What one epoch holds, or None where too little is known (hub data that was never fetched).
 
     Raises:
@@ -55,7 +57,7 @@ def find_volume(recipe: Recipe) -> DataVolume | None:
         if is_local(source.path):
             expand(source.path)
     chat = _chat(recipe)
-    if chat is not None and all(is_local(source.path) for source in sources) and cached_only(recipe):
+    if chat is not None and all(is_local(source.path) for source in sources) and is_prepared(recipe):
         return prepare_data(recipe).volume
     volumes = [_estimate(recipe, source, chat) for source in sources]
     known = [volume for volume in volumes if volume is not None]
@@ -117,7 +119,7 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
 
 def _size(turn: Message) -> int:
     said = len(turn.content) + sum(len(str(call)) for call in turn.tool_calls)
-    return round(said / CHARACTERS) + TURN
+    return round(said / CHARACTERS_PER_TOKEN) + TURN
 
 
 def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -> DataVolume:

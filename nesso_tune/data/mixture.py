@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.privacy import name_of
+from nesso_tune.data.privacy import source_name
 from nesso_tune.data.record_reader import OTHER, rule_of
-from nesso_tune.data.token_store import Documents, Ints
+from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import DataSection, MixtureSection, Source
 
@@ -29,18 +29,18 @@ class Group:
     """
 
     name: str
-    entries: Ints
+    entries: IntArray
     times: float = 1.0
     tokens: int | None = None
     key: str = ""
 
-    def raised(self, lengths: Ints) -> bool:
+    def raised(self, lengths: IntArray) -> bool:
         """Whether what is asked for is nearer to no entry than to one."""
         if self.tokens is not None:
             return 0 < 2 * self.tokens < int(lengths[self.entries].min(initial=2**62))
         return 0 < self.times * len(self.entries) < 0.5
 
-    def draw(self, lengths: Ints, rng: np.random.Generator) -> Ints:
+    def draw(self, lengths: IntArray, rng: np.random.Generator) -> IntArray:
         """The entries of one epoch. `lengths` are the tokens of every entry of all documents."""
         if self.tokens is not None:
             return self._up_to(self.tokens, lengths, rng)
@@ -51,7 +51,7 @@ class Group:
             drawn.append(np.sort(rng.choice(self.entries, size=part, replace=False)))
         return np.concatenate(drawn) if drawn else self.entries[:0]
 
-    def _up_to(self, tokens: int, lengths: Ints, rng: np.random.Generator) -> Ints:
+    def _up_to(self, tokens: int, lengths: IntArray, rng: np.random.Generator) -> IntArray:
         """All entries as often as they fit, and a shuffled part of them for the rest."""
         own = int(lengths[self.entries].sum())
         shuffled = rng.permutation(self.entries)
@@ -65,7 +65,7 @@ class Group:
         return np.concatenate([self.entries] * (tokens // own if own else 0) + [np.sort(shuffled[:count])])
 
 
-def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Group]:
+def groups_of(documents: Documents, entries: IntArray, data: DataSection) -> list[Group]:
     """The groups of a recipe's entries; none where every row is seen once.
 
     Raises:
@@ -81,7 +81,7 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
         own = entries[documents.sources[entries] == i]
         if not ruled[i]:
             key = f"data.sources.{i}.weight"
-            groups += [Group(name_of(source), own, source.weight, key=key)] if len(own) else []
+            groups += [Group(source_name(source), own, source.weight, key=key)] if len(own) else []
             continue
         for code, name in enumerate(documents.language_names):
             spoken = own[documents.languages[own] == code]
@@ -89,15 +89,15 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
             times, key = source.weight, f"data.sources.{i}.weight"
             if rule is not None and rule.weight is not None:
                 times, key = rule.weight, f"data.sources.{i}.rules.{name if name in source.rules else OTHER}.weight"
-            groups += [Group(f"{name_of(source)} {name}", spoken, times, key=key)] if len(spoken) else []
+            groups += [Group(f"{source_name(source)} {name}", spoken, times, key=key)] if len(spoken) else []
     return groups
 
 
-def _shared(documents: Documents, entries: Ints, mixture: MixtureSection, sources: Sequence[Source]) -> list[Group]:
+def _shared(documents: Documents, entries: IntArray, mixture: MixtureSection, sources: Sequence[Source]) -> list[Group]:
     if mixture.by == "language":
         names, of = documents.language_names, documents.languages[entries]
     else:
-        names, of = tuple(map(name_of, sources)), documents.sources[entries]
+        names, of = tuple(map(source_name, sources)), documents.sources[entries]
     there = {name for i, name in enumerate(names) if (of == i).any()}
     _check_names(there, mixture)
     members: dict[str, list[int]] = {}
@@ -125,7 +125,7 @@ def _check_names(there: Iterable[str], mixture: MixtureSection) -> None:
         )  # fmt: skip
 
 
-def mixture_warnings(documents: Documents, groups: Sequence[Group], train: Ints, data: DataSection) -> list[str]:
+def mixture_warnings(documents: Documents, groups: Sequence[Group], train: IntArray, data: DataSection) -> list[str]:
     """Weights and shares that give less than one row, sources that give none, and weights of languages not there."""
     said = [
         f"{group.key} asks for less than one of {len(group.entries):,} rows: each epoch has one; raise it, or leave "
@@ -144,7 +144,7 @@ def mixture_warnings(documents: Documents, groups: Sequence[Group], train: Ints,
     return said
 
 
-def mixture_report(documents: Documents, groups: Sequence[Group], drawn: Ints) -> list[dict[str, Any]]:
+def mixture_report(documents: Documents, groups: Sequence[Group], drawn: IntArray) -> list[dict[str, Any]]:
     """What the first epoch is made of: per group the rows that are there and those drawn, with their share of tokens.
 
     Without groups, the languages stand for them.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from nesso_tune.data.mixture import Group
 from nesso_tune.data.token_store import Documents
 
-Ints = npt.NDArray[Any]
+IntArray = npt.NDArray[Any]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -58,16 +58,16 @@ class Rows(Sequence[dict[str, Any]]):
     """
 
     documents: Documents
-    entries: Ints
-    bounds: Ints
+    records: IntArray
+    bounds: IntArray
     first_pair: int = 0  # pairs of validation sources are numbered after those of the training sources
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def members(self, row: int) -> Ints:
-        """Positions of the row's entries in `documents`."""
-        return self.entries[self.bounds[row] : self.bounds[row + 1]]
+    def members(self, row: int) -> IntArray:
+        """Positions of the row's records in `documents`."""
+        return self.records[self.bounds[row] : self.bounds[row + 1]]
 
     @overload
     def __getitem__(self, key: int) -> dict[str, Any]: ...
@@ -84,18 +84,18 @@ class Rows(Sequence[dict[str, Any]]):
             raise IndexError(key)
         members = self.members(key % len(self))
         of = {
-            "languages": [self.documents.language(entry) for entry in members],
-            "sources": [self.documents.source(entry) for entry in members],
+            "languages": [self.documents.language(record) for record in members],
+            "sources": [self.documents.source(record) for record in members],
         }
-        if self.documents.parts == 3:
+        if self.documents.documents_per_record == 3:
             (pair,) = members
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             ids = {name: self.documents.input_ids(pair, i).tolist() for i, name in enumerate(names)}
             return {**ids, **of, "pair": self.first_pair + int(pair)}
         return {
-            "input_ids": [token for entry in members for token in self.documents.input_ids(entry).tolist()],
-            "labels": [label for entry in members for label in self.documents.labels(entry).tolist()],
-            "seq_lengths": [len(self.documents.input_ids(entry)) for entry in members],
+            "input_ids": [token for record in members for token in self.documents.input_ids(record).tolist()],
+            "labels": [label for record in members for label in self.documents.labels(record).tolist()],
+            "seq_lengths": [len(self.documents.input_ids(record)) for record in members],
             **of,
         }
 
@@ -113,14 +113,14 @@ class RowStream:
     def __init__(
         self,
         documents: Documents,
-        entries: Ints,
+        records: IntArray,
         *,
         seed: int,
         capacity: int | None = None,
         groups: Sequence[Group] = (),
     ) -> None:
         """Packs into rows of `capacity` tokens, or not at all (None). `groups` say how often; without any, all once."""
-        self.documents, self.entries = documents, entries
+        self.documents, self.records = documents, records
         self._seed, self._capacity = seed, capacity
         self._groups = groups
         self._lengths = documents.lengths
@@ -130,7 +130,7 @@ class RowStream:
 
     def unpacked(self) -> RowStream:
         """The same documents in as many rows."""
-        return RowStream(self.documents, self.entries, seed=self._seed, groups=self._groups)
+        return RowStream(self.documents, self.records, seed=self._seed, groups=self._groups)
 
     def locate(self, position: int) -> tuple[int, int]:
         """The epoch, and the row in it, of a position in the stream."""
@@ -149,24 +149,24 @@ class RowStream:
 
     def _epoch(self, epoch: int) -> Rows:
         rng = np.random.default_rng([self._seed, epoch])
-        entries = self._drawn(rng)
+        records = self._drawn(rng)
         if self._capacity is None:
-            return Rows(self.documents, rng.permutation(entries), np.arange(len(entries) + 1))
-        lengths = self._lengths[entries]
-        order = np.lexsort((rng.random(len(entries)), -lengths))  # longest first, equal lengths shuffled
+            return Rows(self.documents, rng.permutation(records), np.arange(len(records) + 1))
+        lengths = self._lengths[records]
+        order = np.lexsort((rng.random(len(records)), -lengths))  # longest first, equal lengths shuffled
         packed = self._packed(lengths[order])
         shuffled = [packed[i] for i in rng.permutation(len(packed))]
         bounds = np.concatenate([[0], np.cumsum([len(row) for row in shuffled], dtype=np.int64)]).astype(np.int64)
         positions = np.fromiter((p for row in shuffled for p in row), dtype=np.int64, count=int(bounds[-1]))
-        return Rows(self.documents, entries[order[positions]], bounds)
+        return Rows(self.documents, records[order[positions]], bounds)
 
-    def _drawn(self, rng: np.random.Generator) -> Ints:
-        """The entries of an epoch."""
+    def _drawn(self, rng: np.random.Generator) -> IntArray:
+        """The records of an epoch."""
         if not self._groups:
-            return self.entries
+            return self.records
         return np.concatenate([group.draw(self._lengths, rng) for group in self._groups])
 
-    def _packed(self, lengths: Ints) -> list[list[int]]:
+    def _packed(self, lengths: IntArray) -> list[list[int]]:
         """How lengths are packed; it depends on nothing else, so one packing serves all epochs of the same lengths."""
         assert self._capacity is not None
         key = lengths.tobytes()
@@ -175,13 +175,13 @@ class RowStream:
         return self._pattern[1]
 
 
-def in_order(documents: Documents, entries: Ints, capacity: int | None, first_pair: int = 0) -> Rows:
+def sequential_rows(documents: Documents, records: IntArray, capacity: int | None, first_pair: int = 0) -> Rows:
     """Rows for evaluation: packed the same way, never shuffled."""
     if capacity is None:
-        return Rows(documents, entries, np.arange(len(entries) + 1), first_pair)
-    lengths = documents.lengths[entries]
+        return Rows(documents, records, np.arange(len(records) + 1), first_pair)
+    lengths = documents.lengths[records]
     order = np.argsort(-lengths, kind="stable")
     packed = best_fit(lengths[order].tolist(), capacity)
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in packed], dtype=np.int64)]).astype(np.int64)
     positions = np.array([p for row in packed for p in row], dtype=np.int64)
-    return Rows(documents, entries[order[positions]], bounds)
+    return Rows(documents, records[order[positions]], bounds)

@@ -25,7 +25,7 @@ from nesso_tune.data.languages import answers_in_another, load_detector
 from nesso_tune.data.record_reader import Drop, Drops, Reading, reading_of
 from nesso_tune.data.sources import source_blocks, source_size
 from nesso_tune.data.token_store import Chunk, Documents, DocumentWriter, identity_of, open_documents
-from nesso_tune.data.workers import worked
+from nesso_tune.data.workers import parallel_map
 from nesso_tune.errors import DataError
 from nesso_tune.logs import print_notes, print_text
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
@@ -70,7 +70,7 @@ class Progress:
 
 
 @dataclass
-class Worked:
+class EncodedBlock:
     """What came of a block.
 
     Attributes:
@@ -94,7 +94,7 @@ class Worked:
 
 
 @dataclass(frozen=True)
-class Work:
+class BlockEncoder:
     """Makes encoded entries of the blocks of all sources of a recipe.
 
     Attributes:
@@ -109,14 +109,14 @@ class Work:
     chat: ChatTokenizer
     contamination: Contamination | None = None
 
-    def __call__(self, task: tuple[int, Block]) -> Worked:
+    def __call__(self, task: tuple[int, Block]) -> EncodedBlock:
         """The entries of a block of the source with this index.
 
         Raises:
             DataError: for a row that is none, and where the recipe does not let rows be dropped.
         """
         source, block = task
-        done = Worked(source, 0, block.size, Chunk(block.prefix))
+        done = EncodedBlock(source, 0, block.size, Chunk(block.prefix))
         items: list[tuple[Item, int]] = []
         for row, number in block.numbered():
             done.rows += 1
@@ -138,7 +138,7 @@ class Work:
                 done.dropped.append(Drop(where, str(why), why.detail))
         return done
 
-    def _add(self, item: Item, entry: Encoded | EncodedPair, number: int, where: str, done: Worked) -> None:
+    def _add(self, item: Item, entry: Encoded | EncodedPair, number: int, where: str, done: EncodedBlock) -> None:
         mismatched = isinstance(item, PreferencePair) and answers_in_another(item)
         done.chunk.add(entry, item.language, number, identity_of(item), mismatched)
         for mark in marks_of(item, self.chat.template.control_tokens):
@@ -222,7 +222,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
         documents = open_documents(folder, **note)
         lost = list(repeated(documents, recipe.data.clean, folder / SIGNATURES))
         for entry, earlier, reason in lost:
-            drop = Drop(documents.place(entry), reason, f"of {documents.place(earlier)}")
+            drop = Drop(documents.location(entry), reason, f"of {documents.location(earlier)}")
             tally.drop(int(documents.sources[entry]), drop)
             listed.write(_line(drop))
     (folder / SIGNATURES).unlink()
@@ -234,11 +234,11 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
     return {"documents": note, "report": _report(documents, kept, sources, tally)}
 
 
-def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> Iterator[Worked]:
+def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> Iterator[EncodedBlock]:
     """What comes of each block of each source, in order; on a terminal, how far it is."""
     data = recipe.data
     asked = data.clean.decontaminate
-    work = Work(
+    work = BlockEncoder(
         [reading_of(source, recipe.method, data.clean) for source in sources],
         data, chat, None if asked is None else read_contamination(asked),
     )  # fmt: skip
@@ -246,7 +246,7 @@ def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> I
         load_detector()  # once, not in every process
     progress = Progress(sum(map(source_size, sources)))
     tasks = chain.from_iterable(((i, block) for block in source_blocks(s)) for i, s in enumerate(sources))
-    for done in worked(work, tasks):
+    for done in parallel_map(work, tasks):
         progress.advance(done.rows, done.size)
         yield done
     progress.end()
@@ -260,7 +260,7 @@ class _Tally:
         self.dropped = [Drops() for _ in range(sources)]
         self.marks: dict[str, dict[str, Any]] = {}
 
-    def add(self, done: Worked) -> None:
+    def add(self, done: EncodedBlock) -> None:
         self.rows[done.source] += done.rows
         for drop in done.dropped:
             self.drop(done.source, drop)
@@ -321,6 +321,6 @@ def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _
         "oddities": dict(sorted(tally.marks.items(), key=lambda mark: -mark[1]["rows"])),
         "lengths": histograms(documents, kept),
     }
-    if documents.parts == 3:
+    if documents.documents_per_record == 3:
         report["preferences"] = preference_figures(documents, kept, dropped, sum(tally.rows))
     return report

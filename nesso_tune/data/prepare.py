@@ -19,13 +19,13 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data.anomalies import check_preferences
 from nesso_tune.data.files import content_hash, expand, is_local
 from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
-from nesso_tune.data.packing import Rows, RowStream, in_order
+from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
-from nesso_tune.data.privacy import Names, Privacy, file_names, name_of, other_names, renamed_note, write_renamed
+from nesso_tune.data.privacy import Names, Privacy, file_names, source_name, other_names, renamed_note, write_renamed
 from nesso_tune.data.record_reader import OTHER
 from nesso_tune.data.sources import Content, content_of
-from nesso_tune.data.token_store import IDS, TRAINED, Documents, Ints, open_documents
-from nesso_tune.data.workers import wait_for_it
+from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
+from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import shipped
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]:
+def hold_out(languages: IntArray, size: int | float, seed: int) -> tuple[IntArray, IntArray]:
     """Positions to train on and positions held out, both ascending.
 
     Args:
@@ -71,7 +71,7 @@ def check_size(size: int | float, total: int) -> None:
         )  # fmt: skip
 
 
-def _shares(counts: Ints, size: int | float) -> list[int]:
+def _shares(counts: IntArray, size: int | float) -> list[int]:
     """How many rows each language gives, by largest remainders."""
     if isinstance(size, float):
         return [max(int(size * n), 1 if n >= 10 else 0) for n in counts]
@@ -119,14 +119,14 @@ class PreparedData:
         """What one epoch holds."""
         return DataVolume(
             len(self.train), self.report["train"]["tokens"], self.report["train"]["supervised_tokens"],
-            len(self.validation.entries),
+            len(self.validation.records),
             dropped={r: n / self.report["rows_read"] for r, n in self.report["dropped"].items()},
         )  # fmt: skip
 
 
 def _packing(rows: Rows, sequence_len: int) -> dict[str, Any]:
     """How many rows there are, and what share of them is tokens of documents."""
-    used = int(rows.documents.spans[rows.entries].sum())
+    used = int(rows.documents.sequence_lengths[rows.records].sum())
     return {"rows": len(rows), "fill": round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0}
 
 
@@ -134,7 +134,7 @@ def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
     """The same conversations, a row each: for a base that cannot keep packed ones apart."""
     stream = data.stream.unpacked()
     rows, held = stream.epoch(0), data.validation
-    validation = Rows(held.documents, np.sort(held.entries), np.arange(len(held.entries) + 1), held.first_pair)
+    validation = Rows(held.documents, np.sort(held.records), np.arange(len(held.records) + 1), held.first_pair)
     packing = {**_packing(rows, recipe.data.sequence_len), "unpacked": True}
     report = data.report | {"packing": packing, "fingerprint": cache.key_of([data.report["fingerprint"], "unpacked"])}
     return replace(data, train=rows, validation=validation, stream=stream, report=report)
@@ -153,7 +153,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         RecipeError, ModelError: if the recipe or the base's tokenizer does not fit.
     """
     _check_alone()
-    wait_for_it(recipe)
+    wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
     content = [note["content"]]
@@ -169,15 +169,15 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     groups = groups_of(documents, train, data)
     stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
     rows = stream.epoch(0)
-    validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
+    validation = sequential_rows(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
     arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
     report = {
         **note["report"],
         "validation_overlap": overlap,
-        "train": documents.counts(rows.entries),
+        "train": documents.counts(rows.records),
         "validation": held.counts(held_out),
         "packing": _packing(rows, data.sequence_len),
-        "mixture": mixture_report(documents, groups, rows.entries),
+        "mixture": mixture_report(documents, groups, rows.records),
         "fingerprint": cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
         "cache_hit": hit,
     }
@@ -221,7 +221,9 @@ def _check_alone() -> None:
         raise AssertionError("data is prepared before a process group exists, never inside one")
 
 
-def _apart(documents: Documents, train: Ints, held: Documents, held_out: Ints, clean: CleanSection) -> tuple[Ints, int]:
+def _apart(
+    documents: Documents, train: IntArray, held: Documents, held_out: IntArray, clean: CleanSection
+) -> tuple[IntArray, int]:
     """The entries to train on, and how many of them ask what a held-out one asks; these are left out if asked for."""
     same = np.isin(documents.identities[train, 1], held.identities[held_out, 1])
     left = train[~same] if clean.validation_overlap == "drop" else train
@@ -236,14 +238,14 @@ def _arranging(data: SFTData | DPOData) -> list[Any]:
     mixture = data.mixture.model_dump(mode="json") if data.mixture is not None else None
     if mixture is not None and mixture["by"] == "source":  # by position: what a source is called does not count
         shares = mixture["shares"]
-        named = {str(i): shares[name_of(s)] for i, s in enumerate(data.sources) if name_of(s) in shares}
+        named = {str(i): shares[source_name(s)] for i, s in enumerate(data.sources) if source_name(s) in shares}
         mixture["shares"] = {**named, OTHER: shares.get(OTHER)}
     weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
     asked = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
     return asked if asked != [None, None, "keep"] else []
 
 
-def cached_only(recipe: Recipe) -> bool:
+def is_prepared(recipe: Recipe) -> bool:
     """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it."""
     chat = chat_tokenizer(recipe.model, recipe.chat)
     groups = [g for g in (recipe.data.sources, recipe.data.validation_sources) if g]
@@ -282,11 +284,11 @@ def _documents(
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
         return replace(
-            documents, source_names=privacy.names(held), private_sources=privacy.hidden_sources(held),
+            documents, source_names=privacy.source_names(held), private_sources=privacy.hidden_sources(held),
             private_files=privacy.hidden_files(documents.prefixes),
         )  # fmt: skip
 
-    documents, note, hit = cache.make(KIND, key, build, opened, "prepared data")
+    documents, note, hit = cache.get_or_build(KIND, key, build, opened, "prepared data")
     report = renamed_note(note, files)["report"]
     report = {**report, "sources": [_under_its_name(*pair) for pair in zip(report["sources"], sources, strict=True)]}
     whole = {"key": key, "report": report, "renamed": other_names(note, files)}
@@ -302,13 +304,13 @@ def _under_its_name(figures: dict[str, Any], source: Source) -> dict[str, Any]:
 def _identity(documents: Documents, files: tuple[list[str], list[Content]], key: str) -> list[Any]:
     """Identifies documents: the bytes of the files and the tokens made of them. Neither names nor versions count."""
     evaluations, sources = files
-    digests = cache.digests(KIND, key)
+    digests = cache.file_hashes(KIND, key)
     whole = _hash_of(documents.offsets, documents.languages, documents.sources)
-    tokens = [digests[IDS], digests[TRAINED], whole, documents.language_names, documents.parts]
+    tokens = [digests[IDS_FILE], digests[MASK_FILE], whole, documents.language_names, documents.documents_per_record]
     return [tokens, evaluations, [(source.rows, source.tools, source.reads) for source in sources]]
 
 
-def _hash_of(*arrays: Ints) -> str:
+def _hash_of(*arrays: IntArray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str} {array.shape}".encode())
@@ -330,11 +332,11 @@ def _key(recipe: Recipe, files: tuple[list[str], list[Content]], chat: ChatToken
     settings = data.model_dump(mode="json", exclude=arranging)
     settings["clean"].pop("validation_overlap")
     settings["clean"]["decontaminate"] = {**(settings["clean"]["decontaminate"] or {}), "files": None}
-    return cache.key_of([software(), recipe.method, chat.fingerprint, settings, *files])
+    return cache.key_of([software_versions(), recipe.method, chat.fingerprint, settings, *files])
 
 
 @lru_cache(maxsize=1)
-def software() -> list[str]:
+def software_versions() -> list[str]:
     """What makes documents of rows: this package's own code and shipped formats, and the packages that it uses."""
     package = Path(__file__).parents[1]
     code = [file for folder in ("chat", "data") for file in sorted((package / folder).glob("*.py"))]

@@ -96,7 +96,7 @@ Hide = Callable[[str, Any], str]  # what stands for a value of a source that is 
 DEFAULTS = Source(path="-").model_dump(mode="json")
 
 
-def name_of(source: Source) -> str:
+def source_name(source: Source) -> str:
     """What a source is called in reports and shares, by its own recipe."""
     return source.alias or source.path
 
@@ -144,12 +144,12 @@ class Privacy:
         own = frozenset(_identities(source.path))
         return not own.isdisjoint(self._files) and (own <= self._files or bool(GLOB & set(source.path)))
 
-    def names(self, held: bool = False) -> tuple[str, ...]:
+    def source_names(self, held: bool = False) -> tuple[str, ...]:
         """What the sources are called; those of `validation_sources` if `held`."""
         kind = "private validation source" if held else "private source"
         sources = self.data.validation_sources if held else self.data.sources
         hidden = self._hidden[held]
-        return tuple(f"{kind} {i + 1}" if i in hidden else name_of(s) for i, s in enumerate(sources))
+        return tuple(f"{kind} {i + 1}" if i in hidden else source_name(s) for i, s in enumerate(sources))
 
     def hidden_sources(self, held: bool = False) -> frozenset[int]:
         """Indices of the sources that are called by their number."""
@@ -164,9 +164,9 @@ class Privacy:
 
     def hidden_files(self, prefixes: Sequence[str]) -> frozenset[int]:
         """Of what stands before a row's number in its place, the indices of private files."""
-        return frozenset(i for i, prefix in enumerate(prefixes) if not self.shows_place(f"{prefix}1"))
+        return frozenset(i for i, prefix in enumerate(prefixes) if not self.shows_location(f"{prefix}1"))
 
-    def shows_place(self, place: str) -> bool:
+    def shows_location(self, place: str) -> bool:
         """Whether the place of a row, with what is said after it, names nothing private.
 
         Names of files may hold anything: what cannot be told to be public is not shown.
@@ -183,29 +183,29 @@ class Privacy:
         own = file in self._names or any(_holds(source, file) for source in self._private)
         return own or _identity(Path(file)) in self._files
 
-    def groups(self, languages: Iterable[str]) -> dict[str, str]:
+    def group_names(self, languages: Iterable[str]) -> dict[str, str]:
         """What the groups of an epoch are called, by their own names: sources, and languages of sources."""
         if self.data.mixture is not None and self.data.mixture.by == "language":
             return {}
-        pairs = list(zip(map(name_of, self.data.sources), self.names(), strict=True))
+        pairs = list(zip(map(source_name, self.data.sources), self.source_names(), strict=True))
         each = {f"{name} {code}": f"{shown} {code}" for code in languages for name, shown in pairs}
         return each | dict(pairs)
 
-    def metric(self, metric: str) -> str:
+    def metric_name(self, metric: str) -> str:
         """The name of a metric as it is written: `eval_loss/source/ALIAS` with the number of a private source."""
         whole, by_source, name = metric.partition(OF_SOURCE)
         held = bool(self.data.validation_sources)
         sources = self.data.validation_sources if held else self.data.sources
-        shown = dict(zip(map(name_of, sources), self.names(held), strict=True))
+        shown = dict(zip(map(source_name, sources), self.source_names(held), strict=True))
         return f"{whole}{by_source}{shown.get(name, name)}"
 
-    def recipe(self, recipe: Recipe, hide: Hide = lambda name, value: name) -> dict[str, Any]:
+    def shown_recipe(self, recipe: Recipe, hide: Hide = lambda name, value: name) -> dict[str, Any]:
         """The recipe as plain data that others may read: in it `hide` says what stands for what is private."""
         raw = deepcopy(dump(recipe))
         if not self:
             return raw
         for key, held in zip(LISTS, (False, True), strict=True):
-            names = [(name, i in self._hidden[held]) for i, name in enumerate(self.names(held))]
+            names = [(name, i in self._hidden[held]) for i, name in enumerate(self.source_names(held))]
             entries = zip(names, raw["data"][key], strict=True)
             raw["data"][key] = [self._entry(*named, entry, hide) for named, entry in entries]
         if raw["data"]["mixture"] is not None and raw["data"]["mixture"]["by"] == "source":
@@ -216,7 +216,7 @@ class Privacy:
                 evaluations["fields"] = hide("private columns", evaluations["fields"])
             evaluations["files"] = files
         if raw["train"]["best_metric"] is not None:
-            raw["train"]["best_metric"] = self.metric(raw["train"]["best_metric"])
+            raw["train"]["best_metric"] = self.metric_name(raw["train"]["best_metric"])
         return raw
 
     def _entry(self, name: str, hidden: bool, entry: dict[str, Any], hide: Hide) -> dict[str, Any]:
@@ -233,10 +233,10 @@ class Privacy:
         return hide(name, value)
 
     def _shares(self, shares: Mapping[str, float]) -> dict[str, float]:
-        known = dict(zip(map(name_of, self.data.sources), self.names(), strict=True)) | {OTHER: OTHER}
+        known = dict(zip(map(source_name, self.data.sources), self.source_names(), strict=True)) | {OTHER: OTHER}
         return {known.get(name, f"unknown source {i}"): share for i, (name, share) in enumerate(shares.items(), 1)}
 
-    def command(self, words: Sequence[str]) -> list[str]:
+    def shown_command(self, words: Sequence[str]) -> list[str]:
         """The words of a command line, without those that name what is private."""
         return [self._word(word) for word in words] if self else list(words)
 
@@ -268,7 +268,7 @@ class Privacy:
         here = set(_parts(str(Path.cwd())))
         return frozenset(part for part in private - public - here if len(part) > 2)
 
-    def changes(self, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    def shown_changes(self, changed: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
         """Keys of the recipe that changed, with both values, as others may read them."""
         out: dict[str, tuple[Any, Any]] = {}
         for key, values in changed.items():
@@ -278,15 +278,15 @@ class Privacy:
         return out
 
 
-def recorded(recipe: Recipe, salt: str) -> dict[str, Any]:
+def manifest_recipe(recipe: Recipe, salt: str) -> dict[str, Any]:
     """The recipe for a manifest: what is private as salted digests, so that a change of it is noticed."""
-    return Privacy(recipe.data).recipe(recipe, lambda name, value: f"{name} #{_digest(value, salt)}")
+    return Privacy(recipe.data).shown_recipe(recipe, lambda name, value: f"{name} #{_digest(value, salt)}")
 
 
-def as_recorded(old: Any, recipe: Recipe, salt: str) -> dict[str, Any]:
+def comparable_recipe(old: Any, recipe: Recipe, salt: str) -> dict[str, Any]:
     """The recipe as an earlier manifest records its own: digests stand where they stand in `old`."""
     raw = dump(recipe)
-    numbers = {name_of(source): f"private source {i}" for i, source in enumerate(recipe.data.sources, 1)}
+    numbers = {source_name(source): f"private source {i}" for i, source in enumerate(recipe.data.sources, 1)}
     if raw["data"]["mixture"] is not None:
         before = ((old.get("data") or {}).get("mixture") or {}).get("shares") or {}
         shares = raw["data"]["mixture"]["shares"].items()
@@ -294,7 +294,7 @@ def as_recorded(old: Any, recipe: Recipe, salt: str) -> dict[str, Any]:
             numbers[name] if numbers.get(name) in before else name: share for name, share in shares
         }
     if (metric := raw["train"]["best_metric"]) is not None:
-        shown = Privacy(recipe.data).metric(metric)
+        shown = Privacy(recipe.data).metric_name(metric)
         raw["train"]["best_metric"] = shown if (old.get("train") or {}).get("best_metric") == shown else metric
     alike: dict[str, Any] = _alike(old, raw, salt)
     return alike

@@ -28,27 +28,27 @@ from nesso_tune.recipes.schema import Recipe
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")
-AHEAD = 3  # blocks for each process that are read before their results are asked for
-FEW = 4  # blocks that are worked on here: below, starting processes takes longer
+BLOCKS_AHEAD_PER_PROCESS = 3  # blocks for each process that are read before their results are asked for
+MIN_PARALLEL_BLOCKS = 4  # blocks that are worked on here: below, starting processes takes longer
 
 _work: Callable[[Any], Any] | None = None  # in a worker: what it does
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worked(work: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
+def parallel_map(work: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
     """What `work` makes of each block, in order; few blocks are in memory at a time.
 
     Raises:
         whatever `work` raises, when it is the turn of its block.
         RunEnvironmentError: if a process is ended from outside.
     """
-    jobs, blocks = cores() if sys.platform == "linux" else 1, iter(blocks)
-    first = list(islice(blocks, FEW))
-    if jobs == 1 or len(first) < FEW:
+    jobs, blocks = available_cores() if sys.platform == "linux" else 1, iter(blocks)
+    first = list(islice(blocks, MIN_PARALLEL_BLOCKS))
+    if jobs == 1 or len(first) < MIN_PARALLEL_BLOCKS:
         yield from map(work, chain(first, blocks))
         return
     with _processes(work, jobs) as pool:
@@ -56,7 +56,7 @@ def worked(work: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator
         try:
             for block in chain(first, blocks):
                 pending.append(pool.submit(_do, block))
-                if len(pending) >= AHEAD * jobs:
+                if len(pending) >= BLOCKS_AHEAD_PER_PROCESS * jobs:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -116,7 +116,7 @@ _begun: tuple[Recipe, BaseProcess, Connection] | None = None
 
 
 @contextmanager
-def prepared_ahead(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator[None]:
+def prepare_in_background(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator[None]:
     """Prepares the data of a recipe while the block runs; what is not finished at its end is given up."""
     global _begun
     if sys.platform != "linux" or "torch" in sys.modules:  # then there is nothing to win
@@ -137,7 +137,7 @@ def prepared_ahead(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator
         result.close()
 
 
-def wait_for_it(recipe: Recipe) -> None:
+def wait_for_background_preparation(recipe: Recipe) -> None:
     """Waits where this recipe's data is being prepared.
 
     Raises:
@@ -150,7 +150,7 @@ def wait_for_it(recipe: Recipe) -> None:
     error = None
     with suppress(EOFError):  # ended from outside: then it is done here
         error, checked = result.recv()
-        cache.trust(checked)  # or all of it would be read and hashed a second time
+        cache.trust_verified(checked)  # or all of it would be read and hashed a second time
     process.join()
     if error is not None:
         raise error
@@ -163,7 +163,7 @@ def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection)
     os.nice(NICE)
     try:
         prepare(recipe)
-        told.send((None, cache.checked()))
+        told.send((None, cache.verified_files()))
     except Exception as error:
         with suppress(Exception):  # one that cannot be sent is met again by whoever asks for the data
             told.send((error, {}))

@@ -135,7 +135,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
         "<h2>Last answers</h2>" if last else "",
         _table(("language", "prompt", "answer", "stopped"), _rows(last, ("language", "prompt", "answer", "stopped"))),
         "<h2>Recipe</h2>",
-        f"<pre>{shown(as_yaml(Privacy(recipe.data).recipe(recipe)))}</pre>",
+        f"<pre>{shown(as_yaml(Privacy(recipe.data).shown_recipe(recipe)))}</pre>",
     ]
     page = "\n".join(body)
     path = run / "report.html"

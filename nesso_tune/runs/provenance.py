@@ -67,7 +67,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
 def _command(privacy: Privacy) -> list[str]:
     """The words that started this, without secrets and without what is private."""
     words = [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv]
-    return privacy.command([masked_word(word) for word in words])
+    return privacy.shown_command([masked_word(word) for word in words])
 
 
 def _quantiser(recipe: Recipe) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, RecipeError, cache, prepare_data
-from nesso_tune.data.prepare import dropped_file, software
+from nesso_tune.data.prepare import dropped_file, software_versions
 from nesso_tune.data.privacy import renamed
 from nesso_tune.data.sources import check_output
 from nesso_tune.recipes.schema import SFTRecipe
@@ -127,8 +127,8 @@ def test_names_in_places():
 def test_other_code_or_packages_prepare_anew_and_the_same_rows_are_the_same_data(sft, write_rows, chats, monkeypatch):
     recipe = sft(write_rows(chats))
     first = prepare_data(recipe).report
-    assert any(entry.startswith("tokenizers ") for entry in software())
-    monkeypatch.setattr("nesso_tune.data.prepare.software", lambda: ["tokenizers 9"])
+    assert any(entry.startswith("tokenizers ") for entry in software_versions())
+    monkeypatch.setattr("nesso_tune.data.prepare.software_versions", lambda: ["tokenizers 9"])
     second = prepare_data(recipe).report
     assert not second["cache_hit"]
     assert second["fingerprint"] == first["fingerprint"]
@@ -305,4 +305,4 @@ def test_data_in_output_dir_is_refused_and_neighbours_are_not(
 
 
 def test_the_cache_is_not_asked_for_what_has_no_key():
-    assert cache.look_up("documents", "nothing", lambda folder, note: folder) is None
+    assert cache.load("documents", "nothing", lambda folder, note: folder) is None

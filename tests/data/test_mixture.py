@@ -40,7 +40,7 @@ def test_shares_are_kept_within_one_percent(tmp_path_factory, documents, longest
     data = data_of(mixture={"by": "language", "shares": {"it": italian, "en": 1 - italian}})
     stream = stream_of(made, data, seed)
     for epoch in range(2):
-        drawn = stream.epoch(epoch).entries
+        drawn = stream.epoch(epoch).records
         assert len(np.unique(drawn)) == len(drawn)  # nothing is repeated unless it is asked for
         spoken = made.lengths[[i for i in drawn if languages[int(i)] == "it"]].sum()
         assert abs(spoken / made.lengths[drawn].sum() - italian) < 0.01
@@ -49,7 +49,7 @@ def test_shares_are_kept_within_one_percent(tmp_path_factory, documents, longest
 def test_the_scarcest_group_is_seen_whole_and_others_are_drawn_afresh(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
     stream = stream_of(documents, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.5}}))
-    first, second = (set(stream.epoch(e).entries.tolist()) for e in (0, 1))
+    first, second = (set(stream.epoch(e).records.tolist()) for e in (0, 1))
     assert {i for i in first if i < 20} == set(range(20)) == {i for i in second if i < 20}
     assert len({i for i in first if i >= 20}) == 20 == len({i for i in second if i >= 20})
     assert first != second
@@ -58,7 +58,7 @@ def test_the_scarcest_group_is_seen_whole_and_others_are_drawn_afresh(tmp_path):
 def test_scarce_groups_may_be_repeated(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
     mixture = {"by": "language", "shares": {"it": 0.5, "en": 0.5}, "repeat": 3.0}
-    drawn = stream_of(documents, data_of(mixture=mixture)).epoch(0).entries
+    drawn = stream_of(documents, data_of(mixture=mixture)).epoch(0).records
     counts = np.bincount(drawn, minlength=100)
     assert set(counts[:20]) == {3}
     assert counts[20:].sum() == 60
@@ -67,11 +67,11 @@ def test_scarce_groups_may_be_repeated(tmp_path):
 def test_shares_by_source_and_of_all_others(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 90, sources={i: int(i >= 30) for i in range(90)})
     shares = {"b": 0.25, "other": 0.75}
-    drawn = stream_of(documents, data_of(mixture={"by": "source", "shares": shares})).epoch(0).entries
+    drawn = stream_of(documents, data_of(mixture={"by": "source", "shares": shares})).epoch(0).records
     assert (drawn < 30).sum() == 30
     assert (drawn >= 30).sum() == 10
     nothing = {"a.jsonl": 1.0, "b": 0.0}
-    assert stream_of(documents, data_of(mixture={"by": "source", "shares": nothing})).epoch(0).entries.max() < 30
+    assert stream_of(documents, data_of(mixture={"by": "source", "shares": nothing})).epoch(0).records.max() < 30
 
 
 def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
@@ -90,7 +90,7 @@ def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows
     rules = {"en": {"weight": 0.1}, "fr": {"weight": 2.0}}
     data = prepare_data(sft({"path": few, "weight": 0.04}, {"path": many, "rules": rules}, validation_size=0))
     for epoch in range(3):
-        drawn = data.stream.epoch(epoch).entries
+        drawn = data.stream.epoch(epoch).records
         assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
     said = data.report["warnings"]
     assert "data.sources.0.weight asks for less than one of 10 rows" in said[0 if len(said) == 3 else 1]

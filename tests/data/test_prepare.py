@@ -77,7 +77,7 @@ def test_packed_rows_name_the_language_of_each_document(sft, chats, write_rows):
 def test_held_out_rows_are_stratified_and_not_trained_on(sft, chats, write_rows):
     data = prepare_data(sft(write_rows(chats), validation_size=4))
     assert sorted(code for row in data.validation for code in row["languages"]) == ["en", "en", "it", "it"]
-    assert not set(data.validation.entries) & set(data.train.entries)
+    assert not set(data.validation.records) & set(data.train.records)
     assert data.report["train"]["rows"] + data.report["validation"]["rows"] == 10
     with pytest.raises(RecipeError, match="leave nothing to train on"):
         prepare_data(sft(write_rows(chats), validation_size=10))

@@ -155,7 +155,7 @@ def test_near_duplicates(sft, write_rows):
     rows = [of(("user", "q"), ("assistant", text)) for text in (one, two, almost, three, f"{two} fine")]
     data = prepare_data(sft(write_rows(rows), sequence_len=2048, clean={"near_duplicates": 0.8}))
     assert data.report["dropped"] == {"near_duplicate": 2}
-    assert [data.train.documents.place(i).rpartition(":")[2] for i in data.train.documents.kept] == ["1", "2", "4"]
+    assert [data.train.documents.location(i).rpartition(":")[2] for i in data.train.documents.kept] == ["1", "2", "4"]
 
 
 def test_signatures_tell_how_alike_texts_are():

@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path_factory, entries):
         assert documents.input_ids(i).tolist() == ids
         assert documents.labels(i).tolist() == Encoded(ids, trained).labels
         assert (documents.language(i), documents.sources[i], documents.lengths[i]) == (language, source, len(ids))
-        assert documents.place(i) == f"{source}.jsonl:{i}"
+        assert documents.location(i) == f"{source}.jsonl:{i}"
     assert documents.kept.tolist() == list(range(len(entries)))
     some = np.arange(0, len(entries), 2)
     assert documents.counts(some) == {

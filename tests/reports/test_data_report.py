@@ -186,7 +186,7 @@ def test_a_long_text_is_cut_and_no_row_is_shown_twice(report, write_rows):
     examples = found["examples"]
     assert all(len(example["text"]) == 601 and example["text"].endswith("…") for example in examples)
     assert len({example["place"] for example in examples}) == len(examples) == 3
-    first = prepared.train.documents.place(prepared.train.entries[0])
+    first = prepared.train.documents.location(prepared.train.records[0])
     assert examples[0]["place"] == first
     assert "rows there rows drawn" in page.said
     assert report(source, sequence_len=2048)[0]["examples"] == examples, "the same rows every time"
