@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +11,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
-from nesso_tune.data.prepare import is_prepared, check_size, prepare_data
+from nesso_tune.data.prepare import check_size, is_prepared, prepare_data
 from nesso_tune.data.record_reader import Drops, reading_of, usable
 from nesso_tune.data.sources import count_rows, source_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
@@ -95,13 +96,12 @@ def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> Dat
     return DataVolume(rows, all_tokens, learned, exact=False, basis=basis, dropped=shares)
 
 
-def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int, dict[str, int]]:
+def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int, Mapping[str, int]]:
     """Rows read, rows kept, tokens, supervised tokens, and why rows were dropped."""
     if chat is not None:
         with TemporaryDirectory() as folder:
-            report = build_documents(Path(folder), recipe, [source], chat)["report"]
-        names = ("rows_read", "rows_kept", "tokens", "supervised_tokens", "dropped")
-        return tuple(report[name] for name in names)  # type: ignore[return-value]
+            _, report = build_documents(Path(folder), recipe, [source], chat)
+        return report.rows_read, report.rows_kept, report.tokens, report.supervised_tokens, report.dropped
     dropped = Drops()
     read = kept = tokens = supervised = 0
     trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from nesso_tune.data.privacy import source_name
 from nesso_tune.data.record_reader import OTHER, rule_of
+from nesso_tune.data.report import GroupReport
 from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import DataSection, MixtureSection, Source
@@ -144,7 +144,7 @@ def mixture_warnings(documents: Documents, groups: Sequence[Group], train: IntAr
     return said
 
 
-def mixture_report(documents: Documents, groups: Sequence[Group], drawn: IntArray) -> list[dict[str, Any]]:
+def mixture_report(documents: Documents, groups: Sequence[Group], drawn: IntArray) -> tuple[GroupReport, ...]:
     """What the first epoch is made of: per group the rows that are there and those drawn, with their share of tokens.
 
     Without groups, the languages stand for them.
@@ -158,8 +158,11 @@ def mixture_report(documents: Documents, groups: Sequence[Group], drawn: IntArra
         if not len(group.entries):
             continue
         counts = documents.counts(drawn[np.isin(drawn, group.entries)])
-        shares = {
-            f"share_of_{name}": round(counts[name] / max(1, whole[name]), 4) for name in ("tokens", "supervised_tokens")
-        }
-        out.append({"name": group.name, "rows_there": len(group.entries), **counts, **shares})
-    return out
+        out.append(
+            GroupReport(
+                group.name, len(group.entries), counts.rows, counts.tokens, counts.supervised_tokens,
+                share_of_tokens=round(counts.tokens / max(1, whole.tokens), 4),
+                share_of_supervised_tokens=round(counts.supervised_tokens / max(1, whole.supervised_tokens), 4),
+            )
+        )  # fmt: skip
+    return tuple(out)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from time import monotonic
@@ -23,6 +23,7 @@ from nesso_tune.data.files import Block
 from nesso_tune.data.filtering import Contamination, exact_duplicates, read_contamination, repeated, signature_of
 from nesso_tune.data.languages import answers_in_another, load_detector
 from nesso_tune.data.record_reader import Drop, Drops, Reading, reading_of
+from nesso_tune.data.report import Anomaly, CorpusReport, SourceReport
 from nesso_tune.data.sources import source_blocks, source_size
 from nesso_tune.data.token_store import Chunk, Documents, DocumentWriter, identity_of, open_documents
 from nesso_tune.data.workers import parallel_map
@@ -200,11 +201,13 @@ REMEDIES = {  # of the reason why most rows were dropped, when nothing is left
 }
 
 
-def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> dict[str, Any]:
+def build_documents(
+    folder: Path, recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer
+) -> tuple[dict[str, Any], CorpusReport]:
     """Reads and encodes all sources into a folder.
 
     Returns:
-        `documents`: what `open_documents` needs; `report`: what was read, dropped and kept.
+        The arguments of `open_documents` as plain data, and the report.
 
     Raises:
         DataError: if a file cannot be read, has another format than named, or nothing usable is in them.
@@ -231,7 +234,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
         raise _nothing(sources, tally)
     if lost:
         writer.keep(kept)
-    return {"documents": note, "report": _report(documents, kept, sources, tally)}
+    return note, _report(documents, kept, sources, tally)
 
 
 def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> Iterator[EncodedBlock]:
@@ -258,15 +261,15 @@ class _Tally:
     def __init__(self, sources: int) -> None:
         self.rows = [0] * sources
         self.dropped = [Drops() for _ in range(sources)]
-        self.marks: dict[str, dict[str, Any]] = {}
+        self.anomalies: dict[str, Anomaly] = {}
 
     def add(self, done: EncodedBlock) -> None:
         self.rows[done.source] += done.rows
         for drop in done.dropped:
             self.drop(done.source, drop)
         for mark, rows in done.marks.items():
-            seen = self.marks.setdefault(mark, {"rows": 0, "example": done.marked[mark]})
-            seen["rows"] += rows
+            seen = self.anomalies.get(mark, Anomaly(0, done.marked[mark]))
+            self.anomalies[mark] = replace(seen, rows=seen.rows + rows)
 
     def drop(self, source: int, drop: Drop) -> None:
         self.dropped[source].add(drop)
@@ -294,7 +297,7 @@ def _nothing(sources: Sequence[Source], tally: _Tally) -> DataError:
     )
 
 
-def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _Tally) -> dict[str, Any]:
+def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _Tally) -> CorpusReport:
     dropped = tally.all_dropped
     languages, of = documents.languages[kept], documents.sources[kept]
     by_language = {
@@ -303,24 +306,23 @@ def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _
         if (languages == i).any()
     }
     by_source = [
-        {"path": source.path, **({"alias": source.alias} if source.alias else {}), "rows_read": tally.rows[i],
-         "dropped": dict(tally.dropped[i].most_common()), **documents.counts(kept[of == i])}
+        SourceReport(source.path, source.alias or None, tally.rows[i], dict(tally.dropped[i].most_common()),
+                     **documents.counts(kept[of == i]).to_dict())
         for i, source in enumerate(sources)
     ]  # fmt: skip
-    counts = documents.counts(kept)
-    report = {
-        "rows_read": sum(tally.rows),
-        "rows_kept": counts["rows"],
-        "dropped": dict(dropped.most_common()),
-        "examples_of_dropped": {reason: dropped.examples[reason] for reason, _ in dropped.most_common()},
-        "tokens": counts["tokens"],
-        "supervised_tokens": counts["supervised_tokens"],
-        "languages": dict(sorted(by_language.items())),
-        "sources": by_source,
-        "duplicates": int((exact_duplicates(documents.identities[kept]) >= 0).sum()),
-        "oddities": dict(sorted(tally.marks.items(), key=lambda mark: -mark[1]["rows"])),
-        "lengths": histograms(documents, kept),
-    }
-    if documents.documents_per_record == 3:
-        report["preferences"] = preference_figures(documents, kept, dropped, sum(tally.rows))
-    return report
+    counts, rows_read = documents.counts(kept), sum(tally.rows)
+    pairs = documents.documents_per_record == 3
+    return CorpusReport(
+        rows_read=rows_read,
+        rows_kept=counts.rows,
+        dropped=dict(dropped.most_common()),
+        examples_of_dropped={reason: dropped.examples[reason] for reason, _ in dropped.most_common()},
+        tokens=counts.tokens,
+        supervised_tokens=counts.supervised_tokens,
+        languages=dict(sorted(by_language.items())),
+        sources=tuple(by_source),
+        duplicates=int((exact_duplicates(documents.identities[kept]) >= 0).sum()),
+        anomalies=dict(sorted(tally.anomalies.items(), key=lambda pair: -pair[1].rows)),
+        lengths=histograms(documents, kept),
+        preferences=preference_figures(documents, kept, dropped, rows_read) if pairs else None,
+    )

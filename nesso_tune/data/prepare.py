@@ -6,7 +6,7 @@ import hashlib
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +21,9 @@ from nesso_tune.data.files import content_hash, expand, is_local
 from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
-from nesso_tune.data.privacy import Names, Privacy, file_names, source_name, other_names, renamed_note, write_renamed
+from nesso_tune.data.privacy import Names, Privacy, file_names, other_names, renamed_note, source_name, write_renamed
 from nesso_tune.data.record_reader import OTHER
+from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport
 from nesso_tune.data.sources import Content, content_of
 from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
 from nesso_tune.data.workers import wait_for_background_preparation
@@ -104,7 +105,7 @@ class PreparedData:
     train: Rows
     validation: Rows
     stream: RowStream
-    report: dict[str, Any]
+    report: DataReport
     chat: ChatTokenizer
     key: str = ""
     names: Names = field(default_factory=dict)
@@ -118,16 +119,16 @@ class PreparedData:
     def volume(self) -> DataVolume:
         """What one epoch holds."""
         return DataVolume(
-            len(self.train), self.report["train"]["tokens"], self.report["train"]["supervised_tokens"],
+            len(self.train), self.report.train.tokens, self.report.train.supervised_tokens,
             len(self.validation.records),
-            dropped={r: n / self.report["rows_read"] for r, n in self.report["dropped"].items()},
+            dropped={reason: rows / self.report.rows_read for reason, rows in self.report.dropped.items()},
         )  # fmt: skip
 
 
-def _packing(rows: Rows, sequence_len: int) -> dict[str, Any]:
-    """How many rows there are, and what share of them is tokens of documents."""
+def _packing(rows: Rows, sequence_len: int, unpacked: bool = False) -> PackingReport:
     used = int(rows.documents.sequence_lengths[rows.records].sum())
-    return {"rows": len(rows), "fill": round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0}
+    fill = round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0
+    return PackingReport(len(rows), fill, unpacked)
 
 
 def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
@@ -135,8 +136,8 @@ def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
     stream = data.stream.unpacked()
     rows, held = stream.epoch(0), data.validation
     validation = Rows(held.documents, np.sort(held.records), np.arange(len(held.records) + 1), held.first_pair)
-    packing = {**_packing(rows, recipe.data.sequence_len), "unpacked": True}
-    report = data.report | {"packing": packing, "fingerprint": cache.key_of([data.report["fingerprint"], "unpacked"])}
+    packing = _packing(rows, recipe.data.sequence_len, unpacked=True)
+    report = replace(data.report, packing=packing, fingerprint=cache.key_of([data.report.fingerprint, "unpacked"]))
     return replace(data, train=rows, validation=validation, stream=stream, report=report)
 
 
@@ -156,6 +157,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     documents, note, hit = _documents(recipe, data.sources, chat)
+    corpus: CorpusReport = note["report"]
     content = [note["content"]]
     if data.validation_sources:
         held, held_note, held_hit = _documents(recipe, data.validation_sources, chat, held=True)
@@ -171,42 +173,46 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     rows = stream.epoch(0)
     validation = sequential_rows(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
     arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
-    report = {
-        **note["report"],
-        "validation_overlap": overlap,
-        "train": documents.counts(rows.records),
-        "validation": held.counts(held_out),
-        "packing": _packing(rows, data.sequence_len),
-        "mixture": mixture_report(documents, groups, rows.records),
-        "fingerprint": cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
-        "cache_hit": hit,
-    }
     none_held = data.validation_size and not data.validation_sources and not len(held_out)
-    report["warnings"] = [
-        *chat.notes, *warnings_of(report, data), *mixture_warnings(documents, groups, train, data),
+    warnings = [
+        *chat.notes, *_data_warnings(corpus, overlap, data), *mixture_warnings(documents, groups, train, data),
         *([f"data.validation_size {data.validation_size:g} of {len(train):,} rows is less than one row: "
            "nothing is held out or evaluated; raise it"] if none_held else []),
     ]  # fmt: skip
+    report = DataReport(
+        **{field.name: getattr(corpus, field.name) for field in fields(corpus)},
+        validation_overlap=overlap,
+        train=documents.counts(rows.records),
+        validation=held.counts(held_out),
+        packing=_packing(rows, data.sequence_len),
+        mixture=mixture_report(documents, groups, rows.records),
+        fingerprint=cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
+        cache_hit=hit,
+        warnings=tuple(warnings),
+    )
     return PreparedData(rows, validation, stream, report, chat, note["key"], note["renamed"])
 
 
-def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
+def _data_warnings(corpus: CorpusReport, overlap: int, data: SFTData | DPOData) -> list[str]:
     """What a person should know before training on this data.
 
     Raises:
         DataError: if preference data is worse than the recipe accepts.
     """
-    said = check_preferences(report["preferences"], data.preferences) if isinstance(data, DPOData) else []
-    if overlap := report["validation_overlap"] if data.clean.validation_overlap == "keep" else 0:
+    said = []
+    if isinstance(data, DPOData):
+        assert corpus.preferences is not None
+        said += check_preferences(corpus.preferences, data.preferences)
+    if overlap and data.clean.validation_overlap == "keep":
         remedy = "data.clean.validation_overlap: drop leaves them out"
         said.append(f"{_rows(overlap, 'ask')} what a held-out row asks: {remedy}")
-    spelt = report["oddities"].get("control_token_as_text", {"rows": 0, "example": ""})
-    if spelt["rows"] > SUSPICIOUS * report["rows_kept"]:
-        what = f"{_rows(spelt['rows'], 'spell')} control tokens, e.g. {spelt['example']}; they are read as plain text"
+    spelt = corpus.anomalies.get("control_token_as_text", Anomaly(0, ""))
+    if spelt.rows > SUSPICIOUS * corpus.rows_kept:
+        what = f"{_rows(spelt.rows, 'spell')} control tokens, e.g. {spelt.example}; they are read as plain text"
         said.append(f"{what}: if the rows are rendered already, give their messages instead")
-    if report["duplicates"]:
+    if corpus.duplicates:
         remedy = "data.clean.duplicates: drop keeps one of each"
-        said.append(f"{_rows(report['duplicates'], 'repeat')} an earlier one: {remedy}")
+        said.append(f"{_rows(corpus.duplicates, 'repeat')} an earlier one: {remedy}")
     return said
 
 
@@ -272,11 +278,11 @@ def _documents(
     files = file_names(sources, recipe.data.clean)
 
     def build(staging: Path) -> dict[str, Any]:
-        note = build_documents(staging, recipe, sources, chat)
+        store, report = build_documents(staging, recipe, sources, chat)
         if _files(recipe, sources) != content:
             paths = ", ".join(source.path for source in sources)
             raise DataError(paths, "changed while it was read", "run again when nothing writes into it any more")
-        return {**note, "files": files}
+        return {"documents": store, "report": report.to_dict(), "files": files}
 
     def opened(folder: Path, note: dict[str, Any]) -> Documents:
         try:
@@ -289,16 +295,13 @@ def _documents(
         )  # fmt: skip
 
     documents, note, hit = cache.get_or_build(KIND, key, build, opened, "prepared data")
-    report = renamed_note(note, files)["report"]
-    report = {**report, "sources": [_under_its_name(*pair) for pair in zip(report["sources"], sources, strict=True)]}
-    whole = {"key": key, "report": report, "renamed": other_names(note, files)}
+    corpus = CorpusReport.from_dict(renamed_note(note, files)["report"])
+    named = [
+        replace(report, path=source.path, alias=source.alias or None)
+        for report, source in zip(corpus.sources, sources, strict=True)
+    ]
+    whole = {"key": key, "report": replace(corpus, sources=tuple(named)), "renamed": other_names(note, files)}
     return documents, {**whole, "content": _identity(documents, content, key)}, hit
-
-
-def _under_its_name(figures: dict[str, Any], source: Source) -> dict[str, Any]:
-    """What is reported of a source, with the names that it has in this recipe."""
-    named = {"path": source.path, **({"alias": source.alias} if source.alias else {})}
-    return {**named, **{key: value for key, value in figures.items() if key not in ("path", "alias")}}
 
 
 def _identity(documents: Documents, files: tuple[list[str], list[Content]], key: str) -> list[Any]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
 from nesso_tune.data.convert import Item
+from nesso_tune.data.report import TokenCounts
 
 NO_HASH = 0
 
@@ -217,10 +218,10 @@ class Documents:
             f"{self.source(record)}, row {self.numbers[record]}" if self.is_private(record) else self.location(record)
         )
 
-    def counts(self, records: IntArray) -> dict[str, int]:
-        """Rows, tokens and supervised tokens of some records."""
-        tokens, learned = (int(of[records].sum()) for of in (self.lengths, self.supervised_counts))
-        return {"rows": len(records), "tokens": tokens, "supervised_tokens": learned}
+    def counts(self, records: IntArray) -> TokenCounts:
+        """Size of some records; a record that is listed twice counts twice."""
+        tokens, supervised = (int(of[records].sum()) for of in (self.lengths, self.supervised_counts))
+        return TokenCounts(len(records), tokens, supervised)
 
 
 class DocumentWriter:

@@ -31,7 +31,7 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
     The JSON is the report of `prepare_data` and `examples`: of each language the first rows that are trained on.
     Returns the page.
     """
-    report = {**_shown(data.report, Privacy(recipe.data)), "examples": _examples(data)}
+    report = {**_shown(data.report.to_dict(), Privacy(recipe.data)), "examples": _examples(data)}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / HTML, _page(recipe, report))

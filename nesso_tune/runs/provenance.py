@@ -49,16 +49,16 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
         "python": platform.python_version(),
         "base": base,
         "tokenizer": data.chat.fingerprint,
-        "data": data.report["fingerprint"],
+        "data": data.report.fingerprint,
         "identity": IDENTITY,
-        "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
+        "start": f"{base}-{data.chat.fingerprint}-{data.report.fingerprint}",
         "recipe_hash": key_of(dump(recipe)),
         "world_size": plan.processes,
         "global_batch": plan.global_batch,
         "threads": torch.get_num_threads(),
         "device": gpu,
         "attention": attention,
-        "unpacked": data.report["packing"].get("unpacked", False),  # the base cannot keep packed documents apart
+        "unpacked": data.report.packing.unpacked,  # the base cannot keep packed documents apart
         "torch_compile": plan.torch_compile,
         "command": _command(Privacy(recipe.data)),
     }

@@ -149,7 +149,7 @@ def prepared(some, turns=True):
             well_said(error)
             assert set(trusted()) == before, "nothing of it is taken later"
             return None
-        adds_up(data.report)
+        adds_up(data.report.to_dict())
         start, end, others = marks()
         for row in data.train:
             if some.method == "dpo":
@@ -163,7 +163,7 @@ def prepared(some, turns=True):
                 counted = Counter(ids)
                 assert counted[start] == counted[end]
                 assert others.isdisjoint(counted)
-        return data.report
+        return data.report.to_dict()
 
 
 def trusted():

@@ -136,13 +136,13 @@ recipe = load_recipe(sys.argv[1])
 """
 FOUND = """
 with prepare_in_background(prepare_data, recipe):
-    assert prepare_data(recipe).report["cache_hit"], "made by the other process"
+    assert prepare_data(recipe).report.cache_hit, "made by the other process"
 assert "torch" not in sys.modules
 """
 OTHER = """
 other = load_recipe(sys.argv[1], overrides={"data.sequence_len": 64})
 with prepare_in_background(prepare_data, recipe):
-    assert not prepare_data(other).report["cache_hit"], "another recipe does not wait"
+    assert not prepare_data(other).report.cache_hit, "another recipe does not wait"
 """
 GIVEN_UP = """
 def slow(recipe):
@@ -160,7 +160,7 @@ import os
 def dying(recipe):
     os._exit(9)
 with prepare_in_background(dying, recipe):
-    assert not prepare_data(recipe).report["cache_hit"], "then it is done here"
+    assert not prepare_data(recipe).report.cache_hit, "then it is done here"
 """
 
 
