@@ -18,7 +18,7 @@ from nesso_tune import cache
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data.anomalies import check_preferences
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
+from nesso_tune.data.mixture import mixture_groups, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Names, Privacy, file_names, other_names, renamed_note, source_name, write_renamed
@@ -168,7 +168,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         train, held_out, held = documents.kept[seen], documents.kept[unseen], documents
     train, overlap = _apart(documents, train, held, held_out, data.clean)
     capacity = data.sequence_len if isinstance(data, SFTData) and data.packing else None
-    groups = groups_of(documents, train, data)
+    groups = mixture_groups(documents, train, data)
     stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
     rows = stream.epoch(0)
     validation = sequential_rows(held, held_out, capacity, first_pair=0 if held is documents else len(documents))

@@ -130,7 +130,9 @@ class Documents:
 
     def public_location(self, record: int) -> str:
         """Location of a record's row; for a private record, its source's public name and the row number."""
-        return f"{self.source(record)}, row {self.numbers[record]}" if self.is_private(record) else self.location(record)
+        return (
+            f"{self.source(record)}, row {self.numbers[record]}" if self.is_private(record) else self.location(record)
+        )
 
     def counts(self, records: IntArray) -> TokenCounts:
         """Size of some records; a record that is listed twice counts twice."""

@@ -421,16 +421,16 @@ ERRORS = {
 ASKED = {
     "a language without a share": (
         shared("language", it=1.0),
-        r"data\.mixture\.shares: says nothing of en; name a share",
+        r"data\.mixture\.shares: has no share for en; set a share",
     ),
     "a share of a language that is not there": (
-        shared("language", it=0.5, en=0.4, fr=0.1), r"data\.mixture\.shares: no row is of `fr`; remove it",
+        shared("language", it=0.5, en=0.4, fr=0.1), r"data\.mixture\.shares: no row belongs to `fr`; remove it",
     ),
     "a share of a source that gives nothing": (
-        shared("source", uno=0.5, due=0.5), r"data\.mixture\.shares: no row is of `due`; remove it",
+        shared("source", uno=0.5, due=0.5), r"data\.mixture\.shares: no row belongs to `due`; remove it",
     ),
     "a source without a share": (
-        shared("source", due=1.0), r"data\.mixture\.shares: says nothing of uno; name a share for each",
+        shared("source", due=1.0), r"data\.mixture\.shares: has no share for uno; set a share for each",
     ),
     "pairs that length alone tells": (
         Given(lines(answered(chosen="parola " * 9)), "dpo", data={"preferences": {"length_predicts": {"fail": 0.9}}}),

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import DataError, prepare_data
-from nesso_tune.data.mixture import groups_of
+from nesso_tune.data.mixture import mixture_groups
 from nesso_tune.data.packing import RowStream
 from nesso_tune.recipes.sections import SFTData
 from tests.support.examples import examples
@@ -22,7 +22,7 @@ def data_of(**keys):
 
 def stream_of(documents, data, seed=1):
     every = np.arange(len(documents))
-    return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
+    return RowStream(documents, every, seed=seed, capacity=64, groups=mixture_groups(documents, every, data))
 
 
 @examples(8)
@@ -77,10 +77,12 @@ def test_shares_by_source_and_of_all_others(tmp_path):
 def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 9, languages={0: "de"})
     every = np.arange(9)
-    with pytest.raises(DataError, match="says nothing of de; name a share for each, 0 leaves it out"):
-        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
-    with pytest.raises(DataError, match="no row is of `en`; remove it"):
-        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}}))
+    with pytest.raises(DataError, match=r"has no share for de; set a share for each \(0 leaves it out\)"):
+        mixture_groups(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
+    with pytest.raises(DataError, match="no row belongs to `en`; remove it"):
+        mixture_groups(
+            documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}})
+        )
 
 
 def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows):
@@ -93,13 +95,13 @@ def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows
         drawn = data.stream.epoch(epoch).records
         assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
     said = data.report.warnings
-    assert "data.sources.0.weight asks for less than one of 10 rows" in said[0 if len(said) == 3 else 1]
-    assert "data.sources.1.rules.en.weight asks for less than one of 3 rows" in " ".join(said)
-    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is of `fr`"
+    assert "data.sources.0.weight selects less than 1 of 10 rows" in said[0 if len(said) == 3 else 1]
+    assert "data.sources.1.rules.en.weight selects less than 1 of 3 rows" in " ".join(said)
+    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is in `fr`"
     shares = {"by": "language", "shares": {"it": 0.9999, "en": 0.0001}}
     data = prepare_data(sft(many, mixture=shares, validation_size=0.01))
     assert sorted(group.rows for group in data.report.mixture)[0] == 1
-    assert "data.mixture.shares.en asks for less than one of 3 rows" in " ".join(data.report.warnings)
+    assert "data.mixture.shares.en selects less than 1 of 3 rows" in " ".join(data.report.warnings)
 
 
 def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_rows):
@@ -107,7 +109,7 @@ def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_ro
     bad = write_rows([{"prompt": "Domanda?", "response": ""}], "bad.jsonl")
     said = prepare_data(sft(good, bad, validation_size=0.01)).report.warnings
     assert list(said) == [
-        "data.sources.1 gives no row to train on: see what was dropped, or remove it",
+        "data.sources.1 has no training rows: check the dropped rows, or remove the source",
         "data.validation_size 0.01 of 9 rows is less than one row: nothing is held out or evaluated; raise it",
     ]
 
