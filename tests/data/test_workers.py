@@ -51,8 +51,19 @@ def test_an_error_comes_at_its_turn(two_cores):
 
 
 def test_a_process_that_is_killed_is_an_error_not_a_hang(two_cores):
-    with pytest.raises(RunEnvironmentError, match="ended from outside"):
+    with pytest.raises(RunEnvironmentError, match="a worker process was killed"):
         list(parallel_map(where, [*range(5), "end", *range(5)]))
+
+
+def test_torch_has_one_thread_in_a_worker(two_cores):
+    """A user reader may use torch; its thread pool does not survive the fork, so more threads could wait forever."""
+    import torch
+
+    def with_torch(block):
+        return torch.get_num_threads(), float(torch.ones(1_000_000).mul(2).sum())
+
+    assert with_torch(0)[1] == 2_000_000, "which starts the threads of this process"
+    assert set(parallel_map(with_torch, range(MANY))) == {(1, 2_000_000.0)}
 
 
 def test_only_few_blocks_are_in_memory(two_cores):
