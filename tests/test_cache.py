@@ -130,7 +130,7 @@ def test_damaged_files_are_named_and_made_again(with_drops, name, capfd):
         again = prepare_data(with_drops)
         assert again.report.cache_hit is False
         assert ids(again) == whole
-        assert f"prepared data in {the_folder()} was damaged ({name}" in capfd.readouterr().err
+        assert f"prepared data in {the_folder()} is damaged ({name}" in capfd.readouterr().err
         assert prepare_data(with_drops).report.cache_hit
         assert not capfd.readouterr().err
 
@@ -148,7 +148,7 @@ def test_any_flipped_bit_of_the_note_is_seen(recipe):
 def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hashed(recipe, monkeypatch):
     def run(trusted=None):
         hashed = []
-        monkeypatch.setattr(cache, "_checked", dict(trusted or {}))
+        monkeypatch.setattr(cache, "_verified", dict(trusted or {}))
         monkeypatch.setattr(cache, "sha256", lambda file: hashed.append(file.name) or digest(file))
         prepare_data(recipe)
         prepare_data(recipe)
