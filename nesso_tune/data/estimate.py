@@ -11,7 +11,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
-from nesso_tune.data.prepare import check_size, is_prepared, prepare_data
+from nesso_tune.data.prepare import check_validation_size, is_prepared, prepare_data
 from nesso_tune.data.record_reader import Drops, reading_of, usable
 from nesso_tune.data.sources import count_rows, source_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
@@ -126,7 +126,7 @@ def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -
     rows = sum(v.rows for v in train)
     size = recipe.data.validation_size
     if not held:
-        check_size(size, rows)
+        check_validation_size(size, rows)
     validation = sum(v.rows for v in held) if held else int(size * rows) if isinstance(size, float) else size
     share = 1.0 if held else (rows - validation) / max(1, rows)
     tokens = round(share * sum(v.tokens for v in train))

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, RecipeError, cache, prepare_data
+from nesso_tune.data.locations import rename_locations
 from nesso_tune.data.prepare import dropped_file, software_versions
-from nesso_tune.data.privacy import renamed
 from nesso_tune.data.sources import check_output
 from nesso_tune.recipes.schema import SFTRecipe
 
@@ -115,14 +115,14 @@ def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_row
     assert [group["name"] for group in second["mixture"]] == ["one", str(other)]
 
 
-def test_names_in_places():
+def test_file_names_in_locations():
     names = {"a": "A", "a:1": "other", "b c.jsonl": "B"}
     texts = {
         "a:5": "A:5", "a:1:5": "A:1:5", "b c.jsonl row 3": "B row 3", "a:5: of b c.jsonl:2": "A:5: of B:2",
         "of a:9": "of A:9", "x/a:5": "x/a:5", "a:5: 12 tokens": "A:5: 12 tokens", "nothing a here": "nothing a here",
     }  # fmt: skip
     for text, expected in texts.items():
-        assert renamed(text, names) == expected, text
+        assert rename_locations(text, names) == expected, text
 
 
 def test_other_code_or_packages_prepare_anew_and_the_same_rows_are_the_same_data(sft, write_rows, chats, monkeypatch):

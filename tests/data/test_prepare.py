@@ -59,6 +59,14 @@ def test_the_report_adds_up(sft, chats, write_rows, tmp_path):
     assert report["packing"]["fill"] == pytest.approx(report["tokens"] / (len(data.train) * 256), abs=1e-4)
 
 
+def test_prepared_data_has_a_short_repr(sft, chats, write_rows):
+    data = prepare_data(sft(write_rows(chats), validation_size=2))
+    text = repr(data)
+    assert text.startswith("PreparedData(")
+    assert data.report.fingerprint in text
+    assert all("\n" not in of and len(of) < 160 for of in (text, repr(data.train), repr(data.train.documents)))
+
+
 def test_rows_hold_what_encode_conversation_gives(sft, chats, write_rows):
     data = prepare_data(sft(write_rows(chats), packing=False))
     expected = sorted(

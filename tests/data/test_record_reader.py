@@ -133,7 +133,7 @@ def test_exact_duplicates_are_counted_and_dropped_when_asked(sft, write_rows, ch
     path = write_rows(rows)
     kept = prepare_data(sft(path)).report.to_dict()
     assert (kept["duplicates"], kept["rows_kept"]) == (2, 13)
-    assert "2 rows repeat an earlier one: data.clean.duplicates: drop" in " ".join(kept["warnings"])
+    assert "2 rows repeat an earlier row: data.clean.duplicates: drop" in " ".join(kept["warnings"])
     data = prepare_data(sft(path, clean={"duplicates": "drop"}))
     assert data.report.dropped == {"duplicate": 2}
     assert (data.report.duplicates, data.report.rows_kept, data.report.train.rows) == (0, 11, 11)
@@ -184,7 +184,7 @@ def test_what_is_held_out_is_not_trained_on(sft, write_rows, chats):
     sources = {"validation_sources": [{"path": held}]}
     kept = prepare_data(sft(write_rows(chats), **sources)).report.to_dict()
     assert (kept["validation_overlap"], kept["train"]["rows"]) == (1, 10)
-    assert "1 row asks what a held-out row asks" in kept["warnings"][0]
+    assert "1 row shares a prompt with a validation row" in kept["warnings"][0]
     left = prepare_data(sft(write_rows(chats), **sources, clean={"validation_overlap": "drop"})).report.to_dict()
     assert (left["validation_overlap"], left["train"]["rows"], left["warnings"]) == (1, 9, [])
     assert left["cache_hit"]

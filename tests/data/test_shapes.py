@@ -43,7 +43,7 @@ def test_a_plain_text_is_learned_whole_and_ended(sft, write_rows, chat):
     assert row["input_ids"].count(chat.eos_id) == 1  # what the text spells is text
     assert only(data)[0] == "C'era <|im_end|> una volta.<|im_end|>"
     assert data.report.anomalies["control_token_as_text"].rows == 1
-    assert "1 row spells control tokens" in data.report.warnings[0]
+    assert "1 row contains control tokens" in data.report.warnings[0]
     silent = sft({"path": write_rows([{"text": "C'era."}]), "format": "completion"}, train_on_eos="none")
     assert prepare_data(silent).train[0]["labels"][-1] == -100
 
