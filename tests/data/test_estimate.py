@@ -66,7 +66,7 @@ def test_without_a_tokenizer_characters_are_counted(sft, dpo, chats, duels, writ
     for recipe in (sft(write_rows(many(chats, 50))), dpo(write_rows(many(duels, 50), "duels.jsonl"))):
         raw = recipe.model_dump() | {"model": {"base": "someone/never-fetched"}}
         guess, truth = estimate_volume(type(recipe).model_validate(raw)), estimate_volume(recipe)
-        assert guess.basis.endswith("the tokenizer is not at hand")
+        assert guess.basis.endswith("the tokenizer is not available")
         assert truth.basis.startswith("from the first")
         assert guess.tokens == pytest.approx(truth.tokens, rel=0.5)  # their tokenizer is a tiny one
         assert guess.supervised_tokens == pytest.approx(truth.supervised_tokens, rel=0.5)
