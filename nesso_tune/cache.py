@@ -1,7 +1,7 @@
-"""The cache: results in folders named by a hash of everything that decides them.
+"""Content-keyed cache: each result is a folder, named by a hash of everything that decides it.
 
-A folder is complete or absent, is on the disk before it has its name, and is compared with the hashes of its files when
-a process first uses it: what was damaged since is named and made again.
+A folder is complete or absent: it is built under another name, synced to disk and renamed. When a process first uses
+it, its files are compared with their SHA-256; a damaged result is reported and built again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import environment_path
 
 Opened = TypeVar("Opened")
-DONE = "done.json"  # written last: a folder without it is not trusted
-ELSEWHERE = "name a folder on another disk in NESSO_TUNE_CACHE"
-Stamp = tuple[int, int, int]  # of a file: size, time of the last change, inode
+Stamp = tuple[int, int, int]  # of a file: size, modification time in ns, inode
+DONE_FILE = "done.json"  # written last: a folder without it is incomplete
+_MOVE_REMEDY = "set NESSO_TUNE_CACHE to a folder on another disk"
 
-# Files that this process has compared with their hashes, by path, as they were then.
-_checked: dict[str, Stamp] = {}
+# Files that this process has compared with their hashes: path -> stamp at that time.
+_verified: dict[str, Stamp] = {}
+
+
+class Damaged(Exception):
+    """A cached result differs from what was written; the message names the file."""
 
 
 def cache_root() -> Path:
@@ -37,16 +41,62 @@ def cache_root() -> Path:
 
 
 def key_of(parts: Any) -> str:
-    """Hash of plain data."""
+    """Hash of JSON-serialisable data: 24 hexadecimal digits."""
     return hash_of(parts)[:24]
 
 
-class Damaged(Exception):
-    """A finished result that is not as it was written; says which file."""
+def get_or_build(
+    kind: str,
+    key: str,
+    build: Callable[[Path], dict[str, Any]],
+    loader: Callable[[Path, dict[str, Any]], Opened],
+    label: str | None = None,
+) -> tuple[Opened, dict[str, Any], bool]:
+    """Loads a result, after building it if it is absent or damaged. Concurrent callers wait and share one build.
+
+    Args:
+        kind: kind of result, a folder of the cache.
+        key: hash of everything that decides the result.
+        build: fills an empty folder; returns a note, plain data that is stored with the result.
+        loader: loads the result from its folder and its note; raises `Damaged` if they are inconsistent.
+        label: name of the result in messages; `kind` by default.
+
+    Returns:
+        The result, its note, and whether it was in the cache.
+
+    Raises:
+        RunEnvironmentError: if the disk is full.
+    """
+    root = cache_root() / kind
+    root.mkdir(parents=True, exist_ok=True)
+    while True:
+        exists = (root / key).exists()
+        if exists:
+            with suppress(Damaged):  # outside the lock, so that several processes read at once
+                _verify(root / key, _read(root / key)["files"])
+        with acquire(root / f"{key}.lock", _MOVE_REMEDY):
+            if not exists and (root / key).exists():
+                continue  # another process has built it in the meantime
+            if (found := _load_or_remove(root / key, loader, label or kind)) is not None:
+                return *found, True
+            note = _build(root, key, build)
+            return loader(root / key, note), note, False
+
+
+def load(
+    kind: str, key: str, loader: Callable[[Path, dict[str, Any]], Opened], label: str | None = None
+) -> Opened | None:
+    """Loads a result; None if it is absent, or damaged and therefore removed. Arguments as for `get_or_build`."""
+    root = cache_root() / kind
+    if not (root / key).exists():
+        return None
+    with acquire(root / f"{key}.lock", _MOVE_REMEDY):
+        found = _load_or_remove(root / key, loader, label or kind)
+    return None if found is None else found[0]
 
 
 def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
-    """The folder of a finished result and what was noted of it, or None. Its other files are not looked at."""
+    """The folder of a result and its note, or None if it is absent. The other files are not verified."""
     folder = cache_root() / kind / key
     try:
         note: dict[str, Any] = _read(folder)["note"]
@@ -55,112 +105,49 @@ def find(kind: str, key: str) -> tuple[Path, dict[str, Any]] | None:
     return folder, note
 
 
-def digests(kind: str, key: str) -> dict[str, str]:
-    """SHA-256 of every file of a finished result, as it was written. Raises Damaged if its note is."""
+def file_hashes(kind: str, key: str) -> dict[str, str]:
+    """SHA-256 of every file of a result, as it was written. Raises `Damaged` if they cannot be read."""
     return {name: digest for name, (_, digest) in _read(cache_root() / kind / key)["files"].items()}
 
 
-def look_up(
-    kind: str, key: str, opened: Callable[[Path, dict[str, Any]], Opened], called: str | None = None
-) -> Opened | None:
-    """A finished result, or None if it is not there or damaged; then it is removed. Arguments as of `make`."""
-    root = cache_root() / kind
-    if not (root / key).exists():
-        return None
-    with acquire(root / f"{key}.lock", ELSEWHERE):
-        found = _usable(root / key, opened, called or kind)
-    return None if found is None else found[0]
+def verified_files() -> dict[str, Stamp]:
+    """The files that this process has compared with their hashes; for another process's `trust_verified`."""
+    return dict(_verified)
 
 
-def make(
-    kind: str,
-    key: str,
-    build: Callable[[Path], dict[str, Any]],
-    opened: Callable[[Path, dict[str, Any]], Opened],
-    called: str | None = None,
-) -> tuple[Opened, dict[str, Any], bool]:
-    """A result, built if it is not there or damaged; whoever asks at the same time waits and finds it.
-
-    Args:
-        kind: what sort of result.
-        key: hash of everything that decides it.
-        build: fills an empty folder and returns what is to be noted of it.
-        opened: reads the result from its folder and its note; raises `Damaged` if they do not fit together.
-        called: what messages call it; its kind by default.
-
-    Returns:
-        The result, the note, and whether it was there already.
-    """
-    root = cache_root() / kind
-    root.mkdir(parents=True, exist_ok=True)
-    while True:
-        there = (root / key).exists()
-        if there:
-            with suppress(Damaged):  # outside the lock, so that several processes read at once
-                _check(root / key, _read(root / key)["files"])
-        with acquire(root / f"{key}.lock", ELSEWHERE):
-            if not there and (root / key).exists():
-                continue  # another process has made it meanwhile
-            if (found := _usable(root / key, opened, called or kind)) is not None:
-                return *found, True
-            note = _built(root, key, build)
-            return opened(root / key, note), note, False
+def trust_verified(others: Mapping[str, Stamp]) -> None:
+    """Takes over what another process has verified: files with the same stamp are not read again."""
+    _verified.update(others)
 
 
-def _built(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Makes a result under another name, seals it and gives it its own; returns its note."""
+def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Builds a result in a staging folder, seals it and renames it; returns its note."""
     staging = root / f"{key}.partial"
     shutil.rmtree(staging, ignore_errors=True)
-    _sweep(root)
+    _remove_abandoned_builds(root)
     staging.mkdir()
     try:
         note = build(staging)
         files = _seal(staging, note)
         staging.rename(root / key)
-        _sync_names(root)
+        _sync_folder(root)
     except Exception as error:
         if not is_full(error):
             raise
         written = sum(file.stat().st_size for file in staging.iterdir())
         shutil.rmtree(staging, ignore_errors=True)
         what = f"the data needs more than {size(written)}, {size(shutil.disk_usage(root).free)} are free"
-        remedy = f"free some space, or {ELSEWHERE}"
+        remedy = f"free some space, or {_MOVE_REMEDY}"
         raise RunEnvironmentError(str(root), f"the disk is full: {what}", remedy) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for name in files:
-        _checked[str(root / key / name)] = _stamp(root / key / name)  # it was hashed a moment ago
+        _verified[str(root / key / name)] = _stamp(root / key / name)  # it was hashed a moment ago
     return note
 
 
-def checked() -> dict[str, Stamp]:
-    """What this process has compared with its hashes, for another one to `trust`."""
-    return dict(_checked)
-
-
-def trust(others: Mapping[str, Stamp]) -> None:
-    """Takes over what another process has compared: files that are still the same are not read again."""
-    _checked.update(others)
-
-
-def _usable(
-    folder: Path, opened: Callable[[Path, dict[str, Any]], Opened], called: str
-) -> tuple[Opened, dict[str, Any]] | None:
-    """A result and its note, or None if there is none; one that is damaged is named and removed."""
-    if not folder.exists():
-        return None
-    try:
-        record = _read(folder)
-        _check(folder, record["files"])
-        return opened(folder, record["note"]), record["note"]
-    except Damaged as why:
-        print_notes(f"{called} in {folder} was damaged ({why}): making it again")
-        shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-
 def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
-    """Writes the note, with size and hash of every file and of itself, and syncs all of it; returns the files."""
+    """Writes the note with the size and hash of every file, and its own hash, and syncs it all; returns the files."""
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[str(file.relative_to(folder))] = [file.stat().st_size, sha256(file)]
@@ -168,36 +155,53 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
     record = json.loads(json.dumps({"note": note, "files": files}))  # as it will be read
     record["sha256"] = hash_of(record)
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    (folder / DONE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
-    sync(folder / DONE)
-    _sync_names(folder)
+    # File names may contain surrogates, which UTF-8 cannot encode.
+    (folder / DONE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
+    sync(folder / DONE_FILE)
+    _sync_folder(folder)
     return list(files)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """`note` and `files` of a finished result. Raises Damaged if they are missing or not as they were written."""
+def _load_or_remove(
+    folder: Path, loader: Callable[[Path, dict[str, Any]], Opened], label: str
+) -> tuple[Opened, dict[str, Any]] | None:
+    """A result and its note; None if it is absent, or damaged and therefore removed."""
+    if not folder.exists():
+        return None
     try:
-        record: dict[str, Any] = json.loads((folder / DONE).read_text(encoding="utf-8"))
+        record = _read(folder)
+        _verify(folder, record["files"])
+        return loader(folder, record["note"]), record["note"]
+    except Damaged as why:
+        print_notes(f"{label} in {folder} is damaged ({why}): building it again")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """`note` and `files` of a result. Raises `Damaged` if they are missing or differ from what was written."""
+    try:
+        record: dict[str, Any] = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))
         if record.pop("sha256") == hash_of(record):
             return record
     except OSError as error:
-        raise Damaged(f"{DONE}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise Damaged(f"{DONE_FILE}: {(error.strerror or 'cannot be read').lower()}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
-    raise Damaged(DONE)
+    raise Damaged(DONE_FILE)
 
 
-def _check(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
-    """Raises Damaged for a file that is not as it was written. Each is read once a process: about 1 GB a second."""
+def _verify(folder: Path, files: Mapping[str, tuple[int, str]]) -> None:
+    """Raises `Damaged` for a file that differs from its hash. Each file is read once per process, at about 1 GB/s."""
     for name, (length, digest) in files.items():
         file = folder / name
         try:
             stamp = _stamp(file)
-            if _checked.get(str(file)) != stamp and (stamp[0] != length or sha256(file) != digest):
+            if _verified.get(str(file)) != stamp and (stamp[0] != length or sha256(file) != digest):
                 raise Damaged(name)
         except OSError as error:
             raise Damaged(f"{name}: {(error.strerror or 'cannot be read').lower()}") from None
-        _checked[str(file)] = stamp
+        _verified[str(file)] = stamp
 
 
 def _stamp(file: Path) -> Stamp:
@@ -205,14 +209,14 @@ def _stamp(file: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _sync_names(folder: Path) -> None:
-    """Syncs the names in a folder, where the file system can do that."""
+def _sync_folder(folder: Path) -> None:
+    """Syncs a folder's entries, where the file system supports it."""
     with suppress(OSError):
         sync(folder)
 
 
-def _sweep(root: Path) -> None:
-    """Removes what killed builds of other results left: whoever still builds holds the lock."""
-    for left in root.glob("*.partial"):
-        with suppress(Timeout), acquire(left.with_suffix(".lock"), ELSEWHERE, timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+def _remove_abandoned_builds(root: Path) -> None:
+    """Removes staging folders of killed processes: a build that still runs holds its lock."""
+    for staging in root.glob("*.partial"):
+        with suppress(Timeout), acquire(staging.with_suffix(".lock"), _MOVE_REMEDY, timeout=0):
+            shutil.rmtree(staging, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from nesso_tune.chat.special_tokens import CHAT_KEY
 from nesso_tune.data.detect import NEARLY_ALL, Detected
-from nesso_tune.data.estimate import CHARACTERS
+from nesso_tune.data.estimate import CHARACTERS_PER_TOKEN
 from nesso_tune.errors import ModelError
 from nesso_tune.logs import visible
 from nesso_tune.planning.advice import auto_learning_rate, tuned_near
@@ -245,7 +245,7 @@ def _number(value: float) -> str:
 
 def _tokens(data: Sequence[Detected]) -> list[float]:
     """About how many tokens each row has, control tokens with it."""
-    return [n / CHARACTERS + 20 for part in data for n in part.characters]
+    return [n / CHARACTERS_PER_TOKEN + 20 for part in data for n in part.characters]
 
 
 def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:

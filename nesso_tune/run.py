@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
+from nesso_tune.data.report import DataReport
 from nesso_tune.distributed.preemption import StopRequest
 from nesso_tune.distributed.process_group import (
     check_launcher,
@@ -117,16 +118,16 @@ def train(
                 say(text)
 
 
-def _about_data(report: dict[str, Any]) -> list[str]:
+def _about_data(report: DataReport) -> list[str]:
     """What was dropped, what an epoch is made of, and what is suspicious."""
     lines = []
-    if report["dropped"]:
-        lost = ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items())
-        lines.append(f"{report['rows_kept']:,} of {report['rows_read']:,} rows kept; dropped: {lost}")
-    if len(report["mixture"]) > 1:
-        shares = ", ".join(f"{group['name']} {group['share_of_tokens']:.1%}" for group in report["mixture"])
+    if report.dropped:
+        lost = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items())
+        lines.append(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {lost}")
+    if len(report.mixture) > 1:
+        shares = ", ".join(f"{group.name} {group.share_of_tokens:.1%}" for group in report.mixture)
         lines.append(f"an epoch's tokens: {shares}")
-    return [*lines, *report["warnings"]]
+    return [*lines, *report.warnings]
 
 
 def _opening(run: RunDir, recipe: Recipe) -> list[str]:
@@ -257,7 +258,8 @@ def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan
     if path.positions is None:
         return
     longest = max(
-        int(rows.documents.spans[rows.documents.kept].max(initial=0)) for rows in (data.train, data.validation)
+        int(rows.documents.sequence_lengths[rows.documents.kept].max(initial=0))
+        for rows in (data.train, data.validation)
     )
     if plan.torch_compile:  # rows are filled up, with one document more
         longest = max(longest, recipe.data.sequence_len)

@@ -242,7 +242,7 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, boo
         return {"architecture": build_standin(staging, small)}
 
     key = cache.key_of([KIND, 2, small, contents, transformers.__version__])
-    made, noted, _ = cache.make(KIND, key, build, lambda path, _: path, "the stand-in")
+    made, noted, _ = cache.get_or_build(KIND, key, build, lambda path, _: path, "the stand-in")
     kind = noted["architecture"] if config else f"{FALLBACK}, since its own architecture is not known here"
     if config and noted["architecture"] != small["model_type"]:
         kind = f"{noted['architecture']} instead of {small['model_type']}"

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nesso_tune import DataError, cache, prepare_data
-from nesso_tune.data.prepare import cached_only
+from nesso_tune.data.prepare import is_prepared
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,12 +31,12 @@ def ids(data):
 
 
 def test_the_second_time_is_a_hit_with_the_same_rows(recipe):
-    assert not cached_only(recipe)
+    assert not is_prepared(recipe)
     first = prepare_data(recipe)
-    assert cached_only(recipe)
+    assert is_prepared(recipe)
     second = prepare_data(recipe)
-    assert (first.report["cache_hit"], second.report["cache_hit"]) == (False, True)
-    assert first.report | {"cache_hit": True} == second.report
+    assert (first.report.cache_hit, second.report.cache_hit) == (False, True)
+    assert replace(first.report, cache_hit=True) == second.report
     assert ids(first) == ids(second)
 
 
@@ -46,8 +47,8 @@ def test_one_changed_character_is_seen_though_size_and_time_are_the_same(recipe)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file.stat().st_size == times.st_size
     after = prepare_data(recipe)
-    assert not after.report["cache_hit"]
-    assert after.report["fingerprint"] != before.report["fingerprint"]
+    assert not after.report.cache_hit
+    assert after.report.fingerprint != before.report.fingerprint
     assert ids(after) != ids(before)
 
 
@@ -55,8 +56,8 @@ def test_another_time_alone_changes_nothing(recipe):
     before = prepare_data(recipe)
     os.utime(recipe.data.sources[0].path, (1, 1))
     after = prepare_data(recipe)
-    assert after.report["cache_hit"]
-    assert after.report["fingerprint"] == before.report["fingerprint"]
+    assert after.report.cache_hit
+    assert after.report.fingerprint == before.report.fingerprint
 
 
 ENCODED_ANEW = {
@@ -70,16 +71,16 @@ ARRANGED_ANEW = {"packing": {"packing": False}, "seed": {"seed": 1}, "split": {"
 
 @pytest.mark.parametrize("change", ENCODED_ANEW.values(), ids=ENCODED_ANEW)
 def test_what_decides_the_ids_is_encoded_anew(recipe, sft, change):
-    before = prepare_data(recipe).report
-    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
+    before = prepare_data(recipe).report.to_dict()
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report.to_dict()
     assert not after["cache_hit"]
     assert after["fingerprint"] != before["fingerprint"]
 
 
 @pytest.mark.parametrize("change", ARRANGED_ANEW.values(), ids=ARRANGED_ANEW)
 def test_what_only_arranges_rows_uses_what_is_encoded(recipe, sft, change):
-    before = prepare_data(recipe).report
-    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
+    before = prepare_data(recipe).report.to_dict()
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report.to_dict()
     assert after["cache_hit"]
     assert after["fingerprint"] != before["fingerprint"]
 
@@ -97,16 +98,16 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     whole = ids(prepare_data(recipe))
     folder = the_folder()
     folder.rename(folder.with_suffix(".partial"))  # killed before the last step
-    assert prepare_data(recipe).report["cache_hit"] is False
-    (folder / cache.DONE).unlink()  # and a folder without its note
+    assert prepare_data(recipe).report.cache_hit is False
+    (folder / cache.DONE_FILE).unlink()  # and a folder without its note
     (folder / "ids.bin").write_bytes(b"")
     again = prepare_data(recipe)
-    assert again.report["cache_hit"] is False
+    assert again.report.cache_hit is False
     assert ids(again) == whole
     assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
 
 
-FILES = ["ids.bin", "trained.bin", "entries.npz", "dropped.jsonl", cache.DONE]
+FILES = ["ids.bin", "trained.bin", "entries.npz", "dropped.jsonl", cache.DONE_FILE]
 
 
 def flip(file, at=0.5):
@@ -127,27 +128,27 @@ def test_damaged_files_are_named_and_made_again(with_drops, name, capfd):
     for damage in (lambda: flip(file, 0.3), lambda: file.write_bytes(file.read_bytes()[:7]), file.unlink):
         damage()
         again = prepare_data(with_drops)
-        assert again.report["cache_hit"] is False
+        assert again.report.cache_hit is False
         assert ids(again) == whole
-        assert f"prepared data in {the_folder()} was damaged ({name}" in capfd.readouterr().err
-        assert prepare_data(with_drops).report["cache_hit"]
+        assert f"prepared data in {the_folder()} is damaged ({name}" in capfd.readouterr().err
+        assert prepare_data(with_drops).report.cache_hit
         assert not capfd.readouterr().err
 
 
 def test_any_flipped_bit_of_the_note_is_seen(recipe):
     """What is there twice, in the text and in its hash, disagrees wherever one of them changes."""
     prepare_data(recipe)
-    folder, content = the_folder(), (the_folder() / cache.DONE).read_bytes()
+    folder, content = the_folder(), (the_folder() / cache.DONE_FILE).read_bytes()
     assert cache.find("documents", folder.name)
     for at in range(0, len(content), 41):
-        (folder / cache.DONE).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 7)]) + content[at + 1 :])
+        (folder / cache.DONE_FILE).write_bytes(content[:at] + bytes([content[at] ^ (1 << at % 7)]) + content[at + 1 :])
         assert cache.find("documents", folder.name) is None, content[at - 20 : at + 20]
 
 
 def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hashed(recipe, monkeypatch):
     def run(trusted=None):
         hashed = []
-        monkeypatch.setattr(cache, "_checked", dict(trusted or {}))
+        monkeypatch.setattr(cache, "_verified", dict(trusted or {}))
         monkeypatch.setattr(cache, "sha256", lambda file: hashed.append(file.name) or digest(file))
         prepare_data(recipe)
         prepare_data(recipe)
@@ -155,7 +156,7 @@ def test_files_are_hashed_once_a_process_and_not_again_for_what_another_one_hash
 
     digest = cache.sha256
     prepare_data(recipe)
-    seen, names = cache.checked(), sorted(name for name in FILES if name != cache.DONE)
+    seen, names = cache.verified_files(), sorted(name for name in FILES if name != cache.DONE_FILE)
     assert run() == names
     assert run(seen) == []
 
@@ -166,7 +167,7 @@ def test_a_failed_build_leaves_nothing():
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):
-        cache.make("kind", "key", fails, lambda folder, note: folder)
+        cache.get_or_build("kind", "key", fails, lambda folder, note: folder)
     assert cache.find("kind", "key") is None
     assert not [path for path in (cache.cache_root() / "kind").iterdir() if path.is_dir()]
 
@@ -174,14 +175,14 @@ def test_a_failed_build_leaves_nothing():
 BUILD_SLOWLY = """
 import sys, time
 from pathlib import Path
-from nesso_tune.data import cache
+from nesso_tune import cache
 log = Path(sys.argv[1])
 def build(folder):
     log.open("a").write("built\\n")
     time.sleep(0.5)
     (folder / "x").write_text("content")
     return {"a": 1}
-opened, note, hit = cache.make("kind", "key", build, lambda folder, note: (folder / "x").read_text())
+opened, note, hit = cache.get_or_build("kind", "key", build, lambda folder, note: (folder / "x").read_text())
 print(opened, note, hit)
 """
 
@@ -201,13 +202,13 @@ def test_a_build_killed_half_way_is_done_again(tmp_path):
     process.kill()
     process.wait()
     assert cache.find("kind", "key") is None
-    made = cache.make("kind", "key", lambda folder: {"b": 2}, lambda folder, note: list(folder.glob("x")))
+    made = cache.get_or_build("kind", "key", lambda folder: {"b": 2}, lambda folder, note: list(folder.glob("x")))
     assert made == ([], {"b": 2}, False)
 
 
 def test_the_note_is_plain_json(recipe):
     prepare_data(recipe)
-    note = json.loads((the_folder() / cache.DONE).read_text())
+    note = json.loads((the_folder() / cache.DONE_FILE).read_text())
     assert note["note"]["documents"]["languages"] == ["it", "en"]
 
 
@@ -219,4 +220,4 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(sft, write_rows, chats
     recipe = sft({"path": path, "format": f"{tmp_path}/writes.py:along"})
     with pytest.raises(DataError, match="changed while it was read; run again"):
         prepare_data(recipe)
-    assert not list(cache.cache_root().rglob(cache.DONE))
+    assert not list(cache.cache_root().rglob(cache.DONE_FILE))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nesso_tune.data.privacy import Privacy, as_recorded, recorded
+from nesso_tune.data.privacy import Privacy, comparable_recipe, manifest_recipe
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.run import train
@@ -211,11 +211,11 @@ def test_what_a_manifest_hides_is_compared_all_the_same(tmp_path, talks):
         return recipe("sft", tmp_path / "run", [], data=data)
 
     def changed(new):
-        return sorted(differences(before, as_recorded(before, new, "salt")))
+        return sorted(differences(before, comparable_recipe(before, new, "salt")))
 
-    before = json.loads(json.dumps(recorded(of(), "salt")))
+    before = json.loads(json.dumps(manifest_recipe(of(), "salt")))
     assert CANARY not in json.dumps(before)
-    assert recorded(of(), "other") != before, "the same name has another digest in another run"
+    assert manifest_recipe(of(), "other") != before, "the same name has another digest in another run"
     assert changed(of()) == []
     assert changed(of(path="other.jsonl")) == ["data.sources.0.path"]
     assert changed(of(roles={CANARY: "assistant"})) == ["data.sources.0.roles"]
@@ -238,7 +238,7 @@ def test_who_else_reads_a_private_file(tmp_path, write_rows, chats):
            "data": {"sources": [*entries, {"path": hidden, "private": True}]}}  # fmt: skip
     privacy = Privacy(RECIPES["sft"].model_validate(raw).data)
     assert privacy.hidden_sources() == {*range(len(same)), len(same) + 2}
-    assert privacy.names()[len(same)] == str(tmp_path / "deep")
+    assert privacy.source_names()[len(same)] == str(tmp_path / "deep")
     prefixes = [
         f"{tmp_path}/{path}:" for path in ("deep/deeper/hidden.jsonl", "linked/hidden.jsonl", "deep/open.jsonl")
     ]

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
-from nesso_tune.data.estimate import find_volume
+from nesso_tune.data.estimate import estimate_volume
 from nesso_tune.data.sources import check_output
 from nesso_tune.hub import check_at_hand, unknown_base
 from nesso_tune.launch.command import Machines, gpus_of_this_machine
@@ -46,7 +46,7 @@ def check(
     cluster = loaded.cluster or ClusterSection()
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     world = World(machines.processes, None if gpu is None else find_gpu(gpu))
-    plan = make_plan(loaded, world, find_volume(loaded))
+    plan = make_plan(loaded, world, estimate_volume(loaded))
     plan = replace(plan, advice=(*_idle(machines, loaded.cluster), *plan.advice))
     if as_json:
         print_text(json.dumps(plan.to_dict(), indent=2) + "\n")

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,7 @@ from nesso_tune.recipes import Recipe
 
 if TYPE_CHECKING:
     from nesso_tune.data.prepare import PreparedData
+    from nesso_tune.data.report import Anomaly, DataReport, SourceReport, TokenCounts
 
 
 def prepare(
@@ -37,49 +38,48 @@ def prepare(
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
     page = _written(Path(loaded.output_dir), loaded, data)
     if as_json:
-        print_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
+        print_text(json.dumps(data.report.to_dict(), indent=2, ensure_ascii=False) + "\n")
         return
     print_lines(*tables(data.report))
-    if data.report["dropped"]:
+    if data.report.dropped:
         print_lines("", f"all dropped rows   {dropped_file(data)}")
     if page is not None:
         print_lines(f"to look at         {page}")
 
 
-def tables(report: dict[str, Any]) -> list[str]:
+def tables(report: DataReport) -> list[str]:
     """The report as lines for a terminal."""
-    dropped = report["dropped"]
+    dropped = report.dropped
     lost = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
     lines = [
-        f"rows      {report['rows_read']:,} read, {report['rows_kept']:,} kept; dropped: {lost}",
-        *(f"          {reason}, e.g. {where}" for reason, where in report["examples_of_dropped"].items()),
-        f"packing   {report['packing']['rows']:,} rows an epoch, {report['packing']['fill']:.1%} full",
-        f"cache     {'found' if report['cache_hit'] else 'made'}, fingerprint {report['fingerprint']}",
-        *(f"oddity    {_oddity(name, of)}" for name, of in report["oddities"].items()),
-        *(f"mind      {warning}" for warning in report["warnings"]),
+        f"rows      {report.rows_read:,} read, {report.rows_kept:,} kept; dropped: {lost}",
+        *(f"          {reason}, e.g. {where}" for reason, where in report.examples_of_dropped.items()),
+        f"packing   {report.packing.rows:,} rows an epoch, {report.packing.fill:.1%} full",
+        f"cache     {'found' if report.cache_hit else 'made'}, fingerprint {report.fingerprint}",
+        *(f"oddity    {_oddity(name, anomaly)}" for name, anomaly in report.anomalies.items()),
+        *(f"mind      {warning}" for warning in report.warnings),
         "",
         f"{'':<28}{'rows':>12}{'tokens':>14}{'supervised':>14}",
     ]
-    groups = [
-        *((f"language {code}", counts) for code, counts in report["languages"].items()),
-        *((f"source {_short(counts.get('alias', counts['path']))}", counts) for counts in report["sources"]),
-        ("held out", report["validation"]),
-        ("an epoch trains on", report["train"]),
+    groups: list[tuple[str, TokenCounts | SourceReport]] = [
+        *((f"language {code}", counts) for code, counts in report.languages.items()),
+        *((f"source {_short(source.alias or source.path)}", source) for source in report.sources),
+        ("held out", report.validation),
+        ("an epoch trains on", report.train),
     ]
     lines += [
-        f"{name:<28}{counts['rows']:>12,}{counts['tokens']:>14,}{counts['supervised_tokens']:>14,}"
-        for name, counts in groups
+        f"{name:<28}{counts.rows:>12,}{counts.tokens:>14,}{counts.supervised_tokens:>14,}" for name, counts in groups
     ]
     lines += [
-        f"  {_short(group['name']):<26}{group['rows']:>12,}{group['tokens']:>14,}{group['supervised_tokens']:>14,}"
-        f"  {group['share_of_tokens']:.1%} of its tokens"
-        for group in report["mixture"]
+        f"  {_short(group.name):<26}{group.rows:>12,}{group.tokens:>14,}{group.supervised_tokens:>14,}"
+        f"  {group.share_of_tokens:.1%} of its tokens"
+        for group in report.mixture
     ]
     return lines
 
 
-def _oddity(name: str, of: dict[str, Any]) -> str:
-    return f"{of['rows']:,} rows: {name.replace('_', ' ')}, e.g. {of['example']}"
+def _oddity(name: str, anomaly: Anomaly) -> str:
+    return f"{anomaly.rows:,} rows: {name.replace('_', ' ')}, e.g. {anomaly.example}"
 
 
 def _written(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:

@@ -15,7 +15,7 @@ import typer
 from nesso_tune.cli.options import SetOption, load_all, processes
 from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders, is_of
 from nesso_tune.data.prepare import prepare_data
-from nesso_tune.data.workers import prepared_ahead
+from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.errors import Preempted, RecipeError
 from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import flag_path
@@ -54,7 +54,7 @@ def train(
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     _leave_out_quantisation(loaded)
-    with prepared_ahead(prepare_data, loaded[0]) if _is_first() else nullcontext():
+    with prepare_in_background(prepare_data, loaded[0]) if _is_first() else nullcontext():
         from nesso_tune.run import train as run_one
 
         allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())

@@ -11,7 +11,7 @@ import numpy as np
 from nesso_tune.chat.render import function_of
 from nesso_tune.conversation import Conversation
 from nesso_tune.data.convert import Item, is_empty
-from nesso_tune.data.token_store import Documents, Ints
+from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError, Problem
 from nesso_tune.recipes.sections import Limit, PreferenceSection
 
@@ -68,14 +68,14 @@ def _calls_another(item: Item) -> bool:
 QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
-def histograms(documents: Documents, entries: Ints) -> dict[str, Any]:
+def histograms(documents: Documents, entries: IntArray) -> dict[str, Any]:
     """Lengths in tokens: `edges` (powers of two), and per language `counts` between them, and quantiles.
 
     The length of a pair is that of its prompt and longer answer.
 
     An entry of length n is counted in bin i where edges[i] <= n < edges[i + 1].
     """
-    lengths = documents.spans[entries]
+    lengths = documents.sequence_lengths[entries]
     top = max(3, int(lengths.max(initial=1)).bit_length())
     edges = [2**i for i in range(top + 1)]
     languages = {}
@@ -103,7 +103,7 @@ SAYS = {  # of each figure: what it means, and what can be done
 EXAMPLES = 5
 
 
-def preference_figures(documents: Documents, kept: Ints, dropped: Mapping[str, int], rows: int) -> dict[str, Any]:
+def preference_figures(documents: Documents, kept: IntArray, dropped: Mapping[str, int], rows: int) -> dict[str, Any]:
     """Figures of the pairs that are kept, and of those that were dropped for what they are.
 
     Returns:
@@ -129,9 +129,9 @@ def preference_figures(documents: Documents, kept: Ints, dropped: Mapping[str, i
         "length_predicts": round(max(told, 1 - told), 4),
         "length_ratio": round(max(means) / max(min(means), 1e-9), 4),
         "conflicting": round(len(conflicts) / len(kept), 4),
-        "conflicting_examples": [documents.place(kept[i]) for i in conflicts[:EXAMPLES]],
+        "conflicting_examples": [documents.location(kept[i]) for i in conflicts[:EXAMPLES]],
         "language_mismatch": round(len(foreign) / len(kept), 4),
-        "language_mismatch_examples": [documents.place(kept[i]) for i in foreign[:EXAMPLES]],
+        "language_mismatch_examples": [documents.location(kept[i]) for i in foreign[:EXAMPLES]],
         "same_answers": round(dropped.get("chosen_equals_rejected", 0) / max(1, rows), 4),
         "too_long": round(dropped.get("too_long", 0) / max(1, rows), 4),
     }

@@ -1,8 +1,10 @@
-"""How many rows well-known data sets have, by their pages on the hub: for plans made before anything is fetched."""
+"""Size of an epoch without preparing the data: from its first rows, or from what is known of public data sets."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,7 +12,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
-from nesso_tune.data.prepare import cached_only, check_size, prepare_data
+from nesso_tune.data.prepare import check_validation_size, is_prepared, prepare_data
 from nesso_tune.data.record_reader import Drops, reading_of, usable
 from nesso_tune.data.sources import count_rows, source_rows
 from nesso_tune.errors import ModelError, RunEnvironmentError
@@ -19,54 +21,51 @@ from nesso_tune.recipes.builtin import local_path
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData, Source
 
-ROWS: dict[tuple[str, str | None, str], int] = {  # (id, subset, split)
+CHARACTERS_PER_TOKEN = 3.8  # Italian and English chat with a large vocabulary; assumed if there is no tokenizer
+_TOKENS_PER_TURN = 5  # control tokens around each turn
+_TOKENS_PER_ROW, _SUPERVISED_PER_ROW = 500, 300  # assumed if no row is available
+_SAMPLE_ROWS = 500  # of each source
+_PACKING_FILL = 0.99  # typical fill of best-fit packed rows of chat data
+_PUBLISHED_ROWS: dict[tuple[str, str | None, str], int] = {  # (hub id, subset, split) -> rows on its hub page
     ("DeepMount00/OpenItalianData", None, "train"): 2_140_000,
     ("HuggingFaceTB/smoltalk", "all", "train"): 1_043_917,
     ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs"): 61_135,
     ("anakin87/evol-dpo-ita-reranked", None, "train"): 19_769,
     ("hiyouga/glaive-function-calling-v2-sharegpt", None, "train"): 100_561,
 }
+# The basis of an estimate, from the most to the least precise.
+_FROM_SAMPLE = f"from the first {_SAMPLE_ROWS} rows of each source"
+_WITHOUT_TOKENIZER = f"at {CHARACTERS_PER_TOKEN} characters per token, the tokenizer is not available"
+_FROM_HUB_PAGE = (
+    f"rows as published on the hub, {_TOKENS_PER_ROW} tokens per row assumed: "
+    "`nesso-tune prepare` downloads and counts them"
+)
+_BASES = (_FROM_SAMPLE, _WITHOUT_TOKENIZER, _FROM_HUB_PAGE)
 
 
-def stated_rows(source: Source) -> int | None:
-    """Rows of a hub data set as its page states them; None if it is not one of these."""
-    rows = ROWS.get((source.path, source.subset, source.split))
-    return None if rows is None else min(rows, source.max_rows or rows)
-
-
-SAMPLE = 500  # rows of each source
-FULL_ROWS = 0.99  # how full best-fit packing leaves a row of chat data
-CHARACTERS = 3.8  # of Italian and English chat, a token of a large vocabulary: assumed where no tokenizer is at hand
-TURN = 5  # tokens around each turn
-ROW, LEARNED = 500, 300  # tokens and supervised tokens of a conversation or pair: assumed where no row is at hand
-SAMPLED = f"from the first {SAMPLE} rows of each source"
-WITHOUT_TOKENIZER = f"at {CHARACTERS} characters a token, the tokenizer is not at hand"
-STATED = f"rows as the hub states them, {ROW} tokens a row assumed: `nesso-tune prepare` fetches and counts them"
-
-
-def find_volume(recipe: Recipe) -> DataVolume | None:
-    """What one epoch holds, or None where too little is known (hub data that was never fetched).
+def estimate_volume(recipe: Recipe) -> DataVolume | None:
+    """Size of one epoch: exact if the data is prepared, else estimated; None for an unknown data set of the hub.
 
     Raises:
-        DataError: if a local file is missing or wrong.
+        DataError: if a local file is missing or cannot be read.
     """
     sources = [*recipe.data.sources, *recipe.data.validation_sources]
     for source in sources:
         if is_local(source.path):
             expand(source.path)
-    chat = _chat(recipe)
-    if chat is not None and all(is_local(source.path) for source in sources) and cached_only(recipe):
+    chat = _available_tokenizer(recipe)
+    if chat is not None and all(is_local(source.path) for source in sources) and is_prepared(recipe):
         return prepare_data(recipe).volume
-    volumes = [_estimate(recipe, source, chat) for source in sources]
+    volumes = [_source_volume(recipe, source, chat) for source in sources]
     known = [volume for volume in volumes if volume is not None]
     if len(known) < len(volumes):
         return None
     n = len(recipe.data.sources)
-    return _together(recipe, known[:n], known[n:])
+    return _epoch_volume(recipe, known[:n], known[n:])
 
 
-def _chat(recipe: Recipe) -> ChatTokenizer | None:
-    """The base's tokenizer if it is at hand."""
+def _available_tokenizer(recipe: Recipe) -> ChatTokenizer | None:
+    """The tokenizer of the base model, if the model is a local folder and has a usable one."""
     if not local_path(recipe.model.base).is_dir():
         return None
     try:
@@ -75,69 +74,92 @@ def _chat(recipe: Recipe) -> ChatTokenizer | None:
         return None
 
 
-def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> DataVolume | None:
-    """Usable rows and tokens of a source, from its first rows and their number."""
+def _source_volume(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> DataVolume | None:
+    """Estimated usable rows and tokens of one source."""
     if not is_local(source.path):
-        rows = stated_rows(source)
-        if rows is None:
+        published = _published_rows(source)
+        if published is None:
             return None
-        rows = round(source.weight * rows)
-        return DataVolume(rows, rows * ROW, rows * LEARNED, exact=False, basis=STATED)
-    sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
-    read, kept, tokens, supervised, dropped = _sample(recipe, sampled, chat)
-    total = max(count_rows(source), read)  # a last line may lack its line break
-    ratio = source.weight * total / max(1, read)
-    rows, all_tokens, learned = (round(ratio * n) for n in (kept, tokens, supervised))
-    basis = SAMPLED if chat is not None else WITHOUT_TOKENIZER
-    shares = {reason: n / max(1, read) for reason, n in dropped.items()}
-    return DataVolume(rows, all_tokens, learned, exact=False, basis=basis, dropped=shares)
+        rows = round(source.weight * published)
+        return DataVolume(
+            rows, rows * _TOKENS_PER_ROW, rows * _SUPERVISED_PER_ROW, exact=False, basis=_FROM_HUB_PAGE
+        )  # fmt: skip
+    limited = source.model_copy(update={"max_rows": min(_SAMPLE_ROWS, source.max_rows or _SAMPLE_ROWS)})
+    sample = _encode_sample(recipe, limited, chat) if chat is not None else _measure_sample(recipe, limited)
+    total = max(count_rows(source), sample.read)  # a last line may lack its line break
+    ratio = source.weight * total / max(1, sample.read)
+    rows, tokens, supervised = (round(ratio * n) for n in (sample.kept, sample.tokens, sample.supervised_tokens))
+    basis = _FROM_SAMPLE if chat is not None else _WITHOUT_TOKENIZER
+    dropped = {reason: n / max(1, sample.read) for reason, n in sample.dropped.items()}
+    return DataVolume(rows, tokens, supervised, exact=False, basis=basis, dropped=dropped)
 
 
-def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple[int, int, int, int, dict[str, int]]:
-    """Rows read, rows kept, tokens, supervised tokens, and why rows were dropped."""
-    if chat is not None:
-        with TemporaryDirectory() as folder:
-            report = build_documents(Path(folder), recipe, [source], chat)["report"]
-        names = ("rows_read", "rows_kept", "tokens", "supervised_tokens", "dropped")
-        return tuple(report[name] for name in names)  # type: ignore[return-value]
+def _published_rows(source: Source) -> int | None:
+    rows = _PUBLISHED_ROWS.get((source.path, source.subset, source.split))
+    return None if rows is None else min(rows, source.max_rows or rows)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The first rows of a source: rows read and kept, tokens of the rows kept, and dropped rows by reason."""
+
+    read: int
+    kept: int
+    tokens: int
+    supervised_tokens: int
+    dropped: Mapping[str, int]
+
+
+def _encode_sample(recipe: Recipe, source: Source, chat: ChatTokenizer) -> _Sample:
+    with TemporaryDirectory() as folder:
+        _, report = build_documents(Path(folder), recipe, [source], chat)
+    return _Sample(report.rows_read, report.rows_kept, report.tokens, report.supervised_tokens, report.dropped)
+
+
+def _measure_sample(recipe: Recipe, source: Source) -> _Sample:
+    """A sample whose tokens are estimated from the number of characters."""
     dropped = Drops()
     read = kept = tokens = supervised = 0
-    trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
+    trained_roles = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
+    limit = recipe.data.sequence_len * (1 if recipe.method == "sft" else 2)
     for item in usable(reading_of(source, recipe.method, recipe.data.clean), source_rows(source), dropped):
         read += 1
         if item is None:
             continue
-        sizes = [(turn.role in trained, _size(turn)) for turn in item.turns]
+        sizes = [(turn.role in trained_roles, _tokens_of(turn)) for turn in item.turns]
         length = sum(size for _, size in sizes)
-        if length <= recipe.data.sequence_len * (1 if recipe.method == "sft" else 2):
+        if length <= limit:
             kept, tokens = kept + 1, tokens + length
-            supervised += sum(size for learned, size in sizes if learned)
-    return read, kept, tokens, supervised, dict(dropped)
+            supervised += sum(size for is_trained, size in sizes if is_trained)
+    return _Sample(read, kept, tokens, supervised, dict(dropped))
 
 
-def _size(turn: Message) -> int:
-    said = len(turn.content) + sum(len(str(call)) for call in turn.tool_calls)
-    return round(said / CHARACTERS) + TURN
+def _tokens_of(turn: Message) -> int:
+    characters = len(turn.content) + sum(len(str(call)) for call in turn.tool_calls)
+    return round(characters / CHARACTERS_PER_TOKEN) + _TOKENS_PER_TURN
 
 
-def _together(recipe: Recipe, train: list[DataVolume], held: list[DataVolume]) -> DataVolume:
-    rows = sum(v.rows for v in train)
+def _epoch_volume(recipe: Recipe, train: Sequence[DataVolume], validation: Sequence[DataVolume]) -> DataVolume:
+    """Size of one epoch of the training sources, after the validation rows are held out, and packed."""
+    rows = sum(volume.rows for volume in train)
     size = recipe.data.validation_size
-    if not held:
-        check_size(size, rows)
-    validation = sum(v.rows for v in held) if held else int(size * rows) if isinstance(size, float) else size
-    share = 1.0 if held else (rows - validation) / max(1, rows)
-    tokens = round(share * sum(v.tokens for v in train))
-    supervised = round(share * sum(v.supervised_tokens for v in train))
-    trained = round(share * rows)
+    if validation:
+        validation_rows, train_share = sum(volume.rows for volume in validation), 1.0
+    else:
+        check_validation_size(size, rows)
+        validation_rows = int(size * rows) if isinstance(size, float) else size
+        train_share = (rows - validation_rows) / max(1, rows)
+    tokens = round(train_share * sum(volume.tokens for volume in train))
+    supervised = round(train_share * sum(volume.supervised_tokens for volume in train))
+    train_rows = round(train_share * rows)
     if isinstance(recipe, SFTRecipe) and isinstance(recipe.data, SFTData) and recipe.data.packing:
-        trained = max(1, math.ceil(tokens / (FULL_ROWS * recipe.data.sequence_len)))
-    weakest = max((v.basis for v in [*train, *held]), key=(SAMPLED, WITHOUT_TOKENIZER, STATED).index)
-    if recipe.data.mixture is not None or any(s.rules for s in recipe.data.sources):
-        weakest = f"{weakest}; shares and weights of languages are not in it"
+        train_rows = max(1, math.ceil(tokens / (_PACKING_FILL * recipe.data.sequence_len)))
+    basis = max((volume.basis for volume in [*train, *validation]), key=_BASES.index)
+    if recipe.data.mixture is not None or any(source.rules for source in recipe.data.sources):
+        basis = f"{basis}; without mixture shares and weights by language"
     dropped: dict[str, float] = {}
-    for part in train:
-        for reason, lost in part.dropped.items():
-            dropped[reason] = dropped.get(reason, 0.0) + lost * part.rows / max(1, rows)
-    shown = {reason: lost for reason, lost in sorted(dropped.items(), key=lambda pair: -pair[1]) if lost >= 0.005}
-    return DataVolume(trained, tokens, supervised, validation, exact=False, basis=weakest, dropped=shown)
+    for volume in train:
+        for reason, share in volume.dropped.items():
+            dropped[reason] = dropped.get(reason, 0.0) + share * volume.rows / max(1, rows)
+    frequent = {reason: share for reason, share in sorted(dropped.items(), key=lambda pair: -pair[1]) if share >= 0.005}
+    return DataVolume(train_rows, tokens, supervised, validation_rows, exact=False, basis=basis, dropped=frequent)

@@ -14,7 +14,7 @@ import numpy as np
 from nesso_tune.data.convert import Item
 from nesso_tune.data.files import expand, read_rows
 from nesso_tune.data.formats import described, lookup
-from nesso_tune.data.token_store import Documents, Ints
+from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import CleanSection, Decontamination
 
@@ -24,7 +24,7 @@ VALUES = 128  # of a signature
 SEED = 1997
 
 
-def signature_of(item: Item) -> Ints:
+def signature_of(item: Item) -> IntArray:
     """MinHash of the word sequences of an item's turns: `VALUES` numbers, uint32."""
     from rensa import RMinHash
 
@@ -35,7 +35,7 @@ def signature_of(item: Item) -> Ints:
     return np.array(sketch.digest(), np.uint32)
 
 
-def near_duplicates(signatures: Ints, similarity: float) -> Ints:
+def near_duplicates(signatures: IntArray, similarity: float) -> IntArray:
     """Of each entry, an earlier one that it is a near duplicate of; -1 where there is none.
 
     Entries are compared where at least one band of their signatures is the same. With bands of `r` of the 128 values,
@@ -59,7 +59,7 @@ def near_duplicates(signatures: Ints, similarity: float) -> Ints:
     return earlier
 
 
-def _compare(group: Ints, signatures: Ints, similarity: float, earlier: Ints) -> None:
+def _compare(group: IntArray, signatures: IntArray, similarity: float, earlier: IntArray) -> None:
     """Notes, of entries with a band in common, which are near duplicates of the first of them, then of the next."""
     while len(group) > 1:
         head, rest = group[0], group[1:]
@@ -82,7 +82,7 @@ class Repeated(NamedTuple):
     reason: str
 
 
-def exact_duplicates(identities: Ints) -> Ints:
+def exact_duplicates(identities: IntArray) -> IntArray:
     """Of each entry, the first one with the same turns and tools; -1 for the first itself."""
     _, first, groups = np.unique(identities[:, 0], return_index=True, return_inverse=True)
     of = first[groups]

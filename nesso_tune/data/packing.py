@@ -1,73 +1,48 @@
-"""Best-fit packing, and the seeded order in which rows are seen through all epochs."""
+"""Packed rows, and their seeded order over all epochs of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
-import numpy.typing as npt
 
 from nesso_tune.data.mixture import Group
-from nesso_tune.data.token_store import Documents
-
-Ints = npt.NDArray[Any]
+from nesso_tune.data.token_store import Documents, IntArray
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing bin packing (Johnson, 1973): each document goes where it leaves the least room.
-
-    Args:
-        lengths: document lengths, longest first, none above `capacity`.
-        capacity: tokens a row holds.
-
-    Returns:
-        Rows of positions in `lengths`. No document is split.
-    """
-    rows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # rows by the room they have left
-    rooms = 0  # bit r is set if some row has room r: the tightest fit is its lowest bit at or above a length
-    for position, length in enumerate(lengths):
-        if length > capacity:
-            raise ValueError(f"a document of {length} tokens does not fit into rows of {capacity}")
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
-                rooms ^= 1 << room
-            rows[row].append(position)
-        else:
-            room, row = capacity, len(rows)
-            rows.append([position])
-        if left := room - length:
-            by_room.setdefault(left, []).append(row)
-            rooms |= 1 << left
-    return rows
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rows(Sequence[dict[str, Any]]):
-    """Rows as a model sees them; each is documents laid end to end, or one preference pair.
+    """A sequence of training rows: packed rows of conversations, or one preference pair per row.
 
-    A row of conversations has `input_ids`, `labels` (-100 where not learned), `seq_lengths` (tokens of each document),
-    `languages` and `sources` (code and source of each document). A row of pairs has `prompt_ids`, `chosen_ids`,
+    A packed row is a dict with `input_ids`, `labels` (-100 for unsupervised tokens), `seq_lengths` (tokens of each
+    packed document), `languages` and `sources` (one per document). A pair is a dict with `prompt_ids`, `chosen_ids`,
     `rejected_ids`, `languages`, `sources` and `pair`, its number.
+
+    Attributes:
+        documents: the token store.
+        records: records of all rows, row after row; shape (records,).
+        bounds: start of each row in `records`, then the end of the last one; shape (rows + 1,).
+        first_pair: number of the first pair: pairs of validation sources are numbered after those of training sources.
     """
 
     documents: Documents
-    entries: Ints
-    bounds: Ints
-    first_pair: int = 0  # pairs of validation sources are numbered after those of the training sources
+    records: IntArray
+    bounds: IntArray
+    first_pair: int = 0
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
-    def members(self, row: int) -> Ints:
-        """Positions of the row's entries in `documents`."""
-        return self.entries[self.bounds[row] : self.bounds[row + 1]]
+    def __repr__(self) -> str:
+        return f"Rows({len(self):,} rows of {len(self.records):,} records)"
+
+    def members(self, row: int) -> IntArray:
+        """The records in a row, as indices into `documents`."""
+        return self.records[self.bounds[row] : self.bounds[row + 1]]
 
     @overload
     def __getitem__(self, key: int) -> dict[str, Any]: ...
@@ -83,20 +58,20 @@ class Rows(Sequence[dict[str, Any]]):
         if not -len(self) <= key < len(self):
             raise IndexError(key)
         members = self.members(key % len(self))
-        of = {
-            "languages": [self.documents.language(entry) for entry in members],
-            "sources": [self.documents.source(entry) for entry in members],
+        origin = {
+            "languages": [self.documents.language(record) for record in members],
+            "sources": [self.documents.source(record) for record in members],
         }
-        if self.documents.parts == 3:
+        if self.documents.documents_per_record == 3:
             (pair,) = members
             names = ("prompt_ids", "chosen_ids", "rejected_ids")
             ids = {name: self.documents.input_ids(pair, i).tolist() for i, name in enumerate(names)}
-            return {**ids, **of, "pair": self.first_pair + int(pair)}
+            return {**ids, **origin, "pair": self.first_pair + int(pair)}
         return {
-            "input_ids": [token for entry in members for token in self.documents.input_ids(entry).tolist()],
-            "labels": [label for entry in members for label in self.documents.labels(entry).tolist()],
-            "seq_lengths": [len(self.documents.input_ids(entry)) for entry in members],
-            **of,
+            "input_ids": [token for record in members for token in self.documents.input_ids(record).tolist()],
+            "labels": [label for record in members for label in self.documents.labels(record).tolist()],
+            "seq_lengths": [len(self.documents.input_ids(record)) for record in members],
+            **origin,
         }
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -104,36 +79,42 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 class RowStream:
-    """All rows of a run in one seeded order: epoch after epoch, each packed and shuffled anew.
+    """All rows of a run in one seeded order: epoch after epoch, each packed and shuffled again.
 
-    The order depends on the seed and the data alone, so that a run at any number of processes, and after any resume,
-    sees the same rows in the same optimizer steps.
+    The order depends only on the seed and the data: at any number of processes, and after any resume, a run sees the
+    same rows in the same optimizer steps.
+
+    Args:
+        documents: the token store.
+        records: records to train on.
+        seed: seed of sampling, packing and shuffling.
+        capacity: tokens per packed row; None for one record per row.
+        groups: how often each group of records is drawn per epoch; empty to draw every record once.
     """
 
     def __init__(
         self,
         documents: Documents,
-        entries: Ints,
+        records: IntArray,
         *,
         seed: int,
         capacity: int | None = None,
         groups: Sequence[Group] = (),
     ) -> None:
-        """Packs into rows of `capacity` tokens, or not at all (None). `groups` say how often; without any, all once."""
-        self.documents, self.entries = documents, entries
+        self.documents, self.records = documents, records
         self._seed, self._capacity = seed, capacity
         self._groups = groups
         self._lengths = documents.lengths
-        self._pattern: tuple[bytes, list[list[int]]] | None = None
+        self._packing: tuple[bytes, list[list[int]]] | None = None
         self._counts: list[int] = []
-        self.epoch = lru_cache(maxsize=2)(self._epoch)  # the current one, and the next at a border
+        self.epoch = lru_cache(maxsize=2)(self._epoch)  # a batch may span two epochs
 
     def unpacked(self) -> RowStream:
-        """The same documents in as many rows."""
-        return RowStream(self.documents, self.entries, seed=self._seed, groups=self._groups)
+        """The same records, one per row."""
+        return RowStream(self.documents, self.records, seed=self._seed, groups=self._groups)
 
     def locate(self, position: int) -> tuple[int, int]:
-        """The epoch, and the row in it, of a position in the stream."""
+        """The epoch, and the row within it, at a position of the stream."""
         epoch = 0
         while True:
             if epoch == len(self._counts):
@@ -149,39 +130,76 @@ class RowStream:
 
     def _epoch(self, epoch: int) -> Rows:
         rng = np.random.default_rng([self._seed, epoch])
-        entries = self._drawn(rng)
+        records = self._draw(rng)
         if self._capacity is None:
-            return Rows(self.documents, rng.permutation(entries), np.arange(len(entries) + 1))
-        lengths = self._lengths[entries]
-        order = np.lexsort((rng.random(len(entries)), -lengths))  # longest first, equal lengths shuffled
-        packed = self._packed(lengths[order])
+            return Rows(self.documents, rng.permutation(records), np.arange(len(records) + 1))
+        lengths = self._lengths[records]
+        order = np.lexsort((rng.random(len(records)), -lengths))  # longest first, equal lengths shuffled
+        packed = self._pack(lengths[order])
         shuffled = [packed[i] for i in rng.permutation(len(packed))]
-        bounds = np.concatenate([[0], np.cumsum([len(row) for row in shuffled], dtype=np.int64)]).astype(np.int64)
-        positions = np.fromiter((p for row in shuffled for p in row), dtype=np.int64, count=int(bounds[-1]))
-        return Rows(self.documents, entries[order[positions]], bounds)
+        return _packed_rows(self.documents, records[order], shuffled)
 
-    def _drawn(self, rng: np.random.Generator) -> Ints:
-        """The entries of an epoch."""
+    def _draw(self, rng: np.random.Generator) -> IntArray:
+        """The records of one epoch, with repetitions."""
         if not self._groups:
-            return self.entries
+            return self.records
         return np.concatenate([group.draw(self._lengths, rng) for group in self._groups])
 
-    def _packed(self, lengths: Ints) -> list[list[int]]:
-        """How lengths are packed; it depends on nothing else, so one packing serves all epochs of the same lengths."""
+    def _pack(self, lengths: IntArray) -> list[list[int]]:
+        """Best-fit packing of sorted lengths; cached, because epochs of the same lengths pack alike."""
         assert self._capacity is not None
         key = lengths.tobytes()
-        if self._pattern is None or self._pattern[0] != key:
-            self._pattern = key, best_fit(lengths.tolist(), self._capacity)
-        return self._pattern[1]
+        if self._packing is None or self._packing[0] != key:
+            self._packing = key, best_fit(lengths.tolist(), self._capacity)
+        return self._packing[1]
 
 
-def in_order(documents: Documents, entries: Ints, capacity: int | None, first_pair: int = 0) -> Rows:
-    """Rows for evaluation: packed the same way, never shuffled."""
+def sequential_rows(documents: Documents, records: IntArray, capacity: int | None, first_pair: int = 0) -> Rows:
+    """Rows in a fixed order, for evaluation: packed like training rows if `capacity` is given, never shuffled."""
     if capacity is None:
-        return Rows(documents, entries, np.arange(len(entries) + 1), first_pair)
-    lengths = documents.lengths[entries]
+        return Rows(documents, records, np.arange(len(records) + 1), first_pair)
+    lengths = documents.lengths[records]
     order = np.argsort(-lengths, kind="stable")
-    packed = best_fit(lengths[order].tolist(), capacity)
+    return _packed_rows(documents, records[order], best_fit(lengths[order].tolist(), capacity))
+
+
+def _packed_rows(documents: Documents, records: IntArray, packed: Sequence[Sequence[int]]) -> Rows:
+    """Rows of records; `packed` holds indices into `records`, one list per row."""
     bounds = np.concatenate([[0], np.cumsum([len(row) for row in packed], dtype=np.int64)]).astype(np.int64)
-    positions = np.array([p for row in packed for p in row], dtype=np.int64)
-    return Rows(documents, entries[order[positions]], bounds)
+    positions = np.fromiter(chain.from_iterable(packed), dtype=np.int64, count=int(bounds[-1]))
+    return Rows(documents, records[positions], bounds)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing bin packing (Johnson, 1973): each document goes where it leaves the least free space.
+
+    Args:
+        lengths: document lengths in descending order, none above `capacity`.
+        capacity: tokens per packed row.
+
+    Returns:
+        One list of indices into `lengths` per row. No document is split.
+
+    Raises:
+        ValueError: if a document is longer than `capacity`.
+    """
+    rows: list[list[int]] = []
+    rows_by_space: dict[int, list[int]] = {}  # rows by the free space left in them
+    spaces = 0  # bit s is set if some row has s tokens free: the best fit is the lowest bit at or above a length
+    for position, length in enumerate(lengths):
+        if length > capacity:
+            raise ValueError(f"a document of {length} tokens does not fit into rows of {capacity}")
+        fitting = spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                spaces ^= 1 << space
+            rows[row].append(position)
+        else:
+            space, row = capacity, len(rows)
+            rows.append([position])
+        if left := space - length:
+            rows_by_space.setdefault(left, []).append(row)
+            spaces |= 1 << left
+    return rows

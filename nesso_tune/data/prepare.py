@@ -1,4 +1,4 @@
-"""Holding rows out for evaluation, stratified by language."""
+"""Preparing the data of a recipe: read, encode, cache, split, mix and pack. Loads no torch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import hashlib
 import sys
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -18,14 +18,16 @@ from nesso_tune import cache
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.data.anomalies import check_preferences
 from nesso_tune.data.files import content_hash, expand, is_local
-from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
-from nesso_tune.data.packing import Rows, RowStream, in_order
+from nesso_tune.data.locations import FileNames, copy_with_current_names, file_names, renamed_files, with_current_names
+from nesso_tune.data.mixture import mixture_groups, mixture_report, mixture_warnings
+from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
-from nesso_tune.data.privacy import Names, Privacy, file_names, name_of, other_names, renamed_note, write_renamed
+from nesso_tune.data.privacy import Privacy, source_name
 from nesso_tune.data.record_reader import OTHER
+from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport
 from nesso_tune.data.sources import Content, content_of
-from nesso_tune.data.token_store import IDS, TRAINED, Documents, Ints, open_documents
-from nesso_tune.data.workers import wait_for_it
+from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
+from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import shipped
@@ -35,35 +37,165 @@ from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+KIND = "documents"  # folder of the cache
+_CONTROL_TOKEN_SHARE = 0.1  # share of rows with control tokens as text from which they look rendered already
+PACKAGES = ("nesso-tune", "tokenizers", "py3langid", "rensa", "numpy", "pyarrow", "datasets")  # part of the cache key
+_MIN_STRATUM = 10  # records of a language from which a validation share includes at least one of them
 
-def hold_out(languages: Ints, size: int | float, seed: int) -> tuple[Ints, Ints]:
-    """Positions to train on and positions held out, both ascending.
 
-    Args:
-        languages: language index of every row.
-        size: rows (int) or share (float) to hold out. Languages are held out in proportion; a share holds out at
-            least one row of every language that has ten.
-        seed: decides which rows.
+@dataclass(frozen=True, repr=False)
+class PreparedData:
+    """Data that is ready for training.
+
+    Attributes:
+        train: the rows of the first epoch.
+        validation: the validation rows, in a fixed order.
+        stream: the rows of all epochs.
+        report: what was read, dropped and kept.
+        chat: files of the chat-ready tokenizer.
+        key: name of the training sources' folder in the cache.
+        renamed: files that had other names when they were prepared.
+    """
+
+    train: Rows
+    validation: Rows
+    stream: RowStream
+    report: DataReport
+    chat: ChatTokenizer
+    key: str = ""
+    renamed: FileNames = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"PreparedData({len(self.train):,} training rows, {len(self.validation):,} validation rows, "
+            f"{self.report.train.tokens:,} tokens per epoch, fingerprint {self.report.fingerprint})"
+        )
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The chat-ready tokenizer as a transformers tokenizer."""
+        return self.chat.load()
+
+    @property
+    def volume(self) -> DataVolume:
+        """Size of one epoch."""
+        return DataVolume(
+            len(self.train), self.report.train.tokens, self.report.train.supervised_tokens,
+            len(self.validation.records),
+            dropped={reason: rows / self.report.rows_read for reason, rows in self.report.dropped.items()},
+        )  # fmt: skip
+
+
+def prepare_data(recipe: Recipe) -> PreparedData:
+    """Reads, encodes and caches the data of a recipe, without torch.
+
+    Call it before `torch.distributed` is initialised: it can take longer than a collective's timeout.
 
     Raises:
-        RecipeError: if nothing would be left to train on.
+        DataError: if a file cannot be read or no usable row is left.
+        RecipeError: if the recipe does not fit the data.
+        ModelError: if the tokenizer of the base model does not fit the recipe.
+    """
+    _check_no_process_group()
+    wait_for_background_preparation(recipe)
+    data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
+    corpus = _encoded_corpus(recipe, data.sources, chat)
+    documents, cache_hit, content = corpus.documents, corpus.cache_hit, [corpus.identity]
+    if data.validation_sources:
+        held_corpus = _encoded_corpus(recipe, data.validation_sources, chat, validation=True)
+        held_documents, cache_hit = held_corpus.documents, cache_hit and held_corpus.cache_hit
+        train, held_out = documents.kept, held_documents.kept
+        content.append(held_corpus.identity)
+    else:
+        seen, unseen = hold_out(documents.languages[documents.kept], data.validation_size, recipe.seed)
+        train, held_out, held_documents = documents.kept[seen], documents.kept[unseen], documents
+    train, overlap = _without_overlap(documents, train, held_documents, held_out, data.clean)
+    capacity = data.sequence_len if isinstance(data, SFTData) and data.packing else None
+    groups = mixture_groups(documents, train, data)
+    stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
+    rows = stream.epoch(0)
+    first_pair = 0 if held_documents is documents else len(documents)
+    validation = sequential_rows(held_documents, held_out, capacity, first_pair)
+    order = [{i: source.weight for i, source in enumerate(data.sources)}, *_mixture_settings(data)]
+    warnings = [
+        *chat.notes, *_data_warnings(corpus.report, overlap, data), *mixture_warnings(documents, groups, train, data),
+        *_split_warnings(data, len(train), len(held_out)),
+    ]  # fmt: skip
+    report = DataReport(
+        **{field.name: getattr(corpus.report, field.name) for field in fields(corpus.report)},
+        validation_overlap=overlap,
+        train=documents.counts(rows.records),
+        validation=held_documents.counts(held_out),
+        packing=_packing_report(rows, data.sequence_len),
+        mixture=mixture_report(documents, groups, rows.records),
+        fingerprint=cache.key_of([content, _array_hash(train, held_out), recipe.seed, capacity, *order]),
+        cache_hit=cache_hit,
+        warnings=tuple(warnings),
+    )
+    return PreparedData(rows, validation, stream, report, chat, corpus.key, corpus.renamed)
+
+
+def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
+    """The same data with one conversation per row, for a model that cannot isolate packed documents."""
+    stream = data.stream.unpacked()
+    rows, held = stream.epoch(0), data.validation
+    validation = Rows(held.documents, np.sort(held.records), np.arange(len(held.records) + 1), held.first_pair)
+    packing = _packing_report(rows, recipe.data.sequence_len, unpacked=True)
+    fingerprint = cache.key_of([data.report.fingerprint, "unpacked"])
+    report = replace(data.report, packing=packing, fingerprint=fingerprint)
+    return replace(data, train=rows, validation=validation, stream=stream, report=report)
+
+
+def is_prepared(recipe: Recipe) -> bool:
+    """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it."""
+    chat = chat_tokenizer(recipe.model, recipe.chat)
+    lists = [sources for sources in (recipe.data.sources, recipe.data.validation_sources) if sources]
+    if not all(is_local(source.path) for sources in lists for source in sources):
+        return False
+    return all(cache.find(KIND, _cache_key(recipe, _contents(recipe, sources), chat)) for sources in lists)
+
+
+def dropped_file(data: PreparedData) -> Path:
+    """JSON Lines file with every dropped row of the training sources."""
+    file = cache.cache_root() / KIND / data.key / DROPPED
+    if not data.renamed:
+        return file
+    current = file.with_name(f"dropped-{cache.key_of(data.renamed)[:8]}.jsonl")
+    copy_with_current_names(file, data.renamed, current)
+    return current
+
+
+def hold_out(languages: IntArray, size: int | float, seed: int) -> tuple[IntArray, IntArray]:
+    """Splits records into training and validation records, stratified by language.
+
+    Args:
+        languages: language index of each record.
+        size: number (int) or share (float) of records to hold out. Languages are held out in proportion; a share holds
+            out at least one record of each language with ten or more.
+        seed: seed of the random choice.
+
+    Returns:
+        Indices of the training records and of the validation records, both ascending.
+
+    Raises:
+        RecipeError: if no training record would be left.
     """
     total = len(languages)
     if not size:
         return np.arange(total), np.zeros(0, dtype=np.int64)
-    check_size(size, total)
+    check_validation_size(size, total)
     codes, counts = np.unique(languages, return_counts=True)
     rng = np.random.default_rng([seed, 7])
     chosen = [
-        rng.choice(np.flatnonzero(languages == code), size=wanted, replace=False)
-        for code, wanted in zip(codes, _shares(counts, size), strict=True)
+        rng.choice(np.flatnonzero(languages == code), size=count, replace=False)
+        for code, count in zip(codes, _validation_counts(counts, size), strict=True)
     ]
     held_out = np.sort(np.concatenate(chosen)).astype(np.int64)
     return np.setdiff1d(np.arange(total), held_out), held_out
 
 
-def check_size(size: int | float, total: int) -> None:
-    """Raises RecipeError if holding out `size` of `total` rows would leave nothing to train on."""
+def check_validation_size(size: int | float, total: int) -> None:
+    """Raises RecipeError if holding out `size` of `total` rows would leave no training row."""
     if isinstance(size, int) and size and size >= total:
         raise RecipeError(
             "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
@@ -71,10 +203,10 @@ def check_size(size: int | float, total: int) -> None:
         )  # fmt: skip
 
 
-def _shares(counts: Ints, size: int | float) -> list[int]:
-    """How many rows each language gives, by largest remainders."""
+def _validation_counts(counts: IntArray, size: int | float) -> list[int]:
+    """Number of records that each language gives; for a total, by the largest-remainder method."""
     if isinstance(size, float):
-        return [max(int(size * n), 1 if n >= 10 else 0) for n in counts]
+        return [max(int(size * n), 1 if n >= _MIN_STRATUM else 0) for n in counts]
     exact = size * counts / counts.sum()
     floors = np.floor(exact).astype(int)
     for i in np.argsort(floors - exact, kind="stable")[: size - floors.sum()]:
@@ -82,262 +214,167 @@ def _shares(counts: Ints, size: int | float) -> list[int]:
     return [int(n) for n in floors]
 
 
-KIND = "documents"
-SUSPICIOUS = 0.1  # share of rows with control tokens as text: someone rendered them already
-PACKAGES = ("nesso-tune", "tokenizers", "py3langid", "rensa", "numpy", "pyarrow", "datasets")  # that decide documents
+def _check_no_process_group() -> None:
+    """Raises AssertionError inside a process group: the other ranks would wait longer than its timeout allows."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise AssertionError("data must be prepared before the process group is initialised")
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    """Data ready to train on.
-
-    Attributes:
-        train: rows as trained in epoch 0.
-        validation: rows held out, in order.
-        stream: the rows of all epochs.
-        report: what was read, dropped and kept; see `prepare_data`.
-        chat: the chat-ready tokenizer's files.
-        key: name of the training sources' folder in the cache.
-        names: of files that were called otherwise when they were prepared: then and now.
-    """
-
-    train: Rows
-    validation: Rows
-    stream: RowStream
-    report: dict[str, Any]
-    chat: ChatTokenizer
-    key: str = ""
-    names: Names = field(default_factory=dict)
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The chat-ready tokenizer, as transformers knows it."""
-        return self.chat.load()
-
-    @property
-    def volume(self) -> DataVolume:
-        """What one epoch holds."""
-        return DataVolume(
-            len(self.train), self.report["train"]["tokens"], self.report["train"]["supervised_tokens"],
-            len(self.validation.entries),
-            dropped={r: n / self.report["rows_read"] for r, n in self.report["dropped"].items()},
-        )  # fmt: skip
+def _without_overlap(
+    documents: Documents, train: IntArray, held_documents: Documents, held_out: IntArray, clean: CleanSection
+) -> tuple[IntArray, int]:
+    """The training records, and how many share a prompt with a validation record; the recipe may drop these."""
+    overlaps = np.isin(documents.identities[train, 1], held_documents.identities[held_out, 1])
+    left = train[~overlaps] if clean.validation_overlap == "drop" else train
+    if not len(left):
+        raise DataError("data.clean.validation_overlap", "every training row shares a prompt with a validation row",
+                        "set other validation_sources, or keep these rows")  # fmt: skip
+    return left, int(overlaps.sum())
 
 
-def _packing(rows: Rows, sequence_len: int) -> dict[str, Any]:
-    """How many rows there are, and what share of them is tokens of documents."""
-    used = int(rows.documents.spans[rows.entries].sum())
-    return {"rows": len(rows), "fill": round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0}
+def _packing_report(rows: Rows, sequence_len: int, unpacked: bool = False) -> PackingReport:
+    used = int(rows.documents.sequence_lengths[rows.records].sum())
+    fill = round(used / (len(rows) * sequence_len), 4) if len(rows) else 0.0
+    return PackingReport(len(rows), fill, unpacked)
 
 
-def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
-    """The same conversations, a row each: for a base that cannot keep packed ones apart."""
-    stream = data.stream.unpacked()
-    rows, held = stream.epoch(0), data.validation
-    validation = Rows(held.documents, np.sort(held.entries), np.arange(len(held.entries) + 1), held.first_pair)
-    packing = {**_packing(rows, recipe.data.sequence_len), "unpacked": True}
-    report = data.report | {"packing": packing, "fingerprint": cache.key_of([data.report["fingerprint"], "unpacked"])}
-    return replace(data, train=rows, validation=validation, stream=stream, report=report)
-
-
-def prepare_data(recipe: Recipe) -> PreparedData:
-    """Reads, encodes and caches the data of a recipe, without torch.
-
-    The report holds `rows_read`, `rows_kept`, `dropped` ({reason: count}), `tokens`, `supervised_tokens`,
-    `languages` ({code: {rows, tokens, supervised_tokens}}), `sources` (the same per source), `train` and `validation`
-    (the same of either side), `packing` ({rows, fill}), `mixture` (what the first epoch is made of), `lengths`
-    (histograms), `duplicates`, `oddities`, `preferences` (of pairs), `warnings`, `fingerprint`, `cache_hit`.
+def _data_warnings(corpus: CorpusReport, overlap: int, data: SFTData | DPOData) -> list[str]:
+    """Warnings about the content of the data.
 
     Raises:
-        DataError: if a file cannot be read or nothing usable is left.
-        RecipeError, ModelError: if the recipe or the base's tokenizer does not fit.
+        DataError: if preference data exceeds a limit of the recipe.
     """
-    _check_alone()
-    wait_for_it(recipe)
-    data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
-    documents, note, hit = _documents(recipe, data.sources, chat)
-    content = [note["content"]]
-    if data.validation_sources:
-        held, held_note, held_hit = _documents(recipe, data.validation_sources, chat, held=True)
-        train, held_out, hit = documents.kept, held.kept, hit and held_hit
-        content.append(held_note["content"])
-    else:
-        seen, unseen = hold_out(documents.languages[documents.kept], data.validation_size, recipe.seed)
-        train, held_out, held = documents.kept[seen], documents.kept[unseen], documents
-    train, overlap = _apart(documents, train, held, held_out, data.clean)
-    capacity = data.sequence_len if isinstance(data, SFTData) and data.packing else None
-    groups = groups_of(documents, train, data)
-    stream = RowStream(documents, train, seed=recipe.seed, capacity=capacity, groups=groups)
-    rows = stream.epoch(0)
-    validation = in_order(held, held_out, capacity, first_pair=0 if held is documents else len(documents))
-    arranged = [{i: source.weight for i, source in enumerate(data.sources)}, *_arranging(data)]
-    report = {
-        **note["report"],
-        "validation_overlap": overlap,
-        "train": documents.counts(rows.entries),
-        "validation": held.counts(held_out),
-        "packing": _packing(rows, data.sequence_len),
-        "mixture": mixture_report(documents, groups, rows.entries),
-        "fingerprint": cache.key_of([content, _hash_of(train, held_out), recipe.seed, capacity, *arranged]),
-        "cache_hit": hit,
-    }
-    none_held = data.validation_size and not data.validation_sources and not len(held_out)
-    report["warnings"] = [
-        *chat.notes, *warnings_of(report, data), *mixture_warnings(documents, groups, train, data),
-        *([f"data.validation_size {data.validation_size:g} of {len(train):,} rows is less than one row: "
-           "nothing is held out or evaluated; raise it"] if none_held else []),
-    ]  # fmt: skip
-    return PreparedData(rows, validation, stream, report, chat, note["key"], note["renamed"])
-
-
-def warnings_of(report: dict[str, Any], data: SFTData | DPOData) -> list[str]:
-    """What a person should know before training on this data.
-
-    Raises:
-        DataError: if preference data is worse than the recipe accepts.
-    """
-    said = check_preferences(report["preferences"], data.preferences) if isinstance(data, DPOData) else []
-    if overlap := report["validation_overlap"] if data.clean.validation_overlap == "keep" else 0:
-        remedy = "data.clean.validation_overlap: drop leaves them out"
-        said.append(f"{_rows(overlap, 'ask')} what a held-out row asks: {remedy}")
-    spelt = report["oddities"].get("control_token_as_text", {"rows": 0, "example": ""})
-    if spelt["rows"] > SUSPICIOUS * report["rows_kept"]:
-        what = f"{_rows(spelt['rows'], 'spell')} control tokens, e.g. {spelt['example']}; they are read as plain text"
-        said.append(f"{what}: if the rows are rendered already, give their messages instead")
-    if report["duplicates"]:
+    warnings = []
+    if isinstance(data, DPOData):
+        assert corpus.preferences is not None
+        warnings += check_preferences(corpus.preferences, data.preferences)
+    if overlap and data.clean.validation_overlap == "keep":
+        remedy = "data.clean.validation_overlap: drop removes them"
+        warnings.append(f"{_rows(overlap, 'share')} a prompt with a validation row: {remedy}")
+    control = corpus.anomalies.get("control_token_as_text", Anomaly(0, ""))
+    if control.rows > _CONTROL_TOKEN_SHARE * corpus.rows_kept:
+        what = (
+            f"{_rows(control.rows, 'contain')} control tokens, e.g. {control.example}; they are encoded as plain text"
+        )
+        warnings.append(f"{what}: if the rows are already rendered with a template, provide their messages instead")
+    if corpus.duplicates:
         remedy = "data.clean.duplicates: drop keeps one of each"
-        said.append(f"{_rows(report['duplicates'], 'repeat')} an earlier one: {remedy}")
-    return said
+        warnings.append(f"{_rows(corpus.duplicates, 'repeat')} an earlier row: {remedy}")
+    return warnings
+
+
+def _split_warnings(data: SFTData | DPOData, train_rows: int, validation_rows: int) -> list[str]:
+    if not data.validation_size or data.validation_sources or validation_rows:
+        return []
+    what = f"data.validation_size {data.validation_size:g} of {train_rows:,} rows is less than one row"
+    return [f"{what}: nothing is held out or evaluated; raise it"]
 
 
 def _rows(count: int, verb: str) -> str:
     return f"1 row {verb}s" if count == 1 else f"{count:,} rows {verb}"
 
 
-def _check_alone() -> None:
-    """Raises AssertionError inside an initialised process group: others would wait for longer than it allows."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise AssertionError("data is prepared before a process group exists, never inside one")
+class _Corpus(NamedTuple):
+    """The encoded records of a list of sources, and where they come from."""
+
+    documents: Documents
+    report: CorpusReport
+    key: str
+    renamed: FileNames
+    identity: list[Any]  # part of the fingerprint
+    cache_hit: bool
 
 
-def _apart(documents: Documents, train: Ints, held: Documents, held_out: Ints, clean: CleanSection) -> tuple[Ints, int]:
-    """The entries to train on, and how many of them ask what a held-out one asks; these are left out if asked for."""
-    same = np.isin(documents.identities[train, 1], held.identities[held_out, 1])
-    left = train[~same] if clean.validation_overlap == "drop" else train
-    if not len(left):
-        raise DataError("data.clean.validation_overlap", "every row asks what a held-out row asks",
-                        "give other validation_sources, or keep them")  # fmt: skip
-    return left, int(same.sum())
-
-
-def _arranging(data: SFTData | DPOData) -> list[Any]:
-    """What else decides which rows an epoch has; nothing where the recipe asks for nothing."""
-    mixture = data.mixture.model_dump(mode="json") if data.mixture is not None else None
-    if mixture is not None and mixture["by"] == "source":  # by position: what a source is called does not count
-        shares = mixture["shares"]
-        named = {str(i): shares[name_of(s)] for i, s in enumerate(data.sources) if name_of(s) in shares}
-        mixture["shares"] = {**named, OTHER: shares.get(OTHER)}
-    weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
-    asked = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
-    return asked if asked != [None, None, "keep"] else []
-
-
-def cached_only(recipe: Recipe) -> bool:
-    """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it."""
-    chat = chat_tokenizer(recipe.model, recipe.chat)
-    groups = [g for g in (recipe.data.sources, recipe.data.validation_sources) if g]
-    if not all(is_local(source.path) for group in groups for source in group):
-        return False
-    return all(cache.find(KIND, _key(recipe, _files(recipe, group), chat)) for group in groups)
-
-
-def dropped_file(data: PreparedData) -> Path:
-    """The list of all rows of the training sources that were dropped, one JSON object a line."""
-    file = cache.cache_root() / KIND / data.key / DROPPED
-    if not data.names:
-        return file
-    today = file.with_name(f"dropped-{cache.key_of(data.names)[:8]}.jsonl")
-    write_renamed(file, data.names, today)
-    return today
-
-
-def _documents(
-    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer, held: bool = False
-) -> tuple[Documents, dict[str, Any], bool]:
-    content, privacy = _files(recipe, sources), Privacy(recipe.data)
-    key = _key(recipe, content, chat)
+def _encoded_corpus(
+    recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer, validation: bool = False
+) -> _Corpus:
+    """Reads and encodes a list of sources, or finds the result in the cache."""
+    contents, privacy = _contents(recipe, sources), Privacy(recipe.data)
+    key = _cache_key(recipe, contents, chat)
     files = file_names(sources, recipe.data.clean)
 
     def build(staging: Path) -> dict[str, Any]:
-        note = build_documents(staging, recipe, sources, chat)
-        if _files(recipe, sources) != content:
+        store, report = build_documents(staging, recipe, sources, chat)
+        if _contents(recipe, sources) != contents:
             paths = ", ".join(source.path for source in sources)
-            raise DataError(paths, "changed while it was read", "run again when nothing writes into it any more")
-        return {**note, "files": files}
+            raise DataError(paths, "changed while it was read", "run again when no other process writes to it")
+        return {"documents": store, "report": report.to_dict(), "files": files}
 
-    def opened(folder: Path, note: dict[str, Any]) -> Documents:
+    def load(folder: Path, note: dict[str, Any]) -> Documents:
         try:
-            documents = open_documents(folder, **renamed_note(note, files)["documents"])
+            documents = open_documents(folder, **with_current_names(note, files)["documents"])
         except (ValueError, OSError, EOFError, KeyError, TypeError) as error:
             raise cache.Damaged(str(error)) from None
         return replace(
-            documents, source_names=privacy.names(held), private_sources=privacy.hidden_sources(held),
-            private_files=privacy.hidden_files(documents.prefixes),
+            documents, source_names=privacy.source_names(validation),
+            private_sources=privacy.hidden_sources(validation), private_files=privacy.hidden_files(documents.prefixes),
         )  # fmt: skip
 
-    documents, note, hit = cache.make(KIND, key, build, opened, "prepared data")
-    report = renamed_note(note, files)["report"]
-    report = {**report, "sources": [_under_its_name(*pair) for pair in zip(report["sources"], sources, strict=True)]}
-    whole = {"key": key, "report": report, "renamed": other_names(note, files)}
-    return documents, {**whole, "content": _identity(documents, content, key)}, hit
+    documents, note, cache_hit = cache.get_or_build(KIND, key, build, load, "prepared data")
+    report = CorpusReport.from_dict(with_current_names(note, files)["report"])
+    named = [
+        replace(part, path=source.path, alias=source.alias or None)
+        for part, source in zip(report.sources, sources, strict=True)
+    ]
+    report = replace(report, sources=tuple(named))
+    return _Corpus(
+        documents, report, key, renamed_files(note, files), _corpus_identity(documents, contents, key), cache_hit
+    )
 
 
-def _under_its_name(figures: dict[str, Any], source: Source) -> dict[str, Any]:
-    """What is reported of a source, with the names that it has in this recipe."""
-    named = {"path": source.path, **({"alias": source.alias} if source.alias else {})}
-    return {**named, **{key: value for key, value in figures.items() if key not in ("path", "alias")}}
-
-
-def _identity(documents: Documents, files: tuple[list[str], list[Content]], key: str) -> list[Any]:
-    """Identifies documents: the bytes of the files and the tokens made of them. Neither names nor versions count."""
-    evaluations, sources = files
-    digests = cache.digests(KIND, key)
-    whole = _hash_of(documents.offsets, documents.languages, documents.sources)
-    tokens = [digests[IDS], digests[TRAINED], whole, documents.language_names, documents.parts]
+def _corpus_identity(documents: Documents, contents: tuple[list[str], list[Content]], key: str) -> list[Any]:
+    """Identifies encoded sources by the bytes of their files and by their tokens, not by names or versions."""
+    evaluations, sources = contents
+    hashes = cache.file_hashes(KIND, key)
+    columns = _array_hash(documents.offsets, documents.languages, documents.sources)
+    tokens = [
+        hashes[IDS_FILE], hashes[MASK_FILE], columns, documents.language_names, documents.documents_per_record
+    ]  # fmt: skip
     return [tokens, evaluations, [(source.rows, source.tools, source.reads) for source in sources]]
 
 
-def _hash_of(*arrays: Ints) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-def _files(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[Content]]:
-    """What is in the files that evaluations and sources name."""
-    asked = recipe.data.clean.decontaminate
-    evaluations = [] if asked is None else [content_hash(expand(name)) for name in asked.files]
+def _contents(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[Content]]:
+    """Content hashes of the decontamination files and of the sources."""
+    decontaminate = recipe.data.clean.decontaminate
+    evaluations = [] if decontaminate is None else [content_hash(expand(name)) for name in decontaminate.files]
     return evaluations, [content_of(source) for source in sources]
 
 
-def _key(recipe: Recipe, files: tuple[list[str], list[Content]], chat: ChatTokenizer) -> str:
-    """Hash of everything that decides documents on disk: content and settings, and the code and packages at work."""
-    data = recipe.data
-    arranging = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
-    settings = data.model_dump(mode="json", exclude=arranging)
+def _cache_key(recipe: Recipe, contents: tuple[list[str], list[Content]], chat: ChatTokenizer) -> str:
+    """Hash of everything that decides the encoded records: content, settings, code and package versions."""
+    after_encoding = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
+    settings = recipe.data.model_dump(mode="json", exclude=after_encoding)
     settings["clean"].pop("validation_overlap")
     settings["clean"]["decontaminate"] = {**(settings["clean"]["decontaminate"] or {}), "files": None}
-    return cache.key_of([software(), recipe.method, chat.fingerprint, settings, *files])
+    return cache.key_of([software_versions(), recipe.method, chat.fingerprint, settings, *contents])
 
 
 @lru_cache(maxsize=1)
-def software() -> list[str]:
-    """What makes documents of rows: this package's own code and shipped formats, and the packages that it uses."""
+def software_versions() -> list[str]:
+    """Identifies the code that encodes rows: hash of this package's code and formats, and versions of packages."""
     package = Path(__file__).parents[1]
     code = [file for folder in ("chat", "data") for file in sorted((package / folder).glob("*.py"))]
     formats = sorted((shipped("data_templates") / "formats").glob("*.yaml"))
     own = content_hash([*code, package / "conversation.py", *formats])
     return [own, unicodedata.unidata_version, *(f"{name} {version(name)}" for name in PACKAGES)]
+
+
+def _mixture_settings(data: SFTData | DPOData) -> list[Any]:
+    """Settings that decide the composition of an epoch, for the fingerprint; empty where all are defaults."""
+    mixture = data.mixture.model_dump(mode="json") if data.mixture is not None else None
+    if mixture is not None and mixture["by"] == "source":  # by position: the names of sources do not count
+        shares = mixture["shares"]
+        by_index = {str(i): shares[source_name(s)] for i, s in enumerate(data.sources) if source_name(s) in shares}
+        mixture["shares"] = {**by_index, OTHER: shares.get(OTHER)}
+    weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
+    settings = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
+    return settings if settings != [None, None, "keep"] else []
+
+
+def _array_hash(*arrays: IntArray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,4 +1,8 @@
-"""What makes two rows the same: 64-bit hashes of what is said in them."""
+"""Encoded records on disk: token ids and loss masks as flat memory-mapped files, with one row of columns per record.
+
+A record is a conversation, a text or a preference pair. It holds one document (conversation, text) or three (prompt,
+chosen and rejected answer of a pair).
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,279 @@ import numpy.typing as npt
 from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
 from nesso_tune.data.convert import Item
+from nesso_tune.data.report import TokenCounts
 
-NOTHING = 0
+IntArray = npt.NDArray[Any]
+IDS_FILE, MASK_FILE, COLUMNS_FILE = "ids.bin", "trained.bin", "entries.npz"
+_ID_DTYPE, _MASK_DTYPE = np.dtype("<i4"), np.dtype("u1")
+_NO_HASH = 0  # for the answers of a record that is not a pair
+
+
+@dataclass(frozen=True, repr=False)
+class Documents:
+    """All encoded records of one recipe's sources, memory-mapped.
+
+    Token arrays are indexed by position, the other arrays by record unless stated otherwise.
+
+    Attributes:
+        ids: token ids of all documents, concatenated; shape (tokens,), int32.
+        supervised: loss mask of `ids`, 1 for supervised tokens; for pairs 1 in both answers. Shape (tokens,), uint8.
+        offsets: start of each document in `ids`, then the end of the last one; shape (documents + 1,).
+        supervised_counts: number of supervised tokens.
+        languages: index into `language_names`.
+        sources: index of the source in the recipe.
+        files: index into `prefixes`.
+        numbers: number of the row in its file.
+        identities: content hashes, see `Identity`; shape (records, 4), uint64.
+        mismatched: 1 for a pair with an answer in another language than its prompt.
+        kept: indices of the records in use; the others are duplicates that the recipe drops.
+        language_names: language codes.
+        prefixes: location of a row without its number (`FILE:` or `FILE row `), one per file.
+        documents_per_record: 1 (conversations and texts) or 3 (pairs).
+        source_names: names of the sources in reports and metrics.
+        private_sources, private_files: indices of sources and files that must not be shown; see `privacy.py`.
+    """
+
+    ids: IntArray
+    supervised: IntArray
+    offsets: IntArray
+    supervised_counts: IntArray
+    languages: IntArray
+    sources: IntArray
+    files: IntArray
+    numbers: IntArray
+    identities: IntArray
+    mismatched: IntArray
+    kept: IntArray
+    language_names: tuple[str, ...]
+    prefixes: tuple[str, ...]
+    documents_per_record: int
+    source_names: tuple[str, ...] = ()
+    private_sources: frozenset[int] = frozenset()
+    private_files: frozenset[int] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.languages)
+
+    def __repr__(self) -> str:
+        return f"Documents({len(self):,} records, {len(self.ids):,} tokens)"
+
+    @cached_property
+    def lengths(self) -> IntArray:
+        """Tokens of each record, over all its documents."""
+        return np.diff(self.offsets[:: self.documents_per_record])
+
+    @cached_property
+    def sequence_lengths(self) -> IntArray:
+        """Tokens of the longest sequence of each record: for a pair, the prompt with the longer answer."""
+        if self.documents_per_record == 1:
+            return self.lengths
+        sizes = np.diff(self.offsets).reshape(-1, self.documents_per_record)
+        longest: IntArray = sizes[:, 0] + sizes[:, 1:].max(axis=1, initial=0)
+        return longest
+
+    def token_slice(self, record: int, part: int = 0) -> slice:
+        """Slice of `ids` with one document of a record; `part` is 0, 1 or 2 for a pair's prompt, chosen, rejected."""
+        position = record * self.documents_per_record + part
+        return slice(int(self.offsets[position]), int(self.offsets[position + 1]))
+
+    def input_ids(self, record: int, part: int = 0) -> IntArray:
+        """Token ids of one document of a record."""
+        return self.ids[self.token_slice(record, part)]
+
+    def labels(self, record: int) -> IntArray:
+        """Labels of a conversation: the ids of supervised tokens, -100 elsewhere."""
+        tokens = self.token_slice(record)
+        return np.where(self.supervised[tokens], self.ids[tokens], IGNORED)
+
+    def language(self, record: int) -> str:
+        """Language code of a record."""
+        return self.language_names[int(self.languages[record])]
+
+    def source(self, record: int) -> str:
+        """Name of a record's source."""
+        return self.source_names[int(self.sources[record])] if self.source_names else ""
+
+    def location(self, record: int) -> str:
+        """Location of a record's row: `FILE:LINE` or `FILE row N`."""
+        return f"{self.prefixes[int(self.files[record])]}{self.numbers[record]}"
+
+    def are_private(self, records: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each record comes from a private source or file, so that nothing of it may be shown."""
+        in_source = np.isin(self.sources[records], list(self.private_sources))
+        return in_source | np.isin(self.files[records], list(self.private_files))
+
+    def is_private(self, record: int) -> bool:
+        """`are_private` for one record."""
+        return bool(self.are_private(np.array([record]))[0])
+
+    def public_location(self, record: int) -> str:
+        """Location of a record's row; for a private record, its source's public name and the row number."""
+        return (
+            f"{self.source(record)}, row {self.numbers[record]}" if self.is_private(record) else self.location(record)
+        )
+
+    def counts(self, records: IntArray) -> TokenCounts:
+        """Size of some records; a record that is listed twice counts twice."""
+        tokens, supervised = (int(column[records].sum()) for column in (self.lengths, self.supervised_counts))
+        return TokenCounts(len(records), tokens, supervised)
+
+
+def open_documents(folder: Path, languages: Sequence[str], prefixes: Sequence[str], parts: int) -> Documents:
+    """Memory-maps what a `DocumentWriter` wrote; the other arguments are those that its `close` returned.
+
+    Raises:
+        ValueError, OSError, EOFError, KeyError: if a file is missing, damaged, or inconsistent with the others.
+    """
+    try:
+        with np.load(folder / COLUMNS_FILE) as stored:
+            columns = {name: stored[name] for name in stored.files}
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+    offsets, records = columns["offsets"], len(columns["languages"])
+    total = int(offsets[-1])
+    if len(offsets) != records * parts + 1 or any(
+        len(columns[name]) != records for name in ("learned", "sources", "files", "numbers", "identities", "mismatched")
+    ):
+        raise ValueError("columns of different lengths")
+    token_files = ((IDS_FILE, _ID_DTYPE), (MASK_FILE, _MASK_DTYPE))
+    if any((folder / name).stat().st_size != total * dtype.itemsize for name, dtype in token_files):
+        raise ValueError("token files of the wrong size")
+    ids, supervised = (
+        np.memmap(folder / name, dtype=dtype, mode="r", shape=(total,)) if total else np.zeros(0, dtype)
+        for name, dtype in token_files
+    )
+    supervised_counts = columns.pop("learned")  # the name on disk
+    return Documents(
+        ids, supervised, supervised_counts=supervised_counts, **columns, language_names=tuple(languages),
+        prefixes=tuple(prefixes), documents_per_record=parts,
+    )  # fmt: skip
+
+
+class DocumentWriter:
+    """Writes encoded records into a folder, chunk by chunk.
+
+    Token ids and masks go to disk at once; in memory each record takes about a hundred bytes.
+    """
+
+    def __init__(self, folder: Path, documents_per_record: int) -> None:
+        self._folder, self._documents_per_record = folder, documents_per_record
+        self._ids, self._mask = (folder / IDS_FILE).open("wb"), (folder / MASK_FILE).open("wb")
+        self._lengths, self._supervised_counts, self._numbers = array("q"), array("q"), array("q")
+        self._identities = array("Q")
+        self._languages, self._sources, self._files = array("i"), array("i"), array("i")
+        self._mismatched = bytearray()
+        self._language_indices: dict[str, int] = {}
+        self._prefix_indices: dict[str, int] = {}
+
+    def write(self, chunk: Chunk, source: int) -> None:
+        """Appends the records of a chunk that come from the source with this index."""
+        self._ids.write(np.frombuffer(chunk.ids, np.intc).astype(_ID_DTYPE, copy=False).tobytes())
+        self._mask.write(chunk.supervised)
+        self._lengths.extend(chunk.lengths)
+        self._supervised_counts.extend(chunk.supervised_counts)
+        self._numbers.extend(chunk.numbers)
+        self._identities.extend(chunk.identities)
+        self._mismatched += chunk.mismatched
+        records, languages = len(chunk.languages), self._language_indices
+        self._languages.extend(languages.setdefault(code, len(languages)) for code in chunk.languages)
+        self._sources.extend([source] * records)
+        self._files.extend([self._prefix_indices.setdefault(chunk.prefix, len(self._prefix_indices))] * records)
+
+    def close(self) -> dict[str, Any]:
+        """Finishes the files; returns the arguments of `open_documents` as plain data."""
+        self._ids.close()
+        self._mask.close()
+        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
+        records = len(self._languages)
+        self._columns = {
+            "offsets": offsets,
+            "learned": np.array(self._supervised_counts, np.int64),
+            "languages": np.array(self._languages, np.int32),
+            "sources": np.array(self._sources, np.int32),
+            "files": np.array(self._files, np.int32),
+            "numbers": np.array(self._numbers, np.int64),
+            "identities": np.array(self._identities, np.uint64).reshape(records, len(Identity._fields)),
+            "mismatched": np.frombuffer(self._mismatched, np.uint8),
+        }
+        self.keep(np.arange(records))
+        return {
+            "languages": list(self._language_indices),
+            "prefixes": list(self._prefix_indices),
+            "parts": self._documents_per_record,
+        }
+
+    def keep(self, records: IntArray) -> None:
+        """Marks these records as the ones in use; by default, all are."""
+        with (self._folder / COLUMNS_FILE).open("wb") as stream:
+            columns: dict[str, Any] = {"kept": records.astype(np.int64), **self._columns}
+            np.savez(stream, **columns)
+
+
+@dataclass
+class Chunk:
+    """Encoded records of one block of a file.
+
+    Attributes:
+        prefix: location of a row without its number, e.g. `FILE:`.
+        ids, supervised: token ids and loss mask of all documents, concatenated.
+        lengths: tokens of each document.
+        supervised_counts: supervised tokens of each record.
+        languages: language code of each record.
+        numbers: row number of each record in its file.
+        identities: four content hashes per record, concatenated; see `Identity`.
+        mismatched: 1 for a pair with an answer in another language than its prompt.
+    """
+
+    prefix: str
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    supervised: bytearray = field(default_factory=bytearray)
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    supervised_counts: array[int] = field(default_factory=lambda: array("q"))
+    languages: list[str] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    identities: array[int] = field(default_factory=lambda: array("Q"))
+    mismatched: bytearray = field(default_factory=bytearray)
+
+    def add(
+        self, record: Encoded | EncodedPair, language: str, number: int, identity: Identity, mismatched: bool = False
+    ) -> None:
+        """Appends one conversation, text or pair."""
+        if isinstance(record, Encoded):
+            mask = bytes(record.trained)
+            self.ids.extend(record.ids)
+            self.lengths.append(len(record.ids))
+        else:
+            parts = (record.prompt, record.chosen, record.rejected)
+            for part in parts:
+                self.ids.extend(part)
+            self.lengths.extend(map(len, parts))
+            mask = bytes(len(record.prompt)) + b"\1" * (len(record.chosen) + len(record.rejected))
+        self.supervised += mask
+        self.supervised_counts.append(mask.count(1))
+        self.languages.append(language)
+        self.numbers.append(number)
+        self.identities.extend(identity)
+        self.mismatched.append(mismatched)
 
 
 class Identity(NamedTuple):
-    """Hashes of an item.
+    """64-bit content hashes of a record: equal for records with the same text.
 
     Attributes:
-        whole: of all turns and tools.
-        prompt: of the turns before the last answer; of all where there is no answer.
-        chosen, rejected: of the answers of a pair, with its prompt; else 0.
+        whole: hash of all turns and tools.
+        prompt: hash of the turns before the last answer, or of all turns if there is no answer.
+        chosen, rejected: hashes of a pair's answers, each with the prompt; 0 for other records.
     """
 
     whole: int
     prompt: int
-    chosen: int = NOTHING
-    rejected: int = NOTHING
+    chosen: int = _NO_HASH
+    rejected: int = _NO_HASH
 
 
 def identity_of(item: Item) -> Identity:
-    """The hashes of an item. Neither its language nor its source counts."""
+    """The content hashes of a record; its language and its source do not count."""
     if isinstance(item, Tokenized):
         key = _hash(",".join(map(str, item.input_ids)))
         return Identity(key, key)
@@ -47,253 +303,21 @@ def identity_of(item: Item) -> Identity:
         return Identity(key, key)
     tools = json.dumps(item.tools, ensure_ascii=False) if item.tools else ""
     if isinstance(item, Conversation):
-        said = _said(item.messages)
-        answered = next((i for i in reversed(range(len(said))) if item.messages[i].role == "assistant"), len(said))
-        return Identity(_hash(tools, *said), _hash(*said[:answered]))
-    prompt = _said(item.prompt)
-    chosen, rejected = _said([item.chosen, item.rejected])
+        turns = _turn_texts(item.messages)
+        last = next((i for i in reversed(range(len(turns))) if item.messages[i].role == "assistant"), len(turns))
+        return Identity(_hash(tools, *turns), _hash(*turns[:last]))
+    prompt = _turn_texts(item.prompt)
+    chosen, rejected = _turn_texts([item.chosen, item.rejected])
     return Identity(
         _hash(tools, *prompt, chosen, rejected), _hash(*prompt), _hash(*prompt, chosen), _hash(*prompt, rejected)
     )
 
 
-def _said(messages: Iterable[Message]) -> list[str]:
+def _turn_texts(messages: Iterable[Message]) -> list[str]:
+    """Role, content and tool calls of each message, separated by control characters."""
     return [f"{m.role}\x1f{m.content}\x1f{json.dumps(m.tool_calls) if m.tool_calls else ''}" for m in messages]
 
 
 def _hash(*texts: str) -> int:
     digest = hashlib.blake2b("\x1e".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
-
-
-Ints = npt.NDArray[Any]
-ID, LEARNED = np.dtype("<i4"), np.dtype("u1")
-IDS, TRAINED, ENTRIES = "ids.bin", "trained.bin", "entries.npz"
-
-
-@dataclass
-class Chunk:
-    """Encoded entries that were made of one block.
-
-    Attributes:
-        prefix: what stands before a row's number in its place.
-        ids, trained: of all their documents, laid end to end.
-        lengths: of each document.
-        learned: supervised tokens of each entry.
-        languages: code of each entry.
-        numbers: number of each entry's row in its file.
-        identities: hashes of each entry, four in a row; see `Identity`.
-        mismatched: 1 for a pair with an answer in another language than its prompt.
-    """
-
-    prefix: str
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    trained: bytearray = field(default_factory=bytearray)
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    learned: array[int] = field(default_factory=lambda: array("q"))
-    languages: list[str] = field(default_factory=list)
-    numbers: array[int] = field(default_factory=lambda: array("q"))
-    identities: array[int] = field(default_factory=lambda: array("Q"))
-    mismatched: bytearray = field(default_factory=bytearray)
-
-    def add(
-        self, entry: Encoded | EncodedPair, language: str, number: int, identity: Identity, mismatched: bool = False
-    ) -> None:
-        """Appends one conversation, text or pair."""
-        if isinstance(entry, Encoded):
-            trained = bytes(entry.trained)
-            self.ids.extend(entry.ids)
-            self.lengths.append(len(entry.ids))
-        else:
-            parts = (entry.prompt, entry.chosen, entry.rejected)
-            for part in parts:
-                self.ids.extend(part)
-            self.lengths.extend(map(len, parts))
-            trained = bytes(len(entry.prompt)) + b"\1" * (len(entry.chosen) + len(entry.rejected))
-        self.trained += trained
-        self.learned.append(trained.count(1))
-        self.languages.append(language)
-        self.numbers.append(number)
-        self.identities.extend(identity)
-        self.mismatched.append(mismatched)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """Documents of one kind, by position.
-
-    Attributes:
-        ids: all token ids, int32.
-        trained: 1 where a token is learned; for pairs 1 in the answers.
-        offsets: where each document begins in `ids`, and the end: one more than there are documents.
-        learned: supervised tokens, per conversation or pair.
-        languages: index into `language_names`, per conversation or pair.
-        sources: index of the source it comes from, per conversation or pair.
-        files: index into `prefixes`, per conversation or pair.
-        numbers: number of its row in that file, per conversation or pair.
-        identities: see `Identity`, per conversation or pair.
-        mismatched: 1 for a pair with an answer in another language than its prompt.
-        kept: entries that are used; the others are duplicates that the recipe asked to drop.
-        language_names: codes of the languages that occur.
-        prefixes: what stands before a row's number in its place, by file.
-        parts: documents per entry: 1 (conversations) or 3 (pairs).
-        source_names: what the sources are called in figures.
-        private_sources, private_files: indices of those that are not named in what others may read; see `privacy.py`.
-    """
-
-    ids: Ints
-    trained: Ints
-    offsets: Ints
-    learned: Ints
-    languages: Ints
-    sources: Ints
-    files: Ints
-    numbers: Ints
-    identities: Ints
-    mismatched: Ints
-    kept: Ints
-    language_names: tuple[str, ...]
-    prefixes: tuple[str, ...]
-    parts: int
-    source_names: tuple[str, ...] = ()
-    private_sources: frozenset[int] = frozenset()
-    private_files: frozenset[int] = frozenset()
-
-    def __len__(self) -> int:
-        return len(self.languages)
-
-    @cached_property
-    def lengths(self) -> Ints:
-        """Tokens of each entry, all its parts together."""
-        return np.diff(self.offsets[:: self.parts])
-
-    @cached_property
-    def spans(self) -> Ints:
-        """Tokens that must fit into a sequence: of a conversation all, of a pair its prompt and longer answer."""
-        if self.parts == 1:
-            return self.lengths
-        sizes = np.diff(self.offsets).reshape(-1, self.parts)
-        longest: Ints = sizes[:, 0] + sizes[:, 1:].max(axis=1, initial=0)
-        return longest
-
-    def part(self, entry: int, part: int = 0) -> slice:
-        """Where one part of an entry stands in `ids`."""
-        position = entry * self.parts + part
-        return slice(int(self.offsets[position]), int(self.offsets[position + 1]))
-
-    def input_ids(self, entry: int, part: int = 0) -> Ints:
-        """Token ids of one part of an entry."""
-        return self.ids[self.part(entry, part)]
-
-    def labels(self, entry: int) -> Ints:
-        """Labels of a conversation: ids where learned, -100 elsewhere."""
-        here = self.part(entry)
-        return np.where(self.trained[here], self.ids[here], IGNORED)
-
-    def language(self, entry: int) -> str:
-        """Language code of an entry."""
-        return self.language_names[int(self.languages[entry])]
-
-    def source(self, entry: int) -> str:
-        """What the source of an entry is called."""
-        return self.source_names[int(self.sources[entry])] if self.source_names else ""
-
-    def place(self, entry: int) -> str:
-        """Where an entry's row stands: `file:line`, or `file row N`."""
-        return f"{self.prefixes[int(self.files[entry])]}{self.numbers[entry]}"
-
-    def are_private(self, entries: Ints) -> npt.NDArray[np.bool_]:
-        """Which entries are of a private source or file: nothing of these is shown."""
-        of_source = np.isin(self.sources[entries], list(self.private_sources))
-        return of_source | np.isin(self.files[entries], list(self.private_files))
-
-    def is_private(self, entry: int) -> bool:
-        """Whether one entry is."""
-        return bool(self.are_private(np.array([entry]))[0])
-
-    def shown_place(self, entry: int) -> str:
-        """Where an entry's row stands, as others may read it: of a private one its source's number."""
-        return f"{self.source(entry)}, row {self.numbers[entry]}" if self.is_private(entry) else self.place(entry)
-
-    def counts(self, entries: Ints) -> dict[str, int]:
-        """Rows, tokens and supervised tokens of some entries."""
-        tokens, learned = (int(of[entries].sum()) for of in (self.lengths, self.learned))
-        return {"rows": len(entries), "tokens": tokens, "supervised_tokens": learned}
-
-
-class DocumentWriter:
-    """Writes documents into a folder, chunk by chunk; of each entry only a few numbers are held in memory."""
-
-    def __init__(self, folder: Path, parts: int) -> None:
-        self._folder, self.parts = folder, parts
-        self._ids, self._trained = (folder / IDS).open("wb"), (folder / TRAINED).open("wb")
-        self._lengths, self._learned, self._numbers, self._identities = array("q"), array("q"), array("q"), array("Q")
-        self._languages, self._sources, self._files = array("i"), array("i"), array("i")
-        self._mismatched = bytearray()
-        self._names: dict[str, int] = {}
-        self._prefixes: dict[str, int] = {}
-
-    def write(self, chunk: Chunk, source: int) -> None:
-        """Appends the entries of a chunk that come from the `source`-th source."""
-        self._ids.write(np.frombuffer(chunk.ids, np.intc).astype(ID, copy=False).tobytes())
-        self._trained.write(chunk.trained)
-        self._lengths.extend(chunk.lengths)
-        self._learned.extend(chunk.learned)
-        self._numbers.extend(chunk.numbers)
-        self._identities.extend(chunk.identities)
-        self._mismatched += chunk.mismatched
-        entries = len(chunk.languages)
-        self._languages.extend(self._names.setdefault(code, len(self._names)) for code in chunk.languages)
-        self._sources.extend([source] * entries)
-        self._files.extend([self._prefixes.setdefault(chunk.prefix, len(self._prefixes))] * entries)
-
-    def close(self) -> dict[str, Any]:
-        """Finishes the files; returns what `open_documents` needs besides them."""
-        self._ids.close()
-        self._trained.close()
-        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64)
-        entries = len(self._languages)
-        self._entries = {
-            "offsets": offsets,
-            "learned": np.array(self._learned, np.int64),
-            "languages": np.array(self._languages, np.int32),
-            "sources": np.array(self._sources, np.int32),
-            "files": np.array(self._files, np.int32),
-            "numbers": np.array(self._numbers, np.int64),
-            "identities": np.array(self._identities, np.uint64).reshape(entries, len(Identity._fields)),
-            "mismatched": np.frombuffer(self._mismatched, np.uint8),
-        }
-        self.keep(np.arange(entries))
-        return {"languages": list(self._names), "prefixes": list(self._prefixes), "parts": self.parts}
-
-    def keep(self, entries: Ints) -> None:
-        """Notes which entries are used; all of them if it is never called."""
-        with (self._folder / ENTRIES).open("wb") as stream:
-            columns: dict[str, Any] = {"kept": entries.astype(np.int64), **self._entries}
-            np.savez(stream, **columns)
-
-
-def open_documents(folder: Path, languages: Sequence[str], prefixes: Sequence[str], parts: int) -> Documents:
-    """Maps documents that a `DocumentWriter` wrote.
-
-    Raises:
-        ValueError, OSError, EOFError, KeyError: if a file is missing, damaged, or does not fit the others.
-    """
-    try:
-        with np.load(folder / ENTRIES) as stored:
-            columns = {name: stored[name] for name in stored.files}
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from None
-    offsets, entries = columns["offsets"], len(columns["languages"])
-    total = int(offsets[-1])
-    if len(offsets) != entries * parts + 1 or any(
-        len(columns[name]) != entries for name in ("learned", "sources", "files", "numbers", "identities", "mismatched")
-    ):
-        raise ValueError("entries of different number")
-    if [(folder / name).stat().st_size for name in (IDS, TRAINED)] != [total * ID.itemsize, total * LEARNED.itemsize]:
-        raise ValueError("files of different length")
-    ids, trained = (
-        np.memmap(folder / name, dtype=kind, mode="r", shape=(total,)) if total else np.zeros(0, kind)
-        for name, kind in ((IDS, ID), (TRAINED, LEARNED))
-    )
-    return Documents(ids, trained, **columns, language_names=tuple(languages), prefixes=tuple(prefixes), parts=parts)

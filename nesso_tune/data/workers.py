@@ -1,7 +1,8 @@
-"""Work on blocks in as many processes as there are cores, results in the order of the blocks.
+"""Parallel work in forked processes: an ordered map over blocks of rows, and preparing data during slow imports.
 
-The processes are forked: they share the tokenizer and whatever else the work needs, and start at once. What runs in
-them never touches torch or a device, so a fork is safe even where the parent has loaded both.
+Forked processes share the tokenizer and everything else in memory, and start at once. Forking is safe although the
+parent may have loaded torch: this package's own code uses neither torch nor a device in them, and user readers, which
+may use torch on the CPU, run with one thread (as in the workers of torch's `DataLoader`).
 """
 
 from __future__ import annotations
@@ -28,49 +29,55 @@ from nesso_tune.recipes.schema import Recipe
 
 Block = TypeVar("Block")
 Result = TypeVar("Result")
-AHEAD = 3  # blocks for each process that are read before their results are asked for
-FEW = 4  # blocks that are worked on here: below, starting processes takes longer
+BLOCKS_AHEAD_PER_PROCESS = 3  # blocks that are read before their results are needed
+MIN_PARALLEL_BLOCKS = 4  # with fewer blocks, starting processes takes longer than the work
+_NICENESS = 10  # of preparation in the background: the imports in the foreground take longer and use one core
 
-_work: Callable[[Any], Any] | None = None  # in a worker: what it does
+_function: Callable[[Any], Any] | None = None  # in a worker process: what it applies to each block
+# Preparation in the background: its recipe, its process, and the connection on which it reports its outcome.
+_background: tuple[Recipe, BaseProcess, Connection] | None = None
 
 
-def cores() -> int:
-    """Cores that this process may use."""
+def available_cores() -> int:
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def worked(work: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
-    """What `work` makes of each block, in order; few blocks are in memory at a time.
+def parallel_map(function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
+    """Applies a function to each block in one process per core; yields the results in the order of the blocks.
+
+    At most `BLOCKS_AHEAD_PER_PROCESS` blocks per process are in memory. A few blocks, or blocks on a single core or on
+    a system without safe forking, are processed in this process.
 
     Raises:
-        whatever `work` raises, when it is the turn of its block.
-        RunEnvironmentError: if a process is ended from outside.
+        RunEnvironmentError: if a worker process is killed.
+        Exception: whatever the function raises, in the place of that block's result.
     """
-    jobs, blocks = cores() if sys.platform == "linux" else 1, iter(blocks)
-    first = list(islice(blocks, FEW))
-    if jobs == 1 or len(first) < FEW:
-        yield from map(work, chain(first, blocks))
+    processes, blocks = available_cores() if sys.platform == "linux" else 1, iter(blocks)
+    first = list(islice(blocks, MIN_PARALLEL_BLOCKS))
+    if processes == 1 or len(first) < MIN_PARALLEL_BLOCKS:
+        yield from map(function, chain(first, blocks))
         return
-    with _processes(work, jobs) as pool:
+    with _process_pool(function, processes) as pool:
         pending: deque[Future[Result]] = deque()
         try:
             for block in chain(first, blocks):
-                pending.append(pool.submit(_do, block))
-                if len(pending) >= AHEAD * jobs:
+                pending.append(pool.submit(_apply, block))
+                if len(pending) >= BLOCKS_AHEAD_PER_PROCESS * processes:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         except BrokenProcessPool:
             raise RunEnvironmentError(
-                "preparation", "one of its processes was ended from outside", "look whether memory ran out; run again"
+                "preparation", "a worker process was killed", "check whether the machine ran out of memory; run again"
             ) from None
 
 
 @contextmanager
-def _processes(work: Callable[[Any], Any], jobs: int) -> Iterator[ProcessPoolExecutor]:
+def _process_pool(function: Callable[[Any], Any], processes: int) -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is one core's work
-    pool = ProcessPoolExecutor(jobs, get_context("fork"), initializer=_start, initargs=(work,))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per process
+    pool = ProcessPoolExecutor(processes, get_context("fork"), initializer=_start_worker, initargs=(function,))
     try:
         yield pool
     finally:
@@ -81,89 +88,96 @@ def _processes(work: Callable[[Any], Any], jobs: int) -> Iterator[ProcessPoolExe
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _start(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def _start_worker(function: Callable[[Any], Any]) -> None:
+    global _function
+    _function = function
     gc.set_threshold(100_000)  # rows make many objects and no cycles
-    follow_parent()
+    torch = sys.modules.get("torch")
+    if torch is not None:  # its thread pool does not survive a fork: a user reader could wait for it forever
+        torch.set_num_threads(1)
+    _follow_parent()
 
 
-def follow_parent() -> None:
-    """In a forked process: the parent decides what comes of signals, and takes the process along when it ends."""
-    for asked in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(asked, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent takes its workers along, and with them the lock that they inherited."""
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _do(block: Any) -> Any:
-    assert _work is not None
-    return _work(block)
-
-
-NICE = 10  # loading is the longer way, on one core: where cores are few it goes first
-
-# What is being prepared, by which process, and where it says how that ended.
-_begun: tuple[Recipe, BaseProcess, Connection] | None = None
+def _apply(block: Any) -> Any:
+    assert _function is not None
+    return _function(block)
 
 
 @contextmanager
-def prepared_ahead(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator[None]:
-    """Prepares the data of a recipe while the block runs; what is not finished at its end is given up."""
-    global _begun
-    if sys.platform != "linux" or "torch" in sys.modules:  # then there is nothing to win
+def prepare_in_background(prepare: Callable[[Recipe], Any], recipe: Recipe) -> Iterator[None]:
+    """Prepares the data of a recipe in another process inside a `with` block; aborts it at the end of the block.
+
+    Does nothing where torch is already imported (there is no time to gain) or forking is unsafe.
+
+    Args:
+        prepare: `prepare_data`; it fills the cache.
+        recipe: the recipe; `wait_for_background_preparation` compares it by identity.
+    """
+    global _background
+    if sys.platform != "linux" or "torch" in sys.modules:
         yield
         return
     context = get_context("fork")
-    result, told = context.Pipe(duplex=False)
-    process: BaseProcess = context.Process(target=_prepare, args=(prepare, recipe, told))
+    receiver, sender = context.Pipe(duplex=False)
+    process: BaseProcess = context.Process(target=_prepare, args=(prepare, recipe, sender))
     process.start()
-    told.close()  # or its end would not be seen
-    _begun = recipe, process, result
+    sender.close()  # so that the receiver sees the end of the stream when the process ends
+    _background = recipe, process, receiver
     try:
         yield
     finally:
-        _begun = None
-        process.kill()  # its own processes end with it
+        _background = None
+        process.kill()  # its own worker processes end with it
         process.join()
-        result.close()
+        receiver.close()
 
 
-def wait_for_it(recipe: Recipe) -> None:
-    """Waits where this recipe's data is being prepared.
+def wait_for_background_preparation(recipe: Recipe) -> None:
+    """Waits for the preparation of this recipe in the background, if there is one.
+
+    If that process was killed, this returns, and the caller prepares the data itself.
 
     Raises:
-        whatever went wrong with it.
+        Exception: whatever the preparation raised.
     """
-    global _begun
-    if _begun is None or _begun[0] is not recipe:
+    global _background
+    if _background is None or _background[0] is not recipe:
         return
-    (_, process, result), _begun = _begun, None
+    (_, process, receiver), _background = _background, None
     error = None
-    with suppress(EOFError):  # ended from outside: then it is done here
-        error, checked = result.recv()
-        cache.trust(checked)  # or all of it would be read and hashed a second time
+    with suppress(EOFError):  # the process was killed
+        error, verified = receiver.recv()
+        cache.trust_verified(verified)  # so that no file is read and hashed a second time
     process.join()
     if error is not None:
         raise error
 
 
-def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, told: Connection) -> None:
-    global _begun
-    _begun = None
-    follow_parent()
-    os.nice(NICE)
+def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, sender: Connection) -> None:
+    """Runs in the background process."""
+    global _background
+    _background = None
+    _follow_parent()
+    os.nice(_NICENESS)
     try:
         prepare(recipe)
-        told.send((None, cache.checked()))
+        sender.send((None, cache.verified_files()))
     except Exception as error:
-        with suppress(Exception):  # one that cannot be sent is met again by whoever asks for the data
-            told.send((error, {}))
+        with suppress(Exception):  # an error that cannot be pickled is raised again when the caller prepares the data
+            sender.send((error, {}))
+
+
+def _follow_parent() -> None:
+    """Leaves signals to the parent process, and makes this process end when the parent does."""
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """Ends this process when its parent was killed, which also releases the inherited lock."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nesso_tune.data.privacy import Privacy
+from nesso_tune.data.report import DataReport
 from nesso_tune.logs import visible
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import Recipe
@@ -17,7 +18,7 @@ RESULTS = "## Results on held-out data (train_: on training data)"
 
 
 def model_card(
-    recipe: Recipe, plan: Plan, report: Mapping[str, Any], metrics: Mapping[str, Any], chosen: Sequence[str] = ()
+    recipe: Recipe, plan: Plan, report: DataReport, metrics: Mapping[str, Any], chosen: Sequence[str] = ()
 ) -> str:
     """README.md of `final/`, with the figures of the run. Private sources are left out.
 
@@ -25,7 +26,7 @@ def model_card(
     """
     hidden = Privacy(recipe.data).hidden_sources()
     public = [source.path for i, source in enumerate(recipe.data.sources) if i not in hidden]
-    languages = [code for code in report["languages"] if code != "und"]
+    languages = [code for code in report.languages if code != "und"]
     front = ["---", *(["language:", *(f"- {code}" for code in languages)] if languages else []),
              "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nesso-tune",
              f"- {recipe.method}", "---"]  # fmt: skip
@@ -42,7 +43,7 @@ def model_card(
             f"- {plan.steps:,} steps of {plan.global_batch} rows, {plan.epochs:.3g} epochs",
             *(f"- {text}" for text in chosen),
             f"- learning rate: {schedule}",
-            f"- {report['rows_kept']:,} rows, {report['supervised_tokens']:,} supervised tokens", "",
+            f"- {report.rows_kept:,} rows, {report.supervised_tokens:,} supervised tokens", "",
             "Data:", "", *sources, "",
             *([RESULTS, "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
         ]

@@ -51,7 +51,7 @@ def choose_prompts(rows: Rows, count: int) -> list[Prompt]:
     Those of a language are taken from its sources in turn.
     """
     by_language: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number in map(int, np.unique(rows.entries)):
+    for number in map(int, np.unique(rows.records)):
         by_language[rows.documents.language(number)][int(rows.documents.sources[number])].append(number)
     chosen: list[Prompt] = []
     queues = [_in_turn([by_source[i] for i in sorted(by_source)]) for _, by_source in sorted(by_language.items())]
@@ -74,10 +74,10 @@ def _in_turn(queues: Sequence[Sequence[int]]) -> Iterator[int]:
 def _prompt(documents: Documents, entry: int) -> Prompt | None:
     """The last answer of a conversation, or a pair."""
     origin = documents.language(entry), int(documents.sources[entry]), documents.is_private(entry)
-    if documents.parts == 3:
+    if documents.documents_per_record == 3:
         prompt, chosen, rejected = (documents.input_ids(entry, part).tolist() for part in range(3))
         return Prompt(prompt, chosen, rejected, *origin)
-    ids, learned = documents.input_ids(entry).tolist(), documents.trained[documents.part(entry)]
+    ids, learned = documents.input_ids(entry).tolist(), documents.supervised[documents.token_slice(entry)]
     start, end = _last_run(learned.tolist())
     return Prompt(ids[:start], ids[start:end], [], *origin) if start > 0 else None
 

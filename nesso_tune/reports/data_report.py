@@ -31,7 +31,7 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
     The JSON is the report of `prepare_data` and `examples`: of each language the first rows that are trained on.
     Returns the page.
     """
-    report = {**_shown(data.report, Privacy(recipe.data)), "examples": _examples(data)}
+    report = {**_shown(data.report.to_dict(), Privacy(recipe.data)), "examples": _examples(data)}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / HTML, _page(recipe, report))
@@ -50,24 +50,24 @@ def _replace(file: Path, text: str) -> None:
 
 def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
     """A copy of the report in which private sources have numbers, and places in them are left out."""
-    out, hidden, names = {**report}, privacy.hidden_sources(), privacy.names()
+    out, hidden, names = {**report}, privacy.hidden_sources(), privacy.source_names()
     out["sources"] = [
         {"path": names[i], **{key: value for key, value in source.items() if key not in ("path", "alias")}}
         if i in hidden else source
         for i, source in enumerate(report["sources"])
     ]  # fmt: skip
     places = report["examples_of_dropped"]
-    out["examples_of_dropped"] = {why: place for why, place in places.items() if privacy.shows_place(place)}
-    left_out = [odd["example"] for odd in report["oddities"].values() if not privacy.shows_place(odd["example"])]
+    out["examples_of_dropped"] = {why: place for why, place in places.items() if privacy.shows_location(place)}
+    left_out = [odd["example"] for odd in report["oddities"].values() if not privacy.shows_location(odd["example"])]
     out["oddities"] = {
         name: {"rows": odd["rows"]} if odd["example"] in left_out else odd for name, odd in report["oddities"].items()
     }
     if "preferences" in report:
         out["preferences"] = {
-            key: list(filter(privacy.shows_place, value)) if isinstance(value, list) else value
+            key: list(filter(privacy.shows_location, value)) if isinstance(value, list) else value
             for key, value in report["preferences"].items()
         }
-    groups = privacy.groups(report["languages"])
+    groups = privacy.group_names(report["languages"])
     out["mixture"] = [{**group, "name": groups.get(group["name"], group["name"])} for group in report["mixture"]]
     for place in left_out:  # a warning may give an oddity's example
         out["warnings"] = [warning.replace(place, "a private source") for warning in out["warnings"]]
@@ -76,7 +76,7 @@ def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
 
 def _examples(data: PreparedData) -> list[dict[str, Any]]:
     """Of each language the first rows of the first epoch that are of no private source."""
-    documents, entries = data.train.documents, data.train.entries
+    documents, entries = data.train.documents, data.train.records
     hidden = documents.are_private(entries)
     out = []
     for _, code in sorted((name, code) for code, name in enumerate(documents.language_names)):
@@ -89,11 +89,11 @@ def _examples(data: PreparedData) -> list[dict[str, Any]]:
 def _example(data: PreparedData, entry: int) -> dict[str, Any]:
     documents = data.train.documents
     texts = {}
-    for i, name in enumerate(PARTS[documents.parts]):
+    for i, name in enumerate(PARTS[documents.documents_per_record]):
         text = data.chat.backend.decode(documents.input_ids(entry, i).tolist(), skip_special_tokens=False)
         texts[name] = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
     return {
-        "place": documents.place(entry),
+        "place": documents.location(entry),
         "language": documents.language(entry),
         "source": documents.source(entry),
         **texts,

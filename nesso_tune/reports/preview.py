@@ -342,9 +342,9 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
     report = data.report
     facts = {
         "rows": f"{len(shown)} of {len(data.train):,} {row_name(recipe)} an epoch",
-        "tokens": f"{report['train']['tokens']:,} an epoch, {report['train']['supervised_tokens']:,} of them learned",
-        "fill": f"{report['packing']['fill']:.1%} of each row" if recipe.method == "sft" else "one pair a row",
-        "dropped": ", ".join(f"{n:,} {reason}" for reason, n in report["dropped"].items()) or "none",
+        "tokens": f"{report.train.tokens:,} an epoch, {report.train.supervised_tokens:,} of them learned",
+        "fill": f"{report.packing.fill:.1%} of each row" if recipe.method == "sft" else "one pair a row",
+        "dropped": ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "none",
         "template": f"ends turns with {data.chat.template.eos_token}",
     }
     return Preview(recipe.output_dir, tuple(row_of(recipe, data, i) for i in shown), facts, notes)

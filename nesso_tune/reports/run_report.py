@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.data.privacy import Privacy
+from nesso_tune.data.report import DataReport
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.reports.html import shown
@@ -117,7 +118,7 @@ th, .alarms td { overflow-wrap: normal }
 """
 
 
-def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> Path:
+def write_report(run: Path, recipe: Recipe, plan: Plan, data: DataReport) -> Path:
     """Writes report.html into a run directory, from its metrics.jsonl; private sources are not named."""
     lines = read_metrics(run / "metrics.jsonl")
     plots = [svg for title, names in PLOTS.items() if (svg := plot(title, names, lines))]
@@ -135,7 +136,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
         "<h2>Last answers</h2>" if last else "",
         _table(("language", "prompt", "answer", "stopped"), _rows(last, ("language", "prompt", "answer", "stopped"))),
         "<h2>Recipe</h2>",
-        f"<pre>{shown(as_yaml(Privacy(recipe.data).recipe(recipe)))}</pre>",
+        f"<pre>{shown(as_yaml(Privacy(recipe.data).shown_recipe(recipe)))}</pre>",
     ]
     page = "\n".join(body)
     path = run / "report.html"
@@ -148,19 +149,19 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
     return path
 
 
-def _summary(recipe: Recipe, plan: Plan, data: Mapping[str, Any]) -> str:
+def _summary(recipe: Recipe, plan: Plan, data: DataReport) -> str:
     schedule = plan.schedule.in_words() if plan.schedule else ""
     return (
         f"{recipe.method.upper()} from {recipe.model.base}: {plan.steps:,} steps of {plan.global_batch} rows, "
         f"{plan.epochs:.3g} epochs; "
-        f"{schedule}; {data['rows_kept']:,} of {data['rows_read']:,} rows kept."
+        f"{schedule}; {data.rows_kept:,} of {data.rows_read:,} rows kept."
     )
 
 
-def _languages(data: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _languages(data: DataReport) -> list[tuple[str, ...]]:
     return [
-        (code, f"{n['rows']:,}", f"{n['tokens']:,}", f"{n['supervised_tokens']:,}")
-        for code, n in data["languages"].items()
+        (code, f"{counts.rows:,}", f"{counts.tokens:,}", f"{counts.supervised_tokens:,}")
+        for code, counts in data.languages.items()
     ]
 
 

@@ -49,16 +49,16 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
         "python": platform.python_version(),
         "base": base,
         "tokenizer": data.chat.fingerprint,
-        "data": data.report["fingerprint"],
+        "data": data.report.fingerprint,
         "identity": IDENTITY,
-        "start": f"{base}-{data.chat.fingerprint}-{data.report['fingerprint']}",
+        "start": f"{base}-{data.chat.fingerprint}-{data.report.fingerprint}",
         "recipe_hash": key_of(dump(recipe)),
         "world_size": plan.processes,
         "global_batch": plan.global_batch,
         "threads": torch.get_num_threads(),
         "device": gpu,
         "attention": attention,
-        "unpacked": data.report["packing"].get("unpacked", False),  # the base cannot keep packed documents apart
+        "unpacked": data.report.packing.unpacked,  # the base cannot keep packed documents apart
         "torch_compile": plan.torch_compile,
         "command": _command(Privacy(recipe.data)),
     }
@@ -67,7 +67,7 @@ def run_facts(recipe: Recipe, data: PreparedData, plan: Plan, attention: str = "
 def _command(privacy: Privacy) -> list[str]:
     """The words that started this, without secrets and without what is private."""
     words = [word.encode("utf-8", "backslashreplace").decode() for word in sys.argv]
-    return privacy.command([masked_word(word) for word in words])
+    return privacy.shown_command([masked_word(word) for word in words])
 
 
 def _quantiser(recipe: Recipe) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import BaseFileLock, Timeout
 
-from nesso_tune.data.privacy import Privacy, as_recorded, recorded
+from nesso_tune.data.privacy import Privacy, comparable_recipe, manifest_recipe
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.files import acquire, sync
@@ -163,7 +163,7 @@ def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     manifest = {**facts, "recipe": dump(recipe), "finished": False}
     if Privacy(recipe.data):  # then only recipe.yaml has it whole
         salt = os.urandom(8).hex()
-        manifest |= {"recipe": recorded(recipe, salt), "salt": salt}
+        manifest |= {"recipe": manifest_recipe(recipe, salt), "salt": salt}
     _replace(run.path / MANIFEST, manifest)  # first: it marks the folder
     _replace_text(run.path / RECIPE, recipe.to_yaml())
 
@@ -193,7 +193,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...]) -> RunDir:
     path = run.path
     before = manifest["recipe"]
-    changed = differences(before, as_recorded(before, recipe, manifest.get("salt", "")))
+    changed = differences(before, comparable_recipe(before, recipe, manifest.get("salt", "")))
     moved = {key: changed.pop(key) for key in list(changed) if names_content(key, changed[key], recipe)}
     refused = {key: values for key, values in changed.items() if key not in allowed}
     if refused:

@@ -194,10 +194,10 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
     """
     if recipe.train.best_metric is None:
         return None
-    metric = Privacy(recipe.data).metric(recipe.train.best_metric)
+    metric = Privacy(recipe.data).metric_name(recipe.train.best_metric)
     whole = whole_metric(metric)
     if whole in HELD_OUT:
-        languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.entries)})
+        languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.records)})
         if not languages:
             raise RecipeError(KEY, f"`{metric}` is not measured: no row is held out", "raise data.validation_size")
         parts = ["", *(f"/{code}" for code in languages)]

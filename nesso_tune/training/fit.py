@@ -19,7 +19,7 @@ from transformers import (
 )
 from trl import DPOConfig, SFTConfig
 
-from nesso_tune.data.packing import in_order
+from nesso_tune.data.packing import sequential_rows
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
@@ -309,7 +309,7 @@ class _Beginning(TrainerCallback):
             check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
             track.log.cut_back(state.global_step)
-            changed = Privacy(self._recipe.data).changes(self._run.changed)
+            changed = Privacy(self._recipe.data).shown_changes(self._run.changed)
             facts: dict[str, Any] = {"changed": changed} if changed else {}
             facts |= {"environment": self._run.environment} if self._run.environment else {}
             track.log.write({"step": state.global_step, "event": "resumed", **facts})
@@ -324,7 +324,7 @@ class _Beginning(TrainerCallback):
         if self._run.checkpoint is not None:
             return load_reference(self._run.path, self._facts["start"])
         began, data, first = time.monotonic(), self._data, trainer.is_world_process_zero()
-        parts = [in_order(data.stream.documents, data.stream.entries, None), data.validation]
+        parts = [sequential_rows(data.stream.documents, data.stream.records, None), data.validation]
         parts = [part for part in parts if len(part)]
         key = reference_key(recipe, self._facts, parts) if first else ""
         reference: dpo.Reference | None = from_first(cached_reference(key) if first else None)

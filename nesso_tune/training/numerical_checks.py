@@ -135,7 +135,7 @@ class Guard:
         if trainer.is_world_process_zero():
             entries = self._order.entries(positions)[:NAMED]
             documents = self._order.stream.documents
-            found = [(documents.place(entry), documents.shown_place(entry)) for entry in entries]
+            found = [(documents.location(entry), documents.public_location(entry)) for entry in entries]
         return list(from_first(found))
 
 

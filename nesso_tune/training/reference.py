@@ -46,7 +46,7 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
         collate: pairs to a batch.
     """
     rows: Sequence[dict[str, Any]] = ConcatDataset(parts)  # type: ignore[arg-type, assignment]
-    sizes = [int(size) for part in parts for size in part.documents.lengths[part.entries]]
+    sizes = [int(size) for part in parts for size in part.documents.lengths[part.records]]
     batches = in_batches(sizes, trainer.args.per_device_train_batch_size)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     scored: list[tuple[int, float, float]] = []
@@ -96,8 +96,8 @@ def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[R
     ]  # fmt: skip
     digest = hashlib.sha256()
     for part in parts:
-        for entry in part.entries.tolist():
-            lengths = [part.documents.input_ids(entry, i) for i in range(part.documents.parts)]
+        for entry in part.records.tolist():
+            lengths = [part.documents.input_ids(entry, i) for i in range(part.documents.documents_per_record)]
             digest.update(f"{part.first_pair + entry} {[len(ids) for ids in lengths]}".encode())
             for ids in lengths:
                 digest.update(ids.tobytes())
@@ -106,7 +106,7 @@ def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[R
 
 def cached_reference(key: str) -> Reference | None:
     """The reference of this key that an earlier run left in the cache, if it is there and whole."""
-    return cache.look_up(KIND, key, _opened, CALLED)
+    return cache.load(KIND, key, _opened, CALLED)
 
 
 def cache_reference(key: str, reference: Reference) -> None:
@@ -116,7 +116,7 @@ def cache_reference(key: str, reference: Reference) -> None:
         save_reference(staging, reference, key)
         return {"pairs": len(reference)}
 
-    cache.make(KIND, key, build, _opened, CALLED)
+    cache.get_or_build(KIND, key, build, _opened, CALLED)
 
 
 def _opened(folder: Path, _: dict[str, Any]) -> Reference:

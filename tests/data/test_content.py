@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nesso_tune import DataError, RecipeError, cache, prepare_data
-from nesso_tune.data.prepare import dropped_file, software
-from nesso_tune.data.privacy import renamed
+from nesso_tune.data.locations import rename_locations
+from nesso_tune.data.prepare import dropped_file, software_versions
 from nesso_tune.data.sources import check_output
 from nesso_tune.recipes.schema import SFTRecipe
 
@@ -70,16 +71,16 @@ def test_moved_renamed_linked_and_otherwise_spelt_it_is_the_same_data_under_its_
     same["renamed"] = SFTRecipe.model_validate(moved)
     for name, recipe in same.items():
         data = prepare_data(recipe)
-        assert data.report["cache_hit"], name
-        assert data.report["fingerprint"] == first.report["fingerprint"], name
+        assert data.report.cache_hit, name
+        assert data.report.fingerprint == first.report.fingerprint, name
         source = recipe.data.sources[0]
-        assert data.report["sources"][0]["path"] == source.path, name
-        assert data.report["sources"][0].get("alias") == source.alias, name
+        assert data.report.sources[0].path == source.path, name
+        assert data.report.sources[0].alias == source.alias, name
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("NESSO_TUNE_CACHE", str(tmp_path / f"cache-{name}"))
             fresh = prepare_data(recipe)  # under these names from the start
             listed = dropped_file(fresh).read_text()
-        assert fresh.report | {"cache_hit": True} == data.report, name
+        assert replace(fresh.report, cache_hit=True) == data.report, name
         assert fresh.train.documents.prefixes == data.train.documents.prefixes, name
         assert dropped_file(data).read_text() == listed, name
         assert len(listed.splitlines()) == 4, "two of no use, a repeated one, and one that is asked in an evaluation"
@@ -88,14 +89,14 @@ def test_moved_renamed_linked_and_otherwise_spelt_it_is_the_same_data_under_its_
 
 def test_what_is_in_any_of_the_files_counts(folder, recipe_in):
     recipe = recipe_in(folder)
-    seen = {prepare_data(recipe).report["fingerprint"]}
+    seen = {prepare_data(recipe).report.fingerprint}
     for name, old, new in (
         ("a.jsonl", "Roma", "Toma"), ("mine.yaml", "[content]", "[content, text]"), ("tools.txt", '"f"', '"g"'),
         ("asked.txt", "Di che colore", "Chi ha visto mai"),
     ):  # fmt: skip
         file = folder / name
         file.write_text(file.read_text().replace(old, new))
-        report = prepare_data(recipe).report
+        report = prepare_data(recipe).report.to_dict()
         assert not report["cache_hit"], name
         seen.add(report["fingerprint"])
     assert len(seen) == 4, "another mapping that reads the same is the same data"
@@ -104,7 +105,7 @@ def test_what_is_in_any_of_the_files_counts(folder, recipe_in):
 def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_rows, chats, tmp_path):
     def made(a, b):
         sources = [{"path": a, "alias": "one"}, b]
-        return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report
+        return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report.to_dict()
 
     a, b = write_rows(chats[:5], "a.jsonl"), write_rows(chats[5:], "b.jsonl")
     first = made(a, b)
@@ -114,22 +115,22 @@ def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_row
     assert [group["name"] for group in second["mixture"]] == ["one", str(other)]
 
 
-def test_names_in_places():
+def test_file_names_in_locations():
     names = {"a": "A", "a:1": "other", "b c.jsonl": "B"}
     texts = {
         "a:5": "A:5", "a:1:5": "A:1:5", "b c.jsonl row 3": "B row 3", "a:5: of b c.jsonl:2": "A:5: of B:2",
         "of a:9": "of A:9", "x/a:5": "x/a:5", "a:5: 12 tokens": "A:5: 12 tokens", "nothing a here": "nothing a here",
     }  # fmt: skip
     for text, expected in texts.items():
-        assert renamed(text, names) == expected, text
+        assert rename_locations(text, names) == expected, text
 
 
 def test_other_code_or_packages_prepare_anew_and_the_same_rows_are_the_same_data(sft, write_rows, chats, monkeypatch):
     recipe = sft(write_rows(chats))
-    first = prepare_data(recipe).report
-    assert any(entry.startswith("tokenizers ") for entry in software())
-    monkeypatch.setattr("nesso_tune.data.prepare.software", lambda: ["tokenizers 9"])
-    second = prepare_data(recipe).report
+    first = prepare_data(recipe).report.to_dict()
+    assert any(entry.startswith("tokenizers ") for entry in software_versions())
+    monkeypatch.setattr("nesso_tune.data.prepare.software_versions", lambda: ["tokenizers 9"])
+    second = prepare_data(recipe).report.to_dict()
     assert not second["cache_hit"]
     assert second["fingerprint"] == first["fingerprint"]
 
@@ -164,7 +165,7 @@ def test_what_a_reader_imports_and_declares_is_seen_when_it_changes(reader, sft)
     source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/map.json"]}
     recipe = sft(source)
     first = prepare_data(recipe)
-    assert prepare_data(recipe).report["cache_hit"]
+    assert prepare_data(recipe).report.cache_hit
     known = [rows_of(first)]
     for name, old, new in (
         ("map.json", "DUE", "TRE"), ("myhelper.py", "t +", "t.upper() +"), ("lazily/shared.py", "!", "?"),
@@ -175,12 +176,12 @@ def test_what_a_reader_imports_and_declares_is_seen_when_it_changes(reader, sft)
         file.write_text(text)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # Python alone would take its compiled code
         data = prepare_data(recipe)
-        assert not data.report["cache_hit"], name
+        assert not data.report.cache_hit, name
         assert (rows_of(data) in known) == (name == "lazily/inside.py"), name
         known.append(rows_of(data))
     moved = shutil.copytree(reader, reader.parent / "moved")
     again = sft({"path": f"{moved}/d.jsonl", "format": f"{moved}/rd.py:f", "reads": [f"{moved}/map.json"]})
-    assert prepare_data(again).report["fingerprint"] == data.report["fingerprint"]
+    assert prepare_data(again).report.fingerprint == data.report.fingerprint
 
 
 def test_a_file_that_is_read_must_be_there_and_needs_a_reader(reader, sft):
@@ -239,9 +240,9 @@ def test_what_a_reader_imports_late_or_by_a_star_is_seen_from_the_start(tmp_path
         for name in LATE:
             recipe = sft({"path": rows, "format": f"{tmp_path}/{name}.py:f"})
             data = prepare_data(recipe)
-            assert not data.report["cache_hit"], name
+            assert not data.report.cache_hit, name
             assert answer in data.tokenizer.decode(data.train[0]["input_ids"]), name
-            assert prepare_data(recipe).report["cache_hit"], name
+            assert prepare_data(recipe).report.cache_hit, name
 
 
 @pytest.mark.skipif(not (CASES / "reader").is_dir(), reason="the collection of small inputs is not here")
@@ -252,7 +253,7 @@ def test_the_reader_of_the_collection(tmp_path, sft):
         before = prepare_data(recipe)
         (here / name).write_text((here / name).read_text().replace(old, new))
         after = prepare_data(recipe)
-        assert not after.report["cache_hit"]
+        assert not after.report.cache_hit
         assert rows_of(after) != rows_of(before)
 
 
@@ -305,4 +306,4 @@ def test_data_in_output_dir_is_refused_and_neighbours_are_not(
 
 
 def test_the_cache_is_not_asked_for_what_has_no_key():
-    assert cache.look_up("documents", "nothing", lambda folder, note: folder) is None
+    assert cache.load("documents", "nothing", lambda folder, note: folder) is None

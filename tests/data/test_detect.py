@@ -121,7 +121,7 @@ def test_guessed_columns_load(write_rows, sft):
     rows = [{"dialogo": turns("ruolo", "testo", "utente", "assistente")} for _ in range(4)]
     found = detect(path := write_rows(rows))
     source = {"path": path, "format": found.format, **found.fields}
-    assert prepare_data(sft(source)).report["rows_kept"] == 4
+    assert prepare_data(sft(source)).report.rows_kept == 4
 
 
 def test_rows_that_cannot_be_used_are_counted(write_rows):

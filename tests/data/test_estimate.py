@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nesso_tune import DataError, prepare_data
-from nesso_tune.data.estimate import find_volume
+from nesso_tune.data.estimate import estimate_volume
 
 
 def many(chats, times):
@@ -14,18 +14,18 @@ def many(chats, times):
 
 def test_prepared_data_are_counted_exactly(sft, chats, write_rows):
     recipe = sft(write_rows(many(chats, 20)), validation_size=20)
-    assert not find_volume(recipe).exact
+    assert not estimate_volume(recipe).exact
     prepared = prepare_data(recipe)
-    volume = find_volume(recipe)
+    volume = estimate_volume(recipe)
     assert volume == prepared.volume
     assert (volume.exact, volume.rows, volume.validation_rows) == (True, len(prepared.train), 20)
-    assert volume.tokens == prepared.report["train"]["tokens"]
+    assert volume.tokens == prepared.report.train.tokens
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_an_estimate_is_near(sft, chats, write_rows, packing):
     recipe = sft(write_rows(many(chats, 200)), validation_size=0.1, packing=packing, sequence_len=1024)
-    guess, truth = find_volume(recipe), prepare_data(recipe).volume
+    guess, truth = estimate_volume(recipe), prepare_data(recipe).volume
     assert not guess.exact
     assert guess.rows == pytest.approx(truth.rows, rel=0.03)
     assert guess.tokens == pytest.approx(truth.tokens, rel=0.02)
@@ -35,38 +35,38 @@ def test_an_estimate_is_near(sft, chats, write_rows, packing):
 
 def test_weights_and_max_rows_count(sft, chats, write_rows):
     path = write_rows(many(chats, 100))
-    plain = find_volume(sft(path, packing=False)).rows
+    plain = estimate_volume(sft(path, packing=False)).rows
     assert plain == 1000
-    assert find_volume(sft({"path": path, "weight": 2.5}, packing=False)).rows == 2500
-    assert find_volume(sft({"path": path, "max_rows": 30}, packing=False)).rows == 30
+    assert estimate_volume(sft({"path": path, "weight": 2.5}, packing=False)).rows == 2500
+    assert estimate_volume(sft({"path": path, "max_rows": 30}, packing=False)).rows == 30
 
 
 def test_a_file_whose_last_line_is_not_ended(sft, chats, tmp_path):
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps(chats[0]))
-    assert find_volume(sft(str(path), packing=False)).rows == 1
+    assert estimate_volume(sft(str(path), packing=False)).rows == 1
     array = tmp_path / "some.json"
     array.write_text(json.dumps(chats))
-    assert find_volume(sft(str(array), packing=False)).rows == 10
+    assert estimate_volume(sft(str(array), packing=False)).rows == 10
 
 
 def test_pairs_and_validation_sources(dpo, duels, write_rows):
     held = {"path": write_rows(duels[:2], "held.jsonl")}
-    volume = find_volume(dpo(write_rows(duels), validation_sources=[held]))
+    volume = estimate_volume(dpo(write_rows(duels), validation_sources=[held]))
     assert (volume.rows, volume.validation_rows, volume.exact) == (6, 2, False)
 
 
 def test_hub_data_that_is_not_known_is_left_open(sft):
-    assert find_volume(sft("someone/never-fetched")) is None
+    assert estimate_volume(sft("someone/never-fetched")) is None
     with pytest.raises(DataError, match="no such file"):
-        find_volume(sft("absent/rows.jsonl"))
+        estimate_volume(sft("absent/rows.jsonl"))
 
 
 def test_without_a_tokenizer_characters_are_counted(sft, dpo, chats, duels, write_rows):
     for recipe in (sft(write_rows(many(chats, 50))), dpo(write_rows(many(duels, 50), "duels.jsonl"))):
         raw = recipe.model_dump() | {"model": {"base": "someone/never-fetched"}}
-        guess, truth = find_volume(type(recipe).model_validate(raw)), find_volume(recipe)
-        assert guess.basis.endswith("the tokenizer is not at hand")
+        guess, truth = estimate_volume(type(recipe).model_validate(raw)), estimate_volume(recipe)
+        assert guess.basis.endswith("the tokenizer is not available")
         assert truth.basis.startswith("from the first")
         assert guess.tokens == pytest.approx(truth.tokens, rel=0.5)  # their tokenizer is a tiny one
         assert guess.supervised_tokens == pytest.approx(truth.supervised_tokens, rel=0.5)
@@ -76,9 +76,9 @@ def test_without_a_tokenizer_characters_are_counted(sft, dpo, chats, duels, writ
 
 def test_hub_data_whose_rows_are_stated(sft):
     source = {"path": "HuggingFaceTB/smoltalk", "subset": "all"}
-    volume = find_volume(sft(source, sequence_len=4096, validation_size=1000))
+    volume = estimate_volume(sft(source, sequence_len=4096, validation_size=1000))
     assert volume.tokens == pytest.approx(500 * 1_042_917, rel=1e-6)
     assert volume.rows == pytest.approx(volume.tokens / 4096, rel=0.02)
     assert "assumed" in volume.basis
-    assert find_volume(sft({**source, "max_rows": 10, "weight": 2}, packing=False)).rows == 20
-    assert find_volume(sft({**source, "subset": "other"})) is None
+    assert estimate_volume(sft({**source, "max_rows": 10, "weight": 2}, packing=False)).rows == 20
+    assert estimate_volume(sft({**source, "subset": "other"})) is None

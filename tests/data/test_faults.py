@@ -421,16 +421,16 @@ ERRORS = {
 ASKED = {
     "a language without a share": (
         shared("language", it=1.0),
-        r"data\.mixture\.shares: says nothing of en; name a share",
+        r"data\.mixture\.shares: has no share for en; set a share",
     ),
     "a share of a language that is not there": (
-        shared("language", it=0.5, en=0.4, fr=0.1), r"data\.mixture\.shares: no row is of `fr`; remove it",
+        shared("language", it=0.5, en=0.4, fr=0.1), r"data\.mixture\.shares: no row belongs to `fr`; remove it",
     ),
     "a share of a source that gives nothing": (
-        shared("source", uno=0.5, due=0.5), r"data\.mixture\.shares: no row is of `due`; remove it",
+        shared("source", uno=0.5, due=0.5), r"data\.mixture\.shares: no row belongs to `due`; remove it",
     ),
     "a source without a share": (
-        shared("source", due=1.0), r"data\.mixture\.shares: says nothing of uno; name a share for each",
+        shared("source", due=1.0), r"data\.mixture\.shares: has no share for uno; set a share for each",
     ),
     "pairs that length alone tells": (
         Given(lines(answered(chosen="parola " * 9)), "dpo", data={"preferences": {"length_predicts": {"fail": 0.9}}}),
@@ -697,7 +697,7 @@ def test_drops(tmp_path, fmt, row, reason):
 def dropped(folder, given, reason, place="rows.jsonl:2", kept=2):
     """Prepares what has one row that is dropped for this reason."""
     data = prepare_data(given.recipe(folder))
-    report = data.report
+    report = data.report.to_dict()
     adds_up(report)
     assert report["dropped"] == {reason: 1}
     assert report["rows_kept"] == kept
@@ -828,7 +828,7 @@ KEPT = {
 
 @pytest.mark.parametrize("given", KEPT.values(), ids=KEPT)
 def test_what_is_no_fault(tmp_path, given):
-    report = prepare_data(given.recipe(tmp_path)).report
+    report = prepare_data(given.recipe(tmp_path)).report.to_dict()
     adds_up(report)
     assert (report["rows_read"], report["dropped"]) == (1, {})
 
@@ -841,7 +841,7 @@ def test_control_tokens_in_contents_stay_text(tmp_path):
     end, start = (data.chat.backend.token_to_id(token) for token in ("<|im_end|>", "<|im_start|>"))
     counted = Counter(int(i) for i in row["input_ids"])
     assert (counted[end], counted[start]) == (5, 5), "one for each turn"
-    assert data.report["oddities"]["control_token_as_text"]["rows"] == 1
+    assert data.report.anomalies["control_token_as_text"].rows == 1
     assert sum(int(label) == end for label in row["labels"]) == 2, "the ends of the answers are learned, no others"
 
 
@@ -860,7 +860,7 @@ def test_control_tokens_in_other_formats_stay_text(tmp_path):
 
 def test_texts_in_turn_need_no_names_of_keys_or_it_is_said(tmp_path):
     try:
-        report = prepare_data(mapped(SPOKEN, {"dialogue": ["q", "a"]}).recipe(tmp_path)).report
+        report = prepare_data(mapped(SPOKEN, {"dialogue": ["q", "a"]}).recipe(tmp_path)).report.to_dict()
     except NessoError as error:
         well_said(error)
     else:
@@ -892,7 +892,7 @@ def test_a_file_whose_name_is_no_unicode(tmp_path):
     given = Given(None, source={"path": "{here}"}, files={os.fsdecode(b"\xff.jsonl"): lines(CHAT, says())})
     recipe = given.recipe(tmp_path)
     try:
-        adds_up(prepare_data(recipe).report)
+        adds_up(prepare_data(recipe).report.to_dict())
     except NessoError as error:
         well_said(error)
         assert not trusted(tmp_path)
@@ -925,15 +925,15 @@ def test_a_repaired_file_is_prepared(tmp_path, broken, whole):
     given = Given(broken)
     recipe = given.recipe(tmp_path)
     try:
-        assert prepare_data(recipe).report["dropped"], "counted, if it is no error"
+        assert prepare_data(recipe).report.dropped, "counted, if it is no error"
     except NessoError:
         assert not trusted(tmp_path)
     (tmp_path / "data" / given.name).write_bytes(whole)
-    report = prepare_data(recipe).report
+    report = prepare_data(recipe).report.to_dict()
     adds_up(report)
     assert report["rows_read"] == whole.count(b"\n")
     assert not report["cache_hit"]
-    assert prepare_data(recipe).report["cache_hit"]
+    assert prepare_data(recipe).report.cache_hit
 
 
 # --- the command line ---

@@ -20,7 +20,7 @@ from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
 from nesso_tune.data.files import Lines
 from nesso_tune.data.formats import DataFormat, load_format
-from nesso_tune.data.pipeline import Work
+from nesso_tune.data.pipeline import BlockEncoder
 from nesso_tune.data.record_reader import Reading
 from nesso_tune.recipes.sections import ChatSection, CleanSection, DPOData, ModelSection, SFTData, Source
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
@@ -149,7 +149,7 @@ def prepared(some, turns=True):
             well_said(error)
             assert set(trusted()) == before, "nothing of it is taken later"
             return None
-        adds_up(data.report)
+        adds_up(data.report.to_dict())
         start, end, others = marks()
         for row in data.train:
             if some.method == "dpo":
@@ -163,7 +163,7 @@ def prepared(some, turns=True):
                 counted = Counter(ids)
                 assert counted[start] == counted[end]
                 assert others.isdisjoint(counted)
-        return data.report
+        return data.report.to_dict()
 
 
 def trusted():
@@ -263,7 +263,9 @@ def working(fmt, cleaned):
     source = Source(
         path="x", format=fmt, labels=(1, 2) if fmt == "choice" else None, language="auto" if cleaned else None
     )
-    return Work([Reading(source, load_format(fmt).adapted(source), method, CleanSection(**clean))], data, chat())
+    return BlockEncoder(
+        [Reading(source, load_format(fmt).adapted(source), method, CleanSection(**clean))], data, chat()
+    )
 
 
 def offers(item):
@@ -290,7 +292,7 @@ def test_nearly_sound_rows(fmt, cleaned, data):
         pieces = []
         for _ in range(parts):
             length = next(lengths)
-            pieces.append((chunk.ids[position : position + length], chunk.trained[position : position + length]))
+            pieces.append((chunk.ids[position : position + length], chunk.supervised[position : position + length]))
             position += length
         assert sum(len(ids) for ids, _ in pieces) <= 512 * (2 if parts == 3 else 1)
         if isinstance(item, Conversation):
@@ -313,7 +315,7 @@ def test_nearly_sound_rows(fmt, cleaned, data):
             assert [t if yes else -100 for t, yes in zip(ids, trained, strict=True)] == list(item.labels)
         if fmt != "pretokenized":
             assert all(others.isdisjoint(ids) for ids, _ in pieces)
-    assert position == len(chunk.ids) == len(chunk.trained)
+    assert position == len(chunk.ids) == len(chunk.supervised)
     json.dumps([drop._asdict() for drop in done.dropped], ensure_ascii=False).encode()  # can be written down
 
 

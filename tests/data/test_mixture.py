@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import DataError, prepare_data
-from nesso_tune.data.mixture import groups_of
+from nesso_tune.data.mixture import mixture_groups
 from nesso_tune.data.packing import RowStream
 from nesso_tune.recipes.sections import SFTData
 from tests.support.examples import examples
@@ -22,7 +22,7 @@ def data_of(**keys):
 
 def stream_of(documents, data, seed=1):
     every = np.arange(len(documents))
-    return RowStream(documents, every, seed=seed, capacity=64, groups=groups_of(documents, every, data))
+    return RowStream(documents, every, seed=seed, capacity=64, groups=mixture_groups(documents, every, data))
 
 
 @examples(8)
@@ -40,7 +40,7 @@ def test_shares_are_kept_within_one_percent(tmp_path_factory, documents, longest
     data = data_of(mixture={"by": "language", "shares": {"it": italian, "en": 1 - italian}})
     stream = stream_of(made, data, seed)
     for epoch in range(2):
-        drawn = stream.epoch(epoch).entries
+        drawn = stream.epoch(epoch).records
         assert len(np.unique(drawn)) == len(drawn)  # nothing is repeated unless it is asked for
         spoken = made.lengths[[i for i in drawn if languages[int(i)] == "it"]].sum()
         assert abs(spoken / made.lengths[drawn].sum() - italian) < 0.01
@@ -49,7 +49,7 @@ def test_shares_are_kept_within_one_percent(tmp_path_factory, documents, longest
 def test_the_scarcest_group_is_seen_whole_and_others_are_drawn_afresh(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
     stream = stream_of(documents, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.5}}))
-    first, second = (set(stream.epoch(e).entries.tolist()) for e in (0, 1))
+    first, second = (set(stream.epoch(e).records.tolist()) for e in (0, 1))
     assert {i for i in first if i < 20} == set(range(20)) == {i for i in second if i < 20}
     assert len({i for i in first if i >= 20}) == 20 == len({i for i in second if i >= 20})
     assert first != second
@@ -58,7 +58,7 @@ def test_the_scarcest_group_is_seen_whole_and_others_are_drawn_afresh(tmp_path):
 def test_scarce_groups_may_be_repeated(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 100, languages={i: "it" if i < 20 else "en" for i in range(100)})
     mixture = {"by": "language", "shares": {"it": 0.5, "en": 0.5}, "repeat": 3.0}
-    drawn = stream_of(documents, data_of(mixture=mixture)).epoch(0).entries
+    drawn = stream_of(documents, data_of(mixture=mixture)).epoch(0).records
     counts = np.bincount(drawn, minlength=100)
     assert set(counts[:20]) == {3}
     assert counts[20:].sum() == 60
@@ -67,20 +67,22 @@ def test_scarce_groups_may_be_repeated(tmp_path):
 def test_shares_by_source_and_of_all_others(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 90, sources={i: int(i >= 30) for i in range(90)})
     shares = {"b": 0.25, "other": 0.75}
-    drawn = stream_of(documents, data_of(mixture={"by": "source", "shares": shares})).epoch(0).entries
+    drawn = stream_of(documents, data_of(mixture={"by": "source", "shares": shares})).epoch(0).records
     assert (drawn < 30).sum() == 30
     assert (drawn >= 30).sum() == 10
     nothing = {"a.jsonl": 1.0, "b": 0.0}
-    assert stream_of(documents, data_of(mixture={"by": "source", "shares": nothing})).epoch(0).entries.max() < 30
+    assert stream_of(documents, data_of(mixture={"by": "source", "shares": nothing})).epoch(0).records.max() < 30
 
 
 def test_shares_name_all_that_is_there_and_nothing_else(tmp_path):
     documents = documents_of(tmp_path / "m", [4] * 9, languages={0: "de"})
     every = np.arange(9)
-    with pytest.raises(DataError, match="says nothing of de; name a share for each, 0 leaves it out"):
-        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
-    with pytest.raises(DataError, match="no row is of `en`; remove it"):
-        groups_of(documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}}))
+    with pytest.raises(DataError, match=r"has no share for de; set a share for each \(0 leaves it out\)"):
+        mixture_groups(documents, every, data_of(mixture={"by": "language", "shares": {"it": 1.0}}))
+    with pytest.raises(DataError, match="no row belongs to `en`; remove it"):
+        mixture_groups(
+            documents, every, data_of(mixture={"by": "language", "shares": {"it": 0.5, "en": 0.4, "de": 0.1}})
+        )
 
 
 def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows):
@@ -90,24 +92,24 @@ def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows
     rules = {"en": {"weight": 0.1}, "fr": {"weight": 2.0}}
     data = prepare_data(sft({"path": few, "weight": 0.04}, {"path": many, "rules": rules}, validation_size=0))
     for epoch in range(3):
-        drawn = data.stream.epoch(epoch).entries
+        drawn = data.stream.epoch(epoch).records
         assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
-    said = data.report["warnings"]
-    assert "data.sources.0.weight asks for less than one of 10 rows" in said[0 if len(said) == 3 else 1]
-    assert "data.sources.1.rules.en.weight asks for less than one of 3 rows" in " ".join(said)
-    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is of `fr`"
+    said = data.report.warnings
+    assert "data.sources.0.weight selects less than 1 of 10 rows" in said[0 if len(said) == 3 else 1]
+    assert "data.sources.1.rules.en.weight selects less than 1 of 3 rows" in " ".join(said)
+    assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is in `fr`"
     shares = {"by": "language", "shares": {"it": 0.9999, "en": 0.0001}}
     data = prepare_data(sft(many, mixture=shares, validation_size=0.01))
-    assert sorted(group["rows"] for group in data.report["mixture"])[0] == 1
-    assert "data.mixture.shares.en asks for less than one of 3 rows" in " ".join(data.report["warnings"])
+    assert sorted(group.rows for group in data.report.mixture)[0] == 1
+    assert "data.mixture.shares.en selects less than 1 of 3 rows" in " ".join(data.report.warnings)
 
 
 def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_rows):
     good = write_rows([{"prompt": f"Domanda {i}?", "response": "Sì."} for i in range(9)], "good.jsonl")
     bad = write_rows([{"prompt": "Domanda?", "response": ""}], "bad.jsonl")
-    said = prepare_data(sft(good, bad, validation_size=0.01)).report["warnings"]
-    assert said == [
-        "data.sources.1 gives no row to train on: see what was dropped, or remove it",
+    said = prepare_data(sft(good, bad, validation_size=0.01)).report.warnings
+    assert list(said) == [
+        "data.sources.1 has no training rows: check the dropped rows, or remove the source",
         "data.validation_size 0.01 of 9 rows is less than one row: nothing is held out or evaluated; raise it",
     ]
 
@@ -122,7 +124,7 @@ SCORED = [
 def test_rules_hold_for_one_language(sft, write_rows):
     rules = {"en": {"min_score": 0.55}, "other": {"keep": False}, "it": {"weight": 2.0}}
     source = {"path": write_rows(SCORED), "score_field": "score", "rules": rules}
-    report = prepare_data(sft(source)).report
+    report = prepare_data(sft(source)).report.to_dict()
     assert report["dropped"] == {"language_not_kept": 10, "below_min_score": 6}
     assert {code: of["rows"] for code, of in report["languages"].items()} == {"it": 10, "en": 4}
     assert report["train"]["rows"] == 24
@@ -131,8 +133,8 @@ def test_rules_hold_for_one_language(sft, write_rows):
 
 def test_the_mixture_is_reported_and_only_arranges(sft, write_rows):
     path = write_rows(SCORED)
-    plain = prepare_data(sft(path)).report
-    mixed = prepare_data(sft(path, mixture={"by": "language", "shares": {"it": 0.5, "other": 0.5}})).report
+    plain = prepare_data(sft(path)).report.to_dict()
+    mixed = prepare_data(sft(path, mixture={"by": "language", "shares": {"it": 0.5, "other": 0.5}})).report.to_dict()
     assert mixed["cache_hit"]  # what is encoded is the same
     assert mixed["fingerprint"] != plain["fingerprint"]
     shares = {group["name"]: group["share_of_tokens"] for group in mixed["mixture"]}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded
 from nesso_tune.data.mixture import Group
-from nesso_tune.data.packing import RowStream, best_fit, in_order
+from nesso_tune.data.packing import RowStream, best_fit, sequential_rows
 from nesso_tune.data.token_store import Chunk, DocumentWriter, Identity, open_documents
 from tests.support.examples import examples
 
@@ -98,7 +98,7 @@ def test_packing_keeps_every_label(tmp_path_factory, lengths, epoch, seed):
     every = np.arange(len(documents))
     plain = RowStream(documents, every, seed=seed).epoch(epoch)
     packed = RowStream(documents, every, seed=seed, capacity=32).epoch(epoch)
-    for rows in (packed, in_order(documents, every, 32)):
+    for rows in (packed, sequential_rows(documents, every, 32)):
         assert Counter(label for row in rows for label in row["labels"]) == Counter(
             label for row in plain for label in row["labels"]
         )
@@ -142,12 +142,12 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path, weight, times):
     groups = [Group("a", np.arange(8, 20)), Group("b", np.arange(8), weight)]
     stream = RowStream(documents, np.arange(20), seed=3, capacity=8, groups=groups)
     for epoch in range(2):
-        seen = Counter(stream.epoch(epoch).entries.tolist())
+        seen = Counter(stream.epoch(epoch).records.tolist())
         assert {seen[i] for i in range(8)} == times
         assert sum(seen[i] for i in range(8)) == 8 * weight
         assert {seen[i] for i in range(8, 20)} == {1}
     if weight % 1:
-        drawn = [Counter(stream.epoch(e).entries.tolist()) for e in range(6)]
+        drawn = [Counter(stream.epoch(e).records.tolist()) for e in range(6)]
         assert any(drawn[0] != other for other in drawn)  # a fresh sample each epoch
         assert all(sum(d[i] for d in drawn) > 0 for i in range(8))
 
@@ -155,11 +155,11 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path, weight, times):
 def test_entries_outside_the_split_are_never_seen(documents):
     some = np.array([1, 3, 5])
     stream = RowStream(documents, some, seed=1, capacity=10, groups=[Group("a", some, 1.5)])
-    assert {int(i) for e in range(5) for i in stream.epoch(e).entries} == {1, 3, 5}
+    assert {int(i) for e in range(5) for i in stream.epoch(e).records} == {1, 3, 5}
 
 
 def test_rows_behave_like_a_sequence(documents):
-    rows = in_order(documents, np.array([0, 2, 6]), None)
+    rows = sequential_rows(documents, np.array([0, 2, 6]), None)
     assert len(rows) == 3
     assert rows[-1] == rows[2] == list(rows)[2] == rows[1:][1]
     assert rows["input_ids"] == [[0] * 3, [2] * 4, [6] * 2]
@@ -173,4 +173,4 @@ def test_rows_behave_like_a_sequence(documents):
     for beyond in (3, -4):
         with pytest.raises(IndexError):
             rows[beyond]
-    assert len(in_order(documents, np.array([], dtype=int), 10)) == 0
+    assert len(sequential_rows(documents, np.array([], dtype=int), 10)) == 0

@@ -1,4 +1,4 @@
-"""Progress: rows a second and the time that is left, once it takes a while."""
+"""Progress: rows per second and the remaining time, printed only if preparation takes a while."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_it_says_how_fast_and_how_long(capsys, monkeypatch, terminal):
         bar.advance(rows, 2 * rows if rows < 399 else 500)
     bar.end()
     lines = [line.strip() for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.strip()]
-    assert lines == ["100 rows, 10 a second, 20%, 0:00:40 left", "500 rows, 0 a second, 70%, 0:28:18 left"]
+    assert lines == ["100 rows, 10 rows/s, 20%, 0:00:40 left", "500 rows, 0 rows/s, 70%, 0:28:18 left"]
 
 
 def test_what_is_quick_is_silent(capsys):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
+from nesso_tune.data.report import TokenCounts
 from nesso_tune.data.token_store import Chunk, DocumentWriter, Identity, open_documents
 from tests.support.examples import examples
 
@@ -40,14 +41,14 @@ def test_what_is_written_is_read(tmp_path_factory, entries):
         assert documents.input_ids(i).tolist() == ids
         assert documents.labels(i).tolist() == Encoded(ids, trained).labels
         assert (documents.language(i), documents.sources[i], documents.lengths[i]) == (language, source, len(ids))
-        assert documents.place(i) == f"{source}.jsonl:{i}"
+        assert documents.location(i) == f"{source}.jsonl:{i}"
     assert documents.kept.tolist() == list(range(len(entries)))
     some = np.arange(0, len(entries), 2)
-    assert documents.counts(some) == {
-        "rows": len(some),
-        "tokens": sum(len(entries[i][0][0]) for i in some),
-        "supervised_tokens": sum(sum(entries[i][0][1]) for i in some),
-    }
+    assert documents.counts(some) == TokenCounts(
+        rows=len(some),
+        tokens=sum(len(entries[i][0][0]) for i in some),
+        supervised_tokens=sum(sum(entries[i][0][1]) for i in some),
+    )
 
 
 def test_pairs_stand_side_by_side(tmp_path):
@@ -58,7 +59,7 @@ def test_pairs_stand_side_by_side(tmp_path):
         [[7], [8, 9], [10]],
     ]
     assert documents.lengths.tolist() == [6, 4]
-    assert documents.counts(np.array([1])) == {"rows": 1, "tokens": 4, "supervised_tokens": 3}
+    assert documents.counts(np.array([1])) == TokenCounts(rows=1, tokens=4, supervised_tokens=3)
 
 
 @pytest.mark.parametrize("name", ["ids.bin", "trained.bin", "entries.npz"])

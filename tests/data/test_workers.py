@@ -14,7 +14,7 @@ import pytest
 
 from nesso_tune import DataError, RunEnvironmentError, prepare_data
 from nesso_tune.data import files, workers
-from nesso_tune.data.workers import FEW, worked
+from nesso_tune.data.workers import MIN_PARALLEL_BLOCKS, parallel_map
 from tests.support.runs import fresh_command, recipe, sums, write_recipe
 
 MANY = 40
@@ -30,29 +30,40 @@ def where(block):
 
 @pytest.fixture
 def two_cores(monkeypatch):
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(workers, "available_cores", lambda: 2)
 
 
 def test_results_keep_the_order(two_cores):
-    results = list(worked(where, range(MANY)))
+    results = list(parallel_map(where, range(MANY)))
     assert [block for block, _ in results] == list(range(MANY))
     assert {process for _, process in results}.isdisjoint({os.getpid()})
 
 
 def test_few_blocks_are_worked_on_here(two_cores):
-    assert {process for _, process in worked(where, range(FEW - 1))} == {os.getpid()}
+    assert {process for _, process in parallel_map(where, range(MIN_PARALLEL_BLOCKS - 1))} == {os.getpid()}
 
 
 def test_an_error_comes_at_its_turn(two_cores):
-    results = worked(where, [*range(9), "fault", *range(9)])
+    results = parallel_map(where, [*range(9), "fault", *range(9)])
     assert [block for block, _ in islice(results, 9)] == list(range(9))
     with pytest.raises(DataError, match=r"rows.jsonl:7: is wrong; correct it"):
         next(results)
 
 
 def test_a_process_that_is_killed_is_an_error_not_a_hang(two_cores):
-    with pytest.raises(RunEnvironmentError, match="ended from outside"):
-        list(worked(where, [*range(5), "end", *range(5)]))
+    with pytest.raises(RunEnvironmentError, match="a worker process was killed"):
+        list(parallel_map(where, [*range(5), "end", *range(5)]))
+
+
+def test_torch_has_one_thread_in_a_worker(two_cores):
+    """A user reader may use torch; its thread pool does not survive the fork, so more threads could wait forever."""
+    import torch
+
+    def with_torch(block):
+        return torch.get_num_threads(), float(torch.ones(1_000_000).mul(2).sum())
+
+    assert with_torch(0)[1] == 2_000_000, "which starts the threads of this process"
+    assert set(parallel_map(with_torch, range(MANY))) == {(1, 2_000_000.0)}
 
 
 def test_only_few_blocks_are_in_memory(two_cores):
@@ -63,9 +74,9 @@ def test_only_few_blocks_are_in_memory(two_cores):
             given.append(i)
             yield i
 
-    results = worked(where, endless())
+    results = parallel_map(where, endless())
     next(results)
-    assert len(given) <= FEW + 2 * workers.AHEAD
+    assert len(given) <= MIN_PARALLEL_BLOCKS + 2 * workers.BLOCKS_AHEAD_PER_PROCESS
     results.close()
 
 
@@ -80,13 +91,13 @@ def many(write_rows, monkeypatch):
 def test_one_process_and_several_make_the_same(sft, many, monkeypatch, tmp_path):
     made = []
     for cores in (1, 2):
-        monkeypatch.setattr(workers, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(workers, "available_cores", lambda cores=cores: cores)
         monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / f"cache-{cores}"))
         data = prepare_data(sft(many))
         made.append(([row["input_ids"] for row in data.train], data.report))
     assert made[0] == made[1]
     places = data.train.documents
-    assert [places.place(i) for i in (0, 299)] == [f"{many}:1", f"{many}:300"]
+    assert [places.location(i) for i in (0, 299)] == [f"{many}:1", f"{many}:300"]
 
 
 def test_a_fault_deep_in_a_file_names_its_line(sft, many, two_cores, tmp_path):
@@ -129,27 +140,27 @@ def test_a_killed_preparation_takes_its_processes_along(base, tmp_path):
 
 HEAD = """
 import sys, time
-from nesso_tune.data.workers import prepared_ahead
+from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.recipes import load_recipe
 recipe = load_recipe(sys.argv[1])
 """
 FOUND = """
-with prepared_ahead(prepare_data, recipe):
-    assert prepare_data(recipe).report["cache_hit"], "made by the other process"
+with prepare_in_background(prepare_data, recipe):
+    assert prepare_data(recipe).report.cache_hit, "made by the other process"
 assert "torch" not in sys.modules
 """
 OTHER = """
 other = load_recipe(sys.argv[1], overrides={"data.sequence_len": 64})
-with prepared_ahead(prepare_data, recipe):
-    assert not prepare_data(other).report["cache_hit"], "another recipe does not wait"
+with prepare_in_background(prepare_data, recipe):
+    assert not prepare_data(other).report.cache_hit, "another recipe does not wait"
 """
 GIVEN_UP = """
 def slow(recipe):
     time.sleep(600)
 began = time.monotonic()
 try:
-    with prepared_ahead(slow, recipe):
+    with prepare_in_background(slow, recipe):
         raise ValueError
 except ValueError:
     pass
@@ -159,8 +170,8 @@ KILLED = """
 import os
 def dying(recipe):
     os._exit(9)
-with prepared_ahead(dying, recipe):
-    assert not prepare_data(recipe).report["cache_hit"], "then it is done here"
+with prepare_in_background(dying, recipe):
+    assert not prepare_data(recipe).report.cache_hit, "then it is done here"
 """
 
 
@@ -185,7 +196,7 @@ def test_a_killed_parent_takes_it_along(tmp_path):
     import psutil
 
     file = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [sums(tmp_path)]))
-    body = "def slow(recipe):\n    time.sleep(600)\nwith prepared_ahead(slow, recipe):\n    time.sleep(600)\n"
+    body = "def slow(recipe):\n    time.sleep(600)\nwith prepare_in_background(slow, recipe):\n    time.sleep(600)\n"
     parent = subprocess.Popen([sys.executable, "-c", HEAD + body, file])
     deadline = time.monotonic() + 120
     while not (children := psutil.Process(parent.pid).children()) and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError, SFTRecipe
 from nesso_tune.cache import cache_root
-from nesso_tune.data.privacy import name_of
+from nesso_tune.data.privacy import source_name
 from nesso_tune.planning.shapes import hub_cache
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import flag_path, path_keys
@@ -112,7 +112,7 @@ def test_a_share_and_a_metric_may_be_called_by_a_path(home):
     for key in ("path", "alias"):
         recipe = validate(with_value(text, ("data", "sources", key), "~/a.jsonl"))
         assert set(recipe.data.mixture.shares) == {f"{home}/a.jsonl", "b.jsonl"}
-        assert recipe.train.best_metric == f"eval_loss/source/{name_of(recipe.data.sources[0])}"
+        assert recipe.train.best_metric == f"eval_loss/source/{source_name(recipe.data.sources[0])}"
 
 
 def test_the_environment(home, monkeypatch):

@@ -47,9 +47,9 @@ def report(base, tmp_path):
              "data": {"sequence_len": 256, "validation_size": 0, "sources": list(sources), **data}}
         )  # fmt: skip
         prepared = prepare_data(recipe)
-        before = json.dumps(prepared.report)
+        before = json.dumps(prepared.report.to_dict())
         html = write_data_report(tmp_path / "run", recipe, prepared).read_text()
-        assert json.dumps(prepared.report) == before
+        assert json.dumps(prepared.report.to_dict()) == before
         assert "http" not in html
         assert "<script" not in html
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data_report.html", "data_report.json"]
@@ -65,7 +65,7 @@ def test_what_is_counted_is_shown(report, write_rows, chats):
     unusable = {"messages": [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "y"}]}
     found, page, prepared = report({"path": write_rows([*chats, odd, unusable]), "alias": "chats"}, validation_size=2)
     examples = found.pop("examples")
-    assert found == prepared.report
+    assert found == prepared.report.to_dict()
     assert {example["language"] for example in examples} == {"it", "en", "und"}
     assert all(example["source"] == "chats" and "<|im_start|>assistant" in example["text"] for example in examples)
     for said in ("11 of 12 rows kept", "unknown role", "a role that is not known", "rows.jsonl:12", "no break space",
@@ -186,7 +186,7 @@ def test_a_long_text_is_cut_and_no_row_is_shown_twice(report, write_rows):
     examples = found["examples"]
     assert all(len(example["text"]) == 601 and example["text"].endswith("…") for example in examples)
     assert len({example["place"] for example in examples}) == len(examples) == 3
-    first = prepared.train.documents.place(prepared.train.entries[0])
+    first = prepared.train.documents.location(prepared.train.records[0])
     assert examples[0]["place"] == first
     assert "rows there rows drawn" in page.said
     assert report(source, sequence_len=2048)[0]["examples"] == examples, "the same rows every time"
@@ -258,10 +258,10 @@ def test_neither_a_warning_nor_a_detail_names_a_private_row(report, html, write_
     rows = [said_by("<|im_start|>?", f"Zitto {i}.") for i in range(8)]
     hidden = {"path": write_rows([*rows, chats[0]], "riservato.jsonl"), "alias": "nascosto", "private": True}
     found, page, prepared = report(hidden, {"path": write_rows(chats)}, clean={"duplicates": "drop"})
-    assert any("riservato" in warning for warning in prepared.report["warnings"]), "there is something to hide"
-    assert "riservato" in prepared.report["examples_of_dropped"]["duplicate"]
+    assert any("riservato" in warning for warning in prepared.report.warnings), "there is something to hide"
+    assert "riservato" in prepared.report.examples_of_dropped["duplicate"]
     hides(found, html(), "riservato", "nascosto", "Zitto")
-    assert "spell control tokens" in page.said
+    assert "contain control tokens" in page.said
     assert found["dropped"] == {"duplicate": 1}
     assert found["sources"][0]["path"] == "private source 1"
 
@@ -270,7 +270,7 @@ def test_pairs_and_groups_of_a_private_source_stay_hidden(report, html, write_ro
     hidden = {"path": write_rows(duels, "riservato.jsonl"), "alias": "nascosto", "private": True,
               "rules": {"it": {"weight": 2.0}}}  # fmt: skip
     found, _, prepared = report({"path": pairs}, hidden, method="dpo")
-    assert prepared.report["preferences"]["conflicting_examples"]
+    assert prepared.report.preferences["conflicting_examples"]
     hides(found, html(), "riservato", "nascosto", "Boh.")
     assert "private source 2 it" in {group["name"] for group in found["mixture"]}
     assert found["preferences"]["conflicting_examples"] == []

@@ -206,7 +206,7 @@ def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_pa
         file.write_bytes(file.read_bytes()[:-8] + b"damaged!")
     train(recipe("dpo", tmp_path / "d", [pairs], model=model, **few))
     assert not scored(tmp_path / "d")
-    assert "was damaged (reference.safetensors): making it again" in capfd.readouterr().err
+    assert "is damaged (reference.safetensors): building it again" in capfd.readouterr().err
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path, pairs, monkeypatch):

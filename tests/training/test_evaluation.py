@@ -405,7 +405,7 @@ def test_a_metric_that_is_not_measured_ends_the_run_before_its_first_step(tmp_pa
         train(some)
     assert trained == []
     data, _ = loaded(some)
-    none = Rows(data.validation.documents, data.validation.entries[:0], data.validation.bounds[:1])
+    none = Rows(data.validation.documents, data.validation.records[:0], data.validation.bounds[:1])
     with pytest.raises(RecipeError, match=r"not measured: no row is held out; raise data\.validation_size"):
         best_of(some, Figures(("loss",)), none)
     both = {"sources": [{"path": str(rows), "alias": name} for name in "ab"]}
