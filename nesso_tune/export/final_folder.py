@@ -23,7 +23,7 @@ from nesso_tune.runs.checkpoint import as_environment_error, put_in_place, reada
 from nesso_tune.training.state_dict import State, set_weights, weights_of
 
 
-def whole_model(
+def gather_final_model(
     trained: nn.Module, model: PreTrainedModel, section: ModelSection, chat: ChatTokenizer, seed: int
 ) -> tuple[PreTrainedModel, State]:
     """The model to export and its full state dict with canonical names; the state dict is empty except on rank 0.
@@ -57,7 +57,7 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     The folder loads with transformers alone. It is staged beside `folder` and renamed once it is complete.
 
     Args:
-        state: state dict from `whole_model`.
+        state: state dict from `gather_final_model`.
         model: the model, for its configuration.
         chat: the chat tokenizer.
         card: text of README.md.
