@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_benchmark_table import table
-from gpu_benchmark_work import CASES, METHODS, NOT_IN_TOY, ROOT, TOY, ZAGREUS, Case, Size, write_data, write_recipe
+from gpu_benchmark_cases import CASES, METHODS, NOT_IN_TOY, ROOT, TOY, ZAGREUS, Case, Size, write_data, write_recipe
 
 LIMIT = 240  # seconds for a case
 Figures = dict[str, Any]
@@ -49,13 +49,13 @@ def last_line(log: Path) -> str:
 
 
 def child(what: str, work: Path, settings: dict[str, str], case: Case | None = None) -> Figures:
-    """What gpu_benchmark_sides.py answers.
+    """What gpu_benchmark_child.py answers.
 
     Raises:
         Failed: if it does not.
     """
     log = work / "log"
-    command = [sys.executable, str(Path(__file__).with_name("gpu_benchmark_sides.py")), what, str(work)]
+    command = [sys.executable, str(Path(__file__).with_name("gpu_benchmark_child.py")), what, str(work)]
     command += [json.dumps(asdict(case))] if case else []
     with log.open("w") as errors:
         try:

@@ -1,6 +1,6 @@
 """What gpu_benchmark.py runs in processes of their own, each of which prints a JSON line:
 
-python scripts/gpu_benchmark_sides.py setup|look|trl WORK [CASE]
+python scripts/gpu_benchmark_child.py setup|look|trl WORK [CASE]
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from gpu_benchmark_look import look
-from gpu_benchmark_work import METHODS, QUICKSTART, RATES, SEED, Case, Size
+from gpu_benchmark_accuracy import look
+from gpu_benchmark_cases import METHODS, QUICKSTART, RATES, SEED, Case, Size
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
