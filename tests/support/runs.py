@@ -1,4 +1,4 @@
-"""Small real runs: a tiny Llama over the quickstart's tokenizer, a handful of rows, float32, one thread."""
+"""Small real runs: a tiny Llama with the quickstart tokenizer, few rows, float32, one thread."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from nesso_tune.data.prepare import prepare_data
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.schema import RECIPES
 
-# Cases whose parts other cases have too; by hand: NESSO_TUNE_ALL=1 make test
-thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="by hand: NESSO_TUNE_ALL=1")
+# Cases that other cases cover in part; NESSO_TUNE_ALL=1 make test
+thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="needs NESSO_TUNE_ALL=1")
 ROOT = Path(__file__).parent.parent.parent
 BASE = ROOT / "recipes" / "quickstart" / "base"
 
 
 def recipe(method, output_dir, sources, **sections):
-    """A recipe of few steps; `sections` override keys, section by section."""
+    """A recipe with few steps; `sections` override single keys of its sections."""
     raw = {
         "method": method,
         "output_dir": str(output_dir),
@@ -37,26 +37,26 @@ def recipe(method, output_dir, sources, **sections):
 
 
 def sums(folder):
-    """Twelve short rows as a file: for fixtures that are made once for several tests."""
+    """A file of twelve short rows, for module-scoped fixtures."""
     rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
 
 def loaded(some):
-    """Prepared data and model of a recipe."""
+    """The prepared data and the loaded model of a recipe."""
     data = prepare_data(some)
     return data, load_model(some.model, data.chat, some.seed)
 
 
 def write_recipe(path, some):
-    """The recipe as a file."""
+    """Writes the recipe as YAML and returns the path as text."""
     path.write_text(some.to_yaml(), encoding="utf-8")
     return str(path)
 
 
 def command(*arguments, cwd=ROOT, **environment):
-    """Runs the command line in a process of its own."""
+    """Runs the command line in a subprocess."""
     return subprocess.run(
         [sys.executable, "-m", "nesso_tune", *map(str, arguments)],
         capture_output=True,
@@ -68,7 +68,7 @@ def command(*arguments, cwd=ROOT, **environment):
 
 
 def several(*arguments, module="tests.support.fsdp_on_cpu", processes=2, **variables):
-    """Runs the command line on two CPU processes, or on another number of them."""
+    """Runs the command line under torchrun with `processes` CPU processes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
     torchrun += ["--rdzv_endpoint=localhost:0", "-m", module]
     fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -89,7 +89,7 @@ def main_here(capsys, *arguments):
 
 
 def lonely(rank, port):
-    """What a launcher tells one of two processes, where the other never comes."""
+    """Launcher variables of one of two ranks of which the other never joins."""
     return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
 
@@ -100,5 +100,5 @@ def metrics(run):
 
 
 def steps(run, key="loss"):
-    """{step: value} of a metric, over the lines of training and of evaluations."""
+    """{step: value} of a metric in training and evaluation lines."""
     return {line["step"]: line[key] for line in metrics(run) if key in line and "event" not in line}
