@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 
 def render(template: str, **values: Any) -> str:
@@ -38,7 +37,8 @@ def words(name: str) -> str:
 
 def _finalize(value: Any) -> Any:
     """Applied by Jinja to every printed expression, before escaping."""
-    return escape_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    is_markup = hasattr(value, "__html__")  # output of a macro
+    return escape_invisible(value) if isinstance(value, str) and not is_markup else value
 
 
 def _build_environment() -> Environment:

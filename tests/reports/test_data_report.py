@@ -8,26 +8,29 @@ import pytest
 from nesso_tune import DPORecipe, SFTRecipe, prepare_data
 from nesso_tune.reports.data_report import write_data_report
 
-VOID = {"meta", "rect", "br"}
-
 
 class Page(HTMLParser):
-    """The text of a page; fails if its tags are not balanced."""
+    """A parsed page: its text, tags and plots. Tags must be balanced and must not refer to other files or servers."""
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.text, self.tags = [], [], set()
+        self.open, self.text, self.tags, self.plots = [], [], set(), []
         self.feed(html)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        assert not {"src", "href", "onclick", "onload"} & dict(attrs).keys()
         self.tags.add(tag)
-        if tag not in VOID and tag != "text":
+        if tag == "svg":
+            self.plots.append(dict(attrs))
+        if tag != "meta":
             self.open.append(tag)
 
+    def handle_startendtag(self, tag, attrs):
+        assert self.open[-1] == "svg", "only SVG elements are self-closing"
+
     def handle_endtag(self, tag):
-        if tag not in VOID and tag != "text":
-            assert self.open.pop() == tag
+        assert self.open.pop() == tag
 
     def handle_data(self, data):
         self.text.append(data)
@@ -109,29 +112,6 @@ def test_a_later_report_replaces_an_earlier_one(report, write_rows, chats):
     assert "3 of 3 rows kept" in page.visible_text
 
 
-class StrictPage(HTMLParser):
-    """Checks that tags are balanced and that nothing refers to other files or servers."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.images = [], []
-        self.feed(html)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        assert not {"src", "href", "onclick", "onload"} & dict(attrs).keys()
-        if tag == "svg":
-            self.images.append(dict(attrs))
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        assert self.open[-1] == "svg", "only SVG elements are self-closing"
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 @pytest.fixture
 def html(tmp_path):
     return lambda: (tmp_path / "run" / "data_report.html").read_text(encoding="utf-8")
@@ -145,10 +125,9 @@ def dialogue(*turns, lang="it"):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_the_page_is_well_formed_and_its_plots_have_text_alternatives(report, html, write_rows, chats, pairs, method):
-    report({"path": pairs if method == "dpo" else write_rows(chats)}, method=method, validation_size=2)
-    page = StrictPage(html())
-    assert len(page.images) == 2, "one for each language"
-    assert all(i["role"] == "img" and "sequence_len is 256" in i["aria-label"] for i in page.images)
+    _, page, _ = report({"path": pairs if method == "dpo" else write_rows(chats)}, method=method, validation_size=2)
+    assert len(page.plots) == 2, "one per language"
+    assert all(i["role"] == "img" and "sequence_len is 256" in i["aria-label"] for i in page.plots)
     assert '<html lang="en">' in html()
     assert "prefers-color-scheme: dark" in html()
 
@@ -157,7 +136,6 @@ def test_text_from_the_data_is_escaped(report, html, write_rows, tmp_path):
     rows = [dialogue(f"</div><script>alert({i})</script>", '"><img src=x>', lang='i"><b>') for i in range(5)]
     unknown = {"messages": [{"role": "<script>", "content": "x"}, {"role": "assistant", "content": "y"}]}
     found, _, _ = report({"path": write_rows([*rows, unknown], "<b>rows.jsonl"), "alias": "<i>alias"})
-    StrictPage(html())
     assert "&lt;script&gt;alert(" in html()
     for markup in ("<script", "<img", "<b>rows", "<i>alias"):
         assert markup not in html()
