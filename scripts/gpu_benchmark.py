@@ -125,7 +125,7 @@ def figures(case: Case, size: Size, found: Figures, facts: Figures) -> Figures:
         "step_s": round(step, 5),
         "slowest_step_s": round(max(times), 5),
         **{f"{name}_per_s": round(rate[name], 2) for name in ("rows", "tokens", "supervised_tokens")},
-        "teraflops": round(rate["operations"] / 1e12, 3),
+        "teraflops": float(f"{rate['operations'] / 1e12:.4g}"),
         "mfu": None if facts["peak"] is None else round(rate["operations"] / facts["peak"], 4),
         "peak_memory_gb": round(found["peak_memory_gb"], 3),
         "reference_s": None if reference is None else round(reference, 3),
