@@ -51,7 +51,7 @@ def _build_environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(percent=percent, thousands="{:,}".format, fixed="{:.1f}".format, words=words)
+    environment.filters.update(percent=percent, thousands="{:,}".format, fixed="{:.1f}".format)
     return environment
 
 
