@@ -29,7 +29,7 @@ from nesso_tune.distributed.process_group import (
 )
 from nesso_tune.errors import RecipeError
 from nesso_tune.export.card import model_card
-from nesso_tune.export.final_folder import final_bytes, save_final, whole_model
+from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import kernel_in_words
 from nesso_tune.model.lm_head import Figures, ForwardPath, forward_path
@@ -195,7 +195,7 @@ def _train(
         wait_for_all()
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
+        model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
         metrics, best = last_metrics(run.metrics), trainer.track.best
         chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
         for text in chosen:

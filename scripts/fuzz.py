@@ -1,9 +1,9 @@
-"""Property tests with fresh examples, again and again until the time is over: `make fuzz`.
+"""Runs the property tests repeatedly with fresh examples for a given time: `make fuzz`.
 
     python scripts/fuzz.py --minutes 30 --seed 7 tests/data tests/recipes
 
-Each round draws other examples, from a seed that is printed; a failure is shrunk and printed with the command that
-draws it again. The last round is finished. Ends with 1 if a round failed.
+Each round prints its seed. A failing example is shrunk and printed with the command that reproduces it. The last round
+runs to completion. The exit code is 1 if a round failed.
 """
 
 import argparse
@@ -17,19 +17,23 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def round_of(seed: int, paths: list[str]) -> list[str]:
-    """The command of one round."""
-    chosen = ["-m", "hypothesis", "--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}"]
-    return [sys.executable, "-m", "pytest", *chosen, "--tb=short", *paths]
+def round_command(seed: int, paths: list[str]) -> list[str]:
+    """The pytest command of one round."""
+    options = ["-m", "hypothesis", "--hypothesis-profile=fuzz", f"--hypothesis-seed={seed}"]
+    return [sys.executable, "-m", "pytest", *options, "--tb=short", *paths]
 
 
 def main() -> None:
-    """Runs rounds until the minutes are over."""
+    """Runs rounds until the time is over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--seed", type=int, default=None, help="of the first round; the next one's is one higher")
-    parser.add_argument("--examples", type=int, default=6, help="times as many examples as in `make test`")
-    parser.add_argument("paths", nargs="*", help="which tests; default: all")
+    parser.add_argument("--minutes", type=float, default=30, help="duration (default: 30)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="seed of the first round; incremented each round (default: random)"
+    )
+    parser.add_argument(
+        "--examples", type=int, default=6, help="multiple of the number of examples in `make test` (default: 6)"
+    )
+    parser.add_argument("paths", nargs="*", help="test files or folders (default: all)")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     os.environ["NESSO_TUNE_EXAMPLES"] = str(options.examples)
@@ -37,9 +41,9 @@ def main() -> None:
     end, failed, rounds = began + 60 * options.minutes, [], 0
     while time.monotonic() < end:
         print(f"fuzz: round {rounds + 1}, seed {seed}, {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
-        if subprocess.run(round_of(seed, options.paths), cwd=ROOT, check=False).returncode:
-            again = " ".join(["python", *round_of(seed, options.paths)[1:]])
-            print(f"fuzz: seed {seed} FAILED; again: NESSO_TUNE_EXAMPLES={options.examples} {again}", flush=True)
+        if subprocess.run(round_command(seed, options.paths), cwd=ROOT, check=False).returncode:
+            command = " ".join(["python", *round_command(seed, options.paths)[1:]])
+            print(f"fuzz: seed {seed} FAILED; reproduce: NESSO_TUNE_EXAMPLES={options.examples} {command}", flush=True)
             failed.append(seed)
         seed, rounds = seed + 1, rounds + 1
     spent = (time.monotonic() - began) / 60

@@ -1,4 +1,4 @@
-"""The table of gpu_benchmark.py, in Markdown, from the lines that it wrote."""
+"""Renders the results of gpu_benchmark.py as Markdown tables."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 Line = dict[str, Any]
 SIDES = ("ours", "ours, bfloat16 weights", "TRL")
-LOOKED_AT = {
-    "loss": "loss of a packed row, relative",
-    "gradient": "gradient of that row, norm of the difference, relative",
-    "hidden": "last hidden states of its documents, largest difference, of the largest value",
-    "answers": "log-probability of an answer, largest difference, nats a token",
+ACCURACY_LABELS = {
+    "loss": "loss of a packed row, relative difference",
+    "gradient": "gradient of that row, relative norm of the difference",
+    "hidden": "last hidden states of its documents, maximum difference relative to the maximum",
+    "answers": "log-probability of an answer, maximum difference (nats/token)",
 }
 COLUMNS = {
     "sft": ("attention", "step, s", "slowest, s", "tokens/s", "supervised/s", "TFLOP/s", "MFU", "memory, GB",
@@ -22,9 +22,9 @@ TITLES = {"sft": "SFT", "dpo": "DPO"}
 
 
 def table(lines: Sequence[Line]) -> str:
-    """All that is known so far."""
+    """The tables of all results so far."""
     parts = [_machine(line) for line in lines if line["what"] == "setup"]
-    parts += [_look(line) for line in lines if line["what"] == "look"]
+    parts += [_accuracy(line) for line in lines if line["what"] == "look"]
     for method, columns in COLUMNS.items():
         cases = _medians([line for line in lines if line["what"] == method])
         if cases:
@@ -35,27 +35,27 @@ def table(lines: Sequence[Line]) -> str:
 
 def _machine(line: Line) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in line["versions"].items())
-    peak = "peak not known" if line["peak"] is None else f"bfloat16 peak {line['peak'] / 1e12:g} TFLOP/s"
+    peak = "peak unknown" if line["peak"] is None else f"bfloat16 peak {line['peak'] / 1e12:g} TFLOP/s"
     return f"# {line['gpu']}\n\n{versions}; {line['parameters'] / 1e6:.1f} M parameters; {peak}"
 
 
-def _look(line: Line) -> str:
-    title = "## Are the numbers right?\n\nbfloat16 against float32 without packing, padding or shared prompts.\n\n"
+def _accuracy(line: Line) -> str:
+    title = "## Numerical accuracy\n\nbfloat16 against float32 without packing, padding or shared prompts.\n\n"
     if "error" in line:
-        return title + _markdown(("what", *SIDES), [("failed", _cell(line["error"]), *[""] * (len(SIDES) - 1))])
-    rows = [(what, *(f"{line[side][name]:.1e}" for side in SIDES)) for name, what in LOOKED_AT.items()]
+        return title + _markdown(("quantity", *SIDES), [("failed", _cell(line["error"]), *[""] * (len(SIDES) - 1))])
+    rows = [(what, *(f"{line[side][name]:.1e}" for side in SIDES)) for name, what in ACCURACY_LABELS.items()]
     losses = line["losses"]
     off = [f"{abs(losses[side] - losses['TRL']) / losses['TRL']:.1e}" for side in SIDES[:-1]]
     rows += [
-        (f"that loss, in float32 {losses['float32']:.6f}", *(f"{losses[side]:.6f}" for side in SIDES)),
-        ("that loss against TRL's, relative", *off, ""),
-        ("attention that was called", *(line[side]["attention"] for side in SIDES)),
+        (f"loss of that row (float32: {losses['float32']:.6f})", *(f"{losses[side]:.6f}" for side in SIDES)),
+        ("relative difference to the loss of TRL", *off, ""),
+        ("attention kernels called", *(line[side]["attention"] for side in SIDES)),
     ]
-    return title + _markdown(("what", *SIDES), rows)
+    return title + _markdown(("quantity", *SIDES), rows)
 
 
 def _medians(lines: Sequence[Line]) -> list[Line]:
-    """One line a case, in the order of the first: medians over its measurements that were no failures."""
+    """One line per case, in order of first appearance: medians over its successful measurements."""
     found: dict[str, list[Line]] = {}
     for line in lines:
         found.setdefault(", ".join([line["side"], *line["traits"]]), []).append(line)
@@ -103,7 +103,7 @@ def _share(value: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that stands in one cell."""
+    """Text for one table cell."""
     return " ".join(text.replace("|", "/").split())[:160]
 
 

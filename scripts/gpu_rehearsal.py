@@ -1,11 +1,10 @@
-"""One recipe on the GPUs of this machine, started in every way: do the processes meet, are the losses the same?
+"""Trains one recipe on the GPUs of this machine with every launcher and compares the losses.
 
     python scripts/gpu_rehearsal.py [FOLDER]
 
-The quickstart's SFT for 40 steps: by `train` on one GPU, by `torchrun` on one (NCCL forms a group of one), and by
-`launch` on all of them under FULL_SHARD with either kind of checkpoint and under DDP; then a run that goes on at
-another number of processes. Prints a table in Markdown; without a GPU it runs on the CPU, where only one process is
-tried (tests/training/test_processes.py has several there).
+40 steps of the quickstart SFT: `train` on one GPU, `torchrun` on one GPU (an NCCL group of one), `launch` on all GPUs
+under FULL_SHARD with full and sharded checkpoints and under DDP, and a run resumed with another world size. Prints a
+Markdown table. Without a GPU it runs single processes on the CPU (tests/training/test_processes.py covers several).
 """
 
 import json
@@ -52,11 +51,11 @@ def main():
         shutil.rmtree(again / "final")
         shutil.rmtree(again / f"checkpoint-{STEPS}")
         rows.append(run(folder, again.name, ["nesso_tune", "train"], "distributed.state_dict=sharded"))
-        rows[-1] = (f"{again.name}, then on one", *rows[-1][1:])
+        rows[-1] = (f"{again.name}, resumed on one", *rows[-1][1:])
     whole = rows[0][2]
     kind = torch.cuda.get_device_name() if gpus else "CPU"
     print(f"\n{max(gpus, 1)} x {kind}, torch {torch.__version__}, float32, {STEPS} steps\n")
-    print("| started by | seconds | last loss | furthest from the first row |\n|---|---|---|---|")
+    print("| launcher | seconds | last loss | max. difference to first row |\n|---|---|---|---|")
     for name, seconds, losses in rows:
         apart = max(abs(losses[step] - whole[step]) for step in whole)
         print(f"| {name} | {seconds:.0f} | {losses[STEPS]:.6f} | {apart:.1e} |")

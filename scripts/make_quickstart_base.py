@@ -1,10 +1,10 @@
-"""Make the quickstart base: a small tokenizer and the configuration of a tiny model, without weights.
+"""Creates the quickstart base: a small tokenizer and the configuration of a tiny model, without weights.
 
-Trains a byte-level BPE tokenizer of the Llama-3 kind on the text of ``recipes/quickstart/data`` and writes it, with a
-Zagreus-shaped ``LlamaForCausalLM`` configuration, to ``recipes/quickstart/base``. As in Llama-3.2, the tokenizer adds
-the BOS token by itself (a post-processor), has no pad token, no chat template, and some reserved special tokens.
+Trains a byte-level BPE tokenizer like that of Llama 3 on ``recipes/quickstart/data`` and writes it with a Zagreus-like
+``LlamaForCausalLM`` configuration to ``recipes/quickstart/base``. As in Llama 3.2, the tokenizer adds the BOS token
+(post-processor) and has no pad token, no chat template, and some reserved special tokens.
 
-Runs offline, and writes the same files each time: ``python scripts/make_quickstart_base.py``.
+Offline and deterministic: ``python scripts/make_quickstart_base.py``.
 """
 
 import json
@@ -27,7 +27,7 @@ SPLIT = (
 
 
 def texts(data: Path) -> Iterator[str]:
-    """Yield every message and answer of the data files, each message after the name of its role."""
+    """Yields every message, prefixed by its role, and every answer of the data files."""
     for name in FILES:
         for line in (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -37,7 +37,7 @@ def texts(data: Path) -> Iterator[str]:
 
 
 def train_tokenizer(data: Path) -> Tokenizer:
-    """Train the byte-level BPE; the special tokens take the first ids."""
+    """Trains the byte-level BPE. The special tokens have the first ids."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -58,7 +58,7 @@ def train_tokenizer(data: Path) -> Tokenizer:
 
 
 def main() -> None:
-    """Write the tokenizer and the configuration of the base."""
+    """Writes the tokenizer and the configuration."""
     fast = PreTrainedTokenizerFast(
         tokenizer_object=train_tokenizer(QUICKSTART / "data"), bos_token=BOS, eos_token=EOS, model_max_length=MAX_LENGTH
     )

@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, the reference of all recipe keys, from the schema itself."""
+"""Generates docs/recipe.md, the reference of all recipe keys, from the schema."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from nesso_tune.recipes.sections import Limit, SFTData
 
 HEAD = """# Recipe reference
 
-Every key of a recipe, by section. Made from the schema by `scripts/make_recipe_reference.py`; do not edit.
-A key without a default is required. Intervals are steps (a whole number) or a share of the run (a fraction).
+All recipe keys by section. Generated from the schema by `scripts/make_recipe_reference.py`; do not edit.
+Keys without a default are required. Intervals are steps (integer) or a fraction of the run.
 """
 
 
 def reference() -> str:
-    """The whole page."""
+    """The page in Markdown."""
     parts = [HEAD]
     parts += _section("The recipe: `method: sft` or `method: dpo`, and", BaseRecipe)
     for name, field in SFTRecipe.model_fields.items():
@@ -40,21 +40,21 @@ def reference() -> str:
 
 
 def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]:
-    """The sections inside a section, and those inside them."""
+    """Tables of the sections nested in a section, recursively."""
     lines, limits = [], False
     for key, field in section.model_fields.items():
         for inner in _sections(field.annotation) if key not in (*besides, "validation_sources") else ():
-            entry = {tuple: ", one entry", dict: ".NAME"}.get(_holder(field.annotation), "")
+            entry = {tuple: ", one entry", dict: ".NAME"}.get(_container(field.annotation), "")
             if inner is not Limit:
                 lines += [*_section(f"{above}.{key}{entry}", inner), *_nested(f"{above}.{key}", inner)]
             limits = limits or inner is Limit
     return [*lines, *(_section(f"{above}, each of these", Limit) if limits else [])]
 
 
-def _holder(annotation: Any) -> Any:
-    """What a key holds its sections in: tuple, dict, or None."""
+def _container(annotation: Any) -> Any:
+    """The container type of a key: tuple, dict, or None."""
     origin = get_origin(annotation)
-    return _holder(get_args(annotation)[0]) if origin is Annotated else origin
+    return _container(get_args(annotation)[0]) if origin is Annotated else origin
 
 
 def _section(title: str, model: Any) -> list[str]:
@@ -62,12 +62,12 @@ def _section(title: str, model: Any) -> list[str]:
         f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
         for name, field in model.model_fields.items()
     ]
-    said = (model.__doc__ or "").strip().splitlines()[0]
-    return [f"## {title}", "", said, "", "| key | values | default | what it does |", "|---|---|---|---|", *rows, ""]
+    summary = (model.__doc__ or "").strip().splitlines()[0]
+    return [f"## {title}", "", summary, "", "| key | values | default | what it does |", "|---|---|---|---|", *rows, ""]
 
 
 def _sections(annotation: Any, inside: str | None = None) -> list[type[BaseModel]]:
-    """The sections that an annotation holds; with `inside`, those of one of its keys."""
+    """The section classes in an annotation; with `inside`, those of one of its keys."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _sections(annotation.model_fields[inside].annotation) if inside else [annotation]
     return [found for arg in get_args(annotation) for found in _sections(arg, inside)]

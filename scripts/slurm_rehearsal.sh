@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real Slurm on two simulated nodes of this machine: `nesso-tune launch --slurm … --submit`, a job that completes,
-# and one that is signalled ahead of its time limit, saves, is queued again and completes.
+# Runs Slurm on two simulated nodes of this machine and submits two jobs with `nesso-tune launch --slurm … --submit`:
+# one that completes, and one that is signalled before its time limit, saves a checkpoint, is requeued and completes.
 #
 #   sudo apt-get install slurmctld slurmd slurm-client munge iproute2
 #   sudo scripts/slurm_rehearsal.sh [FOLDER]          # needs root; output of the last run: docs/slurm-rehearsal.txt
 #
-# Nodes are network namespaces with a cable between them and host names of their own; no GPU is used.
+# Each node is a network namespace with its own host name; a veth pair connects them. No GPU is used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD PYTHON=$PWD/.venv/bin/python
@@ -18,7 +18,7 @@ stop() {
   for node in $A $B; do ip netns del $node 2>/dev/null || true; rm -rf /etc/netns/$node; done
 }
 
-nodes() {  # two nodes, a cable, names
+nodes() {  # two connected network namespaces
   for node in $A $B; do
     ip netns add $node
     mkdir -p /etc/netns/$node
@@ -30,7 +30,7 @@ nodes() {  # two nodes, a cable, names
   ip -n $B addr add 10.98.0.2/24 dev cable; ip -n $B link set cable up
 }
 
-on() {  # NODE COMMAND… as if typed there
+on() {  # NODE COMMAND…: runs the command on that node
   local node=$1; shift
   ip netns exec "$node" unshare -u sh -c 'hostname "$0" && exec "$@"' "$node" "$@"
 }
@@ -75,10 +75,10 @@ CONF
     [ "$(on $A sinfo -h -t idle -o %D)" = 2 ] && return
     sleep 1
   done
-  echo "the nodes did not come up:" >&2; on $A sinfo >&2; exit 1
+  echo "the nodes did not become idle:" >&2; on $A sinfo >&2; exit 1
 }
 
-recipe() {  # NAME STEPS: a small chat model from random weights, one process on each node
+recipe() {  # NAME STEPS [TIME SAVE_BEFORE_S]: a small model with random weights, one process per node
   cat > "$WORK/$1.yaml" <<YAML
 method: sft
 output_dir: $WORK/$1
@@ -100,14 +100,14 @@ cluster:
 YAML
 }
 
-submit() {  # NAME: says what launch says, on stderr, and prints the job's number
-  local said
-  said=$(cd "$WORK" && on $A "$PYTHON" -m nesso_tune launch "$1.yaml" --slurm "$1.sbatch" --submit)
-  echo "$said" >&2
-  sed -n 's/^Submitted batch job //p' <<< "$said"
+submit() {  # NAME: shows the output of launch on stderr and prints the job id
+  local output
+  output=$(cd "$WORK" && on $A "$PYTHON" -m nesso_tune launch "$1.yaml" --slurm "$1.sbatch" --submit)
+  echo "$output" >&2
+  sed -n 's/^Submitted batch job //p' <<< "$output"
 }
 
-wait_for() {  # JOB: until it is over; a job that was queued again starts at once instead of in two minutes
+wait_for() {  # JOB: waits for the end; a requeued job starts immediately instead of after two minutes
   local state last=
   for _ in $(seq 600); do
     state=$(on $A scontrol show job "$1" | sed -n 's/.*JobState=\(\S*\).*/\1/p;s/.*Restarts=\(\S*\).*/restarts \1/p;s/.*ExitCode=\(\S*\).*/exit \1/p' | paste -sd ' ')

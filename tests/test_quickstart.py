@@ -1,4 +1,4 @@
-"""The quickstart, whole: what a newcomer gets from two recipes and one command."""
+"""The quickstart end to end: SFT and DPO from the built-in recipes with one command."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.support.runs import ROOT, fresh_command, main_here, metrics
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """An empty folder in which SFT and then DPO have run, by names of shipped recipes alone."""
+    """Output of SFT and DPO, run in an empty folder by the names of the built-in recipes."""
     folder = tmp_path_factory.mktemp("home")
     done = fresh_command(
         "train", "quickstart/sft", "quickstart/dpo", cwd=folder, NESSO_TUNE_CACHE=str(folder / "cache")
@@ -26,15 +26,15 @@ def last(run):
     return [line for line in metrics(run) if "eval_loss" in line][-1]
 
 
-def test_after_sft_it_knows_what_it_was_taught_and_stops(home):
+def test_sft_learns_the_answers_and_stops(home):
     line = last(home / "sft")
     assert line["train_exact_match"] >= 0.95
-    assert line["exact_match"] >= 0.6, "phrasings it has never seen"
+    assert line["exact_match"] >= 0.6, "unseen phrasings"
     assert line["stop_rate"] == line["train_stop_rate"] == 1.0
     assert {line[f"stop_rate/{code}"] for code in ("it", "en")} == {1.0}
 
 
-def test_after_dpo_it_answers_in_the_chosen_style_and_still_stops(home):
+def test_dpo_learns_the_chosen_style_and_stops(home):
     line = last(home / "dpo")
     assert line["eval_rewards/accuracies"] >= 0.9
     assert line["closer_to_chosen"] >= 0.9
@@ -44,7 +44,7 @@ def test_after_dpo_it_answers_in_the_chosen_style_and_still_stops(home):
     assert all(one["answer"].endswith(offers) for one in shown[-8:])
 
 
-def test_nothing_is_alarming(home):
+def test_no_alarms(home):
     for run in ("sft", "dpo"):
         assert [line for line in metrics(home / run) if line.get("event") == "alarm"] == []
         assert {last(home / run)[f"language_fidelity{part}"] for part in ("", "/it", "/en")} == {1.0}
@@ -52,15 +52,15 @@ def test_nothing_is_alarming(home):
     assert min(line["logps/chosen_shift"] for line in metrics(home / "dpo") if "logps/chosen_shift" in line) > -0.05
 
 
-def test_losses_of_both_languages_fall(home):
+def test_validation_loss_decreases_in_both_languages(home):
     for run in ("sft", "dpo"):
         first, *_, end = [line for line in metrics(home / run) if "eval_loss" in line]
         for key in ("eval_loss/it", "eval_loss/en"):
             assert end[key] < first[key]
 
 
-def test_chat_answers_alone_on_stdout(home, capsys):
-    done = fresh_command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
+def test_chat_prints_only_the_answer_to_stdout(home, capsys):
+    done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
     code, out, _ = main_here(capsys, "chat", home / "dpo", "--prompt", "What is the capital of Italy?")
@@ -68,11 +68,11 @@ def test_chat_answers_alone_on_stdout(home, capsys):
     assert out.startswith("The capital of Italy is Rome.")
 
 
-def test_the_cards_own_snippet_runs_with_plain_transformers(home):
+def test_the_snippet_of_the_model_card_runs_without_nesso_tune(home):
     final = home / "sft" / "final"
     (snippet,) = re.findall(r"```python\n(.*?)```", (final / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    asked = snippet.replace("Ciao! Chi sei?", "Quanti giorni ha una settimana?")
-    guarded = f"import sys; sys.modules['nesso_tune'] = None\n{asked}"
+    code = snippet.replace("Ciao! Chi sei?", "Quanti giorni ha una settimana?")
+    guarded = f"import sys; sys.modules['nesso_tune'] = None\n{code}"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", guarded], capture_output=True, text=True, cwd=final, env=environment, check=True
@@ -99,8 +99,8 @@ def test_final_is_a_plain_hugging_face_folder(home):
         assert tokenizer.eos_token_id in generation["eos_token_id"]
         config = json.loads((final / "config.json").read_text())
         assert config["use_cache"] is True
-        assert config["vocab_size"] == len(tokenizer), "reserved slots were renamed, nothing was added"
-        # what other programs read: no limit on an answer, nothing before a prompt, no tag that only transformers knows
+        assert config["vocab_size"] == len(tokenizer), "reserved slots are renamed, no tokens added"
+        # for other programs: no limit on new tokens, no added prefix, no generation tag in the template
         assert (config["rope_theta"], config["rope_scaling"]) == (config["rope_parameters"]["rope_theta"], None)
         assert config["torch_dtype"] == config["dtype"]
         assert generation["max_length"] == config["max_position_embeddings"]
@@ -111,8 +111,8 @@ def test_final_is_a_plain_hugging_face_folder(home):
         assert "generation %}" not in (final / "chat_template.jinja").read_text(encoding="utf-8")
 
 
-def test_training_and_serving_begin_alike(home):
-    """The ids that chat sends are those of the shipped template: one BOS policy, none."""
+def test_training_and_serving_encode_prompts_alike(home):
+    """`chat` sends the ids of the exported template, without BOS."""
     from transformers import AutoTokenizer
 
     from nesso_tune.chat.tokenizer import encoder_of
@@ -125,19 +125,19 @@ def test_training_and_serving_begin_alike(home):
     assert encoder_of(tokenizer).prompt(turns, "it") == list(ids)
     assert tokenizer.bos_token_id not in ids
     rendered = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-    assert tokenizer(rendered)["input_ids"] == list(ids), "nothing is added around it by the tokenizer either"
+    assert tokenizer(rendered)["input_ids"] == list(ids), "the tokenizer adds no special tokens"
 
 
-def test_the_same_command_again_does_nothing(home, capsys, monkeypatch):
+def test_a_finished_run_is_not_repeated(home, capsys, monkeypatch):
     monkeypatch.chdir(home.parent.parent)
     before = (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns
-    code, _, said = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo")
+    code, _, err = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo")
     assert code == 0
-    assert said.count("this run is finished") == 2
+    assert err.count("this run is finished") == 2
     assert (home / "sft" / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_bundled_data_is_what_it_says():
+def test_bundled_data_matches_its_description():
     folder = ROOT / "recipes" / "quickstart" / "data"
     rows = {name: [json.loads(line) for line in (folder / f"{name}.jsonl").open(encoding="utf-8")]
             for name in ("conversations", "heldout", "pairs", "pairs_heldout")}  # fmt: skip

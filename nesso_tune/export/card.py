@@ -1,9 +1,11 @@
-"""The model card: what the model is, what it was trained on, and how to talk to it."""
+"""Model card of `final/`: usage, training, data and validation results, without private sources."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.data.report import DataReport
@@ -11,56 +13,50 @@ from nesso_tune.logs import visible
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import Recipe
 
-SHOWN = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
-
-
-RESULTS = "## Results on held-out data (train_: on training data)"
+METRICS = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
 
 
 def model_card(
     recipe: Recipe, plan: Plan, report: DataReport, metrics: Mapping[str, Any], chosen: Sequence[str] = ()
 ) -> str:
-    """README.md of `final/`, with the figures of the run. Private sources are left out.
+    """README.md of `final/`, in Markdown.
 
-    `chosen` says which of the run's weights these are, and why, where they are not the last ones by themselves.
+    Args:
+        recipe, plan: of the run.
+        report: the report of `prepare_data`.
+        metrics: last value of each metric.
+        chosen: sentences on which checkpoint was exported and why, unless it is the last one by default.
     """
     hidden = Privacy(recipe.data).hidden_sources()
-    public = [source.path for i, source in enumerate(recipe.data.sources) if i not in hidden]
-    languages = [code for code in report.languages if code != "und"]
-    front = ["---", *(["language:", *(f"- {code}" for code in languages)] if languages else []),
-             "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nesso-tune",
-             f"- {recipe.method}", "---"]  # fmt: skip
-    sources = [f"- `{path}`" for path in public] + (["- private data"] if hidden else [])
-    schedule = plan.schedule.in_words() if plan.schedule else ""
-    figures = [f"| {key} | {metrics[key]:.4g} |" for key in SHOWN if isinstance(metrics.get(key), (int, float))]
-    lines = (
-        [
-            *front, "",
-            f"# {recipe.output_dir.rstrip('/').rsplit('/', 1)[-1]}", "",
-            f"Trained by {recipe.method.upper()} from `{recipe.model.base}` with nesso-tune.", "",
-            "## Use", "", "```python", *SNIPPET, "```", "",
-            "## Training", "",
-            f"- {plan.steps:,} steps of {plan.global_batch} rows, {plan.epochs:.3g} epochs",
-            *(f"- {text}" for text in chosen),
-            f"- learning rate: {schedule}",
-            f"- {report.rows_kept:,} rows, {report.supervised_tokens:,} supervised tokens", "",
-            "Data:", "", *sources, "",
-            *([RESULTS, "", "| metric | value |", "|---|---|", *figures, ""] if figures else []),
-        ]
-    )  # fmt: skip
-    return "\n".join(map(visible, lines))
+    return _environment.get_template("card.md.j2").render(
+        name=recipe.output_dir.rstrip("/").rsplit("/", 1)[-1],
+        method=recipe.method,
+        base=recipe.model.base,
+        languages=[code for code in report.languages if code != "und"],
+        steps=f"{plan.steps:,}",
+        global_batch=plan.global_batch,
+        epochs=f"{plan.epochs:.3g}",
+        schedule=plan.schedule.in_words() if plan.schedule else "",
+        checkpoint_choice=chosen,
+        rows=f"{report.rows_kept:,}",
+        supervised_tokens=f"{report.supervised_tokens:,}",
+        sources=[source.path for i, source in enumerate(recipe.data.sources) if i not in hidden],
+        has_private_source=bool(hidden),
+        metrics=[(key, f"{metrics[key]:.4g}") for key in METRICS if isinstance(metrics.get(key), (int, float))],
+    )
 
 
-SNIPPET = (
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'folder = "."  # this folder, or its hub id',
-    "tokenizer = AutoTokenizer.from_pretrained(folder)",
-    "model = AutoModelForCausalLM.from_pretrained(folder)",
-    'messages = [{"role": "user", "content": "Ciao! Chi sei?"}]',
-    "inputs = tokenizer.apply_chat_template(",
-    '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-    ")",
-    "output = model.generate(**inputs, max_new_tokens=256)",
-    'print(tokenizer.decode(output[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+def _finalize(value: Any) -> Any:
+    """Escapes control characters, line breaks too, in every printed value."""
+    return visible(value) if isinstance(value, str) else value
+
+
+_environment = Environment(
+    loader=PackageLoader("nesso_tune.export"),
+    autoescape=False,  # Markdown
+    undefined=StrictUndefined,
+    finalize=_finalize,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
 )

@@ -1,4 +1,4 @@
-"""`final/`: the trained model as a plain Hugging Face folder, complete or absent."""
+"""`final/`: the trained model as a plain Hugging Face folder, written atomically."""
 
 from __future__ import annotations
 
@@ -22,31 +22,19 @@ from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.runs.checkpoint import as_environment_error, put_in_place, readable
 from nesso_tune.training.state_dict import State, set_weights, weights_of
 
-# What transformers 4 calls the base of the rotary embedding: of the layers that attend to all, and of the local ones.
-THETA = ("rope_theta", "rope_local_base_freq")
-THETA_OF = {
-    "modernbert": ("global_rope_theta", "local_rope_theta"),
-    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
-    "gpt_neox": ("rotary_emb_base", None),
-    "gpt_neox_japanese": ("rotary_emb_base", None),
-}
-# Where version 4 takes no other fields in `rope_scaling` than these and `type`.
-ONLY_FIELDS = {"olmo": ("factor",), "olmo2": ("factor",), "phi3": ("short_factor", "long_factor")}
-PARTIAL_OF = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # for partial_rotary_factor
 
-
-def whole_model(
+def gather_final_model(
     trained: nn.Module, model: PreTrainedModel, section: ModelSection, chat: ChatTokenizer, seed: int
 ) -> tuple[PreTrainedModel, State]:
-    """The model to publish and its canonical weights, whole on the first process (elsewhere none).
+    """The model to export and its full state dict with canonical names; the state dict is empty except on rank 0.
 
-    An adapter is merged into a fresh copy of its base, so that it matters nowhere how the trained one is spread; of a
-    quantised base into what it was quantised to, since that is the model that was trained and evaluated.
+    An adapter is merged into a freshly loaded base, which makes the result independent of sharding. A quantized base is
+    first dequantized, so the merged model is the one that was trained and evaluated.
 
     Args:
-        trained: the model as it was trained, wrapped and maybe sharded. Every process takes part.
-        model: the same without its wrapper.
-        section, chat, seed: what it was made of.
+        trained: the trained model, wrapped and possibly sharded. Collective: all ranks must call.
+        model: the same model without its wrapper.
+        section, chat, seed: as given to `load_model`.
     """
     state = weights_of(trained)
     if section.adapter is None or not is_first():
@@ -55,36 +43,39 @@ def whole_model(
     adapted = adapt(fresh, section, chat.new_ids, seed, merging=True)
     set_weights(fresh, state)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
-    return merged, weights_of(merged.requires_grad_(True))  # of which frozen ones would be left out
+    return merged, weights_of(merged.requires_grad_(True))  # frozen weights would be left out
 
 
 def final_bytes(model: PreTrainedModel, dtype: str) -> int:
-    """Size of the weights in `final/`, tied ones once."""
+    """Size in bytes of the weights in `final/`; tied weights count once."""
     return sum(weight.numel() for weight in model.parameters()) * getattr(torch, dtype).itemsize
 
 
 def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:
-    """Writes weights, tokenizer, template, generation config and card; runs with plain transformers.
+    """Writes weights, configuration, tokenizer, chat template, generation config and model card.
+
+    The folder loads with transformers alone. It is staged beside `folder` and renamed once it is complete.
 
     Args:
-        state: weights from `whole_model`.
+        state: state dict from `gather_final_model`.
         model: the model, for its configuration.
-        chat: the chat-ready tokenizer.
-        card: README.md.
-        folder: where `final/` shall stand.
-        dtype: precision of the saved weights.
+        chat: the chat tokenizer.
+        card: text of README.md.
+        folder: path of `final/`; an existing folder is replaced.
+        dtype: dtype of the saved weights.
     """
     precision = getattr(torch, dtype)
     staging = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    model.config.dtype, model.config.use_cache = precision, True  # training had turned the cache off
+    model.config.dtype, model.config.use_cache = precision, True  # training disables the cache
     with as_environment_error(folder):
         model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
-    config = staging / "config.json"
-    plain = json.loads(config.read_text())
-    if _still_read(model, plain, both := read_by_older_versions(plain)):
-        config.write_text(json.dumps(both, indent=2) + "\n")
+    config_file = staging / "config.json"
+    config = json.loads(config_file.read_text())
+    compatible = with_transformers4_keys(config)
+    if _reads_same_rope(model, config, compatible):
+        config_file.write_text(json.dumps(compatible, indent=2) + "\n")
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
@@ -93,28 +84,24 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     put_in_place(staging, folder)
 
 
-def _still_read(model: PreTrainedModel, plain: Mapping[str, Any], both: Mapping[str, Any]) -> bool:
-    """Whether this version of transformers reads the same rotary embedding where older versions' names are added."""
-    try:
-        found = [type(model.config).from_dict(copy.deepcopy(dict(some))) for some in (plain, both)]
-    except Exception:  # a layer's kind lacks something, say
-        return False
-    first, second = (_without_type(getattr(one, "rope_parameters", None)) for one in found)
-    return bool(first == second)
+# Keys of transformers 4 for the base of the rotary embedding: in layers with full attention, and in sliding ones.
+ROPE_BASE_KEYS = ("rope_theta", "rope_local_base_freq")
+ROPE_BASE_KEYS_BY_TYPE = {
+    "modernbert": ("global_rope_theta", "local_rope_theta"),
+    "modernbert-decoder": ("global_rope_theta", "local_rope_theta"),
+    "gpt_neox": ("rotary_emb_base", None),
+    "gpt_neox_japanese": ("rotary_emb_base", None),
+}
+# Model types for which transformers 4 rejects other fields in `rope_scaling` than `type` and these.
+ROPE_SCALING_FIELDS = {"olmo": ("factor",), "olmo2": ("factor",), "phi3": ("short_factor", "long_factor")}
+PARTIAL_ROTARY_KEYS = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}  # for partial_rotary_factor
 
 
-def _without_type(rope: Any) -> Any:
-    """Rotary parameters without the older name of `rope_type`, which is read along with it."""
-    if not isinstance(rope, Mapping):
-        return rope
-    return {key: _without_type(value) for key, value in rope.items() if key != "type"}
+def with_transformers4_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Adds to a config.json of transformers 5 the keys that transformers 4 reads for the same settings.
 
-
-def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json of transformers 5 with what transformers 4 reads under other names, so that both see one model.
-
-    Version 5 keeps all of the rotary embedding in `rope_parameters`, flat or by layer type. Version 4 ignores that key
-    and computes with its defaults: it reads the base and the scaling beside it.
+    Version 5 keeps the whole rotary embedding in `rope_parameters`, flat or by layer type. Version 4 ignores that key
+    and would use its defaults: it reads the base and the scaling from keys of their own.
     """
     out = dict(config)
     if "dtype" in config:
@@ -122,21 +109,39 @@ def read_by_older_versions(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return out
-    kind = config.get("model_type", "")
-    by_layer = any(isinstance(value, Mapping) for value in rope.values())
-    everywhere = rope.get("full_attention") if by_layer else rope
-    for name, of_layers in zip(THETA_OF.get(kind, THETA), (everywhere, rope.get("sliding_attention")), strict=True):
-        if name is not None and isinstance(of_layers, Mapping) and "rope_theta" in of_layers:
-            out[name] = of_layers["rope_theta"]
-    if not isinstance(everywhere, Mapping):
+    model_type = config.get("model_type", "")
+    by_layer_type = any(isinstance(value, Mapping) for value in rope.values())
+    full, sliding = rope.get("full_attention") if by_layer_type else rope, rope.get("sliding_attention")
+    for key, parameters in zip(ROPE_BASE_KEYS_BY_TYPE.get(model_type, ROPE_BASE_KEYS), (full, sliding), strict=True):
+        if key is not None and isinstance(parameters, Mapping) and "rope_theta" in parameters:
+            out[key] = parameters["rope_theta"]
+    if not isinstance(full, Mapping):
         return out
-    if "partial_rotary_factor" in everywhere:
-        out[PARTIAL_OF.get(kind, "partial_rotary_factor")] = everywhere["partial_rotary_factor"]
-    scaling = {key: v for key, v in everywhere.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
+    if "partial_rotary_factor" in full:
+        out[PARTIAL_ROTARY_KEYS.get(model_type, "partial_rotary_factor")] = full["partial_rotary_factor"]
+    scaling = {key: v for key, v in full.items() if key not in ("type", "rope_theta", "partial_rotary_factor")}
     rope_type = scaling.get("rope_type", "default")
     if rope_type == "longrope" and "original_max_position_embeddings" in scaling:
         out["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
-    if kind in ONLY_FIELDS:
-        scaling = {"type": rope_type, **{key: scaling[key] for key in ONLY_FIELDS[kind] if key in scaling}}
+    if model_type in ROPE_SCALING_FIELDS:
+        fields = ROPE_SCALING_FIELDS[model_type]
+        scaling = {"type": rope_type, **{key: scaling[key] for key in fields if key in scaling}}
     out["rope_scaling"] = None if rope_type == "default" else scaling
     return out
+
+
+def _reads_same_rope(model: PreTrainedModel, config: Mapping[str, Any], compatible: Mapping[str, Any]) -> bool:
+    """Whether the installed transformers reads the same rotary embedding from both versions of a configuration."""
+    try:
+        configs = [type(model.config).from_dict(copy.deepcopy(dict(values))) for values in (config, compatible)]
+    except Exception:  # e.g. a layer type without parameters
+        return False
+    first, second = (_without_type(getattr(one, "rope_parameters", None)) for one in configs)
+    return bool(first == second)
+
+
+def _without_type(rope: Any) -> Any:
+    """Rotary parameters without `type`, the older name of `rope_type`, which transformers 5 also stores."""
+    if not isinstance(rope, Mapping):
+        return rope
+    return {key: _without_type(value) for key, value in rope.items() if key != "type"}

@@ -1,10 +1,11 @@
-"""`data_report.html` and `data_report.json`: what was read, dropped and kept, to look at before training on it."""
+"""`data_report.html` and `data_report.json`: rows read, dropped and kept, for inspection before training."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,41 +16,68 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import DPOData, Limit, SFTData
-from nesso_tune.reports import data_page as draw
+from nesso_tune.reports.html import percent, render, words
+from nesso_tune.reports.plots import length_histograms
 
-Data = SFTData | DPOData
 Report = Mapping[str, Any]
-JSON, HTML = "data_report.json", "data_report.html"
-EXAMPLES, CHARACTERS = 3, 600  # shown of each language, and of each text
-PARTS = {1: ("text",), 3: ("prompt", "chosen", "rejected")}
-COUNTS = ("rows", "tokens", "supervised tokens", "share of tokens")
+JSON_NAME, HTML_NAME = "data_report.json", "data_report.html"
+EXAMPLES_PER_LANGUAGE, MAX_EXAMPLE_CHARACTERS = 3, 600
+TEXT_NAMES = {1: ("text",), 3: ("prompt", "chosen", "rejected")}  # by the number of parts of a document
+EXPLANATIONS = {  # of reasons to drop a row, and of anomalies, whose name is not enough
+    "too_long": "longer than data.sequence_len",
+    "nothing_to_learn": "no supervised tokens: see data.roles_to_train",
+    "below_min_score": "score below min_score",
+    "not_selected": "does not match the source's `where`",
+    "language_not_kept": "language not kept by the source's rules",
+    "left_out_by_reader": "skipped by the source's own reader",
+    "duplicate": "same turns and tools as an earlier row",
+    "near_duplicate": "nearly the same text as an earlier row",
+    "contains_evaluation_text": "overlaps with the evaluation texts of data.clean.decontaminate",
+    "roles_out_of_order": "data.clean.role_order can merge consecutive turns of one role",
+    "unknown_role": "map it with the source's `roles`",
+    "missing_field": "a column that the format requires is missing",
+    "empty_answer": "answer without text",
+    "empty_turn": "user or system turn without text",
+    "no_assistant_turn": "conversation without an answer",
+    "chosen_equals_rejected": "both answers are the same",
+    "no_preferred_answer": "a tie, or a label that the recipe does not name",
+    "no_common_prompt": "the two conversations start differently",
+    "invalid_unicode": "text that cannot be encoded as UTF-8",
+    "id_outside_vocabulary": "token id outside the tokenizer's vocabulary",
+    "labels_do_not_fit": "labels do not match the tokens",
+    "mojibake": "UTF-8 decoded with another encoding (Ã¨ for è)",
+    "template_placeholder": "never filled in ({{…}})",
+    "html_entity": "such as &amp; for &",
+    "control_token_as_text": "the text spells a control token of the template",
+    "stand_in_turn": "the whole turn is a placeholder (__LIKE_THIS__)",
+}
 
 
 def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
-    """Writes the report on prepared data into a folder, as a page and as JSON; private sources leave no trace.
+    """Writes the report on prepared data into a folder, as HTML and as JSON, and returns the path of the HTML.
 
-    The JSON is the report of `prepare_data` and `examples`: of each language the first rows that are trained on.
-    Returns the page.
+    The JSON is the report of `prepare_data` plus `examples`: the first training rows of each language. Names and rows
+    of private sources are left out of both files.
     """
-    report = {**_shown(data.report.to_dict(), Privacy(recipe.data)), "examples": _examples(data)}
+    report = {**_redact(data.report.to_dict(), Privacy(recipe.data)), "examples": _examples(data)}
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / JSON, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    _replace(folder / HTML, _page(recipe, report))
-    return folder / HTML
+    _replace(folder / JSON_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    _replace(folder / HTML_NAME, _page(recipe, report))
+    return folder / HTML_NAME
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file such that it is the old one or the new one, whatever happens."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at once
+    """Writes a file atomically."""
+    staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at the same time
     try:
-        staging.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
+        staging.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be valid UTF-8
         staging.replace(file)
     finally:
         staging.unlink(missing_ok=True)
 
 
-def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
-    """A copy of the report in which private sources have numbers, and places in them are left out."""
+def _redact(report: Report, privacy: Privacy) -> dict[str, Any]:
+    """A copy of the report in which private sources are numbered and places in their files are removed."""
     out, hidden, names = {**report}, privacy.hidden_sources(), privacy.source_names()
     out["sources"] = [
         {"path": names[i], **{key: value for key, value in source.items() if key not in ("path", "alias")}}
@@ -57,10 +85,13 @@ def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
         for i, source in enumerate(report["sources"])
     ]  # fmt: skip
     places = report["examples_of_dropped"]
-    out["examples_of_dropped"] = {why: place for why, place in places.items() if privacy.shows_location(place)}
-    left_out = [odd["example"] for odd in report["oddities"].values() if not privacy.shows_location(odd["example"])]
+    out["examples_of_dropped"] = {reason: place for reason, place in places.items() if privacy.shows_location(place)}
+    private_places = [
+        anomaly["example"] for anomaly in report["oddities"].values() if not privacy.shows_location(anomaly["example"])
+    ]
     out["oddities"] = {
-        name: {"rows": odd["rows"]} if odd["example"] in left_out else odd for name, odd in report["oddities"].items()
+        name: {"rows": anomaly["rows"]} if anomaly["example"] in private_places else anomaly
+        for name, anomaly in report["oddities"].items()
     }
     if "preferences" in report:
         out["preferences"] = {
@@ -69,29 +100,29 @@ def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:
         }
     groups = privacy.group_names(report["languages"])
     out["mixture"] = [{**group, "name": groups.get(group["name"], group["name"])} for group in report["mixture"]]
-    for place in left_out:  # a warning may give an oddity's example
+    for place in private_places:  # a warning may contain the example of an anomaly
         out["warnings"] = [warning.replace(place, "a private source") for warning in out["warnings"]]
     return out
 
 
 def _examples(data: PreparedData) -> list[dict[str, Any]]:
-    """Of each language the first rows of the first epoch that are of no private source."""
+    """The first rows of the first epoch in each language, without private sources."""
     documents, entries = data.train.documents, data.train.records
     hidden = documents.are_private(entries)
     out = []
     for _, code in sorted((name, code) for code, name in enumerate(documents.language_names)):
         own = entries[~hidden & (documents.languages[entries] == code)]
-        _, first = np.unique(own, return_index=True)  # a row may be seen several times in an epoch
-        out += [_example(data, int(entry)) for entry in own[np.sort(first)[:EXAMPLES]]]
+        _, first = np.unique(own, return_index=True)  # a row may occur several times in an epoch
+        out += [_example(data, int(entry)) for entry in own[np.sort(first)[:EXAMPLES_PER_LANGUAGE]]]
     return out
 
 
 def _example(data: PreparedData, entry: int) -> dict[str, Any]:
     documents = data.train.documents
     texts = {}
-    for i, name in enumerate(PARTS[documents.documents_per_record]):
+    for i, name in enumerate(TEXT_NAMES[documents.documents_per_record]):
         text = data.chat.backend.decode(documents.input_ids(entry, i).tolist(), skip_special_tokens=False)
-        texts[name] = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}…"
+        texts[name] = text if len(text) <= MAX_EXAMPLE_CHARACTERS else f"{text[:MAX_EXAMPLE_CHARACTERS]}…"
     return {
         "place": documents.location(entry),
         "language": documents.language(entry),
@@ -101,143 +132,117 @@ def _example(data: PreparedData, entry: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Count:
+    """A number of rows with its share of `total`, an explanation, and the place of one such row."""
+
+    label: str
+    rows: int
+    total: int
+    detail: str = ""
+    example: str = ""
+    dropped: bool = False
+
+    @property
+    def share(self) -> float:
+        """Fraction of `total`."""
+        return self.rows / max(1, self.total)
+
+
+@dataclass(frozen=True)
+class PreferenceChecks:
+    """Checks of preference pairs: table rows (check, result, limit), which exceed their limit, and example rows."""
+
+    rows: list[tuple[str, str, str]]
+    exceeded: list[bool]
+    examples: list[str]
+
+
 def _page(recipe: Recipe, report: Report) -> str:
-    data, title = recipe.data, Path(recipe.output_dir).name
-    return draw.document(
-        title,
-        draw.paragraph(_summary(data, report), "lead"),
-        *(draw.paragraph(warning, "note") for warning in report["warnings"]),
-        draw.tiles(_figures(report)),
-        draw.section("Kept and dropped", _dropped(report)),
-        draw.section("Languages and sources", *_counted(report)),
-        draw.section("Lengths", draw.histograms(report["lengths"], data.sequence_len), _of_lengths(data)),
-        draw.section("The first epoch", *_epoch(data, report)),
-        draw.section("Seen twice", _repeated(data, report)),
-        draw.section("Oddities of rows that can be used", _oddities(report)),
-        draw.section("Preferences", *_preferences(data, report)),
-        draw.section("Examples", *_cards(data, report)),
+    data = recipe.data
+    packed = isinstance(data, SFTData) and data.packing
+    return render(
+        "data_report.html.j2",
+        title=Path(recipe.output_dir).name,
+        report=report,
+        is_dpo=isinstance(data, DPOData),
+        packed=packed,
+        packing=_packing(data, report),
+        kept_and_dropped=list(_kept_and_dropped(report)),
+        languages=[(code, *_sizes(stats, report)) for code, stats in report["languages"].items()],
+        sources=[(_source_name(source), source["rows_read"], *_sizes(source, report)) for source in report["sources"]],
+        histograms=length_histograms(report["lengths"], data.sequence_len),
+        mixture=[
+            tuple(group[key] for key in ("name", "rows_there", "rows", "tokens", "share_of_tokens"))
+            for group in report["mixture"]
+        ],
+        repeated=_repeated(data, report),
+        anomalies=list(_anomalies(report)),
+        preferences=_preference_checks(data, report["preferences"]) if isinstance(data, DPOData) else None,
+        has_private_source=any(source.private for source in data.sources),
     )
 
 
-def _summary(data: Data, report: Report) -> str:
-    return (
-        f"{report['rows_kept']:,} of {report['rows_read']:,} rows kept, with {report['tokens']:,} tokens, "
-        f"{report['supervised_tokens']:,} of them learned; {_packed(data, report)}; "
-        f"{report['validation']['rows']:,} rows are held out."
-    )
-
-
-def _packed(data: Data, report: Report) -> str:
+def _packing(data: SFTData | DPOData, report: Report) -> str:
     rows, fill = report["packing"]["rows"], report["packing"]["fill"]
     if isinstance(data, SFTData) and data.packing:
-        return f"packed into {rows:,} rows of {data.sequence_len:,} tokens, {draw.percent(fill)} full"
-    return f"not packed: each of {rows:,} rows is one {'conversation' if isinstance(data, SFTData) else 'pair'}"
+        return f"packed into {rows:,} rows of {data.sequence_len:,} tokens, {percent(fill)} full"
+    return f"not packed: {rows:,} rows of one {'conversation' if isinstance(data, SFTData) else 'pair'} each"
 
 
-def _figures(report: Report) -> dict[str, tuple[str, str]]:
-    kept, tokens, learned = report["rows_kept"], report["tokens"], report["supervised_tokens"]
-    train, held, packing = report["train"], report["validation"], report["packing"]
-    return {
-        "Rows kept": (f"{kept:,}", f"{draw.percent(kept / report['rows_read'])} of {report['rows_read']:,} read"),
-        "Tokens": (f"{tokens:,}", f"{tokens / kept:,.0f} a row"),
-        "Supervised tokens": (f"{learned:,}", f"{draw.percent(learned / max(1, tokens))} of all"),
-        "Rows of an epoch": (f"{packing['rows']:,}", f"{train['tokens']:,} tokens of {train['rows']:,} rows of data"),
-        "Rows held out": (f"{held['rows']:,}", f"{held['tokens']:,} tokens"),
-    }
-
-
-def _dropped(report: Report) -> str:
-    read, places = report["rows_read"], report["examples_of_dropped"]
-    items = [draw.counted("kept", report["rows_kept"], read, "" if report["dropped"] else "Nothing was dropped.")]
+def _kept_and_dropped(report: Report) -> Iterator[Count]:
+    total, places = report["rows_read"], report["examples_of_dropped"]
+    yield Count("kept", report["rows_kept"], total, "" if report["dropped"] else "No row was dropped.")
     for reason, rows in report["dropped"].items():
-        place = f"e.g. {places[reason]}" if reason in places else ""
-        items.append(draw.counted(draw.words(reason), rows, read, draw.MEANS.get(reason, ""), place, lost=True))
-    return draw.listed(*items)
+        detail, place = EXPLANATIONS.get(reason, ""), places.get(reason, "")
+        yield Count(words(reason), rows, total, detail, place, dropped=True)
 
 
-def _counted(report: Report) -> Iterator[str]:
-    """Tables of what was kept."""
-    whole = max(1, report["tokens"])
-
-    def counts(of: Report) -> tuple[int, int, int, float]:
-        return of["rows"], of["tokens"], of["supervised_tokens"], of["tokens"] / whole
-
-    yield draw.table(("language", *COUNTS), [(code, *counts(of)) for code, of in report["languages"].items()])
-    rows = [
-        (f"{of['alias']} ({of['path']})" if "alias" in of else of["path"], of["rows_read"], *counts(of))
-        for of in report["sources"]
-    ]
-    yield draw.table(("source", "rows read", *COUNTS), rows)
+def _sizes(stats: Report, report: Report) -> tuple[int, int, int, float]:
+    share = stats["tokens"] / max(1, report["tokens"])
+    return stats["rows"], stats["tokens"], stats["supervised_tokens"], share
 
 
-def _of_lengths(data: Data) -> str:
-    said = "Rows by their tokens, before they are packed; held-out rows are counted too."
-    if isinstance(data, DPOData):
-        said = "Pairs by the tokens of prompt and longer answer; held-out pairs are counted too."
-    return draw.paragraph(said, "quiet")
+def _source_name(source: Report) -> str:
+    path: str = source["path"]
+    return f"{source['alias']} ({path})" if "alias" in source else path
 
 
-def _epoch(data: Data, report: Report) -> Iterator[str]:
-    keys = ("name", "rows_there", "rows", "tokens", "share_of_tokens")
-    rows = [[of[key] for key in keys] for of in report["mixture"]]
-    yield draw.table(("group", "rows there", "rows drawn", "tokens", "share of tokens"), rows)
-    yield draw.paragraph(f"{_packed(data, report).capitalize()}.")
-    if isinstance(data, SFTData) and data.packing:
-        yield draw.bar(report["packing"]["fill"])
+def _repeated(data: SFTData | DPOData, report: Report) -> list[Count]:
+    kept = report["rows_kept"]
+    usage = "dropped" if data.clean.validation_overlap == "drop" else "kept in training"
+    return [
+        Count("duplicates", report["duplicates"], kept, "Kept rows with the same turns and tools as an earlier row."),
+        Count(
+            "validation overlap", report["validation_overlap"], kept,
+            f"Training rows that share a prompt with a validation row: {usage}.",
+        ),
+    ]  # fmt: skip
 
 
-def _repeated(data: Data, report: Report) -> str:
-    kept, left_out = report["rows_kept"], data.clean.validation_overlap == "drop"
-    same = "Kept rows with the same turns and tools as an earlier one."
-    asked = f"Rows that ask what a held-out row asks: {'left out' if left_out else 'trained on all the same'}."
-    return draw.listed(
-        draw.counted("duplicates", report["duplicates"], kept, same),
-        draw.counted("validation overlap", report["validation_overlap"], kept, asked),
-    )
+def _anomalies(report: Report) -> Iterator[tuple[str, int, str]]:
+    for name, anomaly in report["oddities"].items():
+        label = f"{words(name)}: {EXPLANATIONS[name]}" if name in EXPLANATIONS else words(name)
+        yield label, anomaly["rows"], anomaly.get("example", "")
 
 
-def _oddities(report: Report) -> str:
-    rows = [
-        (
-            draw.words(name) + (f": {draw.MEANS[name]}" if name in draw.MEANS else ""),
-            odd["rows"],
-            odd.get("example", ""),
-        )
-        for name, odd in report["oddities"].items()
-    ]
-    return draw.table(("what", "rows", "first"), rows) or draw.paragraph("None were found.")
-
-
-def _preferences(data: Data, report: Report) -> Iterator[str]:
-    """The figures of pairs, in the words of the warnings."""
-    figures = report.get("preferences")
-    if figures is None or not isinstance(data, DPOData):
-        return
-    longer, equal = figures["chosen_longer"], figures["equal_length"]
-    yield draw.paragraph(
-        f"{figures['pairs']:,} pairs. Chosen answers have {figures['chosen_tokens']:,} tokens on average, rejected "
-        f"ones {figures['rejected_tokens']:,}. The chosen one is longer in {draw.percent(longer)} of the pairs, "
-        f"and of the same length in {draw.percent(equal)}."
-    )
-    side = f"the {'longer' if longer + equal / 2 >= 0.5 else 'shorter'} is chosen"
-    rows, over = [], []
-    for name, (what, _) in SAYS.items():
+def _preference_checks(data: DPOData, figures: Report) -> PreferenceChecks:
+    """Results in the words of the warnings."""
+    longer = figures["chosen_longer"] + figures["equal_length"] / 2 >= 0.5
+    rows, exceeded = [], []
+    for name, (template, _) in SAYS.items():
         limit: Limit = getattr(data.preferences, name)
-        over.append(limit.warn is not None and figures[name] >= limit.warn)
-        limits = {"warns from": limit.warn, "fails from": limit.fail}
-        said = ", ".join(f"{verb} {value:g}" for verb, value in limits.items() if value is not None) or "no limit"
-        what = what.format(value=figures[name], side=side)
-        rows.append((draw.words(name), what, f"⚠ {said}" if over[-1] else said))
-    yield draw.table(("figure", "here", "limit"), rows, over)
-    for name in ("conflicting", "language_mismatch"):
-        for place in figures.get(f"{name}_examples", ()):
-            yield draw.paragraph(f"{draw.words(name)}: {place}", "where")
+        exceeded.append(limit.warn is not None and figures[name] >= limit.warn)
+        result = template.format(value=figures[name], side=f"the {'longer' if longer else 'shorter'} is chosen")
+        rows.append((words(name), result, f"⚠ {_limits(limit)}" if exceeded[-1] else _limits(limit)))
+    examples = [
+        f"{words(name)}: {place}"
+        for name in ("conflicting", "language_mismatch")
+        for place in figures.get(f"{name}_examples", ())
+    ]
+    return PreferenceChecks(rows, exceeded, examples)
 
 
-def _cards(data: Data, report: Report) -> Iterator[str]:
-    if any(source.private for source in data.sources):
-        yield draw.paragraph("Rows of private sources are not shown.", "quiet")
-    for example in report["examples"]:
-        head = f"{example['language']} · source {example['source']} · {example['place']} · {example['tokens']:,} tokens"
-        texts = {name: example[name] for name in (*PARTS[1], *PARTS[3]) if name in example}
-        yield draw.card(head, {"": texts["text"]} if "text" in texts else texts, example["language"])
+def _limits(limit: Limit) -> str:
+    thresholds = {"warns from": limit.warn, "fails from": limit.fail}
+    return ", ".join(f"{verb} {value:g}" for verb, value in thresholds.items() if value is not None) or "no limit"

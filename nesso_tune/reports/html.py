@@ -1,18 +1,58 @@
-"""Texts for pages and previews: what cannot be seen is made visible, and nothing becomes markup."""
+"""Jinja environment of the HTML reports. Text is escaped by default and invisible characters are made visible."""
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-def made_visible(text: str) -> str:
-    """A text in which what cannot be seen, or would move the cursor, is written as an escape; line breaks stay.
+def render(template: str, **values: Any) -> str:
+    """Renders a template of `reports/templates`.
 
-    More than `terminal.visible` does: who looks at data wants to see a no-break space too.
+    Every string passes through `escape_invisible` and HTML escaping, so values need no preparation.
+    """
+    return _environment.get_template(template).render(values)
+
+
+def escape_invisible(text: str) -> str:
+    """Replaces non-printable characters by Python escapes, except line breaks.
+
+    Stricter than `logs.visible`: a reader of training data also needs to see no-break spaces.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def shown(text: str) -> str:
-    """A text as markup."""
-    return escape(made_visible(text))
+def percent(share: float) -> str:
+    """A fraction as a percentage; only 0 reads as `0.0%` and only 1 as `100.0%`."""
+    if 0 < share < 0.001:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+
+
+def words(name: str) -> str:
+    """A snake_case name as words."""
+    return name.replace("_", " ")
+
+
+def _finalize(value: Any) -> Any:
+    """Applied by Jinja to every printed expression, before escaping."""
+    is_markup = hasattr(value, "__html__")  # output of a macro
+    return escape_invisible(value) if isinstance(value, str) and not is_markup else value
+
+
+def _build_environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("nesso_tune.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(percent=percent, thousands="{:,}".format, fixed="{:.1f}".format)
+    return environment
+
+
+_environment = _build_environment()

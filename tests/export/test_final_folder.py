@@ -1,4 +1,4 @@
-"""`final/` and its card."""
+"""`final/` and its model card."""
 
 import copy
 import json
@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nesso_tune.export.final_folder import _still_read, read_by_older_versions
+from nesso_tune.export.final_folder import _reads_same_rope, with_transformers4_keys
 from nesso_tune.run import train
 from tests.support.runs import recipe
 
 
-def test_a_private_source_leaves_no_trace_in_final(tmp_path, talks, write_rows, chats):
+def test_private_sources_are_not_named_in_final(tmp_path, talks, write_rows, chats):
     secret = write_rows(chats, "segretissimo.jsonl")
     some = recipe("sft", tmp_path / "run", [talks])
     sources = (*some.data.sources, some.data.sources[0].model_copy(update={"path": secret, "private": True}))
@@ -47,7 +47,7 @@ def test_final_is_replaced_as_a_whole(tmp_path, talks):
     assert not list((tmp_path / "run").glob(".*.partial"))
 
 
-# Shapes whose rotary embedding transformers 4 reads under other names.
+# Configurations whose rotary embedding has other keys in transformers 4.
 ROPES = {
     "theta": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
     "llama3": {"model_type": "llama", "rope_parameters": {
@@ -75,12 +75,12 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "n
 
 
 @pytest.mark.parametrize("shape", ROPES)
-def test_config_says_the_same_in_both_spellings(shape):
-    """The older one alone, which transformers 5 still reads, means what both mean together, and what was trained."""
+def test_both_versions_of_the_config_give_the_same_model(shape):
+    """The keys of transformers 4 alone, which version 5 still reads, give the trained model; so do both together."""
     trained = AutoConfig.for_model(**SIZES, **copy.deepcopy(ROPES[shape]))
     written = json.loads(trained.to_json_string(use_diff=False))
-    both = read_by_older_versions(written)
-    assert _still_read(SimpleNamespace(config=trained), written, both), "so both are written"
+    both = with_transformers4_keys(written)
+    assert _reads_same_rope(SimpleNamespace(config=trained), written, both)
     older = {key: value for key, value in both.items() if key != "rope_parameters"}
     assert older["rope_scaling"] is None or older["rope_scaling"].get("type", older["rope_scaling"].get("rope_type"))
     for config in (both, older):
@@ -95,5 +95,5 @@ def test_config_says_the_same_in_both_spellings(shape):
     plain = copy.deepcopy(older)
     for name in ("rope_theta", "rotary_emb_base", "rope_local_base_freq"):
         plain.pop(name, None)
-    fallen = AutoConfig.for_model(**plain).rope_parameters
-    assert fallen != trained.rope_parameters or shape in ("linear", "longrope"), "the older names decide"
+    without = AutoConfig.for_model(**plain).rope_parameters
+    assert without != trained.rope_parameters or shape in ("linear", "longrope"), "the old keys are read"

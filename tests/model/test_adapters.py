@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
-from nesso_tune.export.final_folder import whole_model
+from nesso_tune.export.final_folder import gather_final_model
 from nesso_tune.model.adapters import adapt, check_adapter, quantise, round_weights
 from nesso_tune.planning.memory import adapter_parameters
 from nesso_tune.planning.shapes import shape_of
@@ -33,7 +33,7 @@ def test_what_is_trained_and_what_is_not(tmp_path, kind, tied):
     after = dict(held.named_parameters())
     assert all(torch.equal(after[name], value) for name, value in before.items()), "the base is frozen"
     assert all(p.dtype == torch.float32 for p in held.parameters() if p.requires_grad), "masters are float32"
-    final, state = whole_model(held, held, model, chat, seed=1)
+    final, state = gather_final_model(held, held, model, chat, seed=1)
     for table in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
         changed = (state[table] != plain.state_dict()[table]).any(dim=1).nonzero().flatten().tolist()
         assert changed == chat.new_ids, "the new rows, and no other"
@@ -50,7 +50,7 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
     learn(held, dtype)
     trained = logits(held, dtype)
     assert apart(trained, start) > 0.1
-    final, _ = whole_model(held, held, model, chat, seed=1)
+    final, _ = gather_final_model(held, held, model, chat, seed=1)
     exact, within = logits(final), 1e-5 if dtype == "float32" else 0.03
     assert apart(exact, trained) < within
     assert apart(logits(final.to(getattr(torch, dtype))), trained) < within

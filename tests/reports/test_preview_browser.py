@@ -1,4 +1,4 @@
-"""The page in a real browser: colours as the labels say, nothing asked of the network, readable on a phone."""
+"""The preview page in a browser: colours follow the labels, no network requests, readable on a phone."""
 
 import shutil
 
@@ -8,10 +8,10 @@ from nesso_tune import preview
 from tests.support.runs import recipe
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 COLOURS = """() => [...document.querySelectorAll('.text .t')].map(t => {
   const style = getComputedStyle(t);
-  return [t.classList.contains('learned'), t.classList.contains('control'), style.backgroundColor, style.color];
+  return [t.classList.contains('supervised'), t.classList.contains('control'), style.backgroundColor, style.color];
 })"""
 
 
@@ -33,14 +33,16 @@ def file(tmp_path, talks):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_say_what_is_learned_and_what_is_a_control(browser, file, scheme):
+def test_supervised_and_control_tokens_have_their_colours(browser, file, scheme):
     page = browser.new_page(color_scheme=scheme)
     page.goto(file.as_uri())
     tokens = page.evaluate(COLOURS)
     assert len(tokens) > 50
-    backgrounds = {learned: {back for yes, _, back, _ in tokens if yes is learned} for learned in (True, False)}
+    backgrounds = {
+        label: {background for supervised, _, background, _ in tokens if supervised is label} for label in (True, False)
+    }
     assert len(backgrounds[True]) == 1
-    assert backgrounds[False] == {"rgba(0, 0, 0, 0)"}, "what is not learned has no background"
+    assert backgrounds[False] == {"rgba(0, 0, 0, 0)"}, "unsupervised tokens have no background"
     inks = {control: {ink for _, c, _, ink in tokens if c is control} for control in (True, False)}
     assert len(inks[True]) == 1
     assert not inks[True] & inks[False]
@@ -48,12 +50,12 @@ def test_colours_say_what_is_learned_and_what_is_a_control(browser, file, scheme
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_screen_and_nothing_is_fetched(browser, file, width):
+def test_the_page_fits_the_screen_and_loads_nothing(browser, file, width):
     page = browser.new_page(viewport={"width": width, "height": 844})
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
     page.goto(file.as_uri())
-    assert asked == [file.as_uri()]
+    assert requests == [file.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert (
         page.evaluate(
@@ -64,7 +66,7 @@ def test_nothing_is_wider_than_the_screen_and_nothing_is_fetched(browser, file, 
     page.close()
 
 
-def test_borders_of_tokens_show_on_hover(browser, file):
+def test_token_boundaries_show_on_hover(browser, file):
     page = browser.new_page()
     page.goto(file.as_uri())
     first = page.locator(".text").first

@@ -1,1 +1,1 @@
-"""What tests share: small real recipes and runs."""
+"""Shared by the tests: small real recipes and runs."""

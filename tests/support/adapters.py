@@ -1,4 +1,4 @@
-"""Tiny bases, and models with an adapter on them."""
+"""Tiny base models with adapters."""
 
 import copy
 import json
@@ -16,11 +16,13 @@ from nesso_tune.recipes.sections import ChatSection, LoraSection, ModelSection
 from tests.support.runs import BASE, recipe
 
 KINDS = ("lora", "dora", "qlora")
-ROWS = torch.tensor([[2, 40, 41, 42, 3, 43], [2, 50, 51, 3, 52, 53]])  # 2 and 3 are the renamed chat tokens
+ROWS = torch.tensor(
+    [[2, 40, 41, 42, 3, 43], [2, 50, 51, 3, 52, 53]]
+)  # 2 and 3 are chat tokens in renamed reserved slots
 
 
 def base_in(parent, tied=True, **more):
-    """A base with weights of its own, embeddings and head tied or not; `more` goes into its config.json."""
+    """Saves a base with random weights, with tied or untied embeddings; `more` is added to its config.json."""
     folder = parent / f"base-{tied}"
     shutil.copytree(BASE, folder, dirs_exist_ok=True)
     config = AutoConfig.from_pretrained(folder)
@@ -33,7 +35,7 @@ def base_in(parent, tied=True, **more):
 
 
 def adapted(folder, kind, dtype="float32", **section):
-    """The base, the same with an adapter, and what they are made of."""
+    """The base, a copy with an adapter, the model section and the chat tokenizer."""
     model = ModelSection(base=str(folder), dtype=dtype, adapter=LoraSection(type=kind, r=4, **section))
     chat = chat_tokenizer(model, ChatSection())
     plain = load_model(model, chat, seed=1)
@@ -43,7 +45,7 @@ def adapted(folder, kind, dtype="float32", **section):
 
 
 def learn(model, dtype="float32"):
-    """A few steps of AdamW."""
+    """Five steps of AdamW."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     for _ in range(5):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -64,7 +66,7 @@ def apart(one, other):
 
 
 def switch_off(model):
-    """Lets every layer answer as it would without the adapter."""
+    """Disables the adapters of all layers."""
     for module in model.modules():
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             module.enable_adapters(False)

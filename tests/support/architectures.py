@@ -1,7 +1,7 @@
-"""Tiny random bases of every causal-LM architecture of transformers, made from their configuration classes.
+"""Tiny random models of every causal-LM architecture of transformers, built from their configuration classes.
 
-No architecture is known here by name: sizes are set by what configurations call them, and the first set of sizes with
-which the model scores a row of tokens is taken.
+No architecture is listed by name: sizes are set by the names of configuration fields, and variants are tried until the
+model runs a forward pass.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 ROOT = Path(__file__).parent.parent.parent
 TOKENIZER = ROOT / "recipes" / "quickstart" / "base"
 VOCABULARY = 1823
-MOST = 20_000_000  # parameters of what is still tiny
+MAX_PARAMETERS = 20_000_000
 SIZES = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size", "lru_width"), 64),
@@ -41,10 +41,10 @@ SIZES = {
     "index_head_dim": 16, "index_n_heads": 4, "num_kv_shared_layers": 0,
 }  # fmt: skip
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
-# What is tried in turn: more layers for those that have several kinds, heads that are not grouped, ids, wider states.
+# Variants in order: layer types, more layers, ungrouped heads, own special-token ids, wider states.
 KINDS = (("conv", "full_attention"), ("linear_attention", "full_attention"), ("mamba", "attention"),
          ("mamba", "hybrid"), ("recurrent", "attention"), ("sliding_attention", "full_attention"))  # fmt: skip
-LADDER: tuple[dict[str, Any], ...] = (
+VARIANTS: tuple[dict[str, Any], ...] = (
     *({"kinds": kinds} for kinds in KINDS),
     {}, {"layers": 4}, {"ids": "own"}, {"heads": 4}, {"heads": 4, "layers": 4}, {"ids": "own", "layers": 4},
     {"layers": 6}, {"layers": 8}, {"heads": 4, "layers": 8}, {"free": True}, {"free": True, "layers": 4},
@@ -54,77 +54,81 @@ LADDER: tuple[dict[str, Any], ...] = (
 
 
 class CannotBeBuilt(Exception):
-    """No set of sizes gives a model that scores a row of tokens."""
+    """No variant gives a model that runs a forward pass."""
 
 
 def architectures() -> Iterator[type]:
-    """Configuration classes of all causal language models, each once."""
+    """Configuration classes of all causal language models, without repetition."""
     return iter(dict.fromkeys(MODEL_FOR_CAUSAL_LM_MAPPING.keys()))
 
 
 def tiny(kind: type) -> PreTrainedModel:
-    """A model of a configuration class that scores a row of tokens.
+    """A tiny model of a configuration class that runs a forward pass.
 
     Raises:
-        CannotBeBuilt: with the first reason of each kind.
+        CannotBeBuilt: with the first two distinct errors.
     """
     reasons: dict[str, None] = {}
-    for step in LADDER:
+    for variant in VARIANTS:
         try:
-            return _scores(_made(kind, step))
-        except Exception as error:  # whatever a configuration or a model says of sizes that do not fit
+            return _checked(_build(kind, variant))
+        except Exception as error:  # any error of a configuration or model with these sizes
             text = (str(error).strip().splitlines() or [""])[0]
             reasons[f"{type(error).__name__}: {text}"[:160]] = None
     raise CannotBeBuilt("; ".join(list(reasons)[:2]))
 
 
-def _made(kind: type, step: dict[str, Any]) -> PreTrainedModel:
-    config = kind(**_options(kind, step))
+def _build(kind: type, variant: dict[str, Any]) -> PreTrainedModel:
+    config = kind(**_options(kind, variant))
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > MOST:
-        raise ValueError(f"{size:,} parameters at the sizes that are known")
+    if size > MAX_PARAMETERS:
+        raise ValueError(f"{size:,} parameters with the known size fields")
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def _options(kind: type, step: dict[str, Any]) -> dict[str, Any]:
-    """Sizes for all that a configuration has of them, in parts of it too."""
+def _options(kind: type, variant: dict[str, Any]) -> dict[str, Any]:
+    """Values for all size fields of a configuration, including nested configurations."""
     default: Any = kind()
     known = default.to_dict()
-    if "kinds" in step and not {"layer_types", "layers_block_type"} & {*known} and not getattr(kind, "sub_configs", 0):
-        raise ValueError("has no kinds of layers")
+    if (
+        "kinds" in variant
+        and not {"layer_types", "layers_block_type"} & {*known}
+        and not getattr(kind, "sub_configs", 0)
+    ):
+        raise ValueError("has no layer types")
     options = {name: value for name, value in SIZES.items() if name in known}
-    layers = step.get("layers", 2)
+    layers = variant.get("layers", 2)
     for name, value in list(options.items()):
         if "layers" in name and value == 2:
             options[name] = layers
-        if step.get("free") and ("head_dim" in name or "key_value" in name or known[name] is None):
+        if variant.get("free") and ("head_dim" in name or "key_value" in name or known[name] is None):
             del options[name]
-        if name == "num_key_value_heads" and "heads" in step:
-            options[name] = step["heads"]
-        if name == "num_heads" and "states" in step:
-            options[name] = step["states"]
+        if name == "num_key_value_heads" and "heads" in variant:
+            options[name] = variant["heads"]
+        if name == "num_heads" and "states" in variant:
+            options[name] = variant["states"]
     options = {name: value for name, value in options.items() if value is not None}
-    for name, value in known.items():  # of layers that are not there
+    for name, value in known.items():  # indices of layers that do not exist
         if isinstance(value, list) and value and all(isinstance(i, int) and i >= 2 for i in value) and "layer" in name:
             options[name] = [1]
-    if "kinds" in step:
-        options |= {name: list(step["kinds"]) for name in ("layer_types", "layers_block_type") if name in known}
+    if "kinds" in variant:
+        options |= {name: list(variant["kinds"]) for name in ("layer_types", "layers_block_type") if name in known}
     options |= {name: 0.0 for name, value in known.items() if "drop" in name and isinstance(value, float)}
     for place, name in enumerate(IDS):
         own = known.get(name)
         fits = isinstance(own, int) and 0 <= own < VOCABULARY
-        options[name] = None if step.get("ids") != "own" else own if fits else place
+        options[name] = None if variant.get("ids") != "own" else own if fits else place
     for name in getattr(kind, "sub_configs", None) or {}:
         part = getattr(default, name, None)
         if hasattr(part, "to_dict"):
-            options[name] = _options(type(part), step)
+            options[name] = _options(type(part), variant)
     return options
 
 
-def _scores(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, if it scores a row of tokens, with weights that hide nothing: logits spread, biases are not 0."""
+def _checked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model after a forward pass, with nonzero biases and a head scaled for a wide spread of logits."""
     model.eval()
     ids = torch.arange(3, 14)[None]
     cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}

@@ -1,4 +1,4 @@
-"""The command line whose second process finds the disk full when it first saves. For tests only."""
+"""The command line with a full disk on rank 1 at its first checkpoint. For tests only."""
 
 import errno
 

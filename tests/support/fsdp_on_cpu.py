@@ -1,7 +1,7 @@
 """Runs the command line with FSDP on CPU processes. For tests only.
 
-Stock accelerate quietly turns FSDP on CPU into DDP: it promotes only GPU kinds. This promotes `MULTI_CPU` the same
-way, so that real FSDP2 (gloo, DTensor parameters) can be tested without a GPU.
+accelerate silently replaces FSDP by DDP on CPU, because it only promotes the distributed types of GPUs. This patch
+promotes `MULTI_CPU` too, which allows testing FSDP2 (gloo, DTensor parameters) without a GPU.
 """
 
 from accelerate.state import AcceleratorState, PartialState
@@ -10,7 +10,7 @@ from accelerate.utils import DistributedType
 original = AcceleratorState.__init__
 
 
-def promoted(self, *arguments, **options):
+def init_with_fsdp(self, *arguments, **options):
     original(self, *arguments, **options)
     plugin = options.get("fsdp_plugin")
     if plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
@@ -21,7 +21,7 @@ def promoted(self, *arguments, **options):
         self.fsdp_plugin = plugin
 
 
-AcceleratorState.__init__ = promoted
+AcceleratorState.__init__ = init_with_fsdp
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

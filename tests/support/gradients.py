@@ -1,4 +1,4 @@
-"""Keeps the gradients of a run's first optimizer step, before clipping. For tests only."""
+"""Saves the gradients of the first optimizer step before clipping. For tests only."""
 
 import os
 
@@ -11,8 +11,8 @@ from nesso_tune.training.trainer import TrackedTrainer
 clip = TrackedTrainer._clip_grad_norm
 
 
-def kept(self, model):
-    """Stands for `_clip_grad_norm`; FIRST_GRADIENTS names the file that gets them, whole and by canonical name."""
+def clip_and_save(self, model):
+    """Replaces `_clip_grad_norm`: writes the full gradients by canonical name to the file FIRST_GRADIENTS."""
     file = os.environ.get("FIRST_GRADIENTS")
     if file and self.state.global_step == 0:
         gradients = {canonical(name): p.grad for name, p in model.named_parameters() if p.grad is not None}

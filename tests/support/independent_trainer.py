@@ -1,7 +1,7 @@
-"""A whole SFT or DPO run in plain torch, written from the documentation alone: no nesso-tune, TRL or accelerate.
+"""SFT and DPO training in plain torch, implemented from the documentation without nesso-tune, TRL or accelerate.
 
-Every document goes through the model by itself, in float64: nothing can leak, and there is no mask or padding to get
-wrong. The caller says which documents each optimizer step has, since shuffling and packing are the product's own.
+Each document has its own forward pass in float64, without masks or padding, so there is no leakage between documents.
+The caller provides the documents of each optimizer step, because shuffling and packing belong to nesso-tune.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-Given = Callable[[Sequence[int]], Tensor]  # log-probabilities of tokens under the reference
+LogProbs = Callable[[Sequence[int]], Tensor]  # token log-probabilities under the reference model
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Numbers of a run, by their names in a recipe."""
+    """Hyperparameters, named as in a recipe."""
 
     learning_rate: float
     warmup_steps: int
@@ -41,7 +41,7 @@ class Settings:
 
 @dataclass
 class Result:
-    """Loss, gradient norm and learning rate of each step; weights at the end."""
+    """Loss, gradient norm and learning rate of each step, and the final weights."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Result:
 
 
 class ChatML:
-    """`<|im_start|>role`, line break, text, `<|im_end|>`, line break; header and text are encoded apart."""
+    """`<|im_start|>role\\n` text `<|im_end|>\\n`; header and text are tokenized separately."""
 
     def __init__(self, folder: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -63,49 +63,49 @@ class ChatML:
         return [self._start, *self.text(f"{role}\n")]
 
     def conversation(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Ids, and which of them are learned: text and end token of the assistant's turns."""
+        """Token ids and the supervision mask: text and end token of assistant turns."""
         ids: list[int] = []
-        learned: list[bool] = []
+        supervised: list[bool] = []
         for message in messages:
             header, turn, after = self.header(message["role"]), self.answer(message["content"]), self.text("\n")
             ids += [*header, *turn, *after]
-            is_taught = message["role"] == "assistant"
-            learned += [False] * len(header) + [is_taught] * len(turn) + [False] * len(after)
-        return ids, learned
+            is_supervised = message["role"] == "assistant"
+            supervised += [False] * len(header) + [is_supervised] * len(turn) + [False] * len(after)
+        return ids, supervised
 
     def answer(self, text: str) -> list[int]:
         return [*self.text(text), self._end]
 
 
 def token_log_probs(model: Any, ids: Sequence[int]) -> Tensor:
-    """Log-probabilities of all tokens but the first, [length - 1]."""
+    """Log-probabilities of all tokens except the first, [length - 1]."""
     tensor = torch.tensor(ids)
     scores = model(input_ids=tensor[None]).logits[0, :-1].double().log_softmax(-1)
     return scores.gather(-1, tensor[1:, None])[:, 0]
 
 
-def sft_step(model: Any, _: Given, chat: ChatML, conversations: Sequence[Any], settings: Settings) -> float:
-    """Mean negative log-likelihood of the learned tokens of a step; its gradient is added up in the weights."""
+def sft_step(model: Any, _: LogProbs, chat: ChatML, conversations: Sequence[Any], settings: Settings) -> float:
+    """Mean negative log-likelihood of the supervised tokens of a step; gradients accumulate in the weights."""
     encoded = [chat.conversation(messages) for messages in conversations]
-    count, total = sum(sum(learned[1:]) for _, learned in encoded), 0.0
-    for ids, learned in encoded:
-        loss = -token_log_probs(model, ids)[torch.tensor(learned[1:])].sum() / count
+    count, total = sum(sum(supervised[1:]) for _, supervised in encoded), 0.0
+    for ids, supervised in encoded:
+        loss = -token_log_probs(model, ids)[torch.tensor(supervised[1:])].sum() / count
         loss.backward()
         total += float(loss.detach())
     return total
 
 
-def dpo_step(model: Any, given: Given, chat: ChatML, pairs: Sequence[Any], settings: Settings) -> float:
-    """sigmoid: mean over the pairs of a step; sft: mean over the tokens of their chosen answers."""
+def dpo_step(model: Any, reference: LogProbs, chat: ChatML, pairs: Sequence[Any], settings: Settings) -> float:
+    """DPO sigmoid loss, mean over pairs, plus the SFT term, mean over the tokens of chosen answers."""
     count, total = sum(len(chat.answer(pair["chosen"])) for pair in pairs), 0.0
     for pair in pairs:
-        asked = [*chat.header("user"), *chat.answer(pair["prompt"]), *chat.text("\n"), *chat.header("assistant")]
+        prompt = [*chat.header("user"), *chat.answer(pair["prompt"]), *chat.text("\n"), *chat.header("assistant")]
         answers = [chat.answer(pair[side]) for side in ("chosen", "rejected")]
         shared, shifts = min(map(len, answers)), []
         for answer in answers:
-            whole, start = [*asked, *answer], len(asked) - 1
+            whole, start = [*prompt, *answer], len(prompt) - 1
             own = token_log_probs(model, whole)[start:]
-            shifts.append((own - given(whole)[start:], own))
+            shifts.append((own - reference(whole)[start:], own))
         gaps = [shift[:shared].sum() + settings.ld_alpha * shift[shared:].sum() for shift, _ in shifts]
         preference = -logsigmoid(settings.beta * (gaps[0] - gaps[1])) / len(pairs)
         loss = preference - shifts[0][1].sum() * settings.sft / count
@@ -115,16 +115,16 @@ def dpo_step(model: Any, given: Given, chat: ChatML, pairs: Sequence[Any], setti
 
 
 def rate_at(step: int, steps: int, settings: Settings) -> float:
-    """Warm-up from 0, then half a cosine down to `min_ratio` at `constant_ratio` of the run, then constant."""
+    """Linear warm-up, cosine decay to `min_ratio` at `constant_ratio` of the run, then constant."""
     if step < settings.warmup_steps:
         return settings.learning_rate * step / settings.warmup_steps
-    way = (step - settings.warmup_steps) / (settings.constant_ratio * steps - settings.warmup_steps)
-    falling = (1 + math.cos(math.pi * min(way, 1.0))) / 2
-    return settings.learning_rate * (settings.min_ratio + (1 - settings.min_ratio) * falling)
+    progress = (step - settings.warmup_steps) / (settings.constant_ratio * steps - settings.warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    return settings.learning_rate * (settings.min_ratio + (1 - settings.min_ratio) * cosine)
 
 
 def train(base: Path, steps: Sequence[Sequence[Any]], step_loss: Any, settings: Settings) -> Result:
-    """AdamW over the steps, each the documents of a global batch, from the weights in a folder."""
+    """AdamW from the weights in `base`; each item of `steps` holds the documents of one global batch."""
     model, frozen = (
         AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager").double().eval() for _ in range(2)
     )
@@ -144,7 +144,7 @@ def train(base: Path, steps: Sequence[Sequence[Any]], step_loss: Any, settings: 
             first[name] = decay1 * first[name] + (1 - decay1) * gradient
             second[name] = decay2 * second[name] + (1 - decay2) * gradient**2
             mean, variance = first[name] / (1 - decay1 ** (step + 1)), second[name] / (1 - decay2 ** (step + 1))
-            shrink = rate * settings.weight_decay if weight.ndim > 1 else 0.0  # norms and biases do not decay
+            shrink = rate * settings.weight_decay if weight.ndim > 1 else 0.0  # no decay of norms and biases
             weight.data = weight.data * (1 - shrink) - rate * mean / (variance.sqrt() + settings.epsilon)
     found.weights = {name: weight.detach() for name, weight in weights.items()}
     return found

@@ -1,8 +1,8 @@
-"""The command line that kills itself at one of its writes, once a checkpoint exists. For tests only.
+"""The command line that sends itself SIGKILL at a given write after the first checkpoint. For tests only.
 
-KILL_IN: the run directory. KILL_AT_WRITE: the number of the write. KILL_RANK: of which of several processes, which then
-run under FSDP. Counted are files and folders that are opened for
-writing, made, renamed or removed there; files of tensors twice: before, and when half of one is on the disk.
+KILL_IN: run directory. KILL_AT_WRITE: index of the write. KILL_RANK: rank to kill under FSDP with several processes.
+A write is a file or folder in the run directory that is opened for writing, created, renamed or removed. A tensor file
+counts twice: before it is written, and truncated to half its size.
 """
 
 import os
@@ -39,14 +39,14 @@ def hook(event, arguments):
         count()
 
 
-def torn(tensors, file):
+def truncated_save(tensors, file):
     count()
     save(tensors, file)
     count(half=Path(file))
 
 
 if os.environ.get("KILL_RANK", "0") == os.environ.get("RANK", "0"):
-    checkpoint.save_file = torn
+    checkpoint.save_file = truncated_save
     sys.addaudithook(hook)
 
 if __name__ == "__main__":

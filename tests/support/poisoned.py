@@ -1,7 +1,7 @@
-"""The command line with a loss that is NaN at one step on one process. For tests only.
+"""The command line with a NaN loss at one step on one rank. For tests only.
 
-NAN_AT_STEP, NAN_AT_RANK: where. NAN_IN=weights: in the last row of the first weight instead, after that step; of
-sharded weights, in the shard of that process.
+NAN_AT_STEP, NAN_AT_RANK: step and rank. NAN_IN=weights: NaN in the last row of the first weight after that step
+instead; with sharded weights, in the shard of that rank.
 """
 
 import math
@@ -17,24 +17,24 @@ STEP, RANK = int(os.environ["NAN_AT_STEP"]), int(os.environ["NAN_AT_RANK"])
 compute = ConversationTrainer.compute_loss
 
 
-def wrong(self, *arguments, **options):
+def nan_loss(self, *arguments, **options):
     loss = compute(self, *arguments, **options)
     here = self.state.global_step + 1 == STEP and self.accelerator.process_index == RANK
     return loss * math.nan if here else loss
 
 
-def spoil(self, args, state, control, model=None, **more):
+def nan_weight(self, args, state, control, model=None, **more):
     weight = next(iter(model.parameters())).detach()
     sharded = isinstance(weight, DTensor)
     if state.global_step == STEP and (not sharded or int(os.environ["RANK"]) == RANK):
         (weight.to_local() if sharded else weight)[-1] = math.nan
-    return paced(self, args, state, control, model=model, **more)
+    return on_step_end(self, args, state, control, model=model, **more)
 
 
 if os.environ.get("NAN_IN") == "weights":
-    paced, Pace.on_step_end = Pace.on_step_end, spoil
+    on_step_end, Pace.on_step_end = Pace.on_step_end, nan_weight
 else:
-    ConversationTrainer.compute_loss = wrong
+    ConversationTrainer.compute_loss = nan_loss
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

@@ -1,4 +1,4 @@
-"""Recipe texts that the tests of this folder build on, and short ways to read them."""
+"""Recipe texts for the tests, and helpers to validate them."""
 
 import pytest
 
@@ -18,26 +18,26 @@ DPO = SFT.replace("method: sft", "method: dpo")
 
 
 def read(text):
-    """The recipe that a text holds."""
+    """Parses and validates a recipe text."""
     return validate(parse_document(text, "r.yaml"))
 
 
 def problems(text):
-    """All that is wrong with a text."""
+    """All problems of a recipe text."""
     with pytest.raises(RecipeError) as caught:
         read(text)
     return caught.value.problems
 
 
 def problem(text):
-    """The one thing that is wrong with a text, as it is printed."""
+    """The only problem of a recipe text, as printed."""
     found = problems(text)
     assert len(found) == 1, [str(one) for one in found]
     return str(found[0])
 
 
 def with_value(recipe, path, value):
-    """The document of a recipe's text with one key set; in a list, that of its first entry."""
+    """The parsed recipe text with one key replaced; in lists, in the first entry."""
     document = parse_document(recipe, "r.yaml")
     node = document.value
     for part in path[:-1]:

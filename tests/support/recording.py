@@ -1,6 +1,6 @@
-"""The command line with FSDP on CPU processes, noting what each process does. For tests only.
+"""The command line with FSDP on CPU and a log of the rows each process reads. For tests only.
 
-ROWS_READ: a file that gets the position of every row of the run that is read. FIRST_GRADIENTS: see `gradients.py`.
+ROWS_READ: file for the position of every row that is read. FIRST_GRADIENTS: see `gradients.py`.
 """
 
 import json
@@ -9,19 +9,19 @@ import os
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
 from nesso_tune.training.dataset import RunOrder
 from nesso_tune.training.trainer import TrackedTrainer
-from tests.support.gradients import kept
+from tests.support.gradients import clip_and_save
 
 read = RunOrder.__getitem__
 
 
-def noted(self, position):
+def logged_read(self, position):
     if file := os.environ.get("ROWS_READ"):
         with open(file, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(position) + "\n")
     return read(self, position)
 
 
-RunOrder.__getitem__, TrackedTrainer._clip_grad_norm = noted, kept
+RunOrder.__getitem__, TrackedTrainer._clip_grad_norm = logged_read, clip_and_save
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

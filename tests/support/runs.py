@@ -1,4 +1,4 @@
-"""Small real runs: a tiny Llama over the quickstart's tokenizer, a handful of rows, float32, one thread."""
+"""Small real runs: a tiny Llama with the quickstart tokenizer, few rows, float32, one thread."""
 
 import json
 import os
@@ -14,13 +14,13 @@ from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.schema import RECIPES
 from tests.support.processes import ROOT, command, several  # noqa: F401 - with the runs that they start
 
-# Cases whose parts other cases have too; by hand: NESSO_TUNE_ALL=1 make test
-thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="by hand: NESSO_TUNE_ALL=1")
+# Cases that other cases cover in part; NESSO_TUNE_ALL=1 make test
+thorough = pytest.mark.skipif("NESSO_TUNE_ALL" not in os.environ, reason="needs NESSO_TUNE_ALL=1")
 BASE = ROOT / "recipes" / "quickstart" / "base"
 
 
 def recipe(method, output_dir, sources, **sections):
-    """A recipe of few steps; `sections` override keys, section by section."""
+    """A recipe with few steps; `sections` override single keys of its sections."""
     raw = {
         "method": method,
         "output_dir": str(output_dir),
@@ -37,20 +37,20 @@ def recipe(method, output_dir, sources, **sections):
 
 
 def sums(folder):
-    """Twelve short rows as a file: for fixtures that are made once for several tests."""
+    """A file of twelve short rows, for module-scoped fixtures."""
     rows = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "rows.jsonl"
 
 
 def loaded(some):
-    """Prepared data and model of a recipe."""
+    """The prepared data and the loaded model of a recipe."""
     data = prepare_data(some)
     return data, load_model(some.model, data.chat, some.seed)
 
 
 def write_recipe(path, some):
-    """The recipe as a file."""
+    """Writes the recipe as YAML and returns the path as text."""
     path.write_text(some.to_yaml(), encoding="utf-8")
     return str(path)
 
@@ -78,7 +78,7 @@ def main_here(capsys, *arguments):
 
 
 def lonely(rank, port):
-    """What a launcher tells one of two processes, where the other never comes."""
+    """Launcher variables of one of two ranks of which the other never joins."""
     return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
 
@@ -89,5 +89,5 @@ def metrics(run):
 
 
 def steps(run, key="loss"):
-    """{step: value} of a metric, over the lines of training and of evaluations."""
+    """{step: value} of a metric in training and evaluation lines."""
     return {line["step"]: line[key] for line in metrics(run) if key in line and "event" not in line}

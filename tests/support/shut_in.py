@@ -1,6 +1,6 @@
-"""The command line without a way out: what would reach another machine is noted and refused. For tests only.
+"""The command line without network access: connections to other machines are logged and refused. For tests only.
 
-WAYS_OUT: the file that gets them.
+WAYS_OUT: log file.
 """
 
 import os
@@ -15,7 +15,7 @@ def hook(event, arguments):
     where = arguments[1] if event in ("socket.connect", "socket.sendto", "socket.bind") else arguments[0]
     host = where[0] if isinstance(where, tuple) else where
     if isinstance(where, (str, bytes)) and event in ("socket.connect", "socket.sendto", "socket.bind"):
-        return  # a socket of this machine's own
+        return  # a Unix socket
     if host in (None, "", "localhost", "127.0.0.1", "::1") or str(host) == os.uname().nodename:
         return
     with open(os.environ["WAYS_OUT"], "a", encoding="utf-8") as log:

@@ -337,7 +337,9 @@ def test_final_in_the_precision_that_is_saved(value, dtype, said):
 
 def test_nothing_is_published_that_is_not_finite(tmp_path, talks, monkeypatch):
     """Weights that the checkpoint's check has passed, and that their merge, or what comes after it, has spoiled."""
-    monkeypatch.setattr("nesso_tune.run.whole_model", lambda trained, model, *_: (model, {"w": torch.tensor(math.nan)}))
+    monkeypatch.setattr(
+        "nesso_tune.run.gather_final_model", lambda trained, model, *_: (model, {"w": torch.tensor(math.nan)})
+    )
     with pytest.raises(NumericalError, match=r"step 4: 1 values are not finite \(first in w\); final/ is not written"):
         train(recipe("sft", tmp_path / "run", [talks], evaluation=None))
     assert checkpoints(tmp_path / "run")[0].name == "checkpoint-4"

@@ -1,6 +1,6 @@
-"""What gpu_benchmark.py runs in processes of their own, each of which prints a JSON line:
+"""Subprocesses of gpu_benchmark.py; each prints its result as one JSON line.
 
-python scripts/gpu_benchmark_sides.py setup|look|trl WORK [CASE]
+python scripts/gpu_benchmark_child.py setup|look|trl WORK [CASE]
 """
 
 import json
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from gpu_benchmark_look import look
-from gpu_benchmark_work import METHODS, QUICKSTART, RATES, SEED, Case, Size
+from gpu_benchmark_accuracy import compare_accuracy
+from gpu_benchmark_cases import METHODS, QUICKSTART, RATES, SEED, Case, Size
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -29,16 +29,16 @@ ON_GPU = torch.cuda.is_available()
 
 
 def rows_of(size: Size, method: str, work: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Prepared data, and the rows of a run in the order in which ours trains on them."""
+    """Prepared data and the rows of a run in training order."""
     data = prepare_data(load_recipe(str(work / f"{method}.yaml")))
     wanted = size.rows(method)
     if len(data.train) < wanted:
-        raise ValueError(f"{method}: {len(data.train)} rows are too few for a run of {wanted}")
+        raise ValueError(f"{method}: a run needs {wanted} rows, but there are {len(data.train)}")
     return data, [data.stream[i] for i in range(wanted)]
 
 
 def setup(size: Size, work: Path) -> dict[str, Any]:
-    """Makes the base, with random weights, and says where this is and what each step has to do."""
+    """Saves a base model with random weights; returns facts about the machine and the workload of each step."""
     base = work / "base"
     chat = chat_tokenizer(ModelSection(base=str(QUICKSTART / "base")), ChatSection())
     torch.manual_seed(SEED)
@@ -48,7 +48,7 @@ def setup(size: Size, work: Path) -> dict[str, Any]:
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(base)
-    chat.save(base)  # ready for chat, so that both sides begin with the same rows for its tokens
+    chat.save(base)  # both sides then start with the same embeddings of the chat tokens
     operations = Operations.of(model)
     return {
         "gpu": torch.cuda.get_device_name() if ON_GPU else "CPU",
@@ -56,7 +56,7 @@ def setup(size: Size, work: Path) -> dict[str, Any]:
         "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
         "flash_attn": find_spec("flash_attn") is not None,
         "parameters": model.num_parameters(),
-        **{method: [work_of(rows, operations) for rows in steps(size, method, work)] for method in METHODS},
+        **{method: [workload(rows, operations) for rows in steps(size, method, work)] for method in METHODS},
     }
 
 
@@ -66,8 +66,8 @@ def steps(size: Size, method: str, work: Path) -> list[list[dict[str, Any]]]:
     return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
-def work_of(rows: list[dict[str, Any]], operations: Operations) -> dict[str, float]:
-    """What must be read, learned and computed of some rows, the same for both sides."""
+def workload(rows: list[dict[str, Any]], operations: Operations) -> dict[str, float]:
+    """Rows, tokens and operations of a step, the same for both sides."""
     if "labels" in rows[0]:
         tokens = sum(len(row["input_ids"]) for row in rows)
         supervised = sum(label != -100 for row in rows for label in row["labels"])
@@ -80,14 +80,14 @@ def work_of(rows: list[dict[str, Any]], operations: Operations) -> dict[str, flo
 
 
 def trl_attention(traits: tuple[str, ...] = ()) -> str:
-    """The kernel that TRL gets: flash attention where it is installed."""
+    """Attention implementation for TRL: flash attention if installed."""
     if "flex" in traits:
         return "flex_attention"
     return "flash_attention_2" if find_spec("flash_attn") and ON_GPU else "sdpa"
 
 
-class Watch(TrainerCallback):
-    """Notes when each step was logged, which waits for the device, and its loss."""
+class StepTimer(TrainerCallback):
+    """Records time and loss of each logged step. Logging synchronizes with the device."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -95,7 +95,7 @@ class Watch(TrainerCallback):
         self._began = 0.0
 
     def begin(self) -> None:
-        """Seconds count from here."""
+        """Starts the clock."""
         self._began = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -106,7 +106,7 @@ class Watch(TrainerCallback):
 
 
 class PreparedPairs(DPOTrainer):
-    """TRL's trainer on pairs that are token ids already, with the pass over its reference timed."""
+    """DPOTrainer for tokenized pairs that times the precomputation of reference log-probabilities."""
 
     reference_s = 0.0
 
@@ -121,8 +121,8 @@ class PreparedPairs(DPOTrainer):
 
 
 def trl(size: Size, case: Case, work: Path) -> dict[str, Any]:
-    """A run of TRL on the same rows in the same order and precision."""
-    method, traits, base, watch = case.method, case.traits, work / "base", Watch()
+    """Trains with TRL on the same rows in the same order and precision."""
+    method, traits, base, watch = case.method, case.traits, work / "base", StepTimer()
     rows, tokenizer = rows_of(size, method, work)[1], AutoTokenizer.from_pretrained(base)
     liger = ON_GPU and find_spec("liger_kernel") is not None
     shared = {
@@ -149,12 +149,12 @@ def trl(size: Size, case: Case, work: Path) -> dict[str, Any]:
 
 
 def _sft(shared: dict[str, Any], given: dict[str, Any], rows: list[dict[str, Any]], traits: Any) -> SFTTrainer:
-    apart = "rows apart" in traits
+    separate = "rows apart" in traits
     columns = ("input_ids", "labels", "seq_lengths")
     data = Dataset.from_list([{name: row[name] for name in columns} for row in rows])
-    args = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}, packing=False, padding_free=not apart)
-    if apart:
-        given |= {"data_collator": rows_apart(given["processing_class"].pad_token_id)}
+    args = SFTConfig(**shared, dataset_kwargs={"skip_prepare_dataset": True}, packing=False, padding_free=not separate)
+    if separate:
+        given |= {"data_collator": separate_rows(given["processing_class"].pad_token_id)}
     return SFTTrainer(**given, args=args, train_dataset=data)
 
 
@@ -165,13 +165,13 @@ def _dpo(shared: dict[str, Any], given: dict[str, Any], rows: list[dict[str, Any
     return PreparedPairs(**given, args=args, train_dataset=data)
 
 
-def rows_apart(pad_id: int) -> Any:
-    """TRL's collator, but packed rows stay a batch: masks are then of one row each, not of all rows end to end."""
-    theirs = DataCollatorForLanguageModeling(pad_token_id=pad_id, return_position_ids=True)
+def separate_rows(pad_id: int) -> Any:
+    """TRL's collator, but packed rows remain a batch: attention masks then cover one row instead of the whole batch."""
+    collator = DataCollatorForLanguageModeling(pad_token_id=pad_id, return_position_ids=True)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = theirs(rows)
-        del batch["attention_mask"]  # transformers tells documents apart by their positions only where there is none
+        batch: dict[str, Any] = collator(rows)
+        del batch["attention_mask"]  # transformers separates documents by position_ids only without a mask
         batch["labels"][batch["position_ids"] == 0] = -100
         return batch
 
@@ -179,17 +179,19 @@ def rows_apart(pad_id: int) -> Any:
 
 
 def main() -> None:
-    """Does what the driver asks for."""
-    what, work = sys.argv[1], Path(sys.argv[2])
+    """Runs one command of gpu_benchmark.py."""
+    command, work = sys.argv[1], Path(sys.argv[2])
     size = Size(**json.loads((work / "size.json").read_text(encoding="utf-8")))
-    if what == "setup":
-        said = setup(size, work)
-    elif what == "look":
+    if command == "setup":
+        result = setup(size, work)
+    elif command == "look":
         section = load_recipe(str(work / "sft.yaml")).model
-        said = look(work, section, {method: rows_of(size, method, work) for method in METHODS}, trl_attention())
+        result = compare_accuracy(
+            work, section, {method: rows_of(size, method, work) for method in METHODS}, trl_attention()
+        )
     else:
-        said = trl(size, Case(**json.loads(sys.argv[3])), work)
-    print(json.dumps(said), flush=True)
+        result = trl(size, Case(**json.loads(sys.argv[3])), work)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The work of gpu_benchmark.py: a model and data made on the spot from a seed, recipes, and the cases to measure."""
+"""Workload of gpu_benchmark.py: seeded synthetic data, recipes, and the cases to measure."""
 
 import json
 from collections.abc import Iterator
@@ -18,15 +18,15 @@ RATES = {"sft": 1e-4, "dpo": 1e-6}
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is.
+    """Dimensions of the workload.
 
     Attributes:
-        model: the shape, as LlamaConfig takes it.
-        length: longest sequence by method; of SFT the packed row.
-        micro, accumulation: rows or pairs of a micro batch, and micro batches of a step, by method.
-        steps, first: steps by method, and how many of them are not counted.
-        document: tokens of a conversation, median and longest.
-        prompt, answer: tokens of a pair's parts, least and most.
+        model: arguments of LlamaConfig.
+        length: maximum sequence length by method; of the packed row in SFT.
+        micro, accumulation: micro batch size and micro batches per step, by method.
+        steps, first: steps by method, and how many of them are warm-up, not measured.
+        document: median and maximum tokens of a conversation.
+        prompt, answer: minimum and maximum tokens of the parts of a pair.
     """
 
     model: dict[str, Any]
@@ -40,7 +40,7 @@ class Size:
     answer: tuple[int, int]
 
     def rows(self, method: str) -> int:
-        """Rows of a whole run."""
+        """Number of rows of a run."""
         return self.steps[method] * self.micro[method] * self.accumulation[method]
 
 
@@ -77,7 +77,7 @@ class Case:
     Attributes:
         method: sft or dpo.
         side: ours or TRL.
-        traits: what is special about it.
+        traits: deviations from the default.
     """
 
     method: str
@@ -86,11 +86,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As the table has it."""
+        """Label in the tables."""
         return ", ".join([self.side, *self.traits])
 
 
-# What matters most first: a run that is cut off has it.
+# The most important cases first, in case a run is interrupted.
 CASES = (
     Case("sft", "ours"),
     Case("sft", "TRL"),
@@ -106,7 +106,7 @@ CASES = (
     Case("sft", "ours", ("checkpointing", "compiled")),
     Case("sft", "TRL", ("flex",)),
 )
-# The toy has one case of checkpointing and one of compiling; flex attention has no backward pass on a CPU.
+# The toy has one case each of checkpointing and compiling; flex attention has no backward pass on a CPU.
 NOT_IN_TOY = (
     Case("sft", "TRL", ("checkpointing",)),
     Case("sft", "TRL", ("rows apart", "checkpointing")),
@@ -116,7 +116,7 @@ NOT_IN_TOY = (
 
 
 def recipe(case: Case, size: Size, work: Path) -> dict[str, Any]:
-    """The recipe of a case; the rows are the same for all cases of a method."""
+    """The recipe of a case. All cases of a method train on the same rows."""
     method = case.method
     train: dict[str, Any] = {
         "max_steps": size.steps[method],
@@ -146,14 +146,14 @@ def recipe(case: Case, size: Size, work: Path) -> dict[str, Any]:
 
 
 def write_recipe(case: Case, size: Size, work: Path) -> Path:
-    """The recipe of a case as a file."""
+    """Writes the recipe of a case."""
     file = work / f"{case.method}.yaml"
     file.write_text(json.dumps(recipe(case, size, work)), encoding="utf-8")
     return file
 
 
-class Words:
-    """Texts of random words of a language, of about as many tokens as asked for."""
+class RandomText:
+    """Random words of a language, with approximately a given number of tokens."""
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng, self._words, self._per_word = rng, {}, {}
@@ -166,24 +166,24 @@ class Words:
             self._words[language], self._per_word[language] = found, len(tokens) / len(found)
 
     def text(self, language: str, tokens: float) -> str:
-        """At least one word."""
+        """A text of at least one word."""
         count = max(1, round(tokens / self._per_word[language]))
         return " ".join(self._rng.choice(self._words[language], size=count))
 
 
-TURN = 8  # tokens of the template around two messages
+TEMPLATE_TOKENS = 8  # around a user and an assistant message
 
 
 def conversations(size: Size) -> Iterator[dict[str, Any]]:
-    """As many as the rows of SFT hold, and a fifth more; the longest is rare, about half of the tokens are learned."""
+    """Conversations with 1.2 times the tokens of an SFT run, log-normal in length; about half of them supervised."""
     rng = np.random.default_rng([SEED, 0])
-    words, (median, longest) = Words(rng), size.document
+    words, (median, longest) = RandomText(rng), size.document
     left = 1.2 * size.rows("sft") * size.length["sft"]
     while left > 0:
         wanted = min(float(rng.lognormal(np.log(median), 0.9)), longest)
         language = str(rng.choice(["it", "en"]))
-        turns = min(int(rng.geometric(0.5)), max(1, int(wanted / (3 * TURN))))
-        each, messages = wanted / turns - TURN, []
+        turns = min(int(rng.geometric(0.5)), max(1, int(wanted / (3 * TEMPLATE_TOKENS))))
+        each, messages = wanted / turns - TEMPLATE_TOKENS, []
         for _ in range(turns):
             share = rng.uniform(0.2, 0.75)
             for role, part in (("user", share), ("assistant", 1 - share)):
@@ -193,9 +193,9 @@ def conversations(size: Size) -> Iterator[dict[str, Any]]:
 
 
 def pairs(size: Size) -> Iterator[dict[str, Any]]:
-    """As many preference pairs as a run of DPO has."""
+    """The preference pairs of a DPO run."""
     rng = np.random.default_rng([SEED, 1])
-    words = Words(rng)
+    words = RandomText(rng)
     for _ in range(size.rows("dpo")):
         language = str(rng.choice(["it", "en"]))
         prompt, chosen, rejected = (
@@ -206,7 +206,7 @@ def pairs(size: Size) -> Iterator[dict[str, Any]]:
 
 
 def write_data(size: Size, work: Path) -> None:
-    """Both files of rows."""
+    """Writes sft.jsonl and dpo.jsonl."""
     for method, rows in (("sft", conversations(size)), ("dpo", pairs(size))):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (work / f"{method}.jsonl").write_text(text, encoding="utf-8")

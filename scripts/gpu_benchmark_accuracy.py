@@ -1,4 +1,4 @@
-"""Are the numbers right on this device? Both sides in bfloat16 against float32 without packing, padding or sharing."""
+"""Numerical accuracy: both sides in bfloat16 against float32 without packing, padding or shared prompts."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,19 +25,21 @@ SIDES = ("ours", "ours, bfloat16 weights", "TRL")
 Figures = dict[str, Any]
 
 
-def look(work: Path, section: Any, prepared: dict[str, tuple[Any, list[dict[str, Any]]]], attention: str) -> Figures:
-    """Differences of either side from the exact numbers.
+def compare_accuracy(
+    work: Path, section: Any, prepared: dict[str, tuple[Any, list[dict[str, Any]]]], attention: str
+) -> Figures:
+    """Differences of each side from the float32 reference.
 
     Args:
-        work: the folder with the base.
-        section: the recipe's model.
-        prepared: by method, the data and the rows of a run.
-        attention: the kernel that TRL gets.
+        work: folder with the base model.
+        section: `model` section of the recipe.
+        prepared: by method, the prepared data and the rows of a run.
+        attention: attention implementation for TRL.
 
     Returns:
-        For each of `SIDES`: `loss` and `gradient` of the first packed row, relative; `hidden`, the last hidden states
-        of its documents, as a share of the largest; `answers`, log-probabilities of the first pairs' answers, in nats
-        a token; the largest difference each. `attention` counts which kernel was called. Also `losses` of the row.
+        For each of `SIDES` the differences: `loss` and `gradient` (norm) of the first packed row, relative; `hidden`,
+        maximum over the last hidden states of its documents, relative to the largest value; `answers`, maximum over
+        the answers of the first pairs, nats/token. `attention` names the kernels called. Also `losses` of the row.
     """
     (sft, rows), (dpo, some) = prepared["sft"], prepared["dpo"]
     row, some = rows[0], some[:8]
@@ -49,26 +51,26 @@ def look(work: Path, section: Any, prepared: dict[str, tuple[Any, list[dict[str,
     for name, autocast in (("ours", True), ("ours, bfloat16 weights", False)):
         with kernels_counted() as calls:
             if not autocast:
-                model.to(torch.bfloat16)  # the kernels of bfloat16 then get nothing else
+                model.to(torch.bfloat16)  # as the bfloat16 kernels require
             found[name] = measured(model, forward, answers, autocast)
         called[name] = ", ".join(f"{kernel} {count} times" for kernel, count in calls.items() if count)
     tokens = torch.tensor([len(pair[name]) for name in ("chosen_ids", "rejected_ids") for pair in some], device=DEVICE)
     losses = {name: float(of[0]) for name, of in {**found, "float32": wanted}.items()}
-    return {name: apart(found[name], wanted, tokens) | {"attention": called[name]} for name in SIDES} | {
+    return {name: differences(found[name], wanted, tokens) | {"attention": called[name]} for name in SIDES} | {
         "losses": losses
     }
 
 
 @contextmanager
 def kernels_counted() -> Iterator[dict[str, int]]:
-    """How often each of our kernels is called, whatever the model was told to use."""
+    """Counts the calls of each attention kernel of nesso-tune."""
     kernels = {"flash": "_flash", "sdpa by run": "_run_by_run"}
-    calls, honest = dict.fromkeys(kernels, 0), {name: getattr(attention_module, own) for name, own in kernels.items()}
+    calls, original = dict.fromkeys(kernels, 0), {name: getattr(attention_module, own) for name, own in kernels.items()}
 
     def counting(name: str) -> Callable[..., Tensor]:
         def called(*arguments: Any) -> Tensor:
             calls[name] += 1
-            result: Tensor = honest[name](*arguments)
+            result: Tensor = original[name](*arguments)
             return result
 
         return called
@@ -79,16 +81,16 @@ def kernels_counted() -> Iterator[dict[str, int]]:
         yield calls
     finally:
         for name, own in kernels.items():
-            setattr(attention_module, own, honest[name])
+            setattr(attention_module, own, original[name])
 
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, gradient, hidden states, log-probabilities of answers
+Measured = tuple[Tensor, Tensor, Tensor, Tensor]  # loss, gradient, hidden states, log-probabilities of answers
 
 
 def measured(
     model: Any, forward: Callable[[], tuple[Tensor, Tensor]], answers: Callable[[], Tensor], autocast: bool
-) -> Found:
-    """What is compared; under autocast in bfloat16, as both trainers compute."""
+) -> Measured:
+    """The compared tensors; under bfloat16 autocast, as in both trainers, if `autocast`."""
     precision = partial(torch.autocast, DEVICE.type, torch.bfloat16, enabled=autocast)
     with precision():
         loss, hidden = forward()
@@ -99,10 +101,10 @@ def measured(
         return loss.detach(), gradient, hidden.detach().float(), answers()
 
 
-def _exact_and_theirs(work: Path, row: Any, some: Any, sft: Any, dpo: Any, attention: str) -> tuple[Found, Found]:
-    """The exact numbers, and TRL's, of one model."""
+def _exact_and_theirs(work: Path, row: Any, some: Any, sft: Any, dpo: Any, attention: str) -> tuple[Measured, Measured]:
+    """The float32 reference and the results of TRL, from the same weights."""
     model = LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float32, attn_implementation="sdpa").to(DEVICE)
-    model.get_input_embeddings().padding_idx = None  # padding is the end token, whose row is learned
+    model.get_input_embeddings().padding_idx = None  # padding is the end token, whose embedding has a gradient
     wanted = measured(model, lambda: alone(model, row), lambda: answers_alone(model, some), False)
     add_fused_lm_head(model)
     model.set_attn_implementation(attention)
@@ -111,8 +113,8 @@ def _exact_and_theirs(work: Path, row: Any, some: Any, sft: Any, dpo: Any, atten
     return wanted, theirs
 
 
-def apart(found: Found, wanted: Found, tokens: Tensor) -> dict[str, float]:
-    """How far off everything is."""
+def differences(found: Measured, wanted: Measured, tokens: Tensor) -> dict[str, float]:
+    """Differences between two measurements."""
     loss, gradient, hidden, answers = (a - b for a, b in zip(found, wanted, strict=True))
     return {
         "loss": float(loss.abs() / wanted[0]),
@@ -123,7 +125,7 @@ def apart(found: Found, wanted: Found, tokens: Tensor) -> dict[str, float]:
 
 
 def alone(model: Any, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Loss and last hidden states, [tokens, width], of each document by itself."""
+    """Loss and last hidden states [tokens, hidden_size], each document in its own forward pass."""
     total, states, start = torch.zeros((), device=DEVICE), [], 0
     for length in row["seq_lengths"]:
         ids, labels = (torch.tensor([row[n][start : start + length]], device=DEVICE) for n in ("input_ids", "labels"))
@@ -136,7 +138,7 @@ def alone(model: Any, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def answers_alone(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
-    """Log-probability of each answer by itself: all chosen ones, then all rejected ones."""
+    """Log-probabilities [2 * pairs], each answer in its own forward pass: chosen answers, then rejected ones."""
     sums = []
     for name in ("chosen_ids", "rejected_ids"):
         for pair in pairs:
@@ -148,7 +150,7 @@ def answers_alone(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
 
 
 def packed(model: Any, row: dict[str, Any], data: Any) -> tuple[Tensor, Tensor]:
-    """Ours, on the packed row."""
+    """The same with nesso-tune on the packed row."""
     batch = ConversationCollator(data.chat.pad_id, Groups.of(data.stream.documents))([row])
     own, labels = batch["row"].to(DEVICE), batch["labels"].to(DEVICE)
     out = model(labels=labels, row=own, fused_lm_head=True)
@@ -159,7 +161,7 @@ def packed(model: Any, row: dict[str, Any], data: Any) -> tuple[Tensor, Tensor]:
 
 
 def theirs_packed(model: Any, row: dict[str, Any], pad_id: int) -> tuple[Tensor, Tensor]:
-    """TRL's, on the same row."""
+    """The same with TRL on the packed row."""
     batch = DataCollatorForLanguageModeling(pad_token_id=pad_id, padding_free=True)([row])
     batch = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in batch.items()} | {"use_cache": False}
     out = model(**batch, fused_lm_head=True)
@@ -169,14 +171,14 @@ def theirs_packed(model: Any, row: dict[str, Any], pad_id: int) -> tuple[Tensor,
 
 
 def shared(model: Any, pairs: list[dict[str, Any]], data: Any) -> Tensor:
-    """Ours: answers that share their prompts, without padding."""
+    """Log-probabilities of answers with nesso-tune: shared prompts, no padding."""
     batch = PairCollator(data.chat.pad_id, Groups.of(data.stream.documents))(pairs)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100).to(DEVICE)
     return model(labels=labels, row=batch["row"].to(DEVICE), fused_lm_head=True).log_probs.sum(dim=1)
 
 
 def theirs_padded(model: Any, pairs: list[dict[str, Any]], data: Any) -> Tensor:
-    """TRL's: each answer after its own copy of the prompt, padded."""
+    """Log-probabilities of answers with TRL: each after its own copy of the prompt, padded."""
     batch = PairCollator(data.chat.pad_id, Groups.of(data.stream.documents), by_document=False)(pairs)
     ids, mask, completion = (batch[n].to(DEVICE) for n in ("input_ids", "attention_mask", "completion_mask"))
     labels = ids.masked_fill(completion == 0, -100)
