@@ -60,7 +60,7 @@ def test_validation_loss_decreases_in_both_languages(home):
 
 
 def test_chat_prints_only_the_answer_to_stdout(home, capsys):
-    done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
+    done = fresh_command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
     code, out, _ = main_here(capsys, "chat", home / "dpo", "--prompt", "What is the capital of Italy?")
