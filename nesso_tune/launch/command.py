@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODULE = "nesso_tune"
+EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # names the file in which rank 0 records its exit code
 DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder a GPU
 
 

@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nesso_tune.errors import Preempted
-from nesso_tune.launch.command import Machines, Meeting, accelerate_words
+from nesso_tune.launch.command import EXIT_FILE, Machines, Meeting, accelerate_words
 from nesso_tune.recipes.sections import ClusterSection
 
-EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # where the first process notes its exit code; launchers turn every one into 1
 MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
