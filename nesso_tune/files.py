@@ -14,7 +14,7 @@ from filelock import AcquireReturnProxy, FileLock
 from nesso_tune.errors import RunEnvironmentError
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Makes a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -29,12 +29,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_of(data: Any) -> str:
+def json_sha256(data: Any) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Bytes in the unit that reads well, e.g. `5.25 GB`."""
     value = float(count)
     for unit in ("B", "KB", "MB", "GB", "TB"):
@@ -47,7 +47,7 @@ def size(count: int) -> str:
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
-def acquire(file: Path, instead: str, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
+def acquire_lock(file: Path, instead: str, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
     """Takes a lock, and releases it at the end of a `with`.
 
     Args:

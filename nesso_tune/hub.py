@@ -19,7 +19,7 @@ PATIENCE_S = 3.0
 PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
-def offline_if_unreachable() -> None:
+def set_offline_if_unreachable() -> None:
     """Sets `HF_HUB_OFFLINE` for this process if the hub does not answer: its libraries then look into the cache alone.
 
     To be called before they are imported, when they read it. Behind a proxy nothing is tried: the proxy decides.
@@ -73,7 +73,7 @@ def base_folder(base: str, revision: str | None = None, weights: bool = False, w
     return _from_hub(base, revision, [*TOKENIZER_FILES, *(["*.safetensors", "*.json"] if weights else [])], where)
 
 
-def check_at_hand(model: ModelSection) -> None:
+def check_local_base(model: ModelSection) -> None:
     """What can be known of a base without the hub.
 
     Raises:
@@ -86,7 +86,7 @@ def check_at_hand(model: ModelSection) -> None:
         if is_result(base) or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
             return
         raise _no_such_folder(base, f"model.base {base}")
-    check_complete(base_folder(base, model.revision), model)
+    check_model_folder(base_folder(base, model.revision), model)
 
 
 def check_pinned(model: ModelSection) -> None:
@@ -104,7 +104,7 @@ def check_pinned(model: ModelSection) -> None:
         )  # fmt: skip
 
 
-def check_complete(folder: Path, model: ModelSection) -> None:
+def check_model_folder(folder: Path, model: ModelSection) -> None:
     """Raises ModelError if a base's folder lacks configuration, tokenizer or weights, or holds an adapter."""
     where = f"model.base {model.base}"
     if (folder / ADAPTER).is_file():  # transformers would load the base that the adapter names, and the adapter
@@ -141,7 +141,7 @@ def has_weights(folder: Path) -> bool:
     return any(file.is_file() for file in folder.glob("*.safetensors"))
 
 
-def unknown_base(base: str) -> str | None:
+def missing_base_note(base: str) -> str | None:
     """What to say of a base that is not here: that a run makes it, or that it may be misspelt. None if it is here."""
     if local_path(base).is_dir() or base in TABLE:
         return None
@@ -169,7 +169,7 @@ def _no_such_folder(base: str, where: str) -> ModelError:
     return ModelError(where, "no such folder", hint)
 
 
-def base_at_hand(base: str, revision: str | None = None) -> Path | None:
+def local_base_folder(base: str, revision: str | None = None) -> Path | None:
     """The folder of a base that is here: a local one, or the hub's cache of it; None if nothing of it was fetched.
 
     Raises:
@@ -179,7 +179,7 @@ def base_at_hand(base: str, revision: str | None = None) -> Path | None:
         return base_folder(base, revision)
     if not is_hub_id(base):
         return None
-    offline_if_unreachable()
+    set_offline_if_unreachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -202,7 +202,7 @@ def is_hub_id(base: str) -> bool:
 
 
 def _from_hub(repo: str, revision: str | None, patterns: list[str], where: str) -> Path:
-    offline_if_unreachable()
+    set_offline_if_unreachable()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

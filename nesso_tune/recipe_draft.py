@@ -40,7 +40,7 @@ class Choices:
     learning_rate: float
 
 
-def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> Choices:
+def choose_values(method: str, data: Sequence[Detected], shape: ModelShape | None) -> Choices:
     """Values by the size of base and data.
 
     Rows are as long as 99 % of the data need, in powers of two; the global batch is the tuned one, or smaller, so that
@@ -75,7 +75,7 @@ def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> C
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseModelInfo:
     """The base that a first recipe starts from.
 
     Attributes:
@@ -93,7 +93,7 @@ class Base:
     replaces: str = ""
 
 
-def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected]) -> str:
+def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Sequence[Detected]) -> str:
     """The text of a recipe.
 
     Args:
@@ -103,7 +103,7 @@ def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected
         method: `sft` or `dpo`.
         data: what was found in its sources, all of this method.
     """
-    values = choose(method, data, base.shape)
+    values = choose_values(method, data, base.shape)
     lines = [
         *_head(name, file, base, method),
         *_model(base),
@@ -116,7 +116,7 @@ def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected
     return "\n".join(lines) + "\n"
 
 
-def _head(name: str, file: str, base: Base, method: str) -> list[str]:
+def _head(name: str, file: str, base: BaseModelInfo, method: str) -> list[str]:
     kind = "supervised fine-tuning" if method == "sft" else "preference training"
     title, command = f"{name}: {kind} of {base.name}.", visible(shlex.quote(file))
     return [
@@ -132,7 +132,7 @@ def _head(name: str, file: str, base: Base, method: str) -> list[str]:
     ]
 
 
-def _model(base: Base) -> list[str]:
+def _model(base: BaseModelInfo) -> list[str]:
     lines = ["model:", _noted(f"  base: {_text(base.name)}", _size(base.shape))]
     if base.random_init:
         lines.append(_noted("  random_init: true", "the folder has no weights"))
@@ -174,7 +174,7 @@ def _dpo(shape: ModelShape | None) -> list[str]:
     ]
 
 
-def brings_template(tokenizer_config: Path) -> bool:
+def has_nesso_template(tokenizer_config: Path) -> bool:
     """Whether a base was trained by nesso-tune and brings template and tokens along.
 
     Raises:
@@ -250,7 +250,7 @@ def _tokens(data: Sequence[Detected]) -> list[float]:
 
 def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
     """About which share of the rows is longer than the length that is chosen for them."""
-    length = choose(method, data, shape).sequence_len
+    length = choose_values(method, data, shape).sequence_len
     sizes = _tokens(data)
     return sum(size > length for size in sizes) / len(sizes)
 

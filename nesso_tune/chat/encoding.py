@@ -9,12 +9,21 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.render import BOS, Segment, TrainOnEos, answer_segments, body_of, prompt_segments, segments, whole
+from nesso_tune.chat.render import (
+    BOS,
+    Segment,
+    TrainOnEos,
+    answer_segments,
+    prompt_segments,
+    segments,
+    turn_text,
+    with_system_and_tools,
+)
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
 from nesso_tune.conversation import Conversation, Message, PreferencePair
 
 Tools = Sequence[Mapping[str, Any]]
-IGNORED = -100  # label of a token that is not learned
+IGNORE_INDEX = -100  # label of a token that is not learned
 
 
 @dataclass
@@ -34,7 +43,7 @@ class Encoded:
     @property
     def labels(self) -> list[int]:
         """Ids where learned, -100 elsewhere; unshifted."""
-        return [token if yes else IGNORED for token, yes in zip(self.ids, self.trained, strict=True)]
+        return [token if yes else IGNORE_INDEX for token, yes in zip(self.ids, self.trained, strict=True)]
 
     def cut_to(self, length: int, learn_end: bool = False) -> Encoded | None:
         """The document cut after the last learned turn that ends within `length`, or None if there is none.
@@ -60,7 +69,7 @@ class EncodedPair:
     rejected: list[int]
 
 
-def id_of(tokenizer: Tokenizer, token: str) -> int:
+def token_id(tokenizer: Tokenizer, token: str) -> int:
     """Id of a token that the tokenizer is known to have."""
     found = tokenizer.token_to_id(token)
     assert found is not None, token
@@ -82,7 +91,7 @@ class ChatEncoder:
         self._tokenizer.encode_special_tokens = True
         self._template = template
         self._default_system = default_system
-        self._control: dict[str, int] = {token: id_of(tokenizer, token) for token in template.control_tokens}
+        self._control: dict[str, int] = {token: token_id(tokenizer, token) for token in template.control_tokens}
         if bos_id is not None:
             self._control[BOS] = bos_id
         self._fixed: dict[str, list[int]] = {}
@@ -97,7 +106,7 @@ class ChatEncoder:
         train_on_eos: TrainOnEos = "turn",
     ) -> list[Encoded]:
         """Each conversation encoded; what is learned is the trained turns' content and their end tokens."""
-        written = (whole(c, self._template, self._default_system) for c in conversations)
+        written = (with_system_and_tools(c, self._template, self._default_system) for c in conversations)
         return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in written])
 
     def texts(self, texts: Sequence[str], learn_end: bool = True) -> list[Encoded]:
@@ -109,7 +118,7 @@ class ChatEncoder:
         """Each pair as prompt (up to the assistant's header), chosen and rejected answer (with end token)."""
         prompts = [self._prompt_segments(pair.prompt, pair.language, pair.tools) for pair in pairs]
         answers = [
-            answer_segments(body_of(message, self._template), self._template, True, True)
+            answer_segments(turn_text(message, self._template), self._template, True, True)
             for pair in pairs
             for message in (pair.chosen, pair.rejected)
         ]
@@ -123,7 +132,9 @@ class ChatEncoder:
 
     def _prompt_segments(self, messages: Sequence[Message], language: str, tools: Tools) -> list[Segment]:
         conversation = Conversation(tuple(messages), tuple(tools), language=language)
-        return prompt_segments(whole(conversation, self._template, self._default_system), self._template)
+        return prompt_segments(
+            with_system_and_tools(conversation, self._template, self._default_system), self._template
+        )
 
     def _encode(self, documents: list[list[Segment]]) -> list[Encoded]:
         """Every document's ids and masks. A text that occurs again and again, like a system message, is read once."""

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem, ToolFormat, pieces_of
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, ToolFormat, split_at_control_tokens
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 from nesso_tune.errors import RecipeError
 
-CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # in the Hermes manner
+TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)  # in the Hermes manner
 
 
 def with_tools(conversation: Conversation, template: ChatTemplate) -> Conversation:
@@ -28,7 +28,7 @@ def with_tools(conversation: Conversation, template: ChatTemplate) -> Conversati
     """
     if not conversation.tools:
         return conversation
-    lines = "\n".join(json.dumps(function_of(tool), ensure_ascii=False) for tool in conversation.tools)
+    lines = "\n".join(json.dumps(openai_tool(tool), ensure_ascii=False) for tool in conversation.tools)
     offer = _format(template).offer.replace("{tools}", lines)
     first, *rest = conversation.messages or (None,)
     if first is not None and first.role == "system":
@@ -37,7 +37,7 @@ def with_tools(conversation: Conversation, template: ChatTemplate) -> Conversati
     return replace(conversation, messages=(Message("system", offer), *conversation.messages))
 
 
-def body_of(message: Message, template: ChatTemplate) -> str:
+def turn_text(message: Message, template: ChatTemplate) -> str:
     """What stands between the header of a turn and its end: the words, the calls, or a tool's result.
 
     Raises:
@@ -53,7 +53,7 @@ def body_of(message: Message, template: ChatTemplate) -> str:
     return "\n".join([*([message.content] if message.content else []), *calls])
 
 
-def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+def openai_tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """A tool as `{"type": "function", "function": {"name": …, "description": …, "parameters": …}}`."""
     return tool if "function" in tool else {"type": "function", "function": tool}
 
@@ -66,10 +66,10 @@ def _call(call: Mapping[str, Any]) -> str:
     return f'{{"name": {name}, "arguments": {said}}}'
 
 
-def calls_in(text: str) -> list[dict[str, Any]]:
+def parse_tool_calls(text: str) -> list[dict[str, Any]]:
     """The calls that an answer makes, as `{"name": …, "arguments": {…}}`; what is not whole JSON is no call."""
     calls = []
-    for block in CALL.findall(text):
+    for block in TOOL_CALL.findall(text):
         try:
             call = json.loads(block)
         except ValueError:
@@ -110,7 +110,9 @@ class Segment(NamedTuple):
     ends_turn: bool = False
 
 
-def whole(conversation: Conversation, template: ChatTemplate, default_system: DefaultSystem) -> Conversation:
+def with_system_and_tools(
+    conversation: Conversation, template: ChatTemplate, default_system: DefaultSystem
+) -> Conversation:
     """The conversation as it is written down: with the default system message, and with its tools in it."""
     return with_tools(with_default_system(conversation, default_system), template)
 
@@ -143,7 +145,7 @@ def segments(
     for i, message in enumerate(conversation.messages):
         learn_end = {"turn": trained[i], "all": True, "last": i == last, "none": False}[train_on_eos]
         out += _template_segments(template, template.header_of(message.role))
-        out += answer_segments(body_of(message, template), template, trained[i], learn_end)
+        out += answer_segments(turn_text(message, template), template, trained[i], learn_end)
         out += _template_segments(template, template.separator)
     return out
 
@@ -167,5 +169,5 @@ def _template_segments(template: ChatTemplate, text: str, trained: bool = False)
 
 @lru_cache(maxsize=256)  # a template has a few of them, a data set millions
 def _pieces(text: str, control_tokens: tuple[str, ...], trained: bool) -> tuple[Segment, ...]:
-    pieces = pieces_of(text, control_tokens)
+    pieces = split_at_control_tokens(text, control_tokens)
     return tuple(Segment(piece, "control" if control else "template", trained) for piece, control in pieces)

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from nesso_tune.errors import ModelError
 
-TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_FILE, CONFIG_FILE, TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 CHAT_KEY = "nesso_chat"  # where tokenizer_config.json keeps the template's spec
 
 
@@ -52,7 +52,7 @@ def _has_vocabulary(model: Any) -> bool:
     return isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list))
 
 
-def parsed(text: str, where: str) -> Tokenizer:
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes.
 
     Raises:
@@ -79,7 +79,7 @@ def _converted(folder: Path, where: str, trust_remote_code: bool) -> tuple[dict[
         ) from None
 
 
-def token_name(entry: Any) -> str | None:
+def token_text(entry: Any) -> str | None:
     """The text of a token that tokenizer_config.json names, alone or with its properties."""
     return entry.get("content") if isinstance(entry, dict) else entry
 
@@ -94,14 +94,14 @@ RESERVED = re.compile(r"^<?[<\[|]*(?:reserved|unused|extra)[a-z_]*?[_-]?(\d+)[|\
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTokens:
     """Where control tokens went: those renamed over reserved slots and those appended, as {token: id}."""
 
     renamed: dict[str, int]
     added: dict[str, int]
 
 
-def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewTokens, where: str) -> Placed:
+def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewTokens, where: str) -> PlacedTokens:
     """Makes every wanted token a special token of `tokenizer` (the content of tokenizer.json, changed in place).
 
     Raises:
@@ -130,10 +130,10 @@ def place_control_tokens(tokenizer: dict[str, Any], wanted: list[str], how: NewT
         else:
             added[token] = _append(tokenizer, token)
     tokenizer["added_tokens"].sort(key=lambda entry: entry["id"])
-    return Placed(renamed, added)
+    return PlacedTokens(renamed, added)
 
 
-def emit_nothing_around(tokenizer: dict[str, Any]) -> None:
+def remove_implicit_tokens(tokenizer: dict[str, Any]) -> None:
     """Removes what the tokenizer adds around every text (BOS, EOS, a leading space) and its own truncation.
 
     The template alone decides what is emitted, and a text has the same ids wherever it stands in a conversation.
@@ -158,7 +158,7 @@ def _without_leading_space(part: Any) -> Any:
     return part
 
 
-def size_of(tokenizer: dict[str, Any]) -> int:
+def vocabulary_size(tokenizer: dict[str, Any]) -> int:
     """Number of ids: one more than the highest."""
     ids = [entry["id"] for entry in tokenizer["added_tokens"]]
     return max([*_vocabulary(tokenizer).values(), *ids], default=-1) + 1
@@ -188,7 +188,7 @@ def _rename(tokenizer: dict[str, Any], slot: dict[str, Any], token: str) -> int:
 
 
 def _append(tokenizer: dict[str, Any], token: str) -> int:
-    position = size_of(tokenizer)
+    position = vocabulary_size(tokenizer)
     tokenizer["added_tokens"].append(_special(position, token))
     return position
 

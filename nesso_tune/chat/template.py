@@ -59,10 +59,10 @@ class ChatTemplate(Section):
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Template text in pieces: each with whether it is a control token."""
-        return pieces_of(text, tuple(self.control_tokens))
+        return split_at_control_tokens(text, tuple(self.control_tokens))
 
 
-def pieces_of(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
+def split_at_control_tokens(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
     """A text cut at control tokens: each piece with whether it is one."""
     tokens = sorted(control_tokens, key=len, reverse=True)
     for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):

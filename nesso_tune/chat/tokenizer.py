@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.base_template import DEFAULT, Own, own_template, spec_for
-from nesso_tune.chat.encoding import ChatEncoder, id_of
+from nesso_tune.chat.base_template import DEFAULT_TEMPLATE, BaseTemplate, choose_template, match_base_template
+from nesso_tune.chat.encoding import ChatEncoder, token_id
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.render import TrainOnEos
 from nesso_tune.chat.special_tokens import (
     CHAT_KEY,
-    CONFIG,
-    TEMPLATE,
-    TOKENIZER,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
     NewTokens,
-    Placed,
-    emit_nothing_around,
-    parsed,
+    PlacedTokens,
+    parse_tokenizer,
     place_control_tokens,
     read_tokenizer,
-    size_of,
-    token_name,
+    remove_implicit_tokens,
+    token_text,
+    vocabulary_size,
 )
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.conversation import Conversation
@@ -66,7 +66,7 @@ class ChatTokenizer:
     template: ChatTemplate
     default_system: DefaultSystem
     files: dict[str, str]
-    placed: Placed
+    placed: PlacedTokens
     starts_from: dict[int, tuple[int, ...]]
     size: int
     backend: Tokenizer
@@ -78,8 +78,8 @@ class ChatTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides token ids and masks; what only other programs read is not in it."""
-        config = {k: v for k, v in json.loads(self.files[CONFIG]).items() if k not in NOTHING_AROUND}
-        deciding = {**self.files, CONFIG: _text(config), TEMPLATE: self._template_with_masks}
+        config = {k: v for k, v in json.loads(self.files[CONFIG_FILE]).items() if k not in NOTHING_AROUND}
+        deciding = {**self.files, CONFIG_FILE: _text(config), TEMPLATE_FILE: self._template_with_masks}
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -94,7 +94,7 @@ class ChatTokenizer:
     @property
     def bos_token_id(self) -> int | None:
         """Id of the token that the tokenizer calls BOS, whether the template emits it or not."""
-        name = json.loads(self.files[CONFIG]).get("bos_token")
+        name = json.loads(self.files[CONFIG_FILE]).get("bos_token")
         return None if name is None else self.backend.token_to_id(name)
 
     @property
@@ -146,9 +146,9 @@ def build_chat_tokenizer(
     """
     tokenizer, config = read_tokenizer(folder, where, trust_remote_code)
     own = config.pop(CHAT_KEY, None)
-    bos = token_name(config.get("bos_token"))
+    bos = token_text(config.get("bos_token"))
     undecided = own is None and chat.template is None and learned
-    foreign = own_template(folder, bos, chat.default_system) if undecided else None
+    foreign = match_base_template(folder, bos, chat.default_system) if undecided else None
     template, notes = _chosen_template(own, foreign, chat, where)
     default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
     if chat.eos_token not in (None, template.eos_token):
@@ -158,20 +158,20 @@ def build_chat_tokenizer(
             "the model would never learn to stop",
             "remove it, or use a template that ends turns with it",
         )
-    base_eos = token_name(config.get("eos_token"))
+    base_eos = token_text(config.get("eos_token"))
     placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
-    emit_nothing_around(tokenizer)
+    remove_implicit_tokens(tokenizer)
     text = json.dumps(tokenizer, ensure_ascii=False)
-    ready = parsed(text, where)
+    ready = parse_tokenizer(text, where)
     pad = chat.pad_token or template.pad_token
     if ready.token_to_id(pad) is None:
         raise RecipeError("chat.pad_token", f"{pad} is not in the vocabulary", "name a token that the tokenizer has")
     if template.bos and (bos is None or ready.token_to_id(bos) is None):
         raise ModelError(where, "the template begins with BOS, but the tokenizer has none", "use another chat.template")
     files = {
-        TOKENIZER: text,
-        CONFIG: _config_text(config, template, pad, default_system),
-        TEMPLATE: to_jinja(template, default_system),
+        TOKENIZER_FILE: text,
+        CONFIG_FILE: _config_text(config, template, pad, default_system),
+        TEMPLATE_FILE: to_jinja(template, default_system),
     }
     return ChatTokenizer(
         template=template,
@@ -179,17 +179,17 @@ def build_chat_tokenizer(
         files=files,
         placed=placed,
         starts_from=_related(ready, base_eos, template, placed),
-        size=size_of(tokenizer),
+        size=vocabulary_size(tokenizer),
         backend=ready,
         bos_id=ready.token_to_id(bos) if template.bos and bos else None,
-        eos_id=id_of(ready, template.eos_token),
-        pad_id=id_of(ready, pad),
+        eos_id=token_id(ready, template.eos_token),
+        pad_id=token_id(ready, pad),
         notes=notes,
     )
 
 
 def _chosen_template(
-    own: dict[str, Any] | None, foreign: Own | None, chat: ChatSection, where: str
+    own: dict[str, Any] | None, foreign: BaseTemplate | None, chat: ChatSection, where: str
 ) -> tuple[ChatTemplate, tuple[str, ...]]:
     """The template a base brings along, unless the recipe names another one: that would unlearn the first.
 
@@ -200,7 +200,7 @@ def _chosen_template(
         where: what errors call the base.
     """
     if own is None:
-        name, notes = (chat.template, ()) if chat.template is not None else spec_for(foreign, where)
+        name, notes = (chat.template, ()) if chat.template is not None else choose_template(foreign, where)
         return load_template(name), notes
     try:
         template = ChatTemplate.model_validate(own["template"])
@@ -218,7 +218,7 @@ def _chosen_template(
 def _config_text(config: dict[str, Any], template: ChatTemplate, pad: str, default_system: DefaultSystem) -> str:
     kept = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
-        "bos_token": token_name(config.get("bos_token")),
+        "bos_token": token_text(config.get("bos_token")),
         "eos_token": template.eos_token,
         "pad_token": pad,
         "model_max_length": config.get("model_max_length"),
@@ -234,7 +234,7 @@ def _text(config: dict[str, Any]) -> str:
 
 
 def _related(
-    ready: Tokenizer, base_eos: str | None, template: ChatTemplate, placed: Placed
+    ready: Tokenizer, base_eos: str | None, template: ChatTemplate, placed: PlacedTokens
 ) -> dict[int, tuple[int, ...]]:
     out = {}
     for token, position in {**placed.renamed, **placed.added}.items():
@@ -245,7 +245,9 @@ def _related(
     return out
 
 
-def load_tokenizer(base: str, template: str = DEFAULT, new_tokens: NewTokens = "auto") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    base: str, template: str = DEFAULT_TEMPLATE, new_tokens: NewTokens = "auto"
+) -> PreTrainedTokenizerBase:
     """The chat-ready tokenizer of a base model, as transformers knows it.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nesso_tune.chat.render import calls_in
+from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.cli.options import file_path
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.data.convert import Tool, read_tool_file
@@ -103,7 +103,9 @@ class ChatSession:
         """
         self.messages.append(message)
         try:
-            answer = self.model.answer(self._in_context(), self.sampling, self._language(), say=stream, tools=self.tools)
+            answer = self.model.answer(
+                self._in_context(), self.sampling, self._language(), say=stream, tools=self.tools
+            )
         except BaseException:  # an interrupted answer leaves the conversation unchanged
             self.messages.pop()
             raise
@@ -171,7 +173,7 @@ def _run_turn(session: ChatSession, message: Message, read: Read, write: Write, 
     write("\n")
     if truncated := session.truncated_turns:
         note(f"({truncated} turns at the start no longer fit into the model's context)\n")
-    calls = calls_in(answer)
+    calls = parse_tool_calls(answer)
     for i, call in enumerate(calls):
         arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call["arguments"].items())
         note(f"  calls {call['name']}({arguments})\n")

@@ -12,8 +12,8 @@ import typer
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
 from nesso_tune.data.estimate import find_volume
 from nesso_tune.data.sources import check_output
-from nesso_tune.hub import check_at_hand, unknown_base
-from nesso_tune.launch.command import Machines, gpus_of_this_machine
+from nesso_tune.hub import check_local_base, missing_base_note
+from nesso_tune.launch.command import Machines, count_local_gpus
 from nesso_tune.logs import print_lines, print_text
 from nesso_tune.planning.hardware import find_gpu
 from nesso_tune.planning.plan import World, describe
@@ -41,7 +41,7 @@ def check(
 ) -> None:
     """Validate a recipe and show what it would do."""
     (loaded,) = load_all([recipe], settings)
-    check_at_hand(loaded.model)
+    check_local_base(loaded.model)
     check_output(loaded)
     cluster = loaded.cluster or ClusterSection()
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
@@ -52,7 +52,7 @@ def check(
         print_text(json.dumps(plan.to_dict(), indent=2) + "\n")
     else:
         closing = ["", f"next: nesso-tune preview {shlex.quote(recipe)}"]
-        print_lines(f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing)
+        print_lines(f"{recipe}: valid", "", *describe(plan, loaded, missing_base_note(loaded.model.base)), *closing)
 
 
 def _idle(machines: Machines, cluster: ClusterSection | None) -> list[str]:
@@ -60,7 +60,7 @@ def _idle(machines: Machines, cluster: ClusterSection | None) -> list[str]:
     if cluster is not None:
         idle = Machines(cluster.nodes, cluster.gpus_per_node).processes - machines.processes
         return [f"{idle} of the cluster section's {idle + machines.processes} GPUs would be idle"] if idle > 0 else []
-    there = gpus_of_this_machine()
+    there = count_local_gpus()
     if machines.processes >= there:
         return []
     return [f"{there - machines.processes} of this machine's {there} GPUs would be idle: `nesso-tune launch` uses all"]

@@ -20,12 +20,12 @@ def doctor(
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""
     from nesso_tune.distributed.process_group import is_first, part, world_size
-    from nesso_tune.launch.doctor import examine, meet
+    from nesso_tune.launch.doctor import inspect_machine, measure_communication
 
-    machine = examine(folder)
+    machine = inspect_machine(folder)
     facts, problems = list(machine.facts), list(machine.problems)
     if world_size() > 1:
-        machines, met, found = meet(machine, timeout)
+        machines, met, found = measure_communication(machine, timeout)
         facts += met
         # What every process of a machine finds is one fault of that machine.
         every = dict.fromkeys((one.host, problem) for one in machines for problem in one.problems)

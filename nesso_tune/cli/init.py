@@ -10,15 +10,22 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.chat.base_template import DEFAULT, own_template_of
+from nesso_tune.chat.base_template import DEFAULT_TEMPLATE, local_base_template
 from nesso_tune.data.detect import Detected, detect
 from nesso_tune.data.files import expand, is_local, looks_like_data
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError, closest
-from nesso_tune.hub import check_at_hand, has_weights, unknown_base
+from nesso_tune.hub import check_local_base, has_weights, missing_base_note
 from nesso_tune.logs import print_lines, print_notes, print_text
 from nesso_tune.planning.plan import in_short
 from nesso_tune.planning.shapes import find_shape
-from nesso_tune.recipe_draft import Base, brings_template, draft, languages_of, share_too_long, usable_note
+from nesso_tune.recipe_draft import (
+    BaseModelInfo,
+    has_nesso_template,
+    languages_of,
+    recipe_text,
+    share_too_long,
+    usable_note,
+)
 from nesso_tune.recipes.builtin import catalogue, flag_path, is_result, local_path
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
@@ -62,8 +69,8 @@ def init(
         raise RunEnvironmentError(str(file), "is there already", "give another NAME, or remove it")
     base = flag_path(base.strip()) if base else _default_base(kind)
     parent = _recipe_that_makes(base, file.parent)
-    start = _look_at(base) if parent is None else Base(base, find_shape(parent[1].model), None)
-    text = draft(file.stem, str(file), start, kind, found)
+    start = _look_at(base) if parent is None else BaseModelInfo(base, find_shape(parent[1].model), None)
+    text = recipe_text(file.stem, str(file), start, kind, found)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
@@ -122,29 +129,31 @@ def _default_base(method: str) -> str:
     return DEFAULT_BASE
 
 
-def _look_at(base: str) -> Base:
+def _look_at(base: str) -> BaseModelInfo:
     """What can be known of a base without fetching it.
 
     Raises:
         ModelError: for a path that is no model folder.
     """
     model = ModelSection(base=base, random_init=True)  # `draft` says so where there are no weights
-    check_at_hand(model)
+    check_local_base(model)
     shape = find_shape(model)
     config = local_path(base) / "tokenizer_config.json"
     if is_result(base) and not local_path(base).exists():
-        return Base(base, shape, None)  # a run will make it
-    if config.is_file() and brings_template(config):
-        return Base(base, shape, None)
-    if shape is None and (note := unknown_base(base)):
+        return BaseModelInfo(base, shape, None)  # a run will make it
+    if config.is_file() and has_nesso_template(config):
+        return BaseModelInfo(base, shape, None)
+    if shape is None and (note := missing_base_note(base)):
         print_notes(note)
     without_weights = local_path(base).is_dir() and not has_weights(local_path(base))
-    own = None if without_weights else own_template_of(model)
+    own = None if without_weights else local_base_template(model)
     if own is None:
-        return Base(base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT, without_weights)
+        return BaseModelInfo(
+            base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT_TEMPLATE, without_weights
+        )
     if own.spec is None:
-        print_notes(f"chat.template: {DEFAULT} replaces the base's own: {own.difference}")
-    return Base(base, shape, own.spec or DEFAULT, replaces=own.difference)
+        print_notes(f"chat.template: {DEFAULT_TEMPLATE} replaces the base's own: {own.difference}")
+    return BaseModelInfo(base, shape, own.spec or DEFAULT_TEMPLATE, replaces=own.difference)
 
 
 def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:
@@ -161,7 +170,7 @@ def _recipe_that_makes(base: str, folder: Path) -> tuple[Path, Recipe] | None:
     return None
 
 
-def _summary(file: Path, method: str, base: Base, found: Sequence[Detected]) -> list[str]:
+def _summary(file: Path, method: str, base: BaseModelInfo, found: Sequence[Detected]) -> list[str]:
     size = f" ({in_short(base.shape.parameters)} parameters)" if base.shape else ""
     lines = [f"{file}: {method} from {base.name}{size}"]
     for part in found:

@@ -14,11 +14,11 @@ from typing import Annotated
 import typer
 
 from nesso_tune.cli.options import SetOption, file_path, load_all
-from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders
+from nesso_tune.cli.validate import check_bases, check_before_start, check_flags, check_folders
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.hub import base_at_hand, has_weights
-from nesso_tune.launch.command import Machines, local_command, train_words
+from nesso_tune.hub import has_weights, local_base_folder
+from nesso_tune.launch.command import Machines, local_command, train_arguments
 from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.logs import print_lines, print_text
 from nesso_tune.planning.plan import World
@@ -54,7 +54,7 @@ def launch(
     cluster = _cluster(recipes, loaded, {"partition": partition, "account": account, "time": time})
     check_folders(recipes, loaded)
     check_flags(loaded, resume, allow_changes)
-    words = train_words(recipes, settings, _flags(resume, overwrite, allow_changes))
+    words = train_arguments(recipes, settings, _flags(resume, overwrite, allow_changes))
     if slurm is None:
         _check_only_slurm({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,
                            "--submit": submit or None})  # fmt: skip
@@ -76,7 +76,7 @@ def launch(
     if cluster.offline:
         _check_fetched(recipes, loaded)
     check_bases(loaded)
-    check_beforehand(loaded, machines.processes)
+    check_before_start(loaded, machines.processes)
     slurm.parent.mkdir(parents=True, exist_ok=True)
     slurm.write_text(text, encoding="utf-8")
     print_lines(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
@@ -145,7 +145,7 @@ def _check_fetched(names: list[str], recipes: list[Recipe]) -> None:
     missing: list[Problem] = []
     for name, recipe in zip(names, recipes, strict=True):
         base = recipe.model.base
-        folder = base_at_hand(base, recipe.model.revision)
+        folder = local_base_folder(base, recipe.model.revision)
         lacking = [] if is_result(base) or (folder and has_weights(folder)) or recipe.model.random_init else [base]
         sources = (*recipe.data.sources, *recipe.data.validation_sources)
         lacking += [source.path for source in sources if not is_local(source.path) and not is_cached(source)]

@@ -25,7 +25,7 @@ def file_path(text: str) -> Path:
     return Path(flag_path(str(text)))
 
 
-def processes() -> int:
+def world_size_from_environment() -> int:
     """How many processes a launcher started: `WORLD_SIZE`.
 
     Raises:

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.options import SetOption, load_all, processes
-from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders, is_of
+from nesso_tune.cli.options import SetOption, load_all, world_size_from_environment
+from nesso_tune.cli.validate import check_bases, check_before_start, check_flags, check_folders, is_checkpoint_of
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.data.workers import prepared_ahead
 from nesso_tune.errors import Preempted, RecipeError
@@ -42,7 +42,7 @@ def train(
     ] = False,
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
-    number = processes()
+    number = world_size_from_environment()
     loaded = load_all(recipes, settings)
     check_folders(recipes, loaded)
     check_flags(loaded, resume, allow_changes)
@@ -50,7 +50,7 @@ def train(
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
     check_bases(loaded)
-    check_beforehand(loaded, number)
+    check_before_start(loaded, number)
     _say("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
     _leave_out_quantisation(loaded)
@@ -62,7 +62,7 @@ def train(
             try:
                 result = run_one(
                     recipe,
-                    resume=resume if resume == "never" or is_of(resume, recipe) else "auto",
+                    resume=resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto",
                     overwrite=overwrite,
                     allow_changes=allowed,
                     say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]

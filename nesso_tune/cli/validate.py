@@ -5,13 +5,13 @@ from __future__ import annotations
 from glob import escape
 from pathlib import Path
 
-from nesso_tune.chat.base_template import check_own_template
+from nesso_tune.chat.base_template import check_base_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.record_reader import reading_of
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import ModelError, RecipeError, closest
-from nesso_tune.hub import check_at_hand
+from nesso_tune.hub import check_local_base
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import is_result, local_path
@@ -29,7 +29,7 @@ def check_folders(names: list[str], recipes: list[Recipe]) -> None:
         folders[folder] = name
 
 
-def is_of(resume: str, recipe: Recipe) -> bool:
+def is_checkpoint_of(resume: str, recipe: Recipe) -> bool:
     """Whether a checkpoint that `--resume` names lies in a recipe's run directory."""
     return Path(resume).resolve().parent == Path(recipe.output_dir).resolve()
 
@@ -41,7 +41,7 @@ def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
         aside = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
         if not Path(resume).exists() and not any(aside):
             raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
-        if not any(is_of(resume, recipe) for recipe in recipes):
+        if not any(is_checkpoint_of(resume, recipe) for recipe in recipes):
             raise RecipeError(
                 "--resume", f"{resume} is in no output_dir of these recipes", "name one of their checkpoints"
             )
@@ -55,7 +55,7 @@ def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
             )
 
 
-def check_beforehand(recipes: list[Recipe], processes: int) -> None:
+def check_before_start(recipes: list[Recipe], processes: int) -> None:
     """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates.
 
     Raises:
@@ -82,11 +82,11 @@ def check_bases(recipes: list[Recipe]) -> None:
     for recipe in recipes:
         base = recipe.model.base
         if Path(base).resolve() not in made:
-            check_at_hand(recipe.model)
+            check_local_base(recipe.model)
             if is_result(base) and not local_path(base).exists():
                 raise ModelError(
                     f"model.base {base}", "no such folder",
                     "run the recipe that makes it first, in the same command or before",
                 )  # fmt: skip
-            check_own_template(recipe.model, recipe.chat)
+            check_base_template(recipe.model, recipe.chat)
         made.append((Path(recipe.output_dir) / "final").resolve())

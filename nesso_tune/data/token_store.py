@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
+from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
 from nesso_tune.data.convert import Item
 
@@ -188,7 +188,7 @@ class Documents:
     def labels(self, entry: int) -> Ints:
         """Labels of a conversation: ids where learned, -100 elsewhere."""
         here = self.part(entry)
-        return np.where(self.trained[here], self.ids[here], IGNORED)
+        return np.where(self.trained[here], self.ids[here], IGNORE_INDEX)
 
     def language(self, entry: int) -> str:
         """Language code of an entry."""

@@ -32,7 +32,7 @@ class Machines:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the machines of a job find each other. Each part may be a variable of the shell.
 
     Attributes:
@@ -48,14 +48,14 @@ class Meeting:
     timeout_s: int = 1800
 
 
-def gpus_of_this_machine() -> int:
+def count_local_gpus() -> int:
     """GPUs that a run on this machine could use, without asking a library: what the driver lists, or a part of it."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
     return there if chosen is None else min(there, len([name for name in chosen.split(",") if name.strip()]))
 
 
-def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
+def train_arguments(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
     """`train RECIPE… --set …`, as it stands behind `-m nesso_tune`."""
     words = ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
     if any(recipe.startswith("-") for recipe in recipes):  # or it would be taken for an option
@@ -63,7 +63,7 @@ def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Seq
     return words
 
 
-def accelerate_words(machines: Machines, meeting: Meeting | None = None, module: str = MODULE) -> list[str]:
+def accelerate_arguments(machines: Machines, meeting: Rendezvous | None = None, module: str = MODULE) -> list[str]:
     """The `accelerate launch` before those words, without the interpreter.
 
     What it may decide is only who runs where: precision, sharding and compilation are the recipe's, and every knob of
@@ -83,4 +83,4 @@ def accelerate_words(machines: Machines, meeting: Meeting | None = None, module:
 
 def local_command(machines: Machines, words: Sequence[str]) -> list[str]:
     """The command that starts a run on this machine."""
-    return [sys.executable, *accelerate_words(machines), *words]
+    return [sys.executable, *accelerate_arguments(machines), *words]

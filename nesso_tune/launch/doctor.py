@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from nesso_tune.distributed.process_group import come_together, contact, from_first, world_size
 from nesso_tune.errors import Problem
-from nesso_tune.files import size
+from nesso_tune.files import format_bytes
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.planning.hardware import GIB
 
@@ -34,7 +34,7 @@ LEAST_DISK = LEAST_SHARED_MEMORY = GIB
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineReport:
     """What `doctor` found on one machine, as one of its processes sees it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Machine:
     problems: tuple[Problem, ...]
 
 
-def examine(folder: Path) -> Machine:
+def inspect_machine(folder: Path) -> MachineReport:
     """Looks at this machine.
 
     Args:
@@ -63,7 +63,7 @@ def examine(folder: Path) -> Machine:
     driver, shown = ask_driver()
     versions |= {"CUDA of torch": str(torch.version.cuda or "none"), "driver": driver or "none"}
     problems += [*_gpu_problems(gpus, shown, driver), *_disk_problems(folder, len(gpus))]
-    return Machine(socket.gethostname(), versions, gpus, tuple(_facts(versions, gpus, folder)), tuple(problems))
+    return MachineReport(socket.gethostname(), versions, gpus, tuple(_facts(versions, gpus, folder)), tuple(problems))
 
 
 def package_versions() -> tuple[dict[str, str], list[Problem]]:
@@ -120,10 +120,10 @@ def _disk_problems(folder: Path, gpus: int) -> list[Problem]:
         if not os.access(place, os.W_OK):
             problems.append(Problem(str(place), f"cannot be written ({what})", "check its permissions"))
         elif (free := shutil.disk_usage(place).free) < LEAST_DISK:
-            problems.append(Problem(str(place), f"has {size(free)} left ({what})", "free some space"))
+            problems.append(Problem(str(place), f"has {format_bytes(free)} left ({what})", "free some space"))
     shared = Path("/dev/shm")
     if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < LEAST_SHARED_MEMORY:
-        problems.append(Problem("/dev/shm", f"has {size(free)}: NCCL's processes exchange data through it",
+        problems.append(Problem("/dev/shm", f"has {format_bytes(free)}: NCCL's processes exchange data through it",
                                 "start the container with --shm-size=8g, or --ipc=host"))  # fmt: skip
     return problems
 
@@ -137,8 +137,8 @@ def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> lis
         *((name, versions[name]) for name in shown),
         ("GPUs", kinds or "none: training computes on the CPU"),
         ("attention", str(choose_attention("auto"))),
-        ("runs", f"{size(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
-        ("hub cache", f"{size(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
+        ("runs", f"{format_bytes(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
+        ("hub cache", f"{format_bytes(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
         ("port", f"{LAUNCHERS_PORT} is {_port_state()}"),
     ]
 
@@ -164,7 +164,7 @@ ROUNDS = 5
 SLOW = 0.5  # of the median: below it a link is named
 
 
-def compare(machines: Sequence[Machine]) -> list[Problem]:
+def find_differences(machines: Sequence[MachineReport]) -> list[Problem]:
     """What differs between machines: each that is not as most are, by name."""
     problems = []
     for name in dict.fromkeys(name for machine in machines for name in machine.versions):
@@ -178,7 +178,9 @@ def _odd(what: str, of: list[tuple[str, str]]) -> list[Problem]:
     return [Problem(host, f"{what} is {value}, elsewhere {usual}", "make the machines alike") for host, value in odd]
 
 
-def meet(machine: Machine, timeout_s: int) -> tuple[list[Machine], list[tuple[str, str]], list[Problem]]:
+def measure_communication(
+    machine: MachineReport, timeout_s: int
+) -> tuple[list[MachineReport], list[tuple[str, str]], list[Problem]]:
     """Brings all processes together and measures how they talk.
 
     Args:
@@ -202,10 +204,10 @@ def meet(machine: Machine, timeout_s: int) -> tuple[list[Machine], list[tuple[st
     facts = [("processes", f"{n} on {len({m.host for m in machines})} machine(s)"),
              ("all-reduce", f"64 MiB in {reduce_s * 1e3:.0f} ms, {rate:.1f} GB/s")]  # fmt: skip
     facts += [("link", f"process 0 to {name}: {speed:.1f} GB/s") for name, speed in links]
-    return machines, facts, [*compare(machines), *slow(links)]
+    return machines, facts, [*find_differences(machines), *slow_links(links)]
 
 
-def slow(links: Sequence[tuple[str, float]]) -> list[Problem]:
+def slow_links(links: Sequence[tuple[str, float]]) -> list[Problem]:
     """The links (name, GB/s) that are far below the others."""
     if not links:
         return []
@@ -216,7 +218,7 @@ def slow(links: Sequence[tuple[str, float]]) -> list[Problem]:
     ]  # fmt: skip
 
 
-def _links(machines: Sequence[Machine]) -> list[tuple[str, float]]:
+def _links(machines: Sequence[MachineReport]) -> list[tuple[str, float]]:
     """GB/s from the first process to one process of every other machine, in turn; on one machine, to each process."""
     rank, seen, peers = dist.get_rank(), {machines[0].host}, []
     alone = len({machine.host for machine in machines}) == 1

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nesso_tune.errors import Preempted
-from nesso_tune.launch.command import EXIT_FILE, Machines, Meeting, accelerate_words
+from nesso_tune.launch.command import EXIT_FILE, Machines, Rendezvous, accelerate_arguments
 from nesso_tune.recipes.sections import ClusterSection
 
-MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
+MEETING = Rendezvous("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
 def sbatch_text(
@@ -105,7 +105,7 @@ def _srun(cluster: ClusterSection) -> str:
 
 def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], timeout_s: int) -> str:
     """What runs on each node. Its own number and the meeting point come from the job's variables."""
-    launch = accelerate_words(machines, replace(MEETING, timeout_s=timeout_s))
+    launch = accelerate_arguments(machines, replace(MEETING, timeout_s=timeout_s))
     launcher = " ".join(word if word.startswith("$") else shlex.quote(word) for word in launch)
     # the launcher would die of USR1; the processes of the run set a handler of their own
     return f"trap '' USR1; exec {shlex.quote(cluster.python)} {launcher} {shlex.join(words)}"

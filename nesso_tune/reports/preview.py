@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.hub import base_folder, check_at_hand
+from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, is_result, local_path
 from nesso_tune.recipes.schema import Recipe
@@ -353,7 +353,7 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
 def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe, with the bundled tokenizer where its own is not at hand: the same masks over other tokens."""
     base = recipe.model.base
-    check_at_hand(recipe.model.model_copy(update={"random_init": True}))  # weights are not needed yet
+    check_local_base(recipe.model.model_copy(update={"random_init": True}))  # weights are not needed yet
     if local_path(base).exists():
         return recipe, ()
     with suppress(RunEnvironmentError):
@@ -380,7 +380,7 @@ def _packed(recipe: Recipe, data: PreparedData, number: int) -> ViewRow:
     for entry, language, length in zip(data.train.members(number), row["languages"], row["seq_lengths"], strict=True):
         end = start + length
         source = recipe.data.sources[int(documents.sources[entry])].path
-        learned = [label != IGNORED for label in labels[start:end]]
+        learned = [label != IGNORE_INDEX for label in labels[start:end]]
         parts.append(Part("conversation", language, source, pieces_of(ids[start:end], learned, data.chat.backend)))
         start = end
     return ViewRow(number, tuple(parts))

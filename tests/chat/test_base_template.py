@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import ModelError, RecipeError
 from nesso_tune.chat import sandbox
-from nesso_tune.chat.base_template import SAMPLES, WITH_TOOLS, _variables, own_template, rendered
+from nesso_tune.chat.base_template import SAMPLES, TOOL_SAMPLES, _template_variables, match_base_template, render_jinja
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -109,7 +109,7 @@ def test_wherever_a_base_keeps_its_template(tmp_path, files, spec, said):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    own = own_template(tmp_path, "<|begin_of_text|>")
+    own = match_base_template(tmp_path, "<|begin_of_text|>")
     assert own.spec == spec
     assert said in own.difference
 
@@ -160,7 +160,7 @@ LIMITS = {
 @pytest.mark.parametrize("template", LIMITS)
 def test_limits_of_time_and_memory(template):
     with pytest.raises(ModelError, match=f"m: its chat template {LIMITS[template]}"):
-        rendered(template, {}, "m", seconds=1.0 if template is LOOPS else 20.0)
+        render_jinja(template, {}, "m", seconds=1.0 if template is LOOPS else 20.0)
 
 
 def test_the_sandbox_renders_as_transformers_does():
@@ -169,15 +169,15 @@ def test_the_sandbox_renders_as_transformers_does():
         "{% continue %}{% endif %}{%- generation -%}{{ m['content'] }}{% endgeneration %}\n{% endfor %} {# none #}\n"
         "{{ strftime_now('%Y') }}{{ bos_token }}\n"
     )
-    for conversation in {**SAMPLES, **WITH_TOOLS}.values():
-        variables = _variables(conversation, "<s>")
+    for conversation in {**SAMPLES, **TOOL_SAMPLES}.values():
+        variables = _template_variables(conversation, "<s>")
         wanted, _ = render_jinja_template(
             [variables["messages"]], tools=variables["tools"], chat_template=source, bos_token="<s>",
             add_generation_prompt=True,
         )  # fmt: skip
-        assert rendered(source, variables, "m") == wanted[0]
+        assert render_jinja(source, variables, "m") == wanted[0]
         assert sandbox.environment().from_string(sandbox.without_generation(source)).render(**variables) == wanted[0]
 
 
 def test_no_template_no_question(whole_base):
-    assert own_template(Path(whole_base), None) is None
+    assert match_base_template(Path(whole_base), None) is None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, RecipeError, encode_conversation, load_tokenizer
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -37,7 +37,7 @@ def test_jinja_gives_the_ids_and_the_mask_of_the_segments(tokenizer, messages):
     ids, labels = segments_of(messages, tokenizer)
     rendered = jinja_of(messages, tokenizer, return_assistant_tokens_mask=True)
     assert rendered["input_ids"] == ids
-    assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
+    assert rendered["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 @examples(40)
@@ -93,7 +93,7 @@ def test_a_template_file_with_bos_and_long_headers(own_template, messages):
     ids, labels = segments_of(messages, own_template)
     rendered = jinja_of(messages, own_template, return_assistant_tokens_mask=True)
     assert rendered["input_ids"] == ids
-    assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
+    assert rendered["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_template_file_has_exact_ids(own_template):
     ids, labels = segments_of([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], own_template)
     header = [[start, *role, end, 256] for role in (b"user", b"assistant")]
     assert ids == [bos, *header[0], *b"a", eot, *header[1], *b"b", eot]
-    assert [label for label in labels if label != IGNORED] == [*b"b", eot]
+    assert [label for label in labels if label != IGNORE_INDEX] == [*b"b", eot]
     assert (own_template.eos_token_id, own_template.pad_token_id) == (eot, eot)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from nesso_tune import DataError, Message
-from nesso_tune.chat.render import calls_in
+from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.cli.chat import ChatSession, run_session
 from nesso_tune.data.convert import read_tool_file
 from nesso_tune.generation.inference import Sampling
@@ -194,7 +194,7 @@ def test_an_interrupted_answer_takes_the_turn_back():
     ],
 )  # fmt: skip
 def test_calls_in_an_answer(text, calls):
-    assert calls_in(text) == calls
+    assert parse_tool_calls(text) == calls
 
 
 def test_a_file_of_tools(tmp_path):

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from nesso_tune.cli.main import main
 from nesso_tune.planning.shapes import known_config, shape_of
-from nesso_tune.recipe_draft import choose
+from nesso_tune.recipe_draft import choose_values
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.recipes.yaml_source import read_document
@@ -214,20 +214,20 @@ class Data:
 def test_values_follow_the_size_of_data_and_base():
     small, large = (shape_of(known_config(base)) for base in (ZAGREUS, EIGHT))
     few, many = Data(300, 800), Data(2_000_000, 2000)
-    assert choose("sft", [many], small).global_batch_size == 256
-    assert choose("sft", [few], small).global_batch_size == 8
-    assert choose("sft", [few], small).sequence_len < choose("sft", [many], small).sequence_len == 4096
-    assert choose("sft", [Data(10**6, 60_000)], small).sequence_len == 4096, "never beyond the context"
-    assert choose("sft", [Data(10**6, 60_000)], large).sequence_len == 16384
-    assert choose("dpo", [Data(60_000, 3000)], small).sequence_len == 1024
-    assert choose("dpo", [Data(60_000, 3000)], small).global_batch_size == 128
-    assert choose("sft", [many], small).learning_rate == pytest.approx(1e-3, rel=0.05)
-    assert choose("sft", [many], large).learning_rate == pytest.approx(1e-5, rel=0.05)
-    assert choose("sft", [many], None).learning_rate == 2e-5
-    assert choose("sft", [many], small).validation_size == 2000
-    assert choose("sft", [few], small).validation_size == 0.1
+    assert choose_values("sft", [many], small).global_batch_size == 256
+    assert choose_values("sft", [few], small).global_batch_size == 8
+    assert choose_values("sft", [few], small).sequence_len < choose_values("sft", [many], small).sequence_len == 4096
+    assert choose_values("sft", [Data(10**6, 60_000)], small).sequence_len == 4096, "never beyond the context"
+    assert choose_values("sft", [Data(10**6, 60_000)], large).sequence_len == 16384
+    assert choose_values("dpo", [Data(60_000, 3000)], small).sequence_len == 1024
+    assert choose_values("dpo", [Data(60_000, 3000)], small).global_batch_size == 128
+    assert choose_values("sft", [many], small).learning_rate == pytest.approx(1e-3, rel=0.05)
+    assert choose_values("sft", [many], large).learning_rate == pytest.approx(1e-5, rel=0.05)
+    assert choose_values("sft", [many], None).learning_rate == 2e-5
+    assert choose_values("sft", [many], small).validation_size == 2000
+    assert choose_values("sft", [few], small).validation_size == 0.1
     for method in ("sft", "dpo"):
         for data in (few, many, Data(1, 1), Data(10**9, 10)):
             for shape in (small, large, None):
-                values = choose(method, [data], shape)
+                values = choose_values(method, [data], shape)
                 assert values.global_batch_size % values.micro_batch_size == 0

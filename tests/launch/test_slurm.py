@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nesso_tune.launch.command import Machines, train_words
+from nesso_tune.launch.command import Machines, train_arguments
 from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.recipes.sections import ClusterSection
 from tests.support.examples import examples
@@ -69,7 +69,7 @@ WORD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_s
 
 def test_a_job_that_got_other_machines_ends_at_once(tmp_path):
     """As `sbatch --nodes 2 file` would give them."""
-    text = sbatch_text("x", Machines(4, 8), ClusterSection(), train_words(["r.yaml"]), str(tmp_path))
+    text = sbatch_text("x", Machines(4, 8), ClusterSection(), train_arguments(["r.yaml"]), str(tmp_path))
     for job, says in (({"SLURM_NNODES": "2"}, "written for 4 nodes and got 2"),
                         ({"SLURM_NNODES": "4", "SLURM_GPUS_ON_NODE": "4"}, "8 GPUs a node and got 4")):  # fmt: skip
         done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env={**os.environ, **job})
@@ -83,7 +83,7 @@ def test_no_numbers_can_disagree_and_no_word_breaks_the_script(nodes, gpus, cpus
     cluster = ClusterSection(
         cpus_per_gpu=cpus, modules=tuple(modules), env={"A_B": value}, container=value, python=value
     )
-    words = train_words([name], [f"a.b={value}"])  # a name that begins with - comes last, after --
+    words = train_arguments([name], [f"a.b={value}"])  # a name that begins with - comes last, after --
     assert sorted({*words} - {"--"}) == sorted({"train", name, "--set", f"a.b={value}"} - {"--"})
     text = sbatch_text(name, Machines(nodes, gpus), cluster, words, value)
     check_consistent(text, nodes, gpus, cpus)
