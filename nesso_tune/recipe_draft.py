@@ -183,7 +183,7 @@ def has_nesso_template(tokenizer_config: Path) -> bool:
     try:
         return CHAT_KEY in dict(json.loads(tokenizer_config.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise ModelError(str(tokenizer_config), "cannot be read", "fetch the model again") from None
+        raise ModelError(str(tokenizer_config), "cannot be read", "download the model again") from None
 
 
 def _noted(line: str, note: str) -> str:

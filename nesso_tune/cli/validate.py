@@ -86,7 +86,7 @@ def check_bases(recipes: list[Recipe]) -> None:
             if is_result(base) and not local_path(base).exists():
                 raise ModelError(
                     f"model.base {base}", "no such folder",
-                    "run the recipe that makes it first, in the same command or before",
+                    "run the recipe that creates it first, in the same command or before",
                 )  # fmt: skip
             check_base_template(recipe.model, recipe.chat)
         made.append((Path(recipe.output_dir) / "final").resolve())

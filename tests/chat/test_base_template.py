@@ -88,7 +88,7 @@ def test_a_template_of_its_own_is_not_replaced_unsaid(instruct, kind):
     folder = instruct(template)
     with pytest.raises(RecipeError) as error:
         ready(folder)
-    assert "instruct has a chat template of its own, and chatml would replace it" in str(error.value)
+    assert "instruct has its own chat template, and chatml would replace it" in str(error.value)
     assert difference in str(error.value)
     assert ready(folder, template="chatml").template == load_template("chatml"), "it is, where the recipe says so"
     assert ready(folder, random_init=True).template == load_template("chatml"), "nothing of it was learned"
@@ -176,7 +176,7 @@ def test_the_sandbox_renders_as_transformers_does():
             add_generation_prompt=True,
         )  # fmt: skip
         assert render_jinja(source, variables, "m") == wanted[0]
-        assert sandbox.environment().from_string(sandbox.without_generation(source)).render(**variables) == wanted[0]
+        assert sandbox.environment().from_string(sandbox.without_generation_tags(source)).render(**variables) == wanted[0]
 
 
 def test_no_template_no_question(whole_base):

@@ -187,7 +187,7 @@ def test_tools_stand_in_the_prompt_of_a_pair(base):
 def test_a_template_that_knows_no_tools_says_so(byte_base, llama3_file):
     own = load_tokenizer(byte_base, template=llama3_file)
     for talk in (Conversation(TALK), Conversation(TALK[:1], tools=(WEATHER,))):
-        with pytest.raises(RecipeError, match="does not say how tools are written"):
+        with pytest.raises(RecipeError, match="has no tool format"):
             encode_conversation(talk, own)
 
 

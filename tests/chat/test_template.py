@@ -128,7 +128,7 @@ BAD = {
     "no role": (GOOD.replace("{role}", "role"), r":1: `header` must be .*"),
     "two roles": (GOOD.replace("{role}", "{role}{role}"), r":1: `header` holds \{role\} more than once"),
     "missing end": (GOOD.replace('end: "<|b|>"\n', ""), r": the key `end` is missing"),
-    "uncontrolled end": (GOOD.replace('end: "<|b|>"', 'end: "<|c|>"'), r":2: `end` is not among control_tokens"),
+    "uncontrolled end": (GOOD.replace('end: "<|b|>"', 'end: "<|c|>"'), r":2: `end` is not in control_tokens"),
     "uncontrolled eos": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|c|>"'), r":4: `eos_token` is not among"),
     "eos is not end": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|a|>"'), r":4: turns end with <\|b\|>"),
     "no words": (GOOD.replace("start", '""'), r":3: .*must be not empty"),
@@ -141,7 +141,7 @@ BAD = {
         r":7: `tools.offer` holds \{tools\} more",
     ),
     "no call": (GOOD + TOOLS.replace("{call}", "x"), r":8: .*call"),
-    "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` holds a control token"),
+    "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` contains a control token"),
     "wrong type": (GOOD + "bos: maybe\n", r":6: `bos` must be true or false"),
 }
 
