@@ -48,8 +48,8 @@ AS_JSON = r"""
 def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks: bool = False) -> str:
     """The text of `chat_template.jinja`; plain Jinja and transformers render it to the same text.
 
-    Variables: `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` if the
-    default system message depends on it.
+    Variables: `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` if
+    the default system message depends on it.
 
     Args:
         template: the chat template.

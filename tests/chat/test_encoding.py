@@ -126,7 +126,7 @@ def test_pairs_end_with_the_end_token_and_prompts_with_the_header(tokenizer):
 def test_a_plain_tokenizer_is_refused(byte_base):
     from transformers import PreTrainedTokenizerFast
 
-    with pytest.raises(ModelError, match="not ready for chat"):
+    with pytest.raises(ModelError, match="has no nesso-tune chat template"):
         encode_conversation(ONE, PreTrainedTokenizerFast(tokenizer_file=f"{byte_base}/tokenizer.json"))
 
 

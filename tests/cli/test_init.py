@@ -97,7 +97,7 @@ def test_columns_that_had_to_be_found_are_named(init, write_rows, tmp_path):
 def test_without_a_base_the_default_is_said(init, talks):
     code, _, err = init("--data", talks)
     assert code == 0
-    assert err == f"no --base: {ZAGREUS}\n"
+    assert err == f"no --base given, using {ZAGREUS}\n"
 
 
 def test_a_base_that_is_nearly_known(init, talks):
@@ -136,7 +136,7 @@ def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, c
 def test_rows_beyond_the_context_are_noted(init, write_rows, base):
     rows = [{"prompt": "a", "response": "x " * 4000}] * 3 + [{"prompt": "a", "response": "b"}]
     _, out, _ = init("mine", "--base", base, "--data", write_rows(rows))
-    assert "note: about 75% of the rows are longer than the longest that the base can read, and are dropped" in out
+    assert "note: about 75% of the rows are longer than the context of the base, and are dropped" in out
 
 
 def test_a_folder_can_have_the_name_of_a_recipe(init, talks, tmp_path):
@@ -158,7 +158,7 @@ FAULTS = {
     "an odd shape": (["--data", "odd.jsonl"], 3, "its shape is not recognised (its columns are a, b)"),
     "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "make a recipe for each"),
     "the other method": (["--data", "talks.jsonl", "--method", "dpo"], 3, "holds conversations, but DPO needs"),
-    "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "holds preference pairs, but SFT learns"),
+    "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "contains preference pairs, but SFT needs"),
     "no method": (["--data", "talks.jsonl", "--method", "dop"], 2, "did you mean `dpo`?"),
     "dpo from nothing": (["--data", "pairs.jsonl"], 4, "add --base outputs/NAME/final"),
     "no such base": (["--data", "talks.jsonl", "--base", "./nowhere"], 4, "no such folder"),
@@ -168,7 +168,7 @@ FAULTS = {
     "blank data": (["--data", " "], 3, "add --data FILE"),
     "a table": (["--data", "t.csv"], 3, ".csv files are not read"),
     "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
-    "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: is there already; give another NAME"),
+    "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: already exists; give another NAME"),
 }
 
 
