@@ -315,7 +315,7 @@ DIRECTORIES = {
     "a checkpoint and overwrite": (
         unfinished, ["--resume", "{run}/checkpoint-2", "--overwrite"], 2, "which --resume names",
     ),
-    "a checkpoint of another run": (unfinished, ["--resume", "{run}/../rows.jsonl"], 2, "is not in the output_dir of any"),
+    "a checkpoint of another run": (unfinished, ["--resume", "{run}/../rows.jsonl"], 2, "is not in the output_dir"),
     "a checkpoint of a finished run": (lambda run: None, ["--resume", "{run}/checkpoint-2"], 5, "its run is finished"),
 }  # fmt: skip
 

@@ -23,8 +23,8 @@ from nesso_tune.recipe_draft import (
     has_nesso_template,
     languages_of,
     recipe_text,
-    share_too_long,
-    usable_note,
+    too_long_share,
+    unusable_note,
 )
 from nesso_tune.recipes.builtin import catalogue, flag_path, is_result, local_path
 from nesso_tune.recipes.json_schema import FILE, recipe_schema
@@ -76,7 +76,7 @@ def init(
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
     (file.parent / FILE).write_text(schema, encoding="utf-8")
     print_lines(*_summary(file, kind, start, found))
-    if (dropped := share_too_long(kind, found, start.shape)) >= 0.05:
+    if (dropped := too_long_share(kind, found, start.shape)) >= 0.05:
         limit = "the context of the base" if start.shape else "sequence_len"
         print_lines(f"note: about {dropped:.0%} of the rows are longer than {limit}, and are dropped")
     if kind == "dpo" and start.template is not None:
@@ -183,7 +183,7 @@ def _summary(file: Path, method: str, base: BaseModelInfo, found: Sequence[Detec
         tools = f", {part.tools:.0%} with tools" if part.tools else ""
         columns = "".join(f", {key} {_format_field(value)}" for key, value in part.fields.items())
         lines.append(f"  {part.path}: {rows}format {part.format}{columns}; {languages_of(part)}{tools}")
-        lines += [f"  note: {note}" for note in [usable_note(part)] if note]
+        lines += [f"  note: {note}" for note in [unusable_note(part)] if note]
         lines += [f"  unused columns: {', '.join(part.unused)}"] if part.unused else []
     return [*lines, f"  {file.parent / FILE}: JSON Schema for completion and validation in editors",
             f"next: nesso-tune check {shlex.quote(str(file))}"]  # fmt: skip

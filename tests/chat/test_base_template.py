@@ -142,7 +142,7 @@ def test_init_names_what_becomes_of_it(instruct, tmp_path, talks, capsys, monkey
         assert code == 0, said
         assert f"  template: {wanted}" in Path(f"{wanted}.yaml").read_text()
         assert ("replaces the base's own: with a question it writes" in said) == replaced
-        assert ("# replaces the base's own" in Path(f"{wanted}.yaml").read_text()) == replaced
+        assert ("# replaces that of the base" in Path(f"{wanted}.yaml").read_text()) == replaced
 
 
 LOOPS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
@@ -176,7 +176,8 @@ def test_the_sandbox_renders_as_transformers_does():
             add_generation_prompt=True,
         )  # fmt: skip
         assert render_jinja(source, variables, "m") == wanted[0]
-        assert sandbox.environment().from_string(sandbox.without_generation_tags(source)).render(**variables) == wanted[0]
+        plain = sandbox.without_generation_tags(source)
+        assert sandbox.environment().from_string(plain).render(**variables) == wanted[0]
 
 
 def test_no_template_no_question(whole_base):

@@ -127,8 +127,8 @@ FAULTS = {
     "a batch that does not divide": (["recipes/dpo.yaml", "--slurm", "x", "--nodes", 3], 2, "is no multiple of"),
     "nodes without slurm": (["recipes/sft.yaml", "--nodes", 3], 2, "--nodes: has no effect without --slurm FILE"),
     "submit without slurm": (["recipes/sft.yaml", "--submit"], 2, "--submit: has no effect without --slurm"),
-    "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "the checkpoints of the job itself"),
-    "resume in a job": (["recipes/sft.yaml", "--slurm", "x", "--resume", "never"], 2, "the checkpoints of the job itself"),
+    "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "checkpoints of the job"),
+    "resume in a job": (["recipes/sft.yaml", "--slurm", "x", "--resume", "never"], 2, "checkpoints of the job"),
     "submit and print": (["recipes/sft.yaml", "--slurm", "x", "--submit", "--print"], 2, "--submit: has no effect"),
     "one folder": (["recipes/sft.yaml", "recipes/sft.yaml", "--slurm", "x"], 2, "has the same output_dir"),
     "two clusters": (
