@@ -7,6 +7,7 @@ functions.
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import os
 import sys
@@ -54,7 +55,13 @@ class LazyGroup(TyperGroup):
 
 def _load(verb: str) -> Any:
     """The command of a verb."""
-    function = getattr(import_module(f"nesso_tune.cli.{VERBS[verb][0]}"), verb)
+    collecting = gc.isenabled()
+    gc.disable()  # imports create many objects and little garbage: collections would take a tenth of the start-up time
+    try:
+        function = getattr(import_module(f"nesso_tune.cli.{VERBS[verb][0]}"), verb)
+    finally:
+        if collecting:
+            gc.enable()
     single = typer.Typer(**SETTINGS)
     single.command(verb)(function)
     return typer.main.get_command(single)
