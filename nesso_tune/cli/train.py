@@ -79,13 +79,15 @@ def train(
             _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
             if result.asked_to_stop and i + 1 < len(recipes):
                 raise Preempted(recipes[i + 1], "stopped before it started", "run the same command to continue with it")
+    _say_next(recipes, result.model_dir, smoke)
+
+
+def _say_next(recipes: list[str], model_dir: Path, smoke: bool) -> None:
     if smoke:
-        _say(
-            f"smoke: passed; the weights are random, so answers of `nesso-tune chat {result.model_dir}` are meaningless"
-        )
+        _say(f"smoke: passed; the weights are random, so answers of `nesso-tune chat {model_dir}` are meaningless")
         _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
     else:
-        _say(f"next: nesso-tune chat {shlex.quote(str(result.model_dir))}")
+        _say(f"next: nesso-tune chat {shlex.quote(str(model_dir))}")
 
 
 def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:

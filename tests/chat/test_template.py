@@ -126,10 +126,13 @@ tools:
 BAD = {
     "typo": (GOOD + "seperator: x\n", r":6: unknown key `seperator`"),
     "no role": (GOOD.replace("{role}", "role"), r":1: `header` must be .*"),
-    "two roles": (GOOD.replace("{role}", "{role}{role}"), r":1: `header` holds \{role\} more than once"),
+    "two roles": (GOOD.replace("{role}", "{role}{role}"), r":1: `header` contains \{role\} more than once"),
     "missing end": (GOOD.replace('end: "<|b|>"\n', ""), r": the key `end` is missing"),
     "uncontrolled end": (GOOD.replace('end: "<|b|>"', 'end: "<|c|>"'), r":2: `end` is not in control_tokens"),
-    "uncontrolled eos": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|c|>"'), r":4: `eos_token` is not among"),
+    "uncontrolled eos": (
+        GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|c|>"'),
+        r":4: `eos_token` is not in control_tokens",
+    ),
     "eos is not end": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|a|>"'), r":4: turns end with <\|b\|>"),
     "no words": (GOOD.replace("start", '""'), r":3: .*must be not empty"),
     "duplicate key": (GOOD + 'end: "<|b|>"\n', r":6: `end` is given twice"),
@@ -138,7 +141,7 @@ BAD = {
     "empty": ("", r":1: "),
     "two tools": (
         GOOD + TOOLS.replace("{tools}", "{tools}{tools}"),
-        r":7: `tools.offer` holds \{tools\} more",
+        r":7: `tools.offer` contains \{tools\} more",
     ),
     "no call": (GOOD + TOOLS.replace("{call}", "x"), r":8: .*call"),
     "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` contains a control token"),
