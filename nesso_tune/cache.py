@@ -18,7 +18,7 @@ from filelock import Timeout
 from platformdirs import user_cache_dir
 
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.files import acquire, hash_of, sha256, size, sync
+from nesso_tune.files import acquire_lock, format_bytes, fsync, json_sha256, sha256
 from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import environment_path
 
@@ -42,7 +42,7 @@ def cache_root() -> Path:
 
 def key_of(parts: Any) -> str:
     """Hash of JSON-serialisable data: 24 hexadecimal digits."""
-    return hash_of(parts)[:24]
+    return json_sha256(parts)[:24]
 
 
 def get_or_build(
@@ -74,7 +74,7 @@ def get_or_build(
         if exists:
             with suppress(Damaged):  # outside the lock, so that several processes read at once
                 _verify(root / key, _read(root / key)["files"])
-        with acquire(root / f"{key}.lock", _MOVE_REMEDY):
+        with acquire_lock(root / f"{key}.lock", _MOVE_REMEDY):
             if not exists and (root / key).exists():
                 continue  # another process has built it in the meantime
             if (found := _load_or_remove(root / key, loader, label or kind)) is not None:
@@ -90,7 +90,7 @@ def load(
     root = cache_root() / kind
     if not (root / key).exists():
         return None
-    with acquire(root / f"{key}.lock", _MOVE_REMEDY):
+    with acquire_lock(root / f"{key}.lock", _MOVE_REMEDY):
         found = _load_or_remove(root / key, loader, label or kind)
     return None if found is None else found[0]
 
@@ -136,7 +136,9 @@ def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dic
             raise
         written = sum(file.stat().st_size for file in staging.iterdir())
         shutil.rmtree(staging, ignore_errors=True)
-        what = f"the data needs more than {size(written)}, {size(shutil.disk_usage(root).free)} are free"
+        what = (
+            f"the data needs more than {format_bytes(written)}, {format_bytes(shutil.disk_usage(root).free)} are free"
+        )
         remedy = f"free some space, or {_MOVE_REMEDY}"
         raise RunEnvironmentError(str(root), f"the disk is full: {what}", remedy) from error
     finally:
@@ -151,13 +153,13 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[str(file.relative_to(folder))] = [file.stat().st_size, sha256(file)]
-        sync(file)
+        fsync(file)
     record = json.loads(json.dumps({"note": note, "files": files}))  # as it will be read
-    record["sha256"] = hash_of(record)
+    record["sha256"] = json_sha256(record)
     text = json.dumps(record, indent=2, ensure_ascii=False)
     # File names may contain surrogates, which UTF-8 cannot encode.
     (folder / DONE_FILE).write_text(text, encoding="utf-8", errors="backslashreplace")
-    sync(folder / DONE_FILE)
+    fsync(folder / DONE_FILE)
     _sync_folder(folder)
     return list(files)
 
@@ -182,7 +184,7 @@ def _read(folder: Path) -> dict[str, Any]:
     """`note` and `files` of a result. Raises `Damaged` if they are missing or differ from what was written."""
     try:
         record: dict[str, Any] = json.loads((folder / DONE_FILE).read_text(encoding="utf-8"))
-        if record.pop("sha256") == hash_of(record):
+        if record.pop("sha256") == json_sha256(record):
             return record
     except OSError as error:
         raise Damaged(f"{DONE_FILE}: {(error.strerror or 'cannot be read').lower()}") from None
@@ -212,11 +214,11 @@ def _stamp(file: Path) -> Stamp:
 def _sync_folder(folder: Path) -> None:
     """Syncs a folder's entries, where the file system supports it."""
     with suppress(OSError):
-        sync(folder)
+        fsync(folder)
 
 
 def _remove_abandoned_builds(root: Path) -> None:
     """Removes staging folders of killed processes: a build that still runs holds its lock."""
     for staging in root.glob("*.partial"):
-        with suppress(Timeout), acquire(staging.with_suffix(".lock"), _MOVE_REMEDY, timeout=0):
+        with suppress(Timeout), acquire_lock(staging.with_suffix(".lock"), _MOVE_REMEDY, timeout=0):
             shutil.rmtree(staging, ignore_errors=True)

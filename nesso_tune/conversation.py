@@ -1,4 +1,4 @@
-"""The words everyone shares: a message, a conversation, a preference pair."""
+"""The data types of a record: messages, conversations, preference pairs, plain texts and tokenized records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LANGUAGE_NAMES = {
     "italian": "it", "italiano": "it", "ita": "it", "english": "en", "inglese": "en", "eng": "en", "french": "fr",
     "german": "de", "spanish": "es", "portuguese": "pt",
 }  # fmt: skip
-OTHER_LANGUAGES = ("other", "und")  # every language that is not named; records that name none
+OTHER_LANGUAGES = ("other", "und")  # all languages that are not listed; records without a language
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}")
 
 
@@ -22,11 +22,11 @@ class Message:
 
     Args:
         role: `system`, `user`, `assistant` or `tool`.
-        content: the text, exactly as the model should read or write it.
-        tool_calls: calls that the assistant makes in this turn, in order, each `{"name": …, "arguments": {…}}`; the
-            form `{"function": {…}}` of OpenAI is read too.
-        name: the name of the speaker or the tool, where the data has one.
-        train: False keeps this turn out of the loss even if its role is trained; None leaves that to the role.
+        content: the text, exactly as the model reads or writes it.
+        tool_calls: tool calls of the assistant in this turn, each `{"name": …, "arguments": {…}}`; OpenAI's form
+            `{"function": {…}}` is accepted too.
+        name: name of the speaker or the tool, if the data has one.
+        train: whether the turn is supervised; None decides by the role.
     """
 
     role: str
@@ -38,7 +38,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in order, with the tools offered, the language they are in and the source they come from."""
+    """Messages in order, the available tools, the language and the name of the source."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -57,7 +57,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt (messages up to and without the answer, and tools) with a better and a worse answer to it."""
+    """A prompt (messages before the answer, and tools) with a chosen and a rejected answer."""
 
     prompt: tuple[Message, ...]
     chosen: Message
@@ -72,13 +72,13 @@ class PreferencePair:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """All messages: the prompt's, and both answers."""
+        """All messages: the prompt and both answers."""
         return (*self.prompt, self.chosen, self.rejected)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A plain text without turns, learned whole."""
+    """A plain text without turns; every token is supervised."""
 
     text: str
     language: str = UNKNOWN_LANGUAGE
@@ -87,13 +87,13 @@ class Completion:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """The text, as if the assistant said it."""
+        """The text as an assistant message."""
         return (Message("assistant", self.text),)
 
 
 @dataclass(frozen=True)
 class Tokenized:
-    """Token ids that someone else made, with labels: the id where it is learned, -100 elsewhere; unshifted."""
+    """A record that is tokenized already: token ids and unshifted labels, -100 where not supervised."""
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
@@ -103,12 +103,12 @@ class Tokenized:
 
     @property
     def turns(self) -> tuple[Message, ...]:
-        """None: there is no text."""
+        """Empty: there is no text."""
         return ()
 
 
-def language_code(said: str) -> str | None:
-    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; None for what is no code, e.g. `Python`."""
-    code = said.strip().lower().replace("_", "-").split("-")[0]
+def language_code(name: str) -> str | None:
+    """`it` for `it`, `IT`, `it-IT`, `ita` and `Italian`; None if it is not a language code, e.g. `Python`."""
+    code = name.strip().lower().replace("_", "-").split("-")[0]
     code = LANGUAGE_NAMES.get(code, code)
     return code if LANGUAGE_CODE.fullmatch(code) else None

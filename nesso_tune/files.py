@@ -1,4 +1,4 @@
-"""Files on the disk: synced, and identified by their content."""
+"""Files on disk: fsync, SHA-256, sizes and locks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from filelock import AcquireReturnProxy, FileLock
 
 from nesso_tune.errors import RunEnvironmentError
 
+_LOCKS_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
-def sync(path: Path) -> None:
-    """Makes a file, or the names in a folder, survive a power cut."""
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,13 +31,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_of(data: Any) -> str:
-    """SHA-256 of plain data."""
+def json_sha256(data: Any) -> str:
+    """SHA-256 of data as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def size(count: int) -> str:
-    """Bytes in the unit that reads well, e.g. `5.25 GB`."""
+def format_bytes(count: int) -> str:
+    """A number of bytes in a readable unit, e.g. `5.25 GB`."""
     value = float(count)
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
@@ -44,25 +46,22 @@ def size(count: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
-
-
-def acquire(file: Path, instead: str, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
-    """Takes a lock, and releases it at the end of a `with`.
+def acquire_lock(file: Path, instead: str, timeout: float = -1) -> AcquireReturnProxy[FileLock]:
+    """Acquires a file lock; as a context manager, it releases it at the end.
 
     Args:
         file: the lock file.
-        instead: where the user can put what is locked, if this file system has no locks.
-        timeout: seconds to wait for another process; without limit by default.
+        instead: remedy in the error if the file system has no locks, e.g. another location.
+        timeout: seconds to wait for another process; -1 waits without limit.
 
     Raises:
-        filelock.Timeout: if another process holds it.
+        filelock.Timeout: if another process holds the lock.
         RunEnvironmentError: if the file system does not support locks.
     """
     try:
         return FileLock(file).acquire(timeout=timeout)
     except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in UNSUPPORTED:
+        if isinstance(error, OSError) and error.errno not in _LOCKS_UNSUPPORTED:
             raise
         raise RunEnvironmentError(
             str(file), f"this file system does not support file locks ({error})",

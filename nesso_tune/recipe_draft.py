@@ -1,4 +1,4 @@
-"""A first recipe, made from a base and data files: values by the size of both, every choice with its reason."""
+"""Writes a first recipe for a base model and data files: values by the size of both, each with a comment."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from nesso_tune.recipes.json_schema import FILE
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
 from nesso_tune.recipes.sections import AUTO
 
-STEPS, FEW_STEPS, MOST_EPOCHS = 150, 60, 10  # steps a run should have, and passes over little data
-LARGEST_BATCH = {"sft": 256, "dpo": 128}
-SMALLEST_BATCH = 8
-LONGEST = 4096  # tokens of a row, unless much of the data is longer
-SMALL = 2e9  # parameters
+TARGET_STEPS, MIN_STEPS, MAX_EPOCHS = 150, 60, 10  # MAX_EPOCHS: for small data sets
+MAX_BATCH = {"sft": 256, "dpo": 128}
+MIN_BATCH = 8
+DEFAULT_SEQUENCE_LEN = 4096  # unless much of the data is longer
+SMALL_MODEL = 2e9  # parameters
 
 
 @dataclass(frozen=True)
-class Choices:
-    """The values of a first recipe that depend on base and data."""
+class RecipeValues:
+    """The values of a first recipe that depend on base model and data."""
 
     sequence_len: int
     validation_size: int | float
@@ -40,31 +40,31 @@ class Choices:
     learning_rate: float
 
 
-def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> Choices:
-    """Values by the size of base and data.
+def choose_values(method: str, data: Sequence[Detected], shape: ModelShape | None) -> RecipeValues:
+    """Chooses values by the size of base model and data.
 
-    Rows are as long as 99 % of the data need, in powers of two; the global batch is the tuned one, or smaller, so that
-    the run has enough steps; the learning rate is that of models of this size.
+    The sequence length is a power of two that fits 99 % of the data. The global batch size is at most the tuned one,
+    and smaller if the run would have too few steps. The learning rate is the tuned one for the model size.
     """
     lengths = sorted(_tokens(data))
-    most = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
+    longest = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
     rows = sum(part.rows or len(part.characters) for part in data)
-    context = (shape.context if shape and shape.context else LONGEST) or LONGEST
-    needed = 2 ** math.ceil(math.log2(max(most, 256)))
-    length = min(context, max(needed, LONGEST) if method == "sft" else needed)
+    context = (shape.context if shape and shape.context else DEFAULT_SEQUENCE_LEN) or DEFAULT_SEQUENCE_LEN
+    needed = 2 ** math.ceil(math.log2(max(longest, 256)))
+    length = min(context, max(needed, DEFAULT_SEQUENCE_LEN) if method == "sft" else needed)
     epochs = DEFAULT_EPOCHS[method]
     tokens = rows * sum(lengths) / len(lengths)
-    if method == "sft":  # packed rows; short ones where there is little data
-        while length > max(512, needed) and tokens * epochs / length < STEPS * SMALLEST_BATCH:
+    if method == "sft":  # packed rows, shorter for small data sets
+        while length > max(512, needed) and tokens * epochs / length < TARGET_STEPS * MIN_BATCH:
             length //= 2
     units = tokens / length if method == "sft" else rows
-    batch = 2 ** int(math.log2(max(1.0, units * epochs / STEPS)))
-    batch = min(LARGEST_BATCH[method], max(SMALLEST_BATCH, batch))
-    if method == "sft" and units * epochs / batch < FEW_STEPS:  # little data is seen more often
-        epochs = float(min(MOST_EPOCHS, math.ceil(FEW_STEPS * batch / units)))
-    size = shape.parameters if shape else SMALL
+    batch = 2 ** int(math.log2(max(1.0, units * epochs / TARGET_STEPS)))
+    batch = min(MAX_BATCH[method], max(MIN_BATCH, batch))
+    if method == "sft" and units * epochs / batch < MIN_STEPS:  # more epochs for small data sets
+        epochs = float(min(MAX_EPOCHS, math.ceil(MIN_STEPS * batch / units)))
+    size = shape.parameters if shape else SMALL_MODEL
     micro = 1 if size > 4e9 else 2 if size > 1e9 else 4
-    return Choices(
+    return RecipeValues(
         sequence_len=length,
         validation_size=0.1 if rows < 500 else int(float(f"{min(2000, max(50, 0.05 * rows)):.1g}")),
         num_epochs=epochs,
@@ -75,15 +75,15 @@ def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> C
 
 
 @dataclass(frozen=True)
-class Base:
-    """The base that a first recipe starts from.
+class BaseModelInfo:
+    """The base model of a first recipe.
 
     Attributes:
         name: hub id or folder.
-        shape: None where it is not known.
-        template: name of a chat template for it; None where it brings its own.
-        replaces: how that template differs from the base's own, which it replaces; empty where it replaces none.
+        shape: sizes of the model; None if unknown.
+        template: name of the chat template to set; None if the base contains one of nesso-tune.
         random_init: whether it is a folder without weights.
+        replaces: how the template differs from the base's own one, if it replaces one; else empty.
     """
 
     name: str
@@ -93,30 +93,32 @@ class Base:
     replaces: str = ""
 
 
-def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected]) -> str:
+def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Sequence[Detected]) -> str:
     """The text of a recipe.
 
     Args:
-        name: of the run.
-        file: of the recipe, for its own command.
-        base: where it starts from.
+        name: name of the run.
+        file: path of the recipe, shown in its commands.
+        base: the base model.
         method: `sft` or `dpo`.
-        data: what was found in its sources, all of this method.
+        data: inspected sources, all for this method.
     """
-    values = choose(method, data, base.shape)
+    values = choose_values(method, data, base.shape)
     lines = [
         *_head(name, file, base, method),
         *_model(base),
         *_data(values, method, data),
         *_train(values, method, base.shape),
         *(_dpo(base.shape) if method == "dpo" else []),
-        _noted("checkpoint: {every_steps: 0.25, keep: 2}", "a quarter of the run"),
-        _noted("evaluation: {every_steps: 0.1, samples: 16}", "loss by language, and 16 answers to held-out prompts"),
+        _commented("checkpoint: {every_steps: 0.25, keep: 2}", "every quarter of the run"),
+        _commented(
+            "evaluation: {every_steps: 0.1, samples: 16}", "loss per language, and 16 answers to validation prompts"
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _head(name: str, file: str, base: Base, method: str) -> list[str]:
+def _head(name: str, file: str, base: BaseModelInfo, method: str) -> list[str]:
     kind = "supervised fine-tuning" if method == "sft" else "preference training"
     title, command = f"{name}: {kind} of {base.name}.", visible(shlex.quote(file))
     return [
@@ -126,56 +128,58 @@ def _head(name: str, file: str, base: Base, method: str) -> list[str]:
         f"#   nesso-tune check {command}",
         f"#   nesso-tune train {command}",
         "#",
-        "# Every key: `nesso-tune schema`, or your editor, which reads the schema named above.",
+        "# All keys: `nesso-tune schema`, or an editor that reads the schema above.",
         f"method: {method}",
         f"output_dir: {_text(f'outputs/{name}')}",
     ]
 
 
-def _model(base: Base) -> list[str]:
-    lines = ["model:", _noted(f"  base: {_text(base.name)}", _size(base.shape))]
+def _model(base: BaseModelInfo) -> list[str]:
+    lines = ["model:", _commented(f"  base: {_text(base.name)}", _size(base.shape))]
     if base.random_init:
-        lines.append(_noted("  random_init: true", "the folder has no weights"))
-    if base.template is not None:  # otherwise tokens and template come with the base
-        note = "replaces the base's own" if base.replaces else "or a file of your own"
-        lines += ["chat:", _noted(f"  template: {base.template}", note)]
+        lines.append(_commented("  random_init: true", "the folder has no weights"))
+    if base.template is not None:  # otherwise the base contains tokens and template
+        note = "replaces that of the base" if base.replaces else "or the path of a file"
+        lines += ["chat:", _commented(f"  template: {base.template}", note)]
     return lines
 
 
-def _data(values: Choices, method: str, data: Sequence[Detected]) -> list[str]:
-    rows = "conversations are packed into rows of this length" if method == "sft" else "prompt and longer answer"
+def _data(values: RecipeValues, method: str, data: Sequence[Detected]) -> list[str]:
+    rows = "length of packed rows" if method == "sft" else "maximum length of prompt and longer answer"
     return [
         "data:",
-        _noted(f"  sequence_len: {values.sequence_len}", rows),
-        _noted(f"  validation_size: {values.validation_size}", "rows held out for evaluation, in every language alike"),
+        _commented(f"  sequence_len: {values.sequence_len}", rows),
+        _commented(f"  validation_size: {values.validation_size}", "rows held out for evaluation, from all languages"),
         "  sources:",
         *(line for part in data for line in _source(part)),
     ]
 
 
-def _train(values: Choices, method: str, shape: ModelShape | None) -> list[str]:
+def _train(values: RecipeValues, method: str, shape: ModelShape | None) -> list[str]:
     tail = ", constant_ratio: 0.8, min_ratio: 0.3" if method == "sft" else ""
     return [
         "train:",
-        _noted(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
-        _noted(f"  micro_batch_size: {values.micro_batch_size}", "rows at a time on each GPU; see check --gpu NAME"),
-        _noted(f"  global_batch_size: {values.global_batch_size}", "rows a step over all GPUs"),
-        _noted(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
+        _commented(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
+        _commented(
+            f"  micro_batch_size: {values.micro_batch_size}", "rows per GPU and forward pass; see check --gpu NAME"
+        ),
+        _commented(f"  global_batch_size: {values.global_batch_size}", "rows per step over all GPUs"),
+        _commented(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
         f"  schedule: {{type: cosine, warmup_ratio: {0.03 if method == 'sft' else 0.1}{tail}}}",
     ]
 
 
 def _dpo(shape: ModelShape | None) -> list[str]:
-    beta = 0.5 if shape is None or shape.parameters < SMALL else 0.1
+    beta = 0.5 if shape is None or shape.parameters < SMALL_MODEL else 0.1
     return [
         "dpo:",
-        _noted(f"  beta: {beta}", "how strongly the model is held to where it starts from"),
-        _noted("  loss: {sigmoid: 1.0, sft: 0.2}", "the sft term keeps the chosen answers likely"),
+        _commented(f"  beta: {beta}", "strength of the KL penalty to the reference model"),
+        _commented("  loss: {sigmoid: 1.0, sft: 0.2}", "the sft term keeps chosen answers likely"),
     ]
 
 
-def brings_template(tokenizer_config: Path) -> bool:
-    """Whether a base was trained by nesso-tune and brings template and tokens along.
+def has_nesso_template(tokenizer_config: Path) -> bool:
+    """Whether a base was trained by nesso-tune and contains its template and tokens.
 
     Raises:
         ModelError: if its tokenizer_config.json cannot be read.
@@ -183,38 +187,38 @@ def brings_template(tokenizer_config: Path) -> bool:
     try:
         return CHAT_KEY in dict(json.loads(tokenizer_config.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise ModelError(str(tokenizer_config), "cannot be read", "fetch the model again") from None
+        raise ModelError(str(tokenizer_config), "cannot be read", "download the model again") from None
 
 
-def _noted(line: str, note: str) -> str:
+def _commented(line: str, note: str) -> str:
     return f"{line:<34}  # {note}" if note else line
 
 
 def _size(shape: ModelShape | None) -> str:
     if shape is None:
-        return "its size is not known here"
+        return "size unknown"
     return f"{shape.parameters / 1e6:,.0f} M parameters, context {shape.context:,}"
 
 
 def _rate_note(method: str, shape: ModelShape | None) -> str:
     if shape is None:
-        return "a careful one, since the size of the base is not known here"
+        return "a conservative value, since the size of the base is unknown"
     run = tuned_near(method, shape)
-    return f"for this size; tuned nearby: {run.learning_rate:g} ({run.source})"
+    return f"for this model size; tuned: {run.learning_rate:g} ({run.source})"
 
 
 def _source(part: Detected) -> list[str]:
     rows = f"{part.rows:,} rows" if part.rows is not None else "rows on the hub"
     tools = f", {part.tools:.0%} with tools" if part.tools else ""
     lines = [
-        _noted(f"    - path: {_text(part.path)}", rows + tools),
+        _commented(f"    - path: {_text(part.path)}", rows + tools),
         f"      format: {part.format}",
         *(f"      {key}: {_value(value)}" for key, value in part.fields.items()),
     ]
     if part.language is None:
-        return [*lines, f"      # language: each row says its own, {languages_of(part)}"]
+        return [*lines, f"      # language: from each row, {languages_of(part)}"]
     shares = f": {languages_of(part)}" if part.language == AUTO else ""
-    return [*lines, _noted(f"      language: {part.language}", f"told by their words{shares}")]
+    return [*lines, _commented(f"      language: {part.language}", f"detected per row{shares}")]
 
 
 def languages_of(part: Detected) -> str:
@@ -230,11 +234,11 @@ def _value(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """A text as YAML, quoted where it must be."""
+    """A text as a YAML scalar, quoted if necessary."""
     plain = text.replace("_", "").replace("-", "").replace(".", "").replace("/", "")
     if plain.isalnum() and text.isprintable() and text[0].isalpha() and text.lower() not in ("null", "true", "false"):
         return text
-    return json.dumps(text, ensure_ascii=not text.isprintable())  # JSON texts are YAML
+    return json.dumps(text, ensure_ascii=not text.isprintable())  # JSON strings are valid YAML
 
 
 def _number(value: float) -> str:
@@ -244,20 +248,20 @@ def _number(value: float) -> str:
 
 
 def _tokens(data: Sequence[Detected]) -> list[float]:
-    """About how many tokens each row has, control tokens with it."""
+    """Estimated tokens of each row, including control tokens."""
     return [n / CHARACTERS_PER_TOKEN + 20 for part in data for n in part.characters]
 
 
-def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
-    """About which share of the rows is longer than the length that is chosen for them."""
-    length = choose(method, data, shape).sequence_len
+def too_long_share(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
+    """Estimated share of the rows that exceed the chosen sequence length."""
+    length = choose_values(method, data, shape).sequence_len
     sizes = _tokens(data)
     return sum(size > length for size in sizes) / len(sizes)
 
 
-def usable_note(part: Detected) -> str | None:
-    """A sentence if many rows cannot be used."""
+def unusable_note(part: Detected) -> str | None:
+    """A note if many rows are unusable; else None."""
     if part.usable >= NEARLY_ALL:
         return None
-    why = ", ".join(f"{reason} {n}" for reason, n in part.dropped.items())
-    return f"{part.path}: {1 - part.usable:.0%} of the rows cannot be used ({why})"
+    reasons = ", ".join(f"{reason} {n}" for reason, n in part.dropped.items())
+    return f"{part.path}: {1 - part.usable:.0%} of the rows cannot be used ({reasons})"

@@ -20,7 +20,7 @@ from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
-from nesso_tune.hub import base_at_hand, check_at_hand, tokenizer_files, unknown_base
+from nesso_tune.hub import check_local_base, local_base_folder, missing_base_note, tokenizer_files
 from nesso_tune.metrics import whole_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path, shipped
@@ -217,14 +217,14 @@ def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
 
 def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, bool]:
     """A folder with a tiny model like the base, and whether the base's own tokenizer was at hand for it."""
-    check_at_hand(model)
-    folder = base_at_hand(model.base, model.revision)
+    check_local_base(model)
+    folder = local_base_folder(model.base, model.revision)
     config = find_config(model)
     if config is not None and (reason := unsupported(config)) is not None:
         raise ModelError(f"model.base {model.base}", reason, "use another base")
     if local_path(model.base).is_dir():
         chat_tokenizer(model, chat)
-    elif config is None and (note := unknown_base(model.base)):
+    elif config is None and (note := missing_base_note(model.base)):
         say(f"smoke: {note}")
     bundled = ModelSection(base=bundled_base())
     own = tokenizer_files(folder) if folder is not None else []

@@ -119,7 +119,7 @@ FLAGS = {
     "a checkpoint that is not there": (
         ["train", "{r}", "--resume", "{here}/checkpoint-9"],
         2,
-        "there is no checkpoint",
+        "does not exist; use auto, never",
     ),
     "a change of no key": (["train", "{r}", "--allow-changes", "train.lr"], 2, "unknown key `train.lr`"),
     "smoke and overwrite": (["train", "{r}", "--smoke", "--overwrite"], 2, "no effect with --smoke"),
@@ -315,7 +315,7 @@ DIRECTORIES = {
     "a checkpoint and overwrite": (
         unfinished, ["--resume", "{run}/checkpoint-2", "--overwrite"], 2, "which --resume names",
     ),
-    "a checkpoint of another run": (unfinished, ["--resume", "{run}/../rows.jsonl"], 2, "is in no output_dir"),
+    "a checkpoint of another run": (unfinished, ["--resume", "{run}/../rows.jsonl"], 2, "is not in the output_dir"),
     "a checkpoint of a finished run": (lambda run: None, ["--resume", "{run}/checkpoint-2"], 5, "its run is finished"),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ NAME = EVIL.replace("[", "").replace("]", "")  # as the name of a file; these wo
 def is_tame(text, colours=False):
     """Whether a text could not drive a terminal; line breaks and tabs are its own."""
     bare = logs.COLOUR.sub("", text) if colours else text
-    return not logs.UNSEEN.search(bare.replace("\n", "").replace("\t", ""))
+    return not logs.UNSAFE.search(bare.replace("\n", "").replace("\t", ""))
 
 
 def test_what_is_made_visible():

@@ -177,7 +177,7 @@ def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path, talks):
     manifest = read_manifest(whole)
     body = {key: value for key, value in manifest.items() if key != "self"}
     body["files"]["../outside.json"] = {"size": 2, "sha256": checkpoint.sha256(tmp_path / "run" / "outside.json")}
-    (whole / "manifest.json").write_text(json.dumps({**body, "self": checkpoint.hash_of(body)}))
+    (whole / "manifest.json").write_text(json.dumps({**body, "self": checkpoint.json_sha256(body)}))
     with pytest.raises(ValueError, match="names a file outside"):
         read_manifest(whole)
 

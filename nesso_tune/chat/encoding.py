@@ -1,4 +1,4 @@
-"""From conversations to token ids and labels. Masks hold by construction: nothing is searched for in a text."""
+"""Encodes conversations as token ids and labels. Masks follow from the segments; no text is searched for markers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.render import BOS, Segment, TrainOnEos, answer_segments, body_of, prompt_segments, segments, whole
+from nesso_tune.chat.render import (
+    BOS,
+    Segment,
+    TrainOnEos,
+    answer_segments,
+    prompt_segments,
+    segments,
+    turn_text,
+    with_system_and_tools,
+)
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
 from nesso_tune.conversation import Conversation, Message, PreferencePair
 
 Tools = Sequence[Mapping[str, Any]]
-IGNORED = -100  # label of a token that is not learned
+IGNORE_INDEX = -100  # label of a token that is not supervised
 
 
 @dataclass
 class Encoded:
-    """Token ids of a document, which of them are learned, and where its turns end.
+    """An encoded document: token ids, supervision mask and turn ends.
 
     Attributes:
         ids: token ids.
-        trained: for each of them, whether it is learned.
-        turn_ends: positions after the end token of each turn.
+        trained: for each token, whether it is supervised.
+        turn_ends: for each turn, the position after its end token.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -33,15 +42,15 @@ class Encoded:
 
     @property
     def labels(self) -> list[int]:
-        """Ids where learned, -100 elsewhere; unshifted."""
-        return [token if yes else IGNORED for token, yes in zip(self.ids, self.trained, strict=True)]
+        """Token ids where supervised, -100 elsewhere; unshifted."""
+        return [token if yes else IGNORE_INDEX for token, yes in zip(self.ids, self.trained, strict=True)]
 
     def cut_to(self, length: int, learn_end: bool = False) -> Encoded | None:
-        """The document cut after the last learned turn that ends within `length`, or None if there is none.
+        """The document truncated after the last supervised turn that ends within `length`; None if there is none.
 
         Args:
-            length: tokens it may have.
-            learn_end: whether its new last token, an end token, is learned even if it was not before.
+            length: maximum number of tokens.
+            learn_end: supervise the new last token, an end token, even if it was not supervised before.
         """
         starts = [0, *self.turn_ends]
         for start, end in reversed(list(zip(starts, self.turn_ends, strict=False))):
@@ -60,15 +69,15 @@ class EncodedPair:
     rejected: list[int]
 
 
-def id_of(tokenizer: Tokenizer, token: str) -> int:
-    """Id of a token that the tokenizer is known to have."""
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that is in the vocabulary."""
     found = tokenizer.token_to_id(token)
     assert found is not None, token
     return found
 
 
 class ChatEncoder:
-    """Encodes conversations and pairs with one tokenizer and one template, many at a time."""
+    """Encodes batches of conversations, texts and preference pairs with one tokenizer and one template."""
 
     def __init__(
         self,
@@ -77,12 +86,12 @@ class ChatEncoder:
         bos_id: int | None = None,
         default_system: DefaultSystem = None,
     ) -> None:
-        """`tokenizer` must know all control tokens; it is switched to read special tokens in texts as plain text."""
+        """`tokenizer` must contain all control tokens; its `encode_special_tokens` is set to True in place."""
         self._tokenizer = tokenizer
         self._tokenizer.encode_special_tokens = True
         self._template = template
         self._default_system = default_system
-        self._control: dict[str, int] = {token: id_of(tokenizer, token) for token in template.control_tokens}
+        self._control: dict[str, int] = {token: token_id(tokenizer, token) for token in template.control_tokens}
         if bos_id is not None:
             self._control[BOS] = bos_id
         self._fixed: dict[str, list[int]] = {}
@@ -96,20 +105,20 @@ class ChatEncoder:
         roles_to_train: Collection[str] = ("assistant",),
         train_on_eos: TrainOnEos = "turn",
     ) -> list[Encoded]:
-        """Each conversation encoded; what is learned is the trained turns' content and their end tokens."""
-        written = (whole(c, self._template, self._default_system) for c in conversations)
-        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in written])
+        """Encodes conversations; see `render.segments` for the supervised tokens."""
+        complete = (with_system_and_tools(c, self._template, self._default_system) for c in conversations)
+        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in complete])
 
     def texts(self, texts: Sequence[str], learn_end: bool = True) -> list[Encoded]:
-        """Each plain text (format completion), all of it learned, and the end token after it."""
+        """Encodes plain texts (format `completion`), fully supervised, each followed by the end token."""
         start = [Segment(BOS, "control")] if self._template.bos else []
         return self._encode([[*start, *answer_segments(text, self._template, True, learn_end)] for text in texts])
 
     def pairs(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
-        """Each pair as prompt (up to the assistant's header), chosen and rejected answer (with end token)."""
+        """Encodes pairs as prompt (including the assistant's header), chosen and rejected answer (with end token)."""
         prompts = [self._prompt_segments(pair.prompt, pair.language, pair.tools) for pair in pairs]
         answers = [
-            answer_segments(body_of(message, self._template), self._template, True, True)
+            answer_segments(turn_text(message, self._template), self._template, True, True)
             for pair in pairs
             for message in (pair.chosen, pair.rejected)
         ]
@@ -118,15 +127,17 @@ class ChatEncoder:
         return [EncodedPair(prompt[i].ids, answer[2 * i].ids, answer[2 * i + 1].ids) for i in range(len(pairs))]
 
     def prompt(self, messages: Sequence[Message], language: str, tools: Tools = ()) -> list[int]:
-        """The ids that a generation starts from: the messages and the assistant's header."""
+        """Token ids of a prompt for generation: the messages and the assistant's header."""
         return self._encode([self._prompt_segments(messages, language, tools)])[0].ids
 
     def _prompt_segments(self, messages: Sequence[Message], language: str, tools: Tools) -> list[Segment]:
         conversation = Conversation(tuple(messages), tuple(tools), language=language)
-        return prompt_segments(whole(conversation, self._template, self._default_system), self._template)
+        return prompt_segments(
+            with_system_and_tools(conversation, self._template, self._default_system), self._template
+        )
 
     def _encode(self, documents: list[list[Segment]]) -> list[Encoded]:
-        """Every document's ids and masks. A text that occurs again and again, like a system message, is read once."""
+        """Encodes documents; texts that repeat, such as a system message, are tokenized once."""
         texts = list(dict.fromkeys(s.text for document in documents for s in document if s.kind == "content"))
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         contents = {text: self._plain(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)}
@@ -150,11 +161,11 @@ class ChatEncoder:
         return out
 
     def _plain(self, text: str, ids: list[int]) -> list[int]:
-        """The ids of a text of the data, none of which is a special token."""
-        return ids if self._special.isdisjoint(ids) else self._apart(text)
+        """Token ids of a text from the data, without special tokens."""
+        return ids if self._special.isdisjoint(ids) else self._split_special(text)
 
-    def _apart(self, text: str) -> list[int]:
-        """Ids of a text that spells special tokens which the vocabulary has as words too: cut so that none can form."""
+    def _split_special(self, text: str) -> list[int]:
+        """Token ids of a text with special tokens that are also words of the vocabulary: split within each of them."""
         cuts = [match.start() + 1 for match in self._special_texts.finditer(text)]
         pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return [i for e in self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False) for i in e.ids]

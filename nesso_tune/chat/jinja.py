@@ -1,6 +1,6 @@
-"""A chat template as Jinja, for `tokenizer.apply_chat_template` and every server that reads it.
+"""Converts a chat template to Jinja, for `tokenizer.apply_chat_template` and inference servers.
 
-It says the same as the segments that are trained on; tests hold the two equal, token by token.
+The output equals the segments used in training (`render.py`); tests compare the two token by token.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, ToolFormat
 from nesso_tune.conversation import UNKNOWN_LANGUAGE
 
-# The text of JSON as `tojson` writes it under transformers. Plain Jinja's own filter sorts keys and escapes `<` and all
-# that is not ASCII; where a probe shows such a filter, a macro writes the JSON instead.
+# JSON must be written as by the `tojson` filter of transformers. The filter of plain Jinja sorts keys and escapes `<`
+# and non-ASCII characters; PLAIN_JSON detects it, and the macro AS_JSON replaces it.
 PLAIN_JSON = "{%- set plain_json = ({'b': '<è', 'a': 1} | tojson) == '{\"b\": \"<è\", \"a\": 1}' -%}"
 AS_JSON = r"""
 {%- macro as_json(value) -%}
@@ -46,16 +46,16 @@ AS_JSON = r"""
 
 
 def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks: bool = False) -> str:
-    """The template's `chat_template.jinja`, which plain Jinja renders to the same text as transformers.
+    """The text of `chat_template.jinja`; plain Jinja and transformers render it to the same text.
 
-    It takes `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` where
+    Variables: `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` if
     the default system message depends on it.
 
     Args:
         template: the chat template.
         default_system: system message of conversations without one.
-        masks: for transformers alone: puts assistant text and its end into a `generation` block, from which it makes
-            the assistant's mask, and leaves JSON to its filter.
+        masks: for transformers only: wraps assistant turns in `generation` blocks, which give the assistant mask, and
+            uses its `tojson` filter.
     """
     end, separator = template.end, template.separator
     before, after = template.header.split("{role}")
@@ -63,62 +63,62 @@ def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks
         *(["{{- bos_token -}}"] if template.bos else []),
         *([PLAIN_JSON, AS_JSON] if template.tools is not None and not masks else []),
         *_system(default_system),
-        *(_offer(template.tools, masks) if template.tools is not None else []),
+        *(_tool_definitions(template.tools, masks) if template.tools is not None else []),
         "{%- if system is not none -%}",
-        f"{{{{- {quoted(template.header_of('system'))} + system + {quoted(end + separator)} -}}}}",
+        f"{{{{- {_quoted(template.header_of('system'))} + system + {_quoted(end + separator)} -}}}}",
         "{%- endif -%}",
         "{%- for message in rest -%}",
         "{%- set turn = namespace(body=message['content'] or '') -%}",
         *(_body(template.tools, masks) if template.tools is not None else []),
-        f"{{{{- {quoted(before)} + {_role(template)} + {quoted(after)} -}}}}",
-        *_turn(f"{{{{- turn.body + {quoted(end)} -}}}}", masks),
-        *([f"{{{{- {quoted(separator)} -}}}}"] if separator else []),
+        f"{{{{- {_quoted(before)} + {_role(template)} + {_quoted(after)} -}}}}",
+        *_turn(f"{{{{- turn.body + {_quoted(end)} -}}}}", masks),
+        *([f"{{{{- {_quoted(separator)} -}}}}"] if separator else []),
         "{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{- {quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _turn(body: str, masks: bool) -> list[str]:
-    """The body of a turn and its end; of an assistant's turn in a `generation` block if a mask is wanted."""
+    """The body of a turn and its end token; with `masks`, assistant turns are in a `generation` block."""
     if not masks:
         return [body]
-    learned = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
-    return ["{%- if message['role'] == 'assistant' -%}", learned, f"{{%- else -%}}{body}{{%- endif -%}}"]
+    supervised = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
+    return ["{%- if message['role'] == 'assistant' -%}", supervised, f"{{%- else -%}}{body}{{%- endif -%}}"]
 
 
 def _json(value: str, masks: bool) -> str:
-    """The JSON of a Jinja expression, as an expression."""
+    """A Jinja expression for the JSON of a value."""
     return f"({value} | tojson)" if masks else f"({value} | tojson if plain_json else as_json({value}))"
 
 
-def quoted(text: str) -> str:
-    """A text as a Jinja string."""
+def _quoted(text: str) -> str:
+    """A text as a Jinja string literal."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
     return f"'{escaped}'"
 
 
 def _system(default_system: DefaultSystem) -> Iterator[str]:
-    """Sets `system` (the system message, the default one, or none) and `rest` (the other messages)."""
+    """Sets `system` (the system message, the default, or none) and `rest` (the other messages)."""
     if isinstance(default_system, Mapping):
-        texts = ", ".join(f"{quoted(k)}: {quoted(v)}" for k, v in default_system.items())
-        first = quoted(next(iter(default_system)))
-        unknown = f"language is not defined or language == {quoted(UNKNOWN_LANGUAGE)}"
+        texts = ", ".join(f"{_quoted(k)}: {_quoted(v)}" for k, v in default_system.items())
+        first = _quoted(next(iter(default_system)))
+        unknown = f"language is not defined or language == {_quoted(UNKNOWN_LANGUAGE)}"
         yield f"{{%- set systems = {{{texts}}} -%}}"
         yield (
             "{%- set default_system = systems[language] if language is defined and language in systems "
             f"else systems[{first}] if {unknown} else none -%}}"
         )
     else:
-        yield f"{{%- set default_system = {'none' if default_system is None else quoted(default_system)} -%}}"
+        yield f"{{%- set default_system = {'none' if default_system is None else _quoted(default_system)} -%}}"
     yield "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
     yield "{%- set system = (messages[0]['content'] or '') if has_system else default_system -%}"
     yield "{%- set rest = messages[1:] if has_system else messages -%}"
 
 
-def _offer(tools: ToolFormat, masks: bool) -> Iterator[str]:
-    """Adds the tools to `system`."""
-    before, after = (quoted(part) for part in tools.offer.split("{tools}"))
+def _tool_definitions(tools: ToolFormat, masks: bool) -> Iterator[str]:
+    """Appends the tool definitions to `system`."""
+    before, after = (_quoted(part) for part in tools.offer.split("{tools}"))
     tool = "tool if tool['function'] is defined else {'type': 'function', 'function': tool}"
     yield "{%- if tools -%}"
     yield "{%- set offered = namespace(lines='') -%}"
@@ -132,9 +132,9 @@ def _offer(tools: ToolFormat, masks: bool) -> Iterator[str]:
 
 
 def _body(tools: ToolFormat, masks: bool) -> Iterator[str]:
-    """Adds the calls of an assistant's message to `turn.body`, and what stands around a tool's result."""
-    before, after = (quoted(part) for part in tools.call.split("{call}"))
-    opens, closes = (quoted(part) for part in tools.result.split("{result}"))
+    """Appends tool calls to `turn.body`, and wraps tool results."""
+    before, after = (_quoted(part) for part in tools.call.split("{call}"))
+    opens, closes = (_quoted(part) for part in tools.result.split("{result}"))
     wrapped = f"{opens} + turn.body + {closes}"
     if opens != "''":
         wrapped = f"turn.body if turn.body.startswith({opens}) else {wrapped}"
@@ -156,5 +156,5 @@ def _body(tools: ToolFormat, masks: bool) -> Iterator[str]:
 def _role(template: ChatTemplate) -> str:
     if not template.role_names:
         return "message['role']"
-    names = ", ".join(f"{quoted(role)}: {quoted(name)}" for role, name in template.role_names.items())
+    names = ", ".join(f"{_quoted(role)}: {_quoted(name)}" for role, name in template.role_names.items())
     return f"({{{names}}}[message['role']] if message['role'] in {{{names}}} else message['role'])"

@@ -1,7 +1,7 @@
-"""Renders a chat template that came with a model. Run as a program, so that its limits bind nothing else.
+"""Renders an untrusted chat template; run as a program, to limit its time and memory.
 
-It reads a request as JSON from stdin and writes one answer for each rendering to stdout. Jinja's sandbox keeps a
-template from running code, but not from looping for ever or filling the memory: hence a process, a time and a limit.
+Reads a request as JSON from stdin and writes the results as JSON to stdout. Jinja's sandbox keeps a template from
+running code, but not from looping forever or exhausting the memory.
 """
 
 from __future__ import annotations
@@ -14,59 +14,62 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-MEMORY = 512 << 20  # bytes that a template may take
-LONGEST = 10_000_000  # characters that a template may write
-GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")  # a tag that only transformers knows
+MAX_MEMORY = 512 << 20  # bytes
+MAX_CHARACTERS = 10_000_000  # of a rendered text
+GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")  # a tag of transformers
 
 
 def main() -> None:
-    """Answers `{"template", "renderings": [variables], "seconds"}` with `[{"text"} or {"error"}]`."""
+    """Request: `{"template", "renderings": [variables], "seconds"}`. Response: `[{"text"} or {"error"}]`."""
     request = json.load(sys.stdin)
     jinja = environment()
-    limit(request["seconds"])
-    json.dump(answers(jinja, request["template"], request["renderings"]), sys.stdout)
+    _limit_resources(request["seconds"])
+    json.dump(_render_all(jinja, request["template"], request["renderings"]), sys.stdout)
 
 
-def answers(jinja: Any, source: str, renderings: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """What a template writes with each set of variables: {"text"}, or {"error"}."""
+def _render_all(jinja: Any, source: str, renderings: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Renders a template with each set of variables: {"text"} or {"error"}."""
     try:
-        template = jinja.from_string(without_generation(source))  # constant expressions are evaluated here
+        template = jinja.from_string(without_generation_tags(source))  # evaluates constants, so it can fail
     except Exception as error:
-        return [{"error": said(error)}] * len(renderings)
-    return [_answer(template, variables) for variables in renderings]
+        return [{"error": _message(error)}] * len(renderings)
+    return [_render(template, variables) for variables in renderings]
 
 
-def _answer(template: Any, variables: dict[str, Any]) -> dict[str, str]:
+def _render(template: Any, variables: dict[str, Any]) -> dict[str, str]:
     try:
         text = template.render(**variables)
-    except Exception as error:  # templates raise whatever their authors wrote
-        return {"error": said(error)}
-    return {"text": text} if len(text) <= LONGEST else {"error": f"wrote more than {LONGEST:,} characters"}
+    except Exception as error:  # templates can raise any exception
+        return {"error": _message(error)}
+    return (
+        {"text": text} if len(text) <= MAX_CHARACTERS else {"error": f"wrote more than {MAX_CHARACTERS:,} characters"}
+    )
 
 
-def said(error: Exception) -> str:
-    """The first line of an error, or its kind."""
+def _message(error: Exception) -> str:
+    """The first line of an error, or its type."""
     if isinstance(error, MemoryError):
-        return f"needed more than {MEMORY >> 20} MB of memory"
+        return f"needed more than {MAX_MEMORY >> 20} MB of memory"
     lines = str(error).splitlines() or [type(error).__name__]
     return f"failed ({lines[0][:200]})"
 
 
-def limit(seconds: float) -> None:
-    """Bounds the memory and the time of this process, where the system can."""
+def _limit_resources(seconds: float) -> None:
+    """Limits memory and CPU time of this process, if the system supports it."""
     with suppress(ImportError, OSError, ValueError):
         import resource
 
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
-        most = size + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
-        cpu = int(seconds) + 5  # ends it should its parent be gone
+        limit = size + MAX_MEMORY
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+        cpu = int(seconds) + 5  # ends the process if its parent no longer does
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 5))
 
 
 def environment() -> Any:
-    """Jinja as transformers sets it up for chat templates."""
+    """The Jinja environment of transformers for chat templates."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -78,16 +81,16 @@ def environment() -> Any:
     def raise_exception(message: str) -> NoReturn:
         raise TemplateError(message)
 
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    made.filters["tojson"] = to_json
-    made.globals["raise_exception"] = raise_exception
-    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return made
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.filters["tojson"] = to_json
+    jinja.globals["raise_exception"] = raise_exception
+    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return jinja
 
 
-def without_generation(source: str) -> str:
-    """A template without `generation` blocks: what stands in them is written as it is."""
-    return GENERATION.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
+def without_generation_tags(source: str) -> str:
+    """The template without `generation` tags; their content stays."""
+    return GENERATION_TAG.sub(lambda m: f"{{%{m[1]} {'endif' if m[2] else 'if true'} {m[3]}%}}", source)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A chat template as data: what stands around the text of each turn, and which of it is a control token.
+"""Chat templates as data: the text around each turn, and the control tokens in it.
 
-Everything comes from this one spec: the segments that are trained on, and the `chat_template.jinja` that the
-finished model is served with (`jinja.py`).
+Both the segments for training (`render.py`) and the `chat_template.jinja` of the final model (`jinja.py`) are derived
+from this specification.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ DefaultSystem = str | Mapping[str, str] | None
 
 
 class ToolFormat(Section):
-    """How tools are written: those on offer, calls, and results."""
+    """The text format of tool definitions, tool calls and tool results."""
 
     offer: Annotated[str, Field(pattern=r"\{tools\}")]
-    """What the system message says of the tools; {tools} is replaced by their JSON, one a line."""
+    """Text that the system message gets for tools; {tools} is replaced by their JSON, one per line."""
     call: Annotated[str, Field(pattern=r"\{call\}")]
-    """A call in the assistant's turn; {call} is replaced by {"name": …, "arguments": …}."""
+    """A tool call in an assistant turn; {call} is replaced by {"name": …, "arguments": …}."""
     result: Annotated[str, Field(pattern=r"\{result\}")]
-    """The turn of a tool; {result} is replaced by what the tool answered."""
+    """The content of a tool turn; {result} is replaced by the result."""
 
 
 class ChatTemplate(Section):
-    """How a conversation is written down."""
+    """The text format of a conversation."""
 
     bos: bool = False
-    """Begin with the tokenizer's BOS token."""
+    """Start with the BOS token of the tokenizer."""
     header: Annotated[str, Field(pattern=r"\{role\}")]
-    """What opens a turn; {role} is replaced by its role."""
+    """Start of a turn; {role} is replaced by its role."""
     end: NonEmpty
-    """What closes a turn: the token that the model must learn to end with."""
+    """End of a turn, which the model learns to generate."""
     separator: str = ""
-    """What follows the end of every turn; never learned."""
+    """Text after the end of every turn; never supervised."""
     role_names: dict[Role, NonEmpty] = Field(default_factory=dict)
-    """What a header calls a role, where that is not the role's own name."""
+    """Names of roles in headers, where they differ from the role."""
     tools: ToolFormat | None = None
-    """How tools are written; a template without it takes no conversations with tools."""
+    """Format of tools; without it, conversations with tools are errors."""
     control_tokens: Annotated[dict[NonEmpty, NonEmpty], Field(min_length=1)]
-    """Control tokens, each with words from whose embeddings a new one starts."""
+    """Control tokens, each with a text; the embedding of a new token starts from the mean of that text's embeddings."""
     eos_token: NonEmpty
-    """The token that ends a generation."""
+    """Token that stops generation."""
     pad_token: NonEmpty
-    """The token that fills a batch."""
+    """Padding token."""
 
     def header_of(self, role: str) -> str:
-        """The header of a turn of `role`."""
+        """The header of a turn with this role."""
         return self.header.replace("{role}", self.role_names.get(role, role))  # type: ignore[call-overload]
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Template text in pieces: each with whether it is a control token."""
-        return pieces_of(text, tuple(self.control_tokens))
+        """Splits template text into (piece, whether it is a control token)."""
+        return split_at_control_tokens(text, tuple(self.control_tokens))
 
 
-def pieces_of(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
-    """A text cut at control tokens: each piece with whether it is one."""
+def split_at_control_tokens(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
+    """Splits a text at control tokens into (piece, whether it is a control token)."""
     tokens = sorted(control_tokens, key=len, reverse=True)
     for piece in re.split(f"({'|'.join(map(re.escape, tokens))})", text):
         if piece:
@@ -71,36 +71,41 @@ def pieces_of(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str,
 
 
 def load_template(name: str) -> ChatTemplate:
-    """A shipped template by name, or a file of that kind.
+    """Loads a bundled template by name, or a template file.
 
     Raises:
-        RecipeError: if there is none, or if the file is wrong.
+        RecipeError: if it does not exist or is invalid.
     """
-    path = find_spec("chat", name, "chat.template")
-    template, document = read_spec(path, ChatTemplate)
-    once: list[tuple[KeyPath, str, str]] = [(("header",), template.header, "{role}")]
+    template, document = read_spec(find_spec("chat", name, "chat.template"), ChatTemplate)
     if template.tools is not None:
-        once += [(("tools", name), getattr(template.tools, name), f"{{{word}}}")
-                 for name, word in (("offer", "tools"), ("call", "call"), ("result", "result"))]  # fmt: skip
-    for key in ("offer", "call", "result") if template.tools is not None else ():
-        if any(control for _, control in template.pieces(getattr(template.tools, key))):
-            raise RecipeError(
-                document.where(("tools", key)), f"`tools.{key}` holds a control token",
-                "write tags as plain text: answers are decoded without control tokens",
-            )  # fmt: skip
-    for place, text, word in once:
-        if text.count(word) > 1:
+        for key in ("offer", "call", "result"):
+            if any(is_control for _, is_control in template.pieces(getattr(template.tools, key))):
+                raise RecipeError(
+                    document.where(("tools", key)), f"`tools.{key}` contains a control token",
+                    "write tags as plain text: answers are decoded without control tokens",
+                )  # fmt: skip
+    for place, text, placeholder in _placeholders(template):
+        if text.count(placeholder) > 1:
             key = ".".join(map(str, place))
-            raise RecipeError(document.where(place), f"`{key}` holds {word} more than once", "keep one")
+            raise RecipeError(document.where(place), f"`{key}` contains {placeholder} more than once", "keep one")
     for key in ("eos_token", "end"):
         if getattr(template, key) not in template.control_tokens:
             raise RecipeError(
-                document.where((key,)), f"`{key}` is not among control_tokens", "add it there, so that it is one token"
+                document.where((key,)), f"`{key}` is not in control_tokens", "add it there, to make it a single token"
             )
     if template.eos_token != template.end:
         raise RecipeError(
             document.where(("eos_token",)),
-            f"turns end with {template.end}, but generation would wait for {template.eos_token}",
-            "make the two equal",
+            f"turns end with {template.end}, but generation stops at {template.eos_token}",
+            "set both to the same token",
         )
     return template
+
+
+def _placeholders(template: ChatTemplate) -> list[tuple[KeyPath, str, str]]:
+    """(key, its text, the placeholder in it) of every text with a placeholder."""
+    found: list[tuple[KeyPath, str, str]] = [(("header",), template.header, "{role}")]
+    if template.tools is not None:
+        keys = {"offer": "{tools}", "call": "{call}", "result": "{result}"}
+        found += [(("tools", key), getattr(template.tools, key), placeholder) for key, placeholder in keys.items()]
+    return found

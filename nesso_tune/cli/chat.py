@@ -1,4 +1,4 @@
-"""A conversation in the terminal: turns typed and streamed, commands that begin with a slash, tool calls shown."""
+"""`nesso-tune chat`: an interactive chat with a model in the terminal, or one answer to `--prompt`."""
 
 from __future__ import annotations
 
@@ -7,117 +7,173 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nesso_tune.chat.render import calls_in
+from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.cli.options import file_path
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
-from nesso_tune.data.convert import Tool
+from nesso_tune.data.convert import Tool, read_tool_file
 from nesso_tune.data.languages import detect_language
 from nesso_tune.errors import RecipeError
-from nesso_tune.generation.inference import Sampling, Talker
 from nesso_tune.logs import print_text, visible
 from nesso_tune.recipes.builtin import flag_path
 
-Read = Callable[[str], str]  # shows a prompt, returns a line; raises EOFError at the end
-Write = Callable[[str], None]  # writes a piece of text as it is
-HELP = """\
-/system TEXT   a system message for what follows (without TEXT: none)
-/undo          takes back your last turn and its answer
-/reset         starts anew
-/history       what has been said
-/exit          ends; so do an empty line and Ctrl-D
+if TYPE_CHECKING:
+    from nesso_tune.generation.inference import Sampling, Talker
+
+Read = Callable[[str], str]  # shows a prompt and returns a line; raises EOFError at the end of the input
+Write = Callable[[str], None]  # writes a piece of text without changes
+
+COMMANDS = """\
+/system TEXT   set the system message for the next turns (without TEXT: remove it)
+/undo          remove the last turn and its answer
+/reset         start a new conversation
+/history       show the conversation
+/exit          exit; an empty line and Ctrl-D do the same
 """
 
 
+def chat(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, a run directory, or a hub id.")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit; stdout has the answer only.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    language: Annotated[
+        str | None,
+        typer.Option(help="Language code that selects the default system message; by default detected."),
+    ] = None,
+    tools: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="JSON list of tools that the model can call.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy decoding.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling: cumulative probability.")] = 1.0,
+) -> None:
+    """Chat with a model."""
+    from nesso_tune.generation.inference import Sampling, load_talker
+
+    if top_p < 1 and temperature == 0:
+        raise RecipeError("--top-p", "has no effect on greedy decoding", "set --temperature above 0, or remove it")
+    if prompt is not None and not prompt.strip():
+        raise RecipeError("--prompt", "is empty", "give a text, or omit the option for an interactive chat")
+    available_tools = read_tool_file(tools) if tools is not None else ()
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    session = ChatSession(load_talker(model), sampling, system, available_tools, language)
+    if prompt is not None:
+        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # under an ASCII locale
+        print_text(session.send(Message("user", prompt)) + "\n")
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401 - adds history and line editing to `input`
+
+    _note(f"{model}: /help lists the commands, an empty line ends the conversation.\n")
+    with suppress(KeyboardInterrupt):
+        run_session(session, _read, print_text, _note)
+
+
 @dataclass
-class Dialogue:
-    """A conversation with a model, and how it is drawn.
+class ChatSession:
+    """A conversation with a model.
 
     Attributes:
-        talker: the model.
-        sampling: how answers are drawn.
-        system: system message; None leaves it to the model's default.
-        tools: what the model may call.
-        language: code that chooses a default system message; None tells it from the first turn.
-        turns: what has been said, without the system message.
+        model: the model with its tokenizer.
+        sampling: decoding parameters.
+        system: system message; None selects the default one of the model.
+        tools: tools that the model can call.
+        language: code that selects a default system message; None detects it from the first user turn.
+        messages: the conversation so far, without the system message.
     """
 
-    talker: Talker
+    model: Talker
     sampling: Sampling
     system: str | None = None
     tools: tuple[Tool, ...] = ()
     language: str | None = None
-    turns: list[Message] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
-    def say(self, turn: Message, write: Write | None = None) -> str:
-        """The model's answer to one more turn, kept with it. What no longer fits into its context is left out."""
-        self.turns.append(turn)
+    def send(self, message: Message, stream: Write | None = None) -> str:
+        """Appends a message and the model's answer to it, and returns the answer.
+
+        Args:
+            message: a user turn or the result of a tool.
+            stream: receives the answer piece by piece.
+        """
+        self.messages.append(message)
         try:
-            answer = self.talker.answer(self._fitting(), self.sampling, self._language(), say=write, tools=self.tools)
-        except BaseException:  # an interrupted answer leaves the conversation as it was
-            self.turns.pop()
+            answer = self.model.answer(
+                self._in_context(), self.sampling, self._language(), say=stream, tools=self.tools
+            )
+        except BaseException:  # an interrupted answer leaves the conversation unchanged
+            self.messages.pop()
             raise
-        self.turns.append(Message("assistant", answer))
+        self.messages.append(Message("assistant", answer))
         return answer
 
+    @property
+    def truncated_turns(self) -> int:
+        """Number of messages at the start that no longer fit into the model's context."""
+        return len(self.messages) - sum(message.role != "system" for message in self._in_context())
+
+    @property
+    def all_messages(self) -> list[Message]:
+        """The conversation with the system message, if one is set."""
+        return [*self._system_message(), *self.messages]
+
+    def _system_message(self) -> list[Message]:
+        return [Message("system", self.system)] if self.system is not None else []
+
     def _language(self) -> str:
-        first = next((turn.content for turn in self.turns if turn.role == "user"), "")
+        first = next((message.content for message in self.messages if message.role == "user"), "")
         return self.language or (detect_language(first) if first else UNKNOWN_LANGUAGE)
 
-    def _fitting(self) -> list[Message]:
-        """The system message and as many of the last turns as fit, beginning with the user's."""
-        system = [Message("system", self.system)] if self.system is not None else []
-        turns = list(self.turns)
-        language, wanted = self._language(), self.sampling.max_new_tokens
-        while len(turns) > 1 and self.talker.room([*system, *turns], language, self.tools) < wanted:
-            later = [i for i, turn in enumerate(turns) if i and turn.role == "user"]
-            if not later:
+    def _in_context(self) -> list[Message]:
+        """The system message and the last turns that fit into the context, starting with a user turn."""
+        system, messages = self._system_message(), list(self.messages)
+        language, needed = self._language(), self.sampling.max_new_tokens
+        while len(messages) > 1 and self.model.room([*system, *messages], language, self.tools) < needed:
+            user_turns = [i for i, message in enumerate(messages) if i and message.role == "user"]
+            if not user_turns:
                 break
-            turns = turns[later[0] :]
-        return [*system, *turns]
-
-    def left_out(self) -> int:
-        """Turns at the beginning that the model no longer reads."""
-        kept = [turn for turn in self._fitting() if turn.role != "system"]
-        return len(self.turns) - len(kept)
+            messages = messages[user_turns[0] :]
+        return [*system, *messages]
 
 
-def converse(dialogue: Dialogue, read: Read, write: Write, note: Write) -> None:
-    """Talks until the input ends.
+def run_session(session: ChatSession, read: Read, write: Write, note: Write) -> None:
+    """Reads user turns and commands until the input ends.
 
     Args:
-        dialogue: with whom.
-        read: a line of input.
-        write: the model's words.
-        note: what is not said by anyone: help, calls, results that are asked for.
+        session: the conversation.
+        read: reads a line of input.
+        write: writes the model's answers.
+        note: writes everything else: help, tool calls, confirmations.
     """
     while True:
         try:
-            said = read("> ").strip()
+            line = read("> ").strip()
         except EOFError:
             return
-        if not said or said in ("/exit", "/quit", "exit", "quit"):
+        if not line or line in ("/exit", "/quit", "exit", "quit"):
             return
-        if said.startswith("/"):
-            _command(dialogue, said, note)
+        if line.startswith("/"):
+            _run_command(session, line, note)
         else:
-            _turn(dialogue, Message("user", said), read, write, note)
+            _run_turn(session, Message("user", line), read, write, note)
 
 
-def _turn(dialogue: Dialogue, turn: Message, read: Read, write: Write, note: Write) -> None:
-    """One turn, its answer, and the results of the tools that the answer calls."""
+def _run_turn(session: ChatSession, message: Message, read: Read, write: Write, note: Write) -> None:
+    """Sends a message, writes the answer, and asks for the results of the tools that the answer calls."""
     try:
-        answer = dialogue.say(turn, write)
+        answer = session.send(message, write)
     except KeyboardInterrupt:
-        note("\n(stopped; your turn is taken back)\n")
+        note("\n(interrupted; your turn was removed)\n")
         return
     write("\n")
-    if left_out := dialogue.left_out():
-        note(f"({left_out} turns at the beginning no longer fit into the model's context)\n")
-    calls = calls_in(answer)
+    if truncated := session.truncated_turns:
+        note(f"({truncated} turns at the start no longer fit into the model's context)\n")
+    calls = parse_tool_calls(answer)
     for i, call in enumerate(calls):
         arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call["arguments"].items())
         note(f"  calls {call['name']}({arguments})\n")
@@ -128,74 +184,33 @@ def _turn(dialogue: Dialogue, turn: Message, read: Read, write: Write, note: Wri
         if not result:
             return
         if i + 1 < len(calls):
-            dialogue.turns.append(Message("tool", result))
+            session.messages.append(Message("tool", result))
         else:
-            _turn(dialogue, Message("tool", result), read, write, note)
+            _run_turn(session, Message("tool", result), read, write, note)
 
 
-def _command(dialogue: Dialogue, said: str, note: Write) -> None:
-    name, _, text = said.partition(" ")
+def _run_command(session: ChatSession, line: str, note: Write) -> None:
+    name, _, text = line.partition(" ")
     if name == "/system":
-        dialogue.system = text.strip() or None
-        note("(system message set)\n" if dialogue.system else "(no system message)\n")
+        session.system = text.strip() or None
+        note("(system message set)\n" if session.system else "(system message removed)\n")
     elif name == "/reset":
-        dialogue.turns.clear()
-        note("(a new conversation)\n")
+        session.messages.clear()
+        note("(new conversation)\n")
     elif name == "/undo":
-        while dialogue.turns and dialogue.turns.pop().role != "user":
+        while session.messages and session.messages.pop().role != "user":
             pass
-        note(f"({len(dialogue.turns)} turns left)\n")
+        note(f"({len(session.messages)} turns left)\n")
     elif name == "/history":
-        system = [Message("system", dialogue.system)] if dialogue.system is not None else []
-        note("".join(f"{turn.role}: {turn.content}\n" for turn in [*system, *dialogue.turns]))
+        note("".join(f"{message.role}: {message.content}\n" for message in session.all_messages))
     else:
-        note(HELP if name == "/help" else f"{name} is no command:\n{HELP}")
-
-
-def chat(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, a run directory, or a hub id.")
-    ],
-    prompt: Annotated[str | None, typer.Option(help="Answer this once; the answer alone goes to stdout.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
-    language: Annotated[
-        str | None, typer.Option(help="Language code, for a default system message by language; told if left out.")
-    ] = None,
-    tools: Annotated[
-        Path | None, typer.Option(metavar="FILE", parser=file_path, help="JSON list of tools that the model may call.")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 answers greedily.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the likeliest words to draw from.")] = 1.0,
-) -> None:
-    """Talk to a model."""
-    from nesso_tune.data.convert import read_tool_file
-    from nesso_tune.generation.inference import Sampling, load_talker
-
-    if top_p < 1 and temperature == 0:
-        raise RecipeError("--top-p", "has no effect on greedy answers", "set --temperature above 0, or remove it")
-    if prompt is not None and not prompt.strip():
-        raise RecipeError("--prompt", "is empty", "give it a text, or leave it out to talk")
-    offered = read_tool_file(tools) if tools is not None else ()
-    talker = load_talker(model)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    dialogue = Dialogue(talker, sampling, system, offered, language)
-    if prompt is not None:
-        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # as an ASCII locale passes it
-        print_text(dialogue.say(Message("user", prompt)) + "\n")
-        return
-    with suppress(ImportError):
-        import readline  # noqa: F401 - gives `input` a history and editing
-
-    _note(f"{model}: /help lists the commands, an empty line ends the conversation.\n")
-    with suppress(KeyboardInterrupt):
-        converse(dialogue, _read, print_text, _note)
+        note(COMMANDS if name == "/help" else f"unknown command {name}:\n{COMMANDS}")
 
 
 def _read(prompt: str) -> str:
     try:
         return input(visible(prompt))
-    except RuntimeError:  # no input at all
+    except RuntimeError:  # stdin is closed
         raise EOFError from None
 
 

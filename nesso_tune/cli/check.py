@@ -1,4 +1,4 @@
-"""`nesso-tune schema`: prints the recipe's JSON Schema."""
+"""`nesso-tune check` validates a recipe and shows its plan; `nesso-tune schema` prints the JSON Schema of recipes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, load_all
 from nesso_tune.data.estimate import estimate_volume
 from nesso_tune.data.sources import check_output
-from nesso_tune.hub import check_at_hand, unknown_base
-from nesso_tune.launch.command import Machines, gpus_of_this_machine
+from nesso_tune.hub import check_local_base, missing_base_note
+from nesso_tune.launch.command import Machines, count_local_gpus
 from nesso_tune.logs import print_lines, print_text
 from nesso_tune.planning.hardware import find_gpu
 from nesso_tune.planning.plan import World, describe
@@ -30,37 +30,38 @@ def schema() -> None:
 def check(
     recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - typer copies it
-    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; else those of the cluster section.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Number of machines; by default `cluster.nodes`.")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option(min=1, help="GPUs (processes) on each machine; else those of the cluster section.")
+        int | None, typer.Option(min=1, help="GPUs (processes) per machine; by default `cluster.gpus_per_node`.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Kind of GPU, e.g. a100-80gb: does a step fit into its memory?")
+        str | None, typer.Option(metavar="NAME", help="GPU model, e.g. a100-80gb, to compare the memory with.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Validate a recipe and show what it would do."""
+    """Validate a recipe and show its plan."""
     (loaded,) = load_all([recipe], settings)
-    check_at_hand(loaded.model)
+    check_local_base(loaded.model)
     check_output(loaded)
     cluster = loaded.cluster or ClusterSection()
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     world = World(machines.processes, None if gpu is None else find_gpu(gpu))
     plan = make_plan(loaded, world, estimate_volume(loaded))
-    plan = replace(plan, advice=(*_idle(machines, loaded.cluster), *plan.advice))
+    plan = replace(plan, advice=(*_idle_gpus(machines, loaded.cluster), *plan.advice))
     if as_json:
         print_text(json.dumps(plan.to_dict(), indent=2) + "\n")
     else:
         closing = ["", f"next: nesso-tune preview {shlex.quote(recipe)}"]
-        print_lines(f"{recipe}: valid", "", *describe(plan, loaded, unknown_base(loaded.model.base)), *closing)
+        print_lines(f"{recipe}: valid", "", *describe(plan, loaded, missing_base_note(loaded.model.base)), *closing)
 
 
-def _idle(machines: Machines, cluster: ClusterSection | None) -> list[str]:
-    """Which GPUs would do nothing: some of the cluster's, or of this machine where the recipe names no other."""
+def _idle_gpus(machines: Machines, cluster: ClusterSection | None) -> list[str]:
+    """A note about unused GPUs of the cluster section, or of this machine without a cluster section."""
     if cluster is not None:
         idle = Machines(cluster.nodes, cluster.gpus_per_node).processes - machines.processes
         return [f"{idle} of the cluster section's {idle + machines.processes} GPUs would be idle"] if idle > 0 else []
-    there = gpus_of_this_machine()
-    if machines.processes >= there:
+    available = count_local_gpus()
+    if machines.processes >= available:
         return []
-    return [f"{there - machines.processes} of this machine's {there} GPUs would be idle: `nesso-tune launch` uses all"]
+    idle = available - machines.processes
+    return [f"{idle} of this machine's {available} GPUs would be idle: `nesso-tune launch` uses all"]

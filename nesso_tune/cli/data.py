@@ -1,4 +1,4 @@
-"""`nesso-tune prepare`: fetches base and data, encodes and caches them, prints the data report."""
+"""`nesso-tune prepare` encodes and caches the data and prints a report; `nesso-tune preview` shows encoded rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prepare(
     settings: SetOption = [],  # noqa: B006 - typer copies it
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch, read, encode and cache the data, on the CPU, and report what is in it."""
+    """Download, read, encode and cache the data on the CPU, and report on it."""
     from nesso_tune.data.prepare import dropped_file, prepare_data
     from nesso_tune.data.sources import check_output
     from nesso_tune.hub import base_folder
@@ -35,8 +35,8 @@ def prepare(
     (loaded,) = load_all([recipe], settings)
     check_output(loaded)
     data = prepare_data(loaded)
-    base_folder(loaded.model.base, loaded.model.revision, weights=True)  # so that compute nodes may be offline
-    page = _written(Path(loaded.output_dir), loaded, data)
+    base_folder(loaded.model.base, loaded.model.revision, weights=True)  # compute nodes may be offline
+    page = _write_page(Path(loaded.output_dir), loaded, data)
     if as_json:
         print_text(json.dumps(data.report.to_dict(), indent=2, ensure_ascii=False) + "\n")
         return
@@ -44,28 +44,28 @@ def prepare(
     if data.report.dropped:
         print_lines("", f"all dropped rows   {dropped_file(data)}")
     if page is not None:
-        print_lines(f"to look at         {page}")
+        print_lines(f"report             {page}")
 
 
 def tables(report: DataReport) -> list[str]:
-    """The report as lines for a terminal."""
+    """The data report as lines of text."""
     dropped = report.dropped
-    lost = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "none"
     lines = [
-        f"rows      {report.rows_read:,} read, {report.rows_kept:,} kept; dropped: {lost}",
+        f"rows      {report.rows_read:,} read, {report.rows_kept:,} kept; dropped: {reasons}",
         *(f"          {reason}, e.g. {where}" for reason, where in report.examples_of_dropped.items()),
-        f"packing   {report.packing.rows:,} rows an epoch, {report.packing.fill:.1%} full",
+        f"packing   {report.packing.rows:,} rows per epoch, {report.packing.fill:.1%} full",
         f"cache     {'found' if report.cache_hit else 'made'}, fingerprint {report.fingerprint}",
-        *(f"oddity    {_oddity(name, anomaly)}" for name, anomaly in report.anomalies.items()),
-        *(f"mind      {warning}" for warning in report.warnings),
+        *(f"anomaly   {_anomaly(name, anomaly)}" for name, anomaly in report.anomalies.items()),
+        *(f"warning   {warning}" for warning in report.warnings),
         "",
         f"{'':<28}{'rows':>12}{'tokens':>14}{'supervised':>14}",
     ]
     groups: list[tuple[str, TokenCounts | SourceReport]] = [
         *((f"language {code}", counts) for code, counts in report.languages.items()),
         *((f"source {_short(source.alias or source.path)}", source) for source in report.sources),
-        ("held out", report.validation),
-        ("an epoch trains on", report.train),
+        ("validation", report.validation),
+        ("train, per epoch", report.train),
     ]
     lines += [
         f"{name:<28}{counts.rows:>12,}{counts.tokens:>14,}{counts.supervised_tokens:>14,}" for name, counts in groups
@@ -78,12 +78,12 @@ def tables(report: DataReport) -> list[str]:
     return lines
 
 
-def _oddity(name: str, anomaly: Anomaly) -> str:
+def _anomaly(name: str, anomaly: Anomaly) -> str:
     return f"{anomaly.rows:,} rows: {name.replace('_', ' ')}, e.g. {anomaly.example}"
 
 
-def _written(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:
-    """The page in the run directory; None where it cannot be written, e.g. on a node that may only read."""
+def _write_page(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None:
+    """Writes data_report.html into the run directory; None if it is not writable."""
     from nesso_tune.reports.data_report import write_data_report
 
     try:
@@ -100,22 +100,22 @@ def _short(name: str) -> str:
 def preview(
     recipe: RecipeArgument,
     settings: SetOption = [],  # noqa: B006 - typer copies it
-    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Rows that are shown.")] = 2,
+    count: Annotated[int, typer.Option("-n", "--rows", min=1, help="Number of rows.")] = 2,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", parser=file_path, help="Write a page with every token instead.")
+        Path | None, typer.Option(metavar="FILE", parser=file_path, help="Write an HTML page with all tokens instead.")
     ] = None,
 ) -> None:
-    """Show real rows as the model will see them: what is learned, control tokens, borders in the pack."""
-    from nesso_tune.reports.preview import preview as of
+    """Show rows as the model receives them. Marks supervised tokens, control tokens and document boundaries."""
+    from nesso_tune.reports.preview import preview as load_preview
 
     (loaded,) = load_all([recipe], settings)
-    view = of(loaded, count)
+    view = load_preview(loaded, count)
     if html is not None:
         if html.is_dir():
             raise RunEnvironmentError(str(html), "is a folder", "name a file, e.g. page.html")
         html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(view.to_html(), encoding="utf-8")
-        print_lines(f"{html}: {len(view.rows)} rows; it opens in any browser, offline")
+        print_lines(f"{html}: {len(view.rows)} rows; open it in a browser")
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         print_text(view.to_text(shutil.get_terminal_size().columns, colour) + "\n", coloured=colour)

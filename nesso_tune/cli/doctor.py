@@ -1,4 +1,4 @@
-"""`nesso-tune doctor`: looks at the environment before a run does."""
+"""`nesso-tune doctor`: checks the environment of a run."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nesso_tune.logs import print_lines
 
 def doctor(
     folder: Annotated[
-        Path, typer.Option("--output-dir", metavar="FOLDER", parser=file_path, help="Where runs will be written.")
+        Path, typer.Option("--output-dir", metavar="FOLDER", parser=file_path, help="Output folder of runs.")
     ] = Path("outputs"),
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
-    """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""
+    """Check versions, driver, GPUs, disk, cache and ports. A launcher's processes also compare machines and links."""
     from nesso_tune.distributed.process_group import is_first, part, world_size
-    from nesso_tune.launch.doctor import examine, meet
+    from nesso_tune.launch.doctor import inspect_machine, measure_communication
 
-    machine = examine(folder)
+    machine = inspect_machine(folder)
     facts, problems = list(machine.facts), list(machine.problems)
     if world_size() > 1:
-        machines, met, found = meet(machine, timeout)
-        facts += met
-        # What every process of a machine finds is one fault of that machine.
-        every = dict.fromkeys((one.host, problem) for one in machines for problem in one.problems)
-        problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in every] + found
+        machines, measured, shared = measure_communication(machine, timeout)
+        facts += measured
+        # processes of one machine report the same problem
+        own = dict.fromkeys((report.host, problem) for report in machines for problem in report.problems)
+        problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in own] + shared
     if is_first():
         for name, value in facts:
             print_lines(f"{name:<14}{value}")
@@ -37,4 +37,4 @@ def doctor(
     if problems:
         raise RunEnvironmentError(problems)
     if is_first():
-        print_lines("nothing is wrong here")
+        print_lines("no problems found")

@@ -1,49 +1,85 @@
-"""The command line: one file a verb, errors in one form, exit codes by kind.
+"""The command line: loads one module per verb, prints errors in one form, and exits with a code per kind of error.
 
-Verbs import what they need when they run, so that `--help` and `check` stay instant; nothing else in the package
-imports inside functions.
+A verb's module is imported when the verb runs, so `--help` stays fast. Only the modules of `cli/` import inside
+functions.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import os
 import sys
 import traceback
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from nesso_tune.cli.chat import chat
-from nesso_tune.cli.check import check, schema
-from nesso_tune.cli.data import prepare, preview
-from nesso_tune.cli.doctor import doctor
-from nesso_tune.cli.init import init
-from nesso_tune.cli.launch import launch
-from nesso_tune.cli.train import train
 from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
-from nesso_tune.launch.slurm import EXIT_FILE
+from nesso_tune.launch.command import EXIT_FILE
 from nesso_tune.logs import print_lines, print_notes, print_text
-from nesso_tune.recipes.secrets import masked
 
-USAGE: Any = typer.BadParameter.__base__  # what a command line that cannot be understood raises
+USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, which typer bundles
+SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+
+# Verb: the module that defines it, and the first sentence of its docstring. The order is that of `--help`.
+VERBS = {
+    "init": ("init", "Write a first recipe for your base and your data, or list the bundled ones."),
+    "check": ("check", "Validate a recipe and show its plan."),
+    "prepare": ("data", "Download, read, encode and cache the data on the CPU, and report on it."),
+    "preview": ("data", "Show rows as the model receives them."),
+    "train": ("train", "Train."),
+    "launch": ("launch", "Start a run on several GPUs: on this machine, or through Slurm on many."),
+    "chat": ("chat", "Chat with a model."),
+    "schema": ("check", "Print the JSON Schema of recipes, for editors."),
+    "doctor": ("doctor", "Check versions, driver, GPUs, disk, cache and ports."),
+}
+
+
+class LazyGroup(TyperGroup):
+    """Lists the verbs from `VERBS`, and imports the module of the one that is used."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = {name: TyperCommand(name, help=summary) for name, (_, summary) in VERBS.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The verb's own command, with its options, instead of the entry in the list."""
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, _load(name) if name else None, rest
+
+
+def _load(verb: str) -> Any:
+    """The command of a verb."""
+    collecting = gc.isenabled()
+    gc.disable()  # imports create many objects and little garbage: collections would take a tenth of the start-up time
+    try:
+        function = getattr(import_module(f"nesso_tune.cli.{VERBS[verb][0]}"), verb)
+    finally:
+        if collecting:
+            gc.enable()
+    single = typer.Typer(**SETTINGS)
+    single.command(verb)(function)
+    return typer.main.get_command(single)
+
+
 app = typer.Typer(
     name="nesso-tune",
     help="From a base model to a bilingual assistant: SFT, then DPO, from one recipe and one command.",
+    cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    **SETTINGS,
 )
-for verb in (init, check, prepare, preview, train, launch, chat, schema, doctor):
-    app.command()(verb)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
+        from importlib.metadata import version
+
         print_lines(f"nesso-tune {version('nesso-tune')}")
         raise typer.Exit
 
@@ -53,50 +89,28 @@ def options(
     show_version: bool = typer.Option(
         False, "--version", is_eager=True, callback=_print_version, help="Show the version."
     ),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (works after the verb too)."),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (also accepted after the verb)."),
 ) -> None:
-    """Read before the verb; `main` has already taken `--debug` out of the arguments."""
+    """Options before the verb. `main` removes `--debug` from the arguments before this runs."""
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command line and exits with its code."""
     try:
-        _main(arguments)
+        _run(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
-        _note(code)
-        if os.environ.get("WORLD_SIZE", "") not in ("", "0"):  # a launcher's, even if it is the only one
-            _leave(code)
+        _record_exit_code(code)
+        if os.environ.get("WORLD_SIZE", "") not in ("", "0"):  # started by a launcher, even with a single process
+            _exit_without_teardown(code)
         raise
 
 
-def _one_of_several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
-
-
-def _leave(code: int) -> None:
-    """Ends a launcher's process without taking libraries apart.
-
-    A thread of gloo's that is still there when its objects go aborts the process ("terminate called without an
-    active exception"), and the launcher then calls a finished run failed.
-    """
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(code)
-
-
-def _note(code: int) -> None:
-    """Leaves the exit code where `launch` looks for it: launchers of several processes turn every one into 1."""
-    if code and os.environ.get("RANK", "0") == "0" and (file := os.environ.get(EXIT_FILE)):
-        Path(file).write_text(str(code), encoding="utf-8")
-
-
-def _main(arguments: list[str] | None) -> None:
+def _run(arguments: list[str] | None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
-    if _one_of_several():  # a lost process is said by us, once and in a line
+            stream.reconfigure(errors="replace")  # for a terminal that cannot show a character
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):  # we report a lost process ourselves, in one line
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -104,21 +118,22 @@ def _main(arguments: list[str] | None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except USAGE as error:
-        said = io.StringIO()
-        error.show(said)
-        print_text(said.getvalue(), error=True)
+    except USAGE_ERROR as error:
+        message = io.StringIO()
+        error.show(message)
+        print_text(message.getvalue(), error=True)
         sys.exit(error.exit_code)
     except typer.Abort:
         print_notes("Aborted!")
         sys.exit(1)
     except NessoError as error:
-        _end(error, debug)
+        _exit_with(error, debug)
     except OSError as error:
-        _end(of_os(error), debug)
+        _exit_with(of_os(error), debug)
     except MemoryError:
-        _end(RunEnvironmentError("memory", "not enough", "lower train.micro_batch_size or data.sequence_len"), debug)
-    except Exception as error:  # a fault of ours: short by default, whole with --debug
+        remedy = "lower train.micro_batch_size or data.sequence_len"
+        _exit_with(RunEnvironmentError("memory", "not enough", remedy), debug)
+    except Exception as error:  # a bug of nesso-tune
         if debug:
             print_text(traceback.format_exc(), error=True)
         else:
@@ -127,13 +142,34 @@ def _main(arguments: list[str] | None) -> None:
         sys.exit(1)
 
 
-def _end(error: NessoError, debug: bool) -> None:
+def _exit_with(error: NessoError, debug: bool) -> None:
+    """Prints an error once per run, or once per machine if it concerns the machine, and exits with its code."""
     if debug:
         print_text(traceback.format_exc(), error=True)
     speaks = error.speaks
-    if speaks is None:  # one message, not one a process; of what befalls a machine, one a machine
-        own = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
-        speaks = own == "0" or not own.isdecimal()
+    if speaks is None:
+        rank = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
+        speaks = rank == "0" or not rank.isdecimal()
     if speaks:
+        from nesso_tune.recipes.secrets import masked
+
         print_notes(*(masked(str(problem)) for problem in error.problems))
     sys.exit(error.exit_code)
+
+
+def _record_exit_code(code: int) -> None:
+    """Writes rank 0's exit code to the file that the Slurm job reads: launchers replace every exit code with 1."""
+    if code and os.environ.get("RANK", "0") == "0" and (file := os.environ.get(EXIT_FILE)):
+        Path(file).write_text(str(code), encoding="utf-8")
+
+
+def _exit_without_teardown(code: int) -> None:
+    """Ends a process of a launcher without running destructors.
+
+    If a gloo thread is still running when its objects are destroyed, the process aborts ("terminate called without an
+    active exception"), and the launcher reports a finished run as failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

@@ -1,4 +1,4 @@
-"""`nesso-tune train`: runs recipes in order, each to its `final/`."""
+"""`nesso-tune train`: trains recipes in order, each to its `final/`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.options import SetOption, load_all, processes
-from nesso_tune.cli.validate import check_bases, check_beforehand, check_flags, check_folders, is_of
+from nesso_tune.cli.options import SetOption, load_all, world_size_from_environment
+from nesso_tune.cli.validate import check_bases, check_before_start, check_flags, check_folders, is_checkpoint_of
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.errors import Preempted, RecipeError
@@ -23,26 +23,29 @@ from nesso_tune.recipes.schema import Recipe
 
 
 def train(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files or names of shipped recipes.")],
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or names of bundled recipes.")],
     settings: SetOption = [],  # noqa: B006 - typer copies it
     resume: Annotated[
         str,
         typer.Option(
-            metavar="auto|never|PATH", parser=flag_path, help="Continue an unfinished run, never, or from here."
+            metavar="auto|never|PATH",
+            parser=flag_path,
+            help="Resume an unfinished run, never resume, or resume from a checkpoint.",
         ),
     ] = "auto",
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier run, kept until this one has a checkpoint.")
+        bool,
+        typer.Option("--overwrite", help="Replace an existing run; it is kept until the new run has a checkpoint."),
     ] = False,
     allow_changes: Annotated[
-        str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the run that is continued.")
+        str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the resumed run.")
     ] = "",
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Try everything in about a minute: tiny model, first rows, few steps.")
+        bool, typer.Option("--smoke", help="Test all stages in about a minute: tiny model, first rows, few steps.")
     ] = False,
 ) -> None:
-    """Train. Several recipes run in order (SFT, then DPO), all checked before the first starts."""
-    number = processes()
+    """Train. Several recipes run in order (SFT, then DPO); all are checked before the first starts."""
+    num_processes = world_size_from_environment()
     loaded = load_all(recipes, settings)
     check_folders(recipes, loaded)
     check_flags(loaded, resume, allow_changes)
@@ -50,10 +53,10 @@ def train(
         _check_smoke_options(resume, overwrite, allow_changes)
         loaded, resume, overwrite = _smoke(loaded), "never", True
     check_bases(loaded)
-    check_beforehand(loaded, number)
+    check_before_start(loaded, num_processes)
     _say("loading the libraries")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between the libraries; users cannot act on them
-    _leave_out_quantisation(loaded)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # users cannot act on those between libraries
+    _skip_bitsandbytes(loaded)
     with prepare_in_background(prepare_data, loaded[0]) if _is_first() else nullcontext():
         from nesso_tune.run import train as run_one
 
@@ -62,45 +65,51 @@ def train(
             try:
                 result = run_one(
                     recipe,
-                    resume=resume if resume == "never" or is_of(resume, recipe) else "auto",
+                    resume=resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto",
                     overwrite=overwrite,
                     allow_changes=allowed,
                     say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]
                 )
             except KeyboardInterrupt:
-                raise Preempted(name, "interrupted", "the same command continues from its last checkpoint") from None
+                raise Preempted(
+                    name, "interrupted", "run the same command to continue from its last checkpoint"
+                ) from None
             done = "" if result.trained else "this run is finished (--overwrite trains it again): "
             _say(f"{name}: {done}model in {result.model_dir}")
             _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
             if result.asked_to_stop and i + 1 < len(recipes):
-                raise Preempted(recipes[i + 1], "asked to stop before it began", "the same command goes on with it")
+                raise Preempted(recipes[i + 1], "stopped before it started", "run the same command to continue with it")
+    _say_next(recipes, result.model_dir, smoke)
+
+
+def _say_next(recipes: list[str], model_dir: Path, smoke: bool) -> None:
     if smoke:
-        _say(f"smoke: passed; the weights are random, so `nesso-tune chat {result.model_dir}` talks nonsense")
+        _say(f"smoke: passed; the weights are random, so answers of `nesso-tune chat {model_dir}` are meaningless")
         _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
     else:
-        _say(f"next: nesso-tune chat {shlex.quote(str(result.model_dir))}")
+        _say(f"next: nesso-tune chat {shlex.quote(str(model_dir))}")
 
 
 def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:
     given = {"--resume": resume != "auto", "--overwrite": overwrite, "--allow-changes": bool(allow_changes)}
     for option in (name for name, is_given in given.items() if is_given):
-        raise RecipeError(option, "has no effect with --smoke, which always starts anew", "remove one of the two")
+        raise RecipeError(option, "has no effect with --smoke, which always starts a new run", "remove one of the two")
 
 
 def _smoke(recipes: list[Recipe]) -> list[Recipe]:
-    """The recipes cut down, each starting from the one before where the real ones do."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are imported: nothing is fetched
+    """The recipes reduced for a smoke run; bases that an earlier recipe creates refer to its reduced run."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are imported; nothing is downloaded
     from nesso_tune.smoke import smoke_recipe
 
-    made: dict[str, str] = {}
-    return [smoke_recipe(recipe, made, _say) for recipe in recipes]
+    outputs: dict[str, str] = {}
+    return [smoke_recipe(recipe, outputs, _say) for recipe in recipes]
 
 
-def _leave_out_quantisation(recipes: list[Recipe]) -> None:
-    """Where no recipe needs bitsandbytes it is not there for this process: peft would load it, for a second."""
+def _skip_bitsandbytes(recipes: list[Recipe]) -> None:
+    """Hides bitsandbytes from this process if no recipe needs it: peft would import it, which takes a second."""
     adapters = [recipe.model.adapter for recipe in recipes]
     needed = any(adapter is not None and adapter.type == "qlora" for adapter in adapters)
-    if not needed and "torch" not in sys.modules:  # or others of this process may need it
+    if not needed and "torch" not in sys.modules:  # otherwise other code of this process may need it
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
@@ -109,5 +118,5 @@ def _is_first() -> bool:
 
 
 def _say(text: str) -> None:
-    if _is_first():  # one voice, not one a process
+    if _is_first():  # once per run, not once per process
         print_notes(text)

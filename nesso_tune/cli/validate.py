@@ -1,17 +1,17 @@
-"""What can be known of all recipes of a command before the first one starts, here or in a job."""
+"""Checks of all recipes of a command before the first one starts, for `train` and `launch`."""
 
 from __future__ import annotations
 
 from glob import escape
 from pathlib import Path
 
-from nesso_tune.chat.base_template import check_own_template
+from nesso_tune.chat.base_template import check_base_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.record_reader import reading_of
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import ModelError, RecipeError, closest
-from nesso_tune.hub import check_at_hand
+from nesso_tune.hub import check_local_base
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import is_result, local_path
@@ -20,43 +20,47 @@ from nesso_tune.recipes.schema import Recipe
 
 
 def check_folders(names: list[str], recipes: list[Recipe]) -> None:
-    """Raises RecipeError if two recipes have one run directory."""
+    """Raises RecipeError if two recipes have the same run directory."""
     folders: dict[Path, str] = {}
     for name, recipe in zip(names, recipes, strict=True):
         folder = Path(recipe.output_dir).resolve()
         if folder in folders:
-            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "give each a folder of its own")
+            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "set a separate folder for each")
         folders[folder] = name
 
 
-def is_of(resume: str, recipe: Recipe) -> bool:
-    """Whether a checkpoint that `--resume` names lies in a recipe's run directory."""
+def is_checkpoint_of(resume: str, recipe: Recipe) -> bool:
+    """Whether the checkpoint of `--resume` is in the run directory of a recipe."""
     return Path(resume).resolve().parent == Path(recipe.output_dir).resolve()
 
 
 def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
-    """Raises RecipeError for a checkpoint that is of none of the recipes, and for a key that none of them has."""
+    """Raises RecipeError for a checkpoint that belongs to no recipe, and for a key that no recipe has."""
     if resume not in ("auto", "never"):
-        # an --overwrite that was killed left it there; opening the run puts it back, see `runs/layout.py`
-        aside = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
-        if not Path(resume).exists() and not any(aside):
-            raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
-        if not any(is_of(resume, recipe) for recipe in recipes):
+        # a killed --overwrite leaves it there; opening the run restores it, see `runs/layout.py`
+        moved = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
+        if not Path(resume).exists() and not any(moved):
             raise RecipeError(
-                "--resume", f"{resume} is in no output_dir of these recipes", "name one of their checkpoints"
+                "--resume", f"checkpoint {resume} does not exist", "use auto, never, or the path of a checkpoint"
             )
-    known = {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
+        if not any(is_checkpoint_of(resume, recipe) for recipe in recipes):
+            raise RecipeError(
+                "--resume",
+                f"{resume} is not in the output_dir of any of these recipes",
+                "name one of their checkpoints",
+            )
+    keys = {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
     for key in filter(None, (key.strip() for key in allow_changes.split(","))):
         plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        if plain not in known:
-            near = closest(plain, sorted(known))
+        if plain not in keys:
+            near = closest(plain, sorted(keys))
             raise RecipeError(
                 "--allow-changes", f"unknown key `{key}`", f"did you mean `{near}`?" if near else "correct it"
             )
 
 
-def check_beforehand(recipes: list[Recipe], processes: int) -> None:
-    """What can be known of every recipe before the first one starts: batch sizes, files and what is in them, templates.
+def check_before_start(recipes: list[Recipe], processes: int) -> None:
+    """Checks batch sizes, output folders, chat templates, and the format of local data files of every recipe.
 
     Raises:
         RecipeError, DataError: naming the key or the file.
@@ -72,21 +76,21 @@ def check_beforehand(recipes: list[Recipe], processes: int) -> None:
 
 
 def check_bases(recipes: list[Recipe]) -> None:
-    """A base that an earlier recipe of the command makes need not exist yet; another local one must.
+    """Checks the base model of every recipe, unless an earlier recipe of the command creates it.
 
     Raises:
-        ModelError: naming the folder that is missing.
-        RecipeError: if a base has a chat template of its own that would be replaced unsaid.
+        ModelError: naming the missing folder.
+        RecipeError: if the default would replace the chat template of a base without notice.
     """
-    made: list[Path] = []
+    outputs: list[Path] = []
     for recipe in recipes:
         base = recipe.model.base
-        if Path(base).resolve() not in made:
-            check_at_hand(recipe.model)
+        if Path(base).resolve() not in outputs:
+            check_local_base(recipe.model)
             if is_result(base) and not local_path(base).exists():
                 raise ModelError(
                     f"model.base {base}", "no such folder",
-                    "run the recipe that makes it first, in the same command or before",
+                    "run the recipe that creates it first, in the same command or before",
                 )  # fmt: skip
-            check_own_template(recipe.model, recipe.chat)
-        made.append((Path(recipe.output_dir) / "final").resolve())
+            check_base_template(recipe.model, recipe.chat)
+        outputs.append((Path(recipe.output_dir) / "final").resolve())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.chat.render import function_of
+from nesso_tune.chat.render import openai_tool
 from nesso_tune.conversation import Conversation
 from nesso_tune.data.convert import Item, is_empty
 from nesso_tune.data.token_store import Documents, IntArray
@@ -61,7 +61,7 @@ def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
 
 def _calls_another(item: Item) -> bool:
     """Whether a tool is called that is not on offer."""
-    offered = {function_of(tool)["function"]["name"] for tool in item.tools}
+    offered = {openai_tool(tool)["function"]["name"] for tool in item.tools}
     return any(call["name"] not in offered for turn in item.turns for call in turn.tool_calls)
 
 

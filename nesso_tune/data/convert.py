@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.conversation import (
     UNKNOWN_LANGUAGE,
     Completion,
@@ -361,10 +361,10 @@ def tokenized(row: Row, fmt: DataFormat, language: str, source: str) -> Tokenize
     if labels is None:
         if not isinstance(mask, list) or len(mask) != len(ids) or not all(m in (0, 1) for m in mask):
             raise Unusable("no_labels")
-        labels = [token if m else IGNORED for token, m in zip(ids, mask, strict=True)]
+        labels = [token if m else IGNORE_INDEX for token, m in zip(ids, mask, strict=True)]
     if not _numbers(labels) or len(labels) != len(ids):
         raise Unusable("labels_do_not_fit")
-    if any(label not in (IGNORED, token) for token, label in zip(ids, labels, strict=True)):
+    if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
         raise Unusable("labels_do_not_fit", "a label is neither its token nor -100")
     return Tokenized(tuple(ids), tuple(labels), language, source)
 

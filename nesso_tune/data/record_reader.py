@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from nesso_tune.chat.render import CALL
+from nesso_tune.chat.render import TOOL_CALL
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Completion, Conversation, Message, PreferencePair
 from nesso_tune.data.convert import Item, Tool, Unusable, is_empty, language_of, read_tool_file, to_item
 from nesso_tune.data.formats import (
@@ -130,7 +130,7 @@ def disorder(messages: Sequence[Message]) -> str | None:
 def _calls(message: Message | None) -> bool:
     if message is None or message.role != "assistant":
         return False
-    return bool(message.tool_calls) or CALL.search(message.content) is not None
+    return bool(message.tool_calls) or TOOL_CALL.search(message.content) is not None
 
 
 def merged(messages: Sequence[Message]) -> tuple[Message, ...]:

@@ -30,7 +30,7 @@ from nesso_tune.data.files import (
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.user_readers import is_reader, load_reader
 from nesso_tune.errors import DataError, Problem, RecipeError, RunEnvironmentError
-from nesso_tune.hub import offline_if_unreachable
+from nesso_tune.hub import set_offline_if_unreachable
 from nesso_tune.recipes.builtin import local_path, path_keys, reader_file
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import Source
@@ -77,7 +77,7 @@ def _load(path: str, subset: str | None, split: str, revision: str | None) -> An
         DataError: if there is no such data set, subset or split.
         RunEnvironmentError: if the hub cannot be reached.
     """
-    offline_if_unreachable()
+    set_offline_if_unreachable()
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 

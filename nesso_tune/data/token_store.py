@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
+from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
 from nesso_tune.data.convert import Item
 from nesso_tune.data.report import TokenCounts
@@ -105,7 +105,7 @@ class Documents:
     def labels(self, record: int) -> IntArray:
         """Labels of a conversation: the ids of supervised tokens, -100 elsewhere."""
         tokens = self.token_slice(record)
-        return np.where(self.supervised[tokens], self.ids[tokens], IGNORED)
+        return np.where(self.supervised[tokens], self.ids[tokens], IGNORE_INDEX)
 
     def language(self, record: int) -> str:
         """Language code of a record."""

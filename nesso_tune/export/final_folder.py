@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.distributed.process_group import is_first
-from nesso_tune.files import sync
+from nesso_tune.files import fsync
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ModelSection
@@ -80,7 +80,7 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
         readable(file)
-        sync(file)
+        fsync(file)
     put_in_place(staging, folder)
 
 

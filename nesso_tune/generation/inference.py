@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from nesso_tune.chat.base_template import rendered
+from nesso_tune.chat.base_template import render_jinja
 from nesso_tune.chat.special_tokens import CHAT_KEY
 from nesso_tune.chat.tokenizer import encoder_of
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
@@ -88,7 +88,7 @@ class Talker:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         template = self._tokenizer.get_chat_template(tools=list(tools) or None)
         asked = {"messages": turns, "tools": list(tools) or None, "add_generation_prompt": True}
-        text = rendered(template, {**self._tokenizer.special_tokens_map, **asked}, self._tokenizer.name_or_path)
+        text = render_jinja(template, {**self._tokenizer.special_tokens_map, **asked}, self._tokenizer.name_or_path)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

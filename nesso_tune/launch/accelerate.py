@@ -1,7 +1,7 @@
-"""`accelerate launch` whose endings take one line: `python -m nesso_tune.launch.accelerate launch …`, its arguments.
+"""`accelerate launch` with one-line errors: `python -m nesso_tune.launch.accelerate launch …` takes its arguments.
 
-Machines that do not come are named, a process that was killed too; its exit code is that of the run. What a run says
-itself needs no second message, so accelerate's traceback is left out.
+Names machines that did not join and processes that were killed, and exits with the code of the run. The tracebacks of
+accelerate and torch's launcher are suppressed, since the run prints its own errors.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ from nesso_tune.distributed.preemption import LAUNCHED
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
 from nesso_tune.logs import print_notes
 
-ABOVE = "what a library printed above may say why"
+DEFAULT_HINT = "see the output of libraries above"
 HINTS = {
-    "SIGKILL": "if nobody did it, the machine ran out of memory: lower train.micro_batch_size or data.sequence_len",
-    "SIGBUS": "shared memory may have run out: `nesso-tune doctor` looks at it",
+    "SIGKILL": "unless a user did it, the machine ran out of memory: lower train.micro_batch_size or data.sequence_len",
+    "SIGBUS": "shared memory may be full: `nesso-tune doctor` checks it",
 }
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Launches, and exits with the code of the run.
+    """Launches the run and exits with its exit code.
 
-    Signals go on to the processes of the run, which save and end; the launcher ends after them. Accelerate works in a
-    thread, since in the main one torch's launcher would answer signals itself, and kill what has not saved in 30 s.
+    Signals are forwarded to the processes of the run, which save and exit; the launcher exits after them. Accelerate
+    runs in a thread: in the main thread torch's launcher installs its own handlers, and kills processes after 30 s.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the one verb of accelerate's that this is
-    logging.disable(logging.ERROR)  # of torch's launcher, in this process: what matters is said below
+    arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the only supported command of accelerate
+    logging.disable(logging.ERROR)  # of torch's launcher, in this process; errors are printed below
     os.environ[LAUNCHED] = "1"
-    accelerate.default_config_file = os.devnull  # one of the user's that is for something else could only harm
+    accelerate.default_config_file = os.devnull  # ignore the user's configuration file
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as the job of Slurm does, which sends to all by itself
-            signal.signal(number, _pass_on)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # Slurm jobs ignore USR1: Slurm sends it to all processes
+            signal.signal(number, _forward)
     codes: list[int] = []
-    work = Thread(
+    launcher = Thread(
         target=lambda: codes.append(_launch(accelerate.launch_command_parser().parse_args(arguments))), daemon=True
     )
-    work.start()
-    while work.is_alive():
-        work.join(0.1)  # in between, signals are answered
+    launcher.start()
+    while launcher.is_alive():
+        launcher.join(0.1)  # signal handlers run between the joins
     sys.exit(codes[0] if codes else 1)
 
 
-def _launch(wanted: Namespace) -> int:
+def _launch(arguments: Namespace) -> int:
     """Runs accelerate's launcher; returns the exit code of the run."""
     try:
-        store = _machines_come(wanted)  # kept: others may still be looking into it
-        accelerate.launch_command(wanted)
+        store = _wait_for_machines(arguments)  # keep it alive: other machines may still read it
+        accelerate.launch_command(arguments)
         del store
     except ChildFailedError as error:
         return _code(error)
-    except CalledProcessError as error:  # how accelerate says that its only process failed
+    except CalledProcessError as error:  # accelerate raises it if a single process failed
         return int(error.returncode if error.returncode > 0 else 128 - error.returncode)
     except dist.DistError as error:
-        what = f"the machines do not find each other ({first_line(error)})"
-        remedy = "see whether each part was started, and whether a firewall stands between"
+        what = f"the machines cannot connect to each other ({first_line(error)})"
+        remedy = "check that the launcher runs on each machine, and that no firewall blocks the port"
         print_notes(str(RunEnvironmentError(socket.gethostname(), what, remedy)))
         return RunEnvironmentError.exit_code
     except RunEnvironmentError as error:
@@ -79,8 +79,8 @@ def _launch(wanted: Namespace) -> int:
     return 0
 
 
-def _pass_on(number: int, _: FrameType | None) -> None:
-    """Sends a signal on to the processes of the run; before there are any, ends."""
+def _forward(number: int, _: FrameType | None) -> None:
+    """Forwards a signal to the processes of the run; exits if there are none yet."""
     processes = psutil.Process().children()
     if not processes:
         os._exit(128 + number)
@@ -89,20 +89,20 @@ def _pass_on(number: int, _: FrameType | None) -> None:
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
 
 
-def _machines_come(wanted: Namespace) -> dist.Store | None:
-    """Waits, beside the port that accelerate will want, until every machine has come.
+def _wait_for_machines(arguments: Namespace) -> dist.Store | None:
+    """Waits until every machine joined, on the port after the one that accelerate uses.
 
     Raises:
-        RunEnvironmentError: naming those that have not within the time.
+        RunEnvironmentError: naming the machines that did not join within the timeout.
     """
-    number = int(wanted.num_machines or 1)
-    if number == 1 or not wanted.main_process_ip:
+    num_machines = int(arguments.num_machines or 1)
+    if num_machines == 1 or not arguments.main_process_ip:
         return None
-    rank, port = int(wanted.machine_rank), int(wanted.main_process_port) + 1
-    timeout_s = int(dict(pair.split("=") for pair in wanted.rdzv_conf.split(",") if pair).get("timeout", 1800))
-    store = open_store(wanted.main_process_ip, port, rank, number, timeout_s, serves=rank == 0)
+    rank, port = int(arguments.machine_rank), int(arguments.main_process_port) + 1
+    timeout_s = int(dict(pair.split("=") for pair in arguments.rdzv_conf.split(",") if pair).get("timeout", 1800))
+    store = open_store(arguments.main_process_ip, port, rank, num_machines, timeout_s, serves=rank == 0)
     store.set(f"machine/{rank}", "")
-    missing = absent(store, "machine", number, timeout_s)
+    missing = absent(store, "machine", num_machines, timeout_s)
     if missing:
         nodes = slurm_nodes()
         raise not_come([machine_name(i, nodes) for i in missing], timeout_s)
@@ -110,20 +110,20 @@ def _machines_come(wanted: Namespace) -> dist.Store | None:
 
 
 def _code(error: ChildFailedError) -> int:
-    """The exit code of a failed run: that of a process that ended by itself, if one did."""
+    """The exit code of a failed run: that of a process that exited, else 128 + the signal that killed one."""
     codes = {rank: int(failure.exitcode) for rank, failure in sorted(error.failures.items())}
     for rank, code in codes.items():
-        if code < 0 and code != -signal.SIGTERM:  # with that one the launcher ends those that are left
+        if code < 0 and code != -signal.SIGTERM:  # the launcher terminates the remaining processes with it
             name = signal.Signals(-code).name
             problem = Problem(
-                f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, ABOVE)
+                f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, DEFAULT_HINT)
             )
             print_notes(str(problem))
-    own = [code for code in codes.values() if code > 0]
-    if Preempted.exit_code in own:  # others may have lost the one that was asked to stop
+    exited = [code for code in codes.values() if code > 0]
+    if Preempted.exit_code in exited:  # the others may have lost contact with a preempted process
         return Preempted.exit_code
     killed = [-code for code in codes.values() if code < 0]
-    return own[0] if own else 128 + next((number for number in killed if number != signal.SIGTERM), killed[0])
+    return exited[0] if exited else 128 + next((number for number in killed if number != signal.SIGTERM), killed[0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that start a run: on this machine, and on each machine of a job."""
+"""Command lines that start a run: on this machine, and on each machine of a job."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODULE = "nesso_tune"
-DRIVER = Path("/proc/driver/nvidia/gpus")  # one folder a GPU
+EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # names the file in which rank 0 records its exit code
+DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per GPU
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Where a run is to go: the only source of how many processes there are.
+    """Size of a run: machines and GPUs per machine.
 
     Attributes:
-        nodes: machines.
-        gpus_per_node: GPUs, and so processes, on each of them.
+        nodes: number of machines.
+        gpus_per_node: GPUs, and so processes, on each machine.
     """
 
     nodes: int = 1
@@ -26,19 +27,19 @@ class Machines:
 
     @property
     def processes(self) -> int:
-        """Processes of the whole run."""
+        """Number of processes of the run."""
         return self.nodes * self.gpus_per_node
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """Where the machines of a job find each other. Each part may be a variable of the shell.
+class Rendezvous:
+    """Where the machines of a job connect. Values can be shell variables.
 
     Attributes:
-        rank: of this machine.
-        address: of the first one.
-        port: on that one.
-        timeout_s: seconds in which all must have come.
+        rank: rank of this machine.
+        address: address of the first machine.
+        port: port on the first machine.
+        timeout_s: seconds in which all machines must join.
     """
 
     rank: str
@@ -47,39 +48,39 @@ class Meeting:
     timeout_s: int = 1800
 
 
-def gpus_of_this_machine() -> int:
-    """GPUs that a run on this machine could use, without asking a library: what the driver lists, or a part of it."""
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    there = len(list(DRIVER.iterdir())) if DRIVER.is_dir() else 0
-    return there if chosen is None else min(there, len([name for name in chosen.split(",") if name.strip()]))
+def count_local_gpus() -> int:
+    """Number of GPUs that a run on this machine can use, from the driver and CUDA_VISIBLE_DEVICES, without torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = len(list(DRIVER_GPUS.iterdir())) if DRIVER_GPUS.is_dir() else 0
+    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
 
 
-def train_words(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
-    """`train RECIPE… --set …`, as it stands behind `-m nesso_tune`."""
-    words = ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
-    if any(recipe.startswith("-") for recipe in recipes):  # or it would be taken for an option
-        words = ["train", *words[1 + len(recipes) :], "--", *recipes]
-    return words
+def train_arguments(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
+    """Arguments `train RECIPE… --set …`, after `-m nesso_tune`."""
+    arguments = ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
+    if any(recipe.startswith("-") for recipe in recipes):  # it would be parsed as an option
+        arguments = ["train", *arguments[1 + len(recipes) :], "--", *recipes]
+    return arguments
 
 
-def accelerate_words(machines: Machines, meeting: Meeting | None = None, module: str = MODULE) -> list[str]:
-    """The `accelerate launch` before those words, without the interpreter.
+def accelerate_arguments(machines: Machines, meeting: Rendezvous | None = None, module: str = MODULE) -> list[str]:
+    """Arguments of `accelerate launch`, before those of `train` and without the interpreter.
 
-    What it may decide is only who runs where: precision, sharding and compilation are the recipe's, and every knob of
-    accelerate's own for them is set to nothing, so that no configuration file of the user's can say otherwise.
+    Accelerate only places processes. Precision, sharding and compilation are set by the recipe, so accelerate's own
+    options for them are disabled, whatever its configuration file sets.
     """
-    words = ["-m", f"{MODULE}.launch.accelerate", "launch", "--num_machines", str(machines.nodes)]
-    words += ["--num_processes", str(machines.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    arguments = ["-m", f"{MODULE}.launch.accelerate", "launch", "--num_machines", str(machines.nodes)]
+    arguments += ["--num_processes", str(machines.processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
     if machines.processes > 1:
-        words.append("--multi_gpu")
+        arguments.append("--multi_gpu")
     if meeting is not None:
-        words += ["--machine_rank", meeting.rank, "--main_process_ip", meeting.address]
-        words += ["--main_process_port", meeting.port, "--rdzv_conf", f"timeout={meeting.timeout_s}"]
+        arguments += ["--machine_rank", meeting.rank, "--main_process_ip", meeting.address]
+        arguments += ["--main_process_port", meeting.port, "--rdzv_conf", f"timeout={meeting.timeout_s}"]
     elif machines.processes > 1:
-        words += ["--main_process_port", "0"]  # any free one
-    return [*words, "-m", module]
+        arguments += ["--main_process_port", "0"]  # any free port
+    return [*arguments, "-m", module]
 
 
-def local_command(machines: Machines, words: Sequence[str]) -> list[str]:
+def local_command(machines: Machines, arguments: Sequence[str]) -> list[str]:
     """The command that starts a run on this machine."""
-    return [sys.executable, *accelerate_words(machines), *words]
+    return [sys.executable, *accelerate_arguments(machines), *arguments]

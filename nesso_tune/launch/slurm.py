@@ -1,7 +1,8 @@
-"""A Slurm job from one source: nodes, GPUs, processes, threads and rendezvous cannot disagree.
+"""Writes the sbatch file of a run.
 
-The numbers stand once, in the `#SBATCH` lines and two variables written from the same values; everything else is
-computed from those variables, and the job ends at once if Slurm gave it other machines.
+Nodes, GPUs, processes, threads and rendezvous are consistent by construction: the `#SBATCH` lines and three variables
+are written from the same values, the script computes the rest from these variables, and it exits if the allocation
+differs.
 """
 
 from __future__ import annotations
@@ -12,45 +13,45 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nesso_tune.errors import Preempted
-from nesso_tune.launch.command import Machines, Meeting, accelerate_words
+from nesso_tune.launch.command import EXIT_FILE, Machines, Rendezvous, accelerate_arguments
 from nesso_tune.recipes.sections import ClusterSection
 
-EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # where the first process notes its exit code; launchers turn every one into 1
-MEETING = Meeting("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
+RENDEZVOUS = Rendezvous("$SLURM_NODEID", "$MAIN_ADDRESS", "$MAIN_PORT")
 
 
 def sbatch_text(
     name: str,
     machines: Machines,
     cluster: ClusterSection,
-    words: Sequence[str],
+    arguments: Sequence[str],
     folder: str,
     timeout_s: int = 1800,
 ) -> str:
     """The text of an sbatch file.
 
     Args:
-        name: of the job.
+        name: name of the job.
         machines: nodes and GPUs.
-        cluster: what the cluster wants to know besides.
-        words: `train RECIPE…`.
-        folder: from which relative paths of the recipe are resolved.
-        timeout_s: seconds in which the machines must have found each other.
+        cluster: further options of the cluster.
+        arguments: `train RECIPE…`.
+        folder: working directory, to which relative paths of the recipe refer.
+        timeout_s: seconds in which all machines must join.
     """
+    command = _node_command(cluster, machines, arguments, timeout_s)
     return "\n".join(
         [
             "#!/bin/bash",
-            "# Written by `nesso-tune launch --slurm`: write it again rather than edit a number here.",
+            "# Written by `nesso-tune launch --slurm`. To change a number, write the file again.",
             *(f"#SBATCH {option}" for option in _options(name, machines, cluster)),
             "",
             "set -euo pipefail",
             f"NODES={machines.nodes} GPUS_PER_NODE={machines.gpus_per_node} CPUS_PER_GPU={cluster.cpus_per_gpu}",
             'if [ "$SLURM_NNODES" -ne "$NODES" ]; then',
-            '  echo "this job was written for $NODES nodes and got $SLURM_NNODES: write it again with --nodes" >&2',
+            '  echo "this job was written for $NODES nodes but got $SLURM_NNODES: write it again with --nodes" >&2',
             "  exit 2",
             "fi",
             'if [ "${SLURM_GPUS_ON_NODE:-$GPUS_PER_NODE}" -ne "$GPUS_PER_NODE" ]; then',
-            '  echo "this job was written for $GPUS_PER_NODE GPUs a node and got $SLURM_GPUS_ON_NODE" >&2',
+            '  echo "this job was written for $GPUS_PER_NODE GPUs per node but got $SLURM_GPUS_ON_NODE" >&2',
             "  exit 2",
             "fi",
             f"cd {shlex.quote(folder)}",
@@ -65,9 +66,9 @@ def sbatch_text(
             f"export MAIN_ADDRESS MAIN_PORT {EXIT_FILE}",
             "",
             "code=0",
-            f"{_srun(cluster)} bash -c {shlex.quote(_inner(cluster, machines, words, timeout_s))} || code=$?",
+            f"{_srun(cluster)} bash -c {shlex.quote(command)} || code=$?",
             f'if [ "$code" -ne 0 ] && [ -s "${EXIT_FILE}" ]; then code=$(cat "${EXIT_FILE}"); fi',
-            f'if [ "$code" -eq {Preempted.exit_code} ]; then  # saved before the time ran out: it goes on in a new job',
+            f'if [ "$code" -eq {Preempted.exit_code} ]; then  # preempted with a checkpoint: continue in a new job',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             'exit "$code"',
@@ -95,18 +96,18 @@ def _options(name: str, machines: Machines, cluster: ClusterSection) -> list[str
 
 
 def _srun(cluster: ClusterSection) -> str:
-    """One task a node, with all its cores (since Slurm 22.05 srun does not take their number from sbatch).
+    """One task per node with all its cores; since Slurm 22.05, srun does not take their number from sbatch.
 
-    If one task ends badly, all are ended.
+    If one task fails, Slurm kills all.
     """
     container = f" --container-image={shlex.quote(cluster.container)}" if cluster.container else ""
     cores = '--cpus-per-task="$((GPUS_PER_NODE * CPUS_PER_GPU))"'
     return f'srun --kill-on-bad-exit=1 --ntasks="$NODES" --ntasks-per-node=1 {cores}{container}'
 
 
-def _inner(cluster: ClusterSection, machines: Machines, words: Sequence[str], timeout_s: int) -> str:
-    """What runs on each node. Its own number and the meeting point come from the job's variables."""
-    launch = accelerate_words(machines, replace(MEETING, timeout_s=timeout_s))
+def _node_command(cluster: ClusterSection, machines: Machines, arguments: Sequence[str], timeout_s: int) -> str:
+    """The command of each node. The job's variables give its rank and the rendezvous."""
+    launch = accelerate_arguments(machines, replace(RENDEZVOUS, timeout_s=timeout_s))
     launcher = " ".join(word if word.startswith("$") else shlex.quote(word) for word in launch)
-    # the launcher would die of USR1; the processes of the run set a handler of their own
-    return f"trap '' USR1; exec {shlex.quote(cluster.python)} {launcher} {shlex.join(words)}"
+    # USR1 would kill the launcher; the processes of the run install a handler
+    return f"trap '' USR1; exec {shlex.quote(cluster.python)} {launcher} {shlex.join(arguments)}"

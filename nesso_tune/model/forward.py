@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.errors import ModelError, first_line
 from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, attend_by_document
 from nesso_tune.model.lm_head import ForwardPath, Generation, Row, attach_supervised_head, own_logits
@@ -139,7 +140,6 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
 
 LENGTHS = (7, 5, 6)  # tokens of the documents that are scored
 ANSWER = 3  # tokens that are generated after each
-IGNORED = -100
 FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask their head for
 NEAR = 2e-4  # how far log-probabilities may be off, in nats, and gradients, as a share of their norm: rounding only
 MARGIN = 8  # rows that a table of learned positions may have beyond the positions
@@ -349,7 +349,7 @@ class _Question:
         length = max(map(len, self.documents))
         shape = (len(self.documents), length)
         ids = torch.full(shape, self.pad, device=self.device)
-        labels, mask = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
         for row, own in enumerate(self.documents):
             ids[row, : len(own)], labels[row, : len(own)], mask[row, : len(own)] = own, own, 1
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
@@ -362,16 +362,16 @@ class _Question:
         rows = [(first, second), (third, padding)]
         ids = torch.stack([torch.cat(row) for row in rows])
         positions = torch.stack([torch.cat([torch.arange(len(part)) for part in row]) for row in rows]).to(self.device)
-        labels = ids.masked_fill(positions == 0, IGNORED)
-        labels[1, len(third) :] = IGNORED
+        labels = ids.masked_fill(positions == 0, IGNORE_INDEX)
+        labels[1, len(third) :] = IGNORE_INDEX
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
     def _row(self) -> Batch:
         """All documents as one row, for attention by document."""
         ids = torch.cat(self.documents)[None]
         segments = Segments.of_documents(LENGTHS).to(self.device)
-        labels = ids.masked_fill(segments.positions == 0, IGNORED)
-        before = (labels[0, 1:] != IGNORED).nonzero().flatten()
+        labels = ids.masked_fill(segments.positions == 0, IGNORE_INDEX)
+        before = (labels[0, 1:] != IGNORE_INDEX).nonzero().flatten()
         return {"labels": labels, "row": Row(ids, segments, before)}
 
     def _positions(self) -> int | None:

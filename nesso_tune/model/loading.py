@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
-from nesso_tune.hub import base_folder, check_complete, check_pinned
+from nesso_tune.hub import base_folder, check_model_folder, check_pinned
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.model.forward import choose_forward
 from nesso_tune.recipes.sections import ModelSection
@@ -73,7 +73,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     where = f"model.base {section.base}"
     check_pinned(section)
     folder = base_folder(section.base, section.revision, weights=not section.random_init)
-    check_complete(folder, section)
+    check_model_folder(folder, section)
     config = _config(folder, section, where)
     transformers_logging.disable_progress_bar()
     kernel = choose_attention(section.attention)

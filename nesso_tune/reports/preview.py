@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.hub import base_folder, check_at_hand
+from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, is_result, local_path
 from nesso_tune.recipes.schema import Recipe
@@ -265,7 +265,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     Which text is supervised does not depend on the tokenizer.
     """
     base = recipe.model.base
-    check_at_hand(recipe.model.model_copy(update={"random_init": True}))  # weights are not needed
+    check_local_base(recipe.model.model_copy(update={"random_init": True}))  # weights are not needed yet
     if local_path(base).exists():
         return recipe, ()
     with suppress(RunEnvironmentError):
@@ -292,7 +292,7 @@ def _packed_row(recipe: Recipe, data: PreparedData, number: int) -> PreviewRow:
     for entry, language, length in zip(data.train.members(number), row["languages"], row["seq_lengths"], strict=True):
         end = start + length
         source = recipe.data.sources[int(documents.sources[entry])].path
-        supervised = [label != IGNORED for label in labels[start:end]]
+        supervised = [label != IGNORE_INDEX for label in labels[start:end]]
         parts.append(Part("conversation", language, source, pieces_of(ids[start:end], supervised, data.chat.backend)))
         start = end
     return PreviewRow(number, tuple(parts))

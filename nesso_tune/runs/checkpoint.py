@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.files import hash_of, sha256, sync
+from nesso_tune.files import fsync, json_sha256, sha256
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -76,13 +76,13 @@ class CheckpointWriter:
     def _seal(self, path: Path) -> None:
         """Begins to bring a file that is written to the disk, and to hash it from memory meanwhile."""
         readable(path)
-        self._written[path.name] = self._beside.submit(sync, path), self._beside.submit(sha256, path)
+        self._written[path.name] = self._beside.submit(fsync, path), self._beside.submit(sha256, path)
 
     def finish(self, facts: dict[str, Any], files: dict[str, dict[str, Any]]) -> Path:
         """Writes the manifest with `facts` and what all noted, and renames the folder into place (main process)."""
         body = {**facts, "files": files}
-        (self.staging / MANIFEST).write_text(json.dumps({**body, "self": hash_of(body)}), encoding="utf-8")
-        sync(self.staging / MANIFEST)
+        (self.staging / MANIFEST).write_text(json.dumps({**body, "self": json_sha256(body)}), encoding="utf-8")
+        fsync(self.staging / MANIFEST)
         put_in_place(self.staging, self.final)
         return self.final
 
@@ -96,7 +96,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         body = {key: value for key, value in manifest.items() if key != "self"}
-        if manifest["self"] != hash_of(body):
+        if manifest["self"] != json_sha256(body):
             raise ValueError("manifest.json was altered")
         for name, noted in manifest["files"].items():
             if Path(name).name != name:
@@ -174,13 +174,13 @@ def readable(path: Path) -> None:
 
 def put_in_place(staging: Path, folder: Path) -> None:
     """Renames a folder whose files are on the disk to its name, for good; one that stood there goes."""
-    sync(staging)
+    fsync(staging)
     before = folder.with_name(f".{folder.name}{BEFORE}")
     if os.path.lexists(folder):
         remove(before)
         folder.rename(before)
     staging.rename(folder)
-    sync(folder.parent)
+    fsync(folder.parent)
     remove(before)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nesso_tune.distributed.process_group import is_first
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.files import size
+from nesso_tune.files import format_bytes
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.checkpoint import checkpoints, remove_staging
 from nesso_tune.runs.layout import bytes_aside
@@ -56,13 +56,15 @@ class Room:
         need = max(most * self.checkpoint, at_end * self.checkpoint + self.final)
         free, earlier = self.free(), bytes_aside(self.run)
         if need > free + earlier:
-            later = f", {size(earlier)} more when the earlier run is deleted" if earlier else ""
-            what = f"{most} more checkpoint(s) and final/ need {size(need)}, {size(free)} are free{later}"
+            later = f", {format_bytes(earlier)} more when the earlier run is deleted" if earlier else ""
+            what = (
+                f"{most} more checkpoint(s) and final/ need {format_bytes(need)}, {format_bytes(free)} are free{later}"
+            )
             raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", REMEDY)
         if earlier and self.checkpoint > free:
             what = (
-                f"the first checkpoint needs {size(self.checkpoint)}, {size(free)} are free, and the earlier run "
-                f"({size(earlier)}) is kept until it is saved"
+                f"the first checkpoint needs {format_bytes(self.checkpoint)}, {format_bytes(free)} are free, and the "
+                f"earlier run ({format_bytes(earlier)}) is kept until it is saved"
             )
             remedy = "free some space, remove the earlier run's checkpoints yourself, or set another output_dir"
             raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", remedy)
@@ -74,7 +76,7 @@ class Room:
             RunEnvironmentError: naming what is needed, what is free, and from where the run goes on later.
         """
         if self.checkpoint > (free := self.free()):
-            what = f"checkpoint-{step} needs {size(self.checkpoint)}, {size(free)} are free"
+            what = f"checkpoint-{step} needs {format_bytes(self.checkpoint)}, {format_bytes(free)} are free"
             raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy())
 
     @contextmanager
@@ -93,8 +95,8 @@ class Room:
                 raise
             if is_first():  # the others may still be writing there
                 remove_staging(self.run)
-            need = f"a checkpoint needs {size(self.checkpoint)}, final/ {size(self.final)}"
-            what = f"{need}, {size(self.free())} are free"
+            need = f"a checkpoint needs {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}"
+            what = f"{need}, {format_bytes(self.free())} are free"
             raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy()) from error
 
     def free(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.files import sync
+from nesso_tune.files import fsync
 from nesso_tune.runs.checkpoint import MANIFEST, PREFIX, checkpoints, discard, is_step, remove, remove_staging
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
@@ -82,9 +82,9 @@ def move_aside(path: Path) -> None:
     moving.mkdir()
     for file in files_of_run(path):
         file.rename(moving / file.name)
-    sync(moving)
+    fsync(moving)
     moving.rename(aside)
-    sync(path)
+    fsync(path)
 
 
 def settle(path: Path) -> bool:
@@ -131,5 +131,5 @@ def _put_back(path: Path) -> None:
     moving = path / MOVING
     for file in sorted(moving.iterdir(), key=lambda file: file.name != MANIFEST):
         file.rename(path / file.name)
-    sync(path)
+    fsync(path)
     moving.rmdir()

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.files import sync
+from nesso_tune.files import fsync
 
 
 class MetricsLog:
@@ -31,7 +31,7 @@ class MetricsLog:
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
         staging = self.path.with_name(f".{self.path.name}.partial")
         staging.write_text(text, encoding="utf-8")
-        sync(staging)
+        fsync(staging)
         staging.replace(self.path)
 
 

@@ -14,7 +14,7 @@ from filelock import BaseFileLock, Timeout
 from nesso_tune.data.privacy import Privacy, comparable_recipe, manifest_recipe
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.files import acquire, sync
+from nesso_tune.files import acquire_lock, fsync
 from nesso_tune.recipes.builtin import flag_path, local_path
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.runs.checkpoint import MANIFEST, PREFIX, checkpoints, read_data, read_manifest, remove, remove_staging
@@ -298,7 +298,7 @@ def _sizes(folder: Path) -> dict[str, int] | None:
 
 def _locked(path: Path, made: bool) -> BaseFileLock:
     try:
-        return acquire(path / LOCK, "set another output_dir", timeout=0).lock
+        return acquire_lock(path / LOCK, "set another output_dir", timeout=0).lock
     except Timeout:
         raise RunEnvironmentError(
             str(path), "another nesso-tune is writing into it", "wait for it, or set another output_dir"
@@ -317,5 +317,5 @@ def _replace(file: Path, data: Mapping[str, Any]) -> None:
 def _replace_text(file: Path, text: str) -> None:
     staging = file.with_name(f".{file.name}.partial")
     staging.write_text(text, encoding="utf-8")
-    sync(staging)
+    fsync(staging)
     staging.replace(file)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.packing import RowStream
 from nesso_tune.model.attention import Segments
 from nesso_tune.model.lm_head import Row
@@ -93,7 +93,7 @@ class ConversationCollator:
         length = self.length * len(rows) if self.length else int(tokens)
         batch = {name: tensor[None] for name, tensor in self._laid(rows, length).items()}
         segments = Segments.of_documents([*lengths, length - int(tokens)])
-        before = (batch["labels"][0, 1:] != IGNORED).nonzero().flatten()
+        before = (batch["labels"][0, 1:] != IGNORE_INDEX).nonzero().flatten()
         return {**batch, "row": Row(batch["input_ids"], segments, before), "tokens": tokens}
 
     def _laid(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
@@ -102,11 +102,11 @@ class ConversationCollator:
         lengths.append(length - sum(lengths))
         positions = np.concatenate([np.arange(n) for n in lengths])
         groups = [self.groups.number(*of) for row in rows for of in zip(row["languages"], row["sources"], strict=True)]
-        laid = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORED)}
+        laid = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORE_INDEX)}
         for name, array in laid.items():
             own = [token for row in rows for token in row[name]]
             array[: len(own)] = own
-        laid["labels"][positions == 0] = IGNORED
+        laid["labels"][positions == 0] = IGNORE_INDEX
         laid |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in laid.items()}
 

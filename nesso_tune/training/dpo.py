@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl import DPOTrainer
 
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.errors import NumericalError
 from nesso_tune.recipes.rules import SORTED_LOSSES
 from nesso_tune.training.dataset import OURS, Batch, CountedBatch
@@ -277,7 +277,7 @@ def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[Any, dict[str, Any]
     inputs = send_to_device(batch, trainer.accelerator.device)
     own = {name: inputs.pop(name) for name in OURS}
     asked = {name: value for name, value in inputs.items() if name != "completion_mask"}
-    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**asked, labels=labels, fused_lm_head=True)
     return outputs, inputs, own

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset
 from nesso_tune import cache
 from nesso_tune.data.packing import Rows
 from nesso_tune.errors import NumericalError, RunEnvironmentError
-from nesso_tune.files import sync
+from nesso_tune.files import fsync
 from nesso_tune.recipes.schema import DPORecipe
 from nesso_tune.runs.checkpoint import as_environment_error
 from nesso_tune.training.dataset import PairCollator
@@ -133,7 +133,7 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     staging = run / f".{FILE}.partial"
     with as_environment_error(staging):
         save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
-    sync(staging)
+    fsync(staging)
     staging.replace(run / FILE)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 
-from nesso_tune.chat.base_template import ALL, _variables
+from nesso_tune.chat.base_template import ALL_SAMPLES, _template_variables
 from nesso_tune.run import train
 from tests.support.runs import BASE, recipe
 
@@ -112,8 +112,8 @@ def _made(folder: Path, shape: dict[str, Any], rows: Path, name: str) -> None:
         logits = model(input_ids=ids).logits
     tokenizer = AutoTokenizer.from_pretrained(final)
     chats = []
-    for conversation in ALL.values():
-        asked = _variables(conversation, tokenizer.bos_token)
+    for conversation in ALL_SAMPLES.values():
+        asked = _template_variables(conversation, tokenizer.bos_token)
         variables = {"tools": asked["tools"], "add_generation_prompt": True}
         text = tokenizer.apply_chat_template(asked["messages"], tokenize=False, **variables)
         written = tokenizer.apply_chat_template(asked["messages"], return_dict=False, **variables)

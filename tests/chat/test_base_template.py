@@ -9,7 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import ModelError, RecipeError
 from nesso_tune.chat import sandbox
-from nesso_tune.chat.base_template import SAMPLES, WITH_TOOLS, _variables, own_template, rendered
+from nesso_tune.chat.base_template import SAMPLES, TOOL_SAMPLES, _template_variables, match_base_template, render_jinja
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -88,7 +88,7 @@ def test_a_template_of_its_own_is_not_replaced_unsaid(instruct, kind):
     folder = instruct(template)
     with pytest.raises(RecipeError) as error:
         ready(folder)
-    assert "instruct has a chat template of its own, and chatml would replace it" in str(error.value)
+    assert "instruct has its own chat template, and chatml would replace it" in str(error.value)
     assert difference in str(error.value)
     assert ready(folder, template="chatml").template == load_template("chatml"), "it is, where the recipe says so"
     assert ready(folder, random_init=True).template == load_template("chatml"), "nothing of it was learned"
@@ -109,7 +109,7 @@ def test_wherever_a_base_keeps_its_template(tmp_path, files, spec, said):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    own = own_template(tmp_path, "<|begin_of_text|>")
+    own = match_base_template(tmp_path, "<|begin_of_text|>")
     assert own.spec == spec
     assert said in own.difference
 
@@ -142,7 +142,7 @@ def test_init_names_what_becomes_of_it(instruct, tmp_path, talks, capsys, monkey
         assert code == 0, said
         assert f"  template: {wanted}" in Path(f"{wanted}.yaml").read_text()
         assert ("replaces the base's own: with a question it writes" in said) == replaced
-        assert ("# replaces the base's own" in Path(f"{wanted}.yaml").read_text()) == replaced
+        assert ("# replaces that of the base" in Path(f"{wanted}.yaml").read_text()) == replaced
 
 
 LOOPS = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
@@ -160,7 +160,7 @@ LIMITS = {
 @pytest.mark.parametrize("template", LIMITS)
 def test_limits_of_time_and_memory(template):
     with pytest.raises(ModelError, match=f"m: its chat template {LIMITS[template]}"):
-        rendered(template, {}, "m", seconds=1.0 if template is LOOPS else 20.0)
+        render_jinja(template, {}, "m", seconds=1.0 if template is LOOPS else 20.0)
 
 
 def test_the_sandbox_renders_as_transformers_does():
@@ -169,15 +169,16 @@ def test_the_sandbox_renders_as_transformers_does():
         "{% continue %}{% endif %}{%- generation -%}{{ m['content'] }}{% endgeneration %}\n{% endfor %} {# none #}\n"
         "{{ strftime_now('%Y') }}{{ bos_token }}\n"
     )
-    for conversation in {**SAMPLES, **WITH_TOOLS}.values():
-        variables = _variables(conversation, "<s>")
+    for conversation in {**SAMPLES, **TOOL_SAMPLES}.values():
+        variables = _template_variables(conversation, "<s>")
         wanted, _ = render_jinja_template(
             [variables["messages"]], tools=variables["tools"], chat_template=source, bos_token="<s>",
             add_generation_prompt=True,
         )  # fmt: skip
-        assert rendered(source, variables, "m") == wanted[0]
-        assert sandbox.environment().from_string(sandbox.without_generation(source)).render(**variables) == wanted[0]
+        assert render_jinja(source, variables, "m") == wanted[0]
+        plain = sandbox.without_generation_tags(source)
+        assert sandbox.environment().from_string(plain).render(**variables) == wanted[0]
 
 
 def test_no_template_no_question(whole_base):
-    assert own_template(Path(whole_base), None) is None
+    assert match_base_template(Path(whole_base), None) is None

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import Conversation, Message, ModelError, PreferencePair, encode_conversation
-from nesso_tune.chat.encoding import IGNORED, Encoded
+from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded
 from nesso_tune.chat.tokenizer import build_chat_tokenizer, encoder_of
 from nesso_tune.recipes.sections import ChatSection
 from tests.support.examples import examples
@@ -25,7 +25,7 @@ def chat(*turns, **kwargs):
 def golden(*pieces):
     """Ids and labels from (ids, learned) pieces."""
     ids = [i for piece, _ in pieces for i in piece]
-    return ids, [i if learned else IGNORED for piece, learned in pieces for i in piece]
+    return ids, [i if learned else IGNORE_INDEX for piece, learned in pieces for i in piece]
 
 
 ONE = chat(("user", "Hi"), ("assistant", "Yo!"))
@@ -55,7 +55,7 @@ def test_several_turns_with_a_system_message(tokenizer):
 def test_which_end_tokens_are_learned(tokenizer, train_on_eos, ends):
     ids, labels = encode_conversation(TWO, tokenizer, train_on_eos=train_on_eos)
     assert [int(label == END) for i, label in zip(ids, labels, strict=True) if i == END] == ends
-    assert [label for label in labels if label not in (IGNORED, END)] == list(b"bd")
+    assert [label for label in labels if label not in (IGNORE_INDEX, END)] == list(b"bd")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_which_end_tokens_are_learned(tokenizer, train_on_eos, ends):
 )
 def test_roles_to_train(tokenizer, roles, learned):
     _, labels = encode_conversation(TWO, tokenizer, roles_to_train=roles)
-    assert [label for label in labels if label not in (IGNORED, END)] == list(learned)
+    assert [label for label in labels if label not in (IGNORE_INDEX, END)] == list(learned)
     assert labels.count(END) == len(learned)
 
 
@@ -72,9 +72,9 @@ def test_a_message_can_be_kept_out_or_taken_in(tokenizer):
         Message("user", "a", train=True), Message("assistant", "b", train=False), Message("assistant", "c")
     )
     _, labels = encode_conversation(conversation, tokenizer)
-    assert [label for label in labels if label != IGNORED] == [*b"a", END, *b"c", END]
+    assert [label for label in labels if label != IGNORE_INDEX] == [*b"a", END, *b"c", END]
     _, last_only = encode_conversation(conversation, tokenizer, train_on_eos="last")
-    assert [label for label in last_only if label != IGNORED] == [*b"a", *b"c", END]
+    assert [label for label in last_only if label != IGNORE_INDEX] == [*b"a", *b"c", END]
 
 
 def test_empty_user_content(tokenizer):
@@ -126,7 +126,7 @@ def test_pairs_end_with_the_end_token_and_prompts_with_the_header(tokenizer):
 def test_a_plain_tokenizer_is_refused(byte_base):
     from transformers import PreTrainedTokenizerFast
 
-    with pytest.raises(ModelError, match="not ready for chat"):
+    with pytest.raises(ModelError, match="has no nesso-tune chat template"):
         encode_conversation(ONE, PreTrainedTokenizerFast(tokenizer_file=f"{byte_base}/tokenizer.json"))
 
 
@@ -140,8 +140,8 @@ TURNS = st.lists(st.tuples(st.sampled_from(["system", "user", "assistant", "tool
 @given(TURNS)
 def test_learned_text_is_the_assistants_text_and_its_end_token(tokenizer, turns):
     ids, labels = encode_conversation(chat(*turns), tokenizer)
-    assert all(label in (IGNORED, i) for i, label in zip(ids, labels, strict=True))
-    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    assert all(label in (IGNORE_INDEX, i) for i, label in zip(ids, labels, strict=True))
+    learned = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     assert learned == "".join(f"{text}<|im_end|>" for role, text in turns if role == "assistant")
 
 
@@ -159,7 +159,7 @@ def test_control_ids_count_turns_whatever_the_text(tokenizer, turns):
 def test_the_users_text_never_moves_what_is_learned(tokenizer, before, after, answer):
     def learned(text):
         _, labels = encode_conversation(chat(("user", text), ("assistant", answer)), tokenizer)
-        return [label for label in labels if label != IGNORED]
+        return [label for label in labels if label != IGNORE_INDEX]
 
     assert learned(before) == learned(after)
 
@@ -171,7 +171,7 @@ def test_cutting_keeps_whole_turns_and_a_learned_end_token(tokenizer, turns, len
     cut = whole.cut_to(length, learn_end=train_on_eos == "last")
     if cut is None:
         fits = max((end for end in whole.turn_ends if end <= length), default=0)
-        assert set(whole.labels[:fits]) <= {IGNORED, END}  # no text to learn
+        assert set(whole.labels[:fits]) <= {IGNORE_INDEX, END}  # no text to learn
         return
     assert len(cut.ids) <= length
     assert cut.ids == whole.ids[: len(cut.ids)]

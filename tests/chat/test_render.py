@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, PreferencePair, RecipeError, encode_conversation, load_tokenizer
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import build_chat_tokenizer
@@ -62,7 +62,7 @@ def test_what_is_written(base):
         '<|im_start|>tool\n<tool_response>\n{"sole": true}\n</tool_response><|im_end|>\n'
         "<|im_start|>assistant\nC'è il sole.<|im_end|>\n"
     )
-    learned = tokenizer.decode([label for label in labels if label != IGNORED])
+    learned = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
     turns = re.findall(r"assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)
     assert learned == "".join(turns), "calls are learned, the offer and the results are not"
 
@@ -108,7 +108,7 @@ def test_jinja_gives_the_ids_and_the_mask_of_the_segments(ready, messages, tools
         plain(messages), tools=tools or None, return_dict=True, return_assistant_tokens_mask=True
     )
     assert rendered["input_ids"] == ids
-    assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
+    assert rendered["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 @examples(30)
@@ -187,7 +187,7 @@ def test_tools_stand_in_the_prompt_of_a_pair(base):
 def test_a_template_that_knows_no_tools_says_so(byte_base, llama3_file):
     own = load_tokenizer(byte_base, template=llama3_file)
     for talk in (Conversation(TALK), Conversation(TALK[:1], tools=(WEATHER,))):
-        with pytest.raises(RecipeError, match="does not say how tools are written"):
+        with pytest.raises(RecipeError, match="has no tool format"):
             encode_conversation(talk, own)
 
 
@@ -200,5 +200,5 @@ def test_llama3_needs_no_new_token_where_the_tokenizer_has_them(write_base):
     bos, start, end, eot = 258, 260, 261, 262
     ids, labels = encode_conversation(Conversation((Message("user", "a"), Message("assistant", "b"))), ready)
     assert ids == [bos, start, *b"user", end, 256, *b"a", eot, start, *b"assistant", end, 256, *b"b", eot]
-    assert [label for label in labels if label != IGNORED] == [*b"b", eot]
+    assert [label for label in labels if label != IGNORE_INDEX] == [*b"b", eot]
     assert len(ready) == 263

@@ -149,7 +149,7 @@ def test_a_plain_word_of_the_vocabulary_becomes_the_control_token(write_base):
 
 def test_end_token_override_must_be_the_templates(byte_base):
     assert build(byte_base, eos_token="<|im_end|>").eos_id == 261
-    with pytest.raises(RecipeError, match=r"chat.eos_token: </s> is not what turns of this template end with"):
+    with pytest.raises(RecipeError, match=r"chat.eos_token: </s> is not the token that ends turns in this template"):
         build(byte_base, eos_token="</s>")
 
 
@@ -196,7 +196,7 @@ def test_a_damaged_or_missing_tokenizer_is_a_model_error(write_base, spoil):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(ModelError, match="no such folder"):
         load_tokenizer(str(tmp_path / "absent"))
-    with pytest.raises(ModelError, match="run the recipe that makes it first"):
+    with pytest.raises(ModelError, match="run the recipe that creates it first"):
         load_tokenizer("outputs/never-ran/final")
     with pytest.raises(ModelError, match="the folder is empty"):
         load_tokenizer(str(tmp_path))

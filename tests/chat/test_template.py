@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, RecipeError, encode_conversation, load_tokenizer
-from nesso_tune.chat.encoding import IGNORED
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -37,7 +37,7 @@ def test_jinja_gives_the_ids_and_the_mask_of_the_segments(tokenizer, messages):
     ids, labels = segments_of(messages, tokenizer)
     rendered = jinja_of(messages, tokenizer, return_assistant_tokens_mask=True)
     assert rendered["input_ids"] == ids
-    assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
+    assert rendered["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 @examples(40)
@@ -93,7 +93,7 @@ def test_a_template_file_with_bos_and_long_headers(own_template, messages):
     ids, labels = segments_of(messages, own_template)
     rendered = jinja_of(messages, own_template, return_assistant_tokens_mask=True)
     assert rendered["input_ids"] == ids
-    assert rendered["assistant_masks"] == [int(label != IGNORED) for label in labels]
+    assert rendered["assistant_masks"] == [int(label != IGNORE_INDEX) for label in labels]
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_template_file_has_exact_ids(own_template):
     ids, labels = segments_of([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], own_template)
     header = [[start, *role, end, 256] for role in (b"user", b"assistant")]
     assert ids == [bos, *header[0], *b"a", eot, *header[1], *b"b", eot]
-    assert [label for label in labels if label != IGNORED] == [*b"b", eot]
+    assert [label for label in labels if label != IGNORE_INDEX] == [*b"b", eot]
     assert (own_template.eos_token_id, own_template.pad_token_id) == (eot, eot)
 
 
@@ -126,10 +126,13 @@ tools:
 BAD = {
     "typo": (GOOD + "seperator: x\n", r":6: unknown key `seperator`"),
     "no role": (GOOD.replace("{role}", "role"), r":1: `header` must be .*"),
-    "two roles": (GOOD.replace("{role}", "{role}{role}"), r":1: `header` holds \{role\} more than once"),
+    "two roles": (GOOD.replace("{role}", "{role}{role}"), r":1: `header` contains \{role\} more than once"),
     "missing end": (GOOD.replace('end: "<|b|>"\n', ""), r": the key `end` is missing"),
-    "uncontrolled end": (GOOD.replace('end: "<|b|>"', 'end: "<|c|>"'), r":2: `end` is not among control_tokens"),
-    "uncontrolled eos": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|c|>"'), r":4: `eos_token` is not among"),
+    "uncontrolled end": (GOOD.replace('end: "<|b|>"', 'end: "<|c|>"'), r":2: `end` is not in control_tokens"),
+    "uncontrolled eos": (
+        GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|c|>"'),
+        r":4: `eos_token` is not in control_tokens",
+    ),
     "eos is not end": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|a|>"'), r":4: turns end with <\|b\|>"),
     "no words": (GOOD.replace("start", '""'), r":3: .*must be not empty"),
     "duplicate key": (GOOD + 'end: "<|b|>"\n', r":6: `end` is given twice"),
@@ -138,10 +141,10 @@ BAD = {
     "empty": ("", r":1: "),
     "two tools": (
         GOOD + TOOLS.replace("{tools}", "{tools}{tools}"),
-        r":7: `tools.offer` holds \{tools\} more",
+        r":7: `tools.offer` contains \{tools\} more",
     ),
     "no call": (GOOD + TOOLS.replace("{call}", "x"), r":8: .*call"),
-    "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` holds a control token"),
+    "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` contains a control token"),
     "wrong type": (GOOD + "bos: maybe\n", r":6: `bos` must be true or false"),
 }
 

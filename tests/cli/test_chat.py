@@ -6,8 +6,8 @@ import json
 import pytest
 
 from nesso_tune import DataError, Message
-from nesso_tune.chat.render import calls_in
-from nesso_tune.cli.chat import Dialogue, converse
+from nesso_tune.chat.render import parse_tool_calls
+from nesso_tune.cli.chat import ChatSession, run_session
 from nesso_tune.data.convert import read_tool_file
 from nesso_tune.generation.inference import Sampling
 from nesso_tune.run import train
@@ -71,7 +71,7 @@ def test_commands_and_tools_on_a_real_model(model, capsys, monkeypatch, tmp_path
 def test_an_option_without_effect_is_an_error(model, capsys):
     code, _, err = chat(capsys, model, "--prompt", "Ciao", "--top-p", "0.5")
     assert code == 2
-    assert "--top-p: has no effect on greedy answers" in err
+    assert "--top-p: has no effect on greedy decoding" in err
 
 
 CALL = '<tool_call>\n{"name": "meteo", "arguments": {"città": "Torino"}}\n</tool_call>'
@@ -97,8 +97,8 @@ class Scripted:
 
 
 def talk(talker, *typed, **options):
-    """Types some lines; returns the dialogue, what the model wrote, and the notes."""
-    dialogue = Dialogue(talker, Sampling(max_new_tokens=10), **options)
+    """Types some lines; returns the session, what the model wrote, and the notes."""
+    session = ChatSession(talker, Sampling(max_new_tokens=10), **options)
     wrote, notes, rest = [], [], list(typed)
 
     def read(prompt):
@@ -106,8 +106,8 @@ def talk(talker, *typed, **options):
             raise EOFError
         return rest.pop(0)
 
-    converse(dialogue, read, wrote.append, notes.append)
-    return dialogue, "".join(wrote), "".join(notes)
+    run_session(session, read, wrote.append, notes.append)
+    return session, "".join(wrote), "".join(notes)
 
 
 def contents(messages):
@@ -133,12 +133,12 @@ def test_the_language_is_told_from_the_first_turn_or_given():
 
 def test_commands():
     talker = Scripted("uno", "due", "tre")
-    dialogue, _, notes = talk(talker, "a", "/system Breve", "b", "/undo", "/history", "/reset", "c", "/system", "/what")
+    session, _, notes = talk(talker, "a", "/system Breve", "b", "/undo", "/history", "/reset", "c", "/system", "/what")
     assert contents(talker.asked[1][0])[0] == ("system", "Breve")
     assert "user: a\nassistant: uno\n" in notes
     assert "user: b" not in notes
-    assert contents(dialogue.turns) == [("user", "c"), ("assistant", "tre")]
-    assert dialogue.system is None
+    assert contents(session.messages) == [("user", "c"), ("assistant", "tre")]
+    assert session.system is None
     assert "/undo" in notes, "an unknown command shows the help"
 
 
@@ -151,11 +151,11 @@ def test_it_ends_with_an_empty_line_a_command_or_the_input():
 
 def test_calls_are_shown_and_results_asked_for():
     talker = Scripted(f"Guardo.\n{CALL}", "C'è il sole.")
-    dialogue, wrote, notes = talk(talker, "Che tempo fa?", '{"sole": true}', tools=({"name": "meteo"},))
+    session, wrote, notes = talk(talker, "Che tempo fa?", '{"sole": true}', tools=({"name": "meteo"},))
     assert 'calls meteo(città="Torino")' in notes
     assert wrote.endswith("C'è il sole.\n")
     assert talker.asked[0][2] == ({"name": "meteo"},)
-    assert contents(dialogue.turns)[2] == ("tool", '{"sole": true}')
+    assert contents(session.messages)[2] == ("tool", '{"sole": true}')
 
 
 def test_two_calls_take_two_results_and_none_is_an_answer_too():
@@ -163,23 +163,23 @@ def test_two_calls_take_two_results_and_none_is_an_answer_too():
     talk(talker, "q", "uno", "due")
     assert contents(talker.asked[1][0])[2:] == [("tool", "uno"), ("tool", "due")]
     talker = Scripted(CALL, "x")
-    dialogue, _, _ = talk(talker, "q", "", "altro")
-    assert contents(dialogue.turns)[2] == ("user", "altro")
+    session, _, _ = talk(talker, "q", "", "altro")
+    assert contents(session.messages)[2] == ("user", "altro")
 
 
 def test_what_no_longer_fits_is_left_out_and_said():
     talker = Scripted("uno", "due", "tre", context=50)
-    dialogue, _, notes = talk(talker, "a", "b", "c", system="S")
+    session, _, notes = talk(talker, "a", "b", "c", system="S")
     assert contents(talker.asked[2][0]) == [("system", "S"), ("user", "b"), ("assistant", "due"), ("user", "c")]
     assert "no longer fit" in notes
-    assert len(dialogue.turns) == 6, "nothing is forgotten: /undo and /history still have it"
+    assert len(session.messages) == 6, "nothing is forgotten: /undo and /history still have it"
 
 
 def test_an_interrupted_answer_takes_the_turn_back():
     talker = Scripted(KeyboardInterrupt(), "uno")
-    dialogue, _, notes = talk(talker, "a", "b")
-    assert contents(dialogue.turns) == [("user", "b"), ("assistant", "uno")]
-    assert "taken back" in notes
+    session, _, notes = talk(talker, "a", "b")
+    assert contents(session.messages) == [("user", "b"), ("assistant", "uno")]
+    assert "your turn was removed" in notes
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_an_interrupted_answer_takes_the_turn_back():
     ],
 )  # fmt: skip
 def test_calls_in_an_answer(text, calls):
-    assert calls_in(text) == calls
+    assert parse_tool_calls(text) == calls
 
 
 def test_a_file_of_tools(tmp_path):
@@ -212,5 +212,5 @@ def test_a_file_of_tools(tmp_path):
 
 def test_a_message_of_the_model_is_kept_as_text():
     talker = Scripted(CALL)
-    dialogue, _, _ = talk(talker, "q")
-    assert dialogue.turns[1] == Message("assistant", CALL)
+    session, _, _ = talk(talker, "q")
+    assert session.messages[1] == Message("assistant", CALL)

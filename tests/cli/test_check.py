@@ -112,7 +112,7 @@ FAULTS = {
     "another recipe": (
         ["sft", "--set", "dpo:seed=1"],
         2,
-        "`dpo:seed=1` names no recipe of this command; use one of sft",
+        "`dpo:seed=1` does not name a recipe of this command; use one of sft",
     ),
     "indivisible": (["dpo", "--gpus-per-node", "3"], 2, "set it to 120 or 132"),
     "no data": (["quickstart/sft", "--set", "data.sources.0.path=./nope.jsonl"], 3, "nope.jsonl"),

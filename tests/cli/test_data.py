@@ -35,8 +35,8 @@ def test_the_report_is_printed(recipe, capsys):
     assert "cache     made, fingerprint" in out
     rows = {line[:28].strip(): line[28:].split() for line in out.splitlines()}
     assert rows["language it"][0] == rows["language en"][0] == "5"
-    assert rows["held out"][0] == "2"
-    assert rows["an epoch trains on"][0] == "8"
+    assert rows["validation"][0] == "2"
+    assert rows["train, per epoch"][0] == "8"
     assert run(recipe) == 0
     assert "cache     found" in capsys.readouterr().out
 
@@ -55,7 +55,7 @@ def test_a_page_is_written_into_the_run_directory_and_training_takes_it_over(
     unusable = write_rows([{"messages": [{"role": "user", "content": "q"}]}], "unusable.jsonl")
     assert run(recipe, "--set", f"data.sources=[{{path: {tmp_path}/rows.jsonl}}, {{path: {unusable}}}]") == 0
     out = capsys.readouterr().out
-    assert f"to look at         {tmp_path}/run/data_report.html" in out
+    assert f"report             {tmp_path}/run/data_report.html" in out
     listed = Path(out.split("all dropped rows   ")[1].split("\n")[0])
     assert json.loads(listed.read_text())["reason"] == "no_assistant_turn"
     report = json.loads((tmp_path / "run" / "data_report.json").read_text())

@@ -8,7 +8,7 @@ from jsonschema import Draft202012Validator
 
 from nesso_tune.cli.main import main
 from nesso_tune.planning.shapes import known_config, shape_of
-from nesso_tune.recipe_draft import choose
+from nesso_tune.recipe_draft import choose_values
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.recipes.yaml_source import read_document
@@ -97,7 +97,7 @@ def test_columns_that_had_to_be_found_are_named(init, write_rows, tmp_path):
 def test_without_a_base_the_default_is_said(init, talks):
     code, _, err = init("--data", talks)
     assert code == 0
-    assert err == f"no --base: {ZAGREUS}\n"
+    assert err == f"no --base given, using {ZAGREUS}\n"
 
 
 def test_a_base_that_is_nearly_known(init, talks):
@@ -136,7 +136,7 @@ def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, c
 def test_rows_beyond_the_context_are_noted(init, write_rows, base):
     rows = [{"prompt": "a", "response": "x " * 4000}] * 3 + [{"prompt": "a", "response": "b"}]
     _, out, _ = init("mine", "--base", base, "--data", write_rows(rows))
-    assert "note: about 75% of the rows are longer than the longest that the base can read, and are dropped" in out
+    assert "note: about 75% of the rows are longer than the context of the base, and are dropped" in out
 
 
 def test_a_folder_can_have_the_name_of_a_recipe(init, talks, tmp_path):
@@ -156,9 +156,9 @@ FAULTS = {
     "compressed": (["--data", "gz.jsonl"], 3, "is compressed; unpack it first"),
     "no rows": (["--data", "empty.jsonl"], 3, "is empty"),
     "an odd shape": (["--data", "odd.jsonl"], 3, "its shape is not recognised (its columns are a, b)"),
-    "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "make a recipe for each"),
-    "the other method": (["--data", "talks.jsonl", "--method", "dpo"], 3, "holds conversations, but DPO needs"),
-    "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "holds preference pairs, but SFT learns"),
+    "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "create one recipe for each"),
+    "the other method": (["--data", "talks.jsonl", "--method", "dpo"], 3, "contains conversations, but DPO needs"),
+    "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "contains preference pairs, but SFT needs"),
     "no method": (["--data", "talks.jsonl", "--method", "dop"], 2, "did you mean `dpo`?"),
     "dpo from nothing": (["--data", "pairs.jsonl"], 4, "add --base outputs/NAME/final"),
     "no such base": (["--data", "talks.jsonl", "--base", "./nowhere"], 4, "no such folder"),
@@ -168,7 +168,7 @@ FAULTS = {
     "blank data": (["--data", " "], 3, "add --data FILE"),
     "a table": (["--data", "t.csv"], 3, ".csv files are not read"),
     "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
-    "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: is there already; give another NAME"),
+    "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: already exists; give another NAME"),
 }
 
 
@@ -214,20 +214,20 @@ class Data:
 def test_values_follow_the_size_of_data_and_base():
     small, large = (shape_of(known_config(base)) for base in (ZAGREUS, EIGHT))
     few, many = Data(300, 800), Data(2_000_000, 2000)
-    assert choose("sft", [many], small).global_batch_size == 256
-    assert choose("sft", [few], small).global_batch_size == 8
-    assert choose("sft", [few], small).sequence_len < choose("sft", [many], small).sequence_len == 4096
-    assert choose("sft", [Data(10**6, 60_000)], small).sequence_len == 4096, "never beyond the context"
-    assert choose("sft", [Data(10**6, 60_000)], large).sequence_len == 16384
-    assert choose("dpo", [Data(60_000, 3000)], small).sequence_len == 1024
-    assert choose("dpo", [Data(60_000, 3000)], small).global_batch_size == 128
-    assert choose("sft", [many], small).learning_rate == pytest.approx(1e-3, rel=0.05)
-    assert choose("sft", [many], large).learning_rate == pytest.approx(1e-5, rel=0.05)
-    assert choose("sft", [many], None).learning_rate == 2e-5
-    assert choose("sft", [many], small).validation_size == 2000
-    assert choose("sft", [few], small).validation_size == 0.1
+    assert choose_values("sft", [many], small).global_batch_size == 256
+    assert choose_values("sft", [few], small).global_batch_size == 8
+    assert choose_values("sft", [few], small).sequence_len < choose_values("sft", [many], small).sequence_len == 4096
+    assert choose_values("sft", [Data(10**6, 60_000)], small).sequence_len == 4096, "never beyond the context"
+    assert choose_values("sft", [Data(10**6, 60_000)], large).sequence_len == 16384
+    assert choose_values("dpo", [Data(60_000, 3000)], small).sequence_len == 1024
+    assert choose_values("dpo", [Data(60_000, 3000)], small).global_batch_size == 128
+    assert choose_values("sft", [many], small).learning_rate == pytest.approx(1e-3, rel=0.05)
+    assert choose_values("sft", [many], large).learning_rate == pytest.approx(1e-5, rel=0.05)
+    assert choose_values("sft", [many], None).learning_rate == 2e-5
+    assert choose_values("sft", [many], small).validation_size == 2000
+    assert choose_values("sft", [few], small).validation_size == 0.1
     for method in ("sft", "dpo"):
         for data in (few, many, Data(1, 1), Data(10**9, 10)):
             for shape in (small, large, None):
-                values = choose(method, [data], shape)
+                values = choose_values(method, [data], shape)
                 assert values.global_batch_size % values.micro_batch_size == 0

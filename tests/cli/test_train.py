@@ -73,7 +73,7 @@ def test_what_can_be_known_of_the_second_is_known_before_the_first(tmp_path, tun
 def test_a_base_that_nobody_makes_is_an_error_at_once(tune, chain):
     code, _, err = tune("train", chain[1])
     assert code == 4
-    assert "no such folder; run the recipe that makes it first" in err
+    assert "no such folder; run the recipe that creates it first" in err
 
 
 def test_set_reaches_all_recipes_or_one(tmp_path, tune, chain):

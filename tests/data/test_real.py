@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, prepare_data
-from nesso_tune.chat.render import calls_in
+from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data.convert import messages_of, read_tool_file
 from nesso_tune.data.formats import load_format
@@ -207,8 +207,8 @@ def test_dialogues_with_tools_are_rendered_and_read_back(base, section, rows):
         for (role, body), message in zip(speaking, spoken, strict=True):
             assert role == message.role
             if role == "assistant":
-                made = list(message.tool_calls) or calls_in(message.content)
-                assert json.dumps(calls_in(body)) == json.dumps(made)  # with their arguments in order
+                made = list(message.tool_calls) or parse_tool_calls(message.content)
+                assert json.dumps(parse_tool_calls(body)) == json.dumps(made)  # with their arguments in order
                 calls += len(made)
             if role == "tool":
                 assert body == f"<tool_response>\n{message.content}\n</tool_response>"

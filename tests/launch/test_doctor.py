@@ -9,7 +9,7 @@ import pytest
 
 from nesso_tune.errors import Problem
 from nesso_tune.launch import doctor as checks
-from nesso_tune.launch.doctor import Machine, compare, examine, slow
+from nesso_tune.launch.doctor import MachineReport, find_differences, inspect_machine, slow_links
 from tests.support.runs import ROOT, lonely, main_here
 
 ALONE = [sys.executable, "-m", "nesso_tune", "doctor"]
@@ -31,7 +31,7 @@ def without_gpus(monkeypatch):
 def test_this_machine_is_fit_for_a_run(capsys, without_gpus):
     code, out, err = main_here(capsys, "doctor")
     assert code == 0, err
-    assert out.endswith("nothing is wrong here\n")
+    assert out.endswith("no problems found\n")
     for word in ("torch", "driver", "GPUs", "attention", "runs", "hub cache", "port"):
         assert f"\n{word} " in out
 
@@ -58,18 +58,18 @@ def test_a_torch_without_cuda_beside_gpus(tmp_path, capsys, without_gpus, monkey
 
 
 def test_a_full_disk_is_a_problem(tmp_path, monkeypatch):
-    assert not [p for p in examine(tmp_path).problems if "left" in p.what]
-    monkeypatch.setattr(checks, "LEAST_DISK", 1 << 60)
-    assert [p.where for p in examine(tmp_path / "not" / "made").problems if "(runs)" in p.what] == [str(tmp_path)]
+    assert not [p for p in inspect_machine(tmp_path).problems if "left" in p.what]
+    monkeypatch.setattr(checks, "MIN_DISK_BYTES", 1 << 60)
+    assert [p.where for p in inspect_machine(tmp_path / "not" / "x").problems if "(runs)" in p.what] == [str(tmp_path)]
 
 
 def test_the_launchers_port_is_seen(tmp_path, monkeypatch, port):
-    monkeypatch.setattr(checks, "LAUNCHERS_PORT", port)
-    assert dict(examine(tmp_path).facts)["port"] == f"{port} is free"
+    monkeypatch.setattr(checks, "DEFAULT_PORT", port)
+    assert dict(inspect_machine(tmp_path).facts)["port"] == f"{port} is free"
     with socket.socket() as holder:
         holder.bind(("", port))
         holder.listen()
-        assert f"{port} is in use" in dict(examine(tmp_path).facts)["port"]
+        assert f"{port} is in use" in dict(inspect_machine(tmp_path).facts)["port"]
 
 
 def test_two_processes_meet_and_are_timed():
@@ -77,7 +77,7 @@ def test_two_processes_meet_and_are_timed():
                 "--rdzv_endpoint=localhost:0", "-m", "nesso_tune", "doctor"]  # fmt: skip
     done = doctor(command=launcher)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("nothing is wrong here") == 1, "one voice"
+    assert done.stdout.count("no problems found") == 1, "one voice"
     assert "processes     2 on 1 machine(s)" in done.stdout
     assert "all-reduce    64 MiB in" in done.stdout
     assert "(process 1): " in done.stdout
@@ -92,17 +92,17 @@ def test_a_process_that_does_not_come_is_named_in_time(port):
 
 def test_the_machine_that_differs_is_named_once():
     def of(host, torch="2.13.0", gpus=("A100",)):
-        return Machine(host, {"torch": torch}, gpus, (), ())
+        return MachineReport(host, {"torch": torch}, gpus, (), ())
 
     machines = [of("a"), of("a"), of("b", torch="2.12.0"), of("b", torch="2.12.0"), of("c"), of("c", gpus=("H100",))]
-    assert compare(machines) == [
-        Problem("b", "torch is 2.12.0, elsewhere 2.13.0", "make the machines alike"),
-        Problem("c", "GPUs is H100, elsewhere A100", "make the machines alike"),
+    assert find_differences(machines) == [
+        Problem("b", "torch is 2.12.0, on the others 2.13.0", "use the same on all machines"),
+        Problem("c", "GPUs is H100, on the others A100", "use the same on all machines"),
     ]
-    assert compare([of("a"), of("b")]) == []
+    assert find_differences([of("a"), of("b")]) == []
 
 
 def test_the_slow_link_is_named():
     links = [("b", 20.0), ("c", 21.0), ("d", 3.0)]
-    assert [problem.where for problem in slow(links)] == ["d"]
-    assert slow(links[:2]) == slow([]) == []
+    assert [problem.where for problem in slow_links(links)] == ["d"]
+    assert slow_links(links[:2]) == slow_links([]) == []

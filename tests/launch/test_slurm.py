@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nesso_tune.launch.command import Machines, train_words
+from nesso_tune.launch.command import Machines, train_arguments
 from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.recipes.sections import ClusterSection
 from tests.support.examples import examples
@@ -69,9 +69,9 @@ WORD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_s
 
 def test_a_job_that_got_other_machines_ends_at_once(tmp_path):
     """As `sbatch --nodes 2 file` would give them."""
-    text = sbatch_text("x", Machines(4, 8), ClusterSection(), train_words(["r.yaml"]), str(tmp_path))
-    for job, says in (({"SLURM_NNODES": "2"}, "written for 4 nodes and got 2"),
-                        ({"SLURM_NNODES": "4", "SLURM_GPUS_ON_NODE": "4"}, "8 GPUs a node and got 4")):  # fmt: skip
+    text = sbatch_text("x", Machines(4, 8), ClusterSection(), train_arguments(["r.yaml"]), str(tmp_path))
+    for job, says in (({"SLURM_NNODES": "2"}, "written for 4 nodes but got 2"),
+                        ({"SLURM_NNODES": "4", "SLURM_GPUS_ON_NODE": "4"}, "8 GPUs per node but got 4")):  # fmt: skip
         done = subprocess.run(["bash"], input=text, capture_output=True, text=True, env={**os.environ, **job})
         assert (done.returncode, done.stdout) == (2, "")
         assert says in done.stderr
@@ -83,7 +83,7 @@ def test_no_numbers_can_disagree_and_no_word_breaks_the_script(nodes, gpus, cpus
     cluster = ClusterSection(
         cpus_per_gpu=cpus, modules=tuple(modules), env={"A_B": value}, container=value, python=value
     )
-    words = train_words([name], [f"a.b={value}"])  # a name that begins with - comes last, after --
+    words = train_arguments([name], [f"a.b={value}"])  # a name that begins with - comes last, after --
     assert sorted({*words} - {"--"}) == sorted({"train", name, "--set", f"a.b={value}"} - {"--"})
     text = sbatch_text(name, Machines(nodes, gpus), cluster, words, value)
     check_consistent(text, nodes, gpus, cpus)
@@ -127,8 +127,8 @@ FAULTS = {
     "a batch that does not divide": (["recipes/dpo.yaml", "--slurm", "x", "--nodes", 3], 2, "is no multiple of"),
     "nodes without slurm": (["recipes/sft.yaml", "--nodes", 3], 2, "--nodes: has no effect without --slurm FILE"),
     "submit without slurm": (["recipes/sft.yaml", "--submit"], 2, "--submit: has no effect without --slurm"),
-    "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "what the job itself saved"),
-    "resume in a job": (["recipes/sft.yaml", "--slurm", "x", "--resume", "never"], 2, "what the job itself saved"),
+    "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "checkpoints of the job"),
+    "resume in a job": (["recipes/sft.yaml", "--slurm", "x", "--resume", "never"], 2, "checkpoints of the job"),
     "submit and print": (["recipes/sft.yaml", "--slurm", "x", "--submit", "--print"], 2, "--submit: has no effect"),
     "one folder": (["recipes/sft.yaml", "recipes/sft.yaml", "--slurm", "x"], 2, "has the same output_dir"),
     "two clusters": (
@@ -143,7 +143,7 @@ FAULTS = {
             "dpo:cluster.nodes=8",
         ],
         2,
-        "recipes/dpo.yaml: cluster: is not that of recipes/sft.yaml",
+        "recipes/dpo.yaml: cluster: differs from that of recipes/sft.yaml",
     ),
     "a script in a flag": (
         ["recipes/sft.yaml", "--slurm", "x", "--account", "x\necho PWNED"],
@@ -182,4 +182,4 @@ def test_submit_needs_slurm(launch, tmp_path, talks, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = launch(path, "--slurm", tmp_path / "x.sbatch", "--submit")
     assert code == 5
-    assert "sbatch: is not on this machine" in err
+    assert "sbatch: is not installed on this machine" in err

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nesso_tune.launch.command import Machines, Meeting, accelerate_words, train_words
+from nesso_tune.launch.command import Machines, Rendezvous, accelerate_arguments, train_arguments
 from nesso_tune.run import train
 from tests.support.runs import ROOT, recipe, steps, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
@@ -47,13 +47,13 @@ def nodes():
 
 def start(path, rank, timeout_s=60, own_disk=None, **options):
     """The run's part on one node, as the Slurm job starts it; on `own_disk` it sees a folder of its own."""
-    return part(train_words([path]), rank, timeout_s, [*named(NODES[rank]), *_alone_on(own_disk)], **options)
+    return part(train_arguments([path]), rank, timeout_s, [*named(NODES[rank]), *_alone_on(own_disk)], **options)
 
 
 def part(verb, rank, timeout_s=60, before=(), path=str(ROOT), network=None, module="nesso_tune", **streams):
     """One node's part of a command; `network`: the interface that gloo takes, if not the cable."""
-    meeting = Meeting(str(rank), ADDRESSES[0], "29611", timeout_s)
-    words = [*accelerate_words(Machines(2, 1), meeting, module), *verb]
+    meeting = Rendezvous(str(rank), ADDRESSES[0], "29611", timeout_s)
+    words = [*accelerate_arguments(Machines(2, 1), meeting, module), *verb]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "",
                    "GLOO_SOCKET_IFNAME": network or ("cablea", "cableb")[rank]}  # fmt: skip
     return subprocess.Popen(

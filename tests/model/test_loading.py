@@ -174,8 +174,8 @@ def test_an_adapter_in_the_folder_is_an_error_that_names_it(trained, whole):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "else"}))
     if not whole:
         (folder / "model.safetensors").unlink()
-    remedy = "remove adapter_config.json if the weights are whole" if whole else "merge it into its base"
-    with pytest.raises(ModelError, match=rf"holds an adapter \(adapter_config.json\); {remedy}"):
+    remedy = "remove adapter_config.json if the weights are complete" if whole else "merge it into its base"
+    with pytest.raises(ModelError, match=rf"contains an adapter \(adapter_config.json\); {remedy}"):
         load(folder)
 
 

@@ -257,7 +257,7 @@ def test_elsewhere_it_goes_on_and_says_so(tmp_path, talks, stop_at):
     folder = tmp_path / "run" / "checkpoint-2"
     body = {key: value for key, value in read_manifest(folder).items() if key != "self"}
     body |= {"threads": 7, "versions": {**body["versions"], "torch": "2.11.0"}}
-    (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.hash_of(body)}))
+    (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.json_sha256(body)}))
     said = []
     assert train(some, say=said.append).trained
     (note,) = [text for text in said if "may round otherwise" in text]
