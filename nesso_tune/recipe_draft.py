@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat.special_tokens import CHAT_KEY
-from nesso_tune.data.detect import NEARLY_ALL, Detected
+from nesso_tune.data.detect import NEARLY_ALL, DetectedSource
 from nesso_tune.data.estimate import CHARACTERS
 from nesso_tune.errors import ModelError
 from nesso_tune.logs import visible
@@ -40,7 +40,7 @@ class Choices:
     learning_rate: float
 
 
-def choose(method: str, data: Sequence[Detected], shape: ModelShape | None) -> Choices:
+def choose(method: str, data: Sequence[DetectedSource], shape: ModelShape | None) -> Choices:
     """Values by the size of base and data.
 
     Rows are as long as 99 % of the data need, in powers of two; the global batch is the tuned one, or smaller, so that
@@ -93,7 +93,7 @@ class Base:
     replaces: str = ""
 
 
-def draft(name: str, file: str, base: Base, method: str, data: Sequence[Detected]) -> str:
+def draft(name: str, file: str, base: Base, method: str, data: Sequence[DetectedSource]) -> str:
     """The text of a recipe.
 
     Args:
@@ -142,7 +142,7 @@ def _model(base: Base) -> list[str]:
     return lines
 
 
-def _data(values: Choices, method: str, data: Sequence[Detected]) -> list[str]:
+def _data(values: Choices, method: str, data: Sequence[DetectedSource]) -> list[str]:
     rows = "conversations are packed into rows of this length" if method == "sft" else "prompt and longer answer"
     return [
         "data:",
@@ -203,7 +203,7 @@ def _rate_note(method: str, shape: ModelShape | None) -> str:
     return f"for this size; tuned nearby: {run.learning_rate:g} ({run.source})"
 
 
-def _source(part: Detected) -> list[str]:
+def _source(part: DetectedSource) -> list[str]:
     rows = f"{part.rows:,} rows" if part.rows is not None else "rows on the hub"
     tools = f", {part.tools:.0%} with tools" if part.tools else ""
     lines = [
@@ -217,7 +217,7 @@ def _source(part: Detected) -> list[str]:
     return [*lines, _noted(f"      language: {part.language}", f"told by their words{shares}")]
 
 
-def languages_of(part: Detected) -> str:
+def languages_of(part: DetectedSource) -> str:
     """The languages of a source and their shares, e.g. `it ~60%, en ~40%`."""
     shown = [(code, share) for code, share in part.languages.items() if share >= 0.01]
     return ", ".join(f"{code} ~{share:.0%}" for code, share in shown) if len(shown) > 1 else shown[0][0]
@@ -243,19 +243,19 @@ def _number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _tokens(data: Sequence[Detected]) -> list[float]:
+def _tokens(data: Sequence[DetectedSource]) -> list[float]:
     """About how many tokens each row has, control tokens with it."""
     return [n / CHARACTERS + 20 for part in data for n in part.characters]
 
 
-def share_too_long(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
+def share_too_long(method: str, data: Sequence[DetectedSource], shape: ModelShape | None) -> float:
     """About which share of the rows is longer than the length that is chosen for them."""
     length = choose(method, data, shape).sequence_len
     sizes = _tokens(data)
     return sum(size > length for size in sizes) / len(sizes)
 
 
-def usable_note(part: Detected) -> str | None:
+def usable_note(part: DetectedSource) -> str | None:
     """A sentence if many rows cannot be used."""
     if part.usable >= NEARLY_ALL:
         return None

@@ -10,7 +10,7 @@ import numpy as np
 
 from nesso_tune.chat.render import function_of
 from nesso_tune.conversation import Conversation
-from nesso_tune.data.convert import Item, is_empty
+from nesso_tune.data.convert import Example, is_empty
 from nesso_tune.data.token_store import Documents, Ints
 from nesso_tune.errors import DataError, Problem
 from nesso_tune.recipes.sections import Limit, PreferenceSection
@@ -33,7 +33,7 @@ IN_TEXT: dict[str, Callable[[str], bool]] = {
 }
 
 
-def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
+def find_anomalies(item: Example, control_tokens: Collection[str]) -> list[str]:
     """The oddities of an item by name.
 
     Args:
@@ -59,7 +59,7 @@ def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
     return found
 
 
-def _calls_another(item: Item) -> bool:
+def _calls_another(item: Example) -> bool:
     """Whether a tool is called that is not on offer."""
     offered = {function_of(tool)["function"]["name"] for tool in item.tools}
     return any(call["name"] not in offered for turn in item.turns for call in turn.tool_calls)
@@ -68,7 +68,7 @@ def _calls_another(item: Item) -> bool:
 QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
 
-def histograms(documents: Documents, entries: Ints) -> dict[str, Any]:
+def length_histograms(documents: Documents, entries: Ints) -> dict[str, Any]:
     """Lengths in tokens: `edges` (powers of two), and per language `counts` between them, and quantiles.
 
     The length of a pair is that of its prompt and longer answer.
@@ -88,7 +88,7 @@ def histograms(documents: Documents, entries: Ints) -> dict[str, Any]:
     return {"edges": edges, "languages": dict(sorted(languages.items()))}
 
 
-SAYS = {  # of each figure: what it means, and what can be done
+PREFERENCE_WARNINGS = {  # of each figure: what it means, and what can be done
     "length_predicts": ("{value:.0%} of the choices can be told from the answers' length alone ({side})",
                         "the model will learn length: balance the pairs, or use loss sigmoid_norm or ld_alpha"),
     "length_ratio": ("chosen answers are {value:.2f} times as long as rejected ones, or the other way round",
@@ -103,7 +103,7 @@ SAYS = {  # of each figure: what it means, and what can be done
 EXAMPLES = 5
 
 
-def preference_figures(documents: Documents, kept: Ints, dropped: Mapping[str, int], rows: int) -> dict[str, Any]:
+def preference_statistics(documents: Documents, kept: Ints, dropped: Mapping[str, int], rows: int) -> dict[str, Any]:
     """Figures of the pairs that are kept, and of those that were dropped for what they are.
 
     Returns:
@@ -145,7 +145,7 @@ def check_preferences(figures: Mapping[str, Any], limits: PreferenceSection) -> 
     """
     warnings: list[str] = []
     refused: list[Problem] = []
-    for name, (what, remedy) in SAYS.items():
+    for name, (what, remedy) in PREFERENCE_WARNINGS.items():
         limit: Limit = getattr(limits, name)
         value = figures[name]
         side = "longer" if figures["chosen_longer"] + figures["equal_length"] / 2 >= 0.5 else "shorter"

@@ -18,7 +18,8 @@ from nesso_tune.conversation import (
     Tokenized,
     language_code,
 )
-from nesso_tune.data.formats import PLACEHOLDER, DataFormat, Row, find, lookup
+from nesso_tune.data.files import Record
+from nesso_tune.data.formats import TEMPLATE_COLUMN, DataFormat, find_column, lookup
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import AUTO, Source
 
@@ -145,7 +146,7 @@ TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("reasoning",
 CALL_PARTS = ("tool_call", "function_call")
 
 
-def column_of(row: Row, names: Sequence[str]) -> Any:
+def column_of(row: Record, names: Sequence[str]) -> Any:
     """The value of the first of these columns. Raises Unusable if a row has none."""
     value = lookup(row, names)
     if value is None:
@@ -164,7 +165,7 @@ def text_of(value: Any) -> str:
     return value
 
 
-def messages_of(value: Any, fmt: DataFormat) -> list[Message]:
+def to_messages(value: Any, fmt: DataFormat) -> list[Message]:
     """The messages of a list, or of one as JSON text. Raises Unusable with the reason."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = read_json(value, "no_messages")
@@ -254,10 +255,10 @@ def turns_of(value: Any, role: str, fmt: DataFormat) -> list[Message]:
     """A text as one turn of `role`, one message, or a list of messages."""
     if isinstance(value, str):
         return [Message(role, text_of(value))]
-    return [_message(value, fmt)] if isinstance(value, Mapping) else messages_of(value, fmt)
+    return [_message(value, fmt)] if isinstance(value, Mapping) else to_messages(value, fmt)
 
 
-def system_of(row: Row, fmt: DataFormat, messages: Sequence[Message]) -> list[Message]:
+def system_of(row: Record, fmt: DataFormat, messages: Sequence[Message]) -> list[Message]:
     """The system message of a row's own column: a text, or a list of texts as lines."""
     said = lookup(row, fmt.system_field)
     if isinstance(said, list) and all(isinstance(line, str) for line in said):
@@ -272,10 +273,10 @@ def is_empty(message: Message) -> bool:
     return not message.content.strip() and not message.tool_calls
 
 
-Item = Conversation | Completion | Tokenized | PreferencePair
+Example = Conversation | Completion | Tokenized | PreferencePair
 
 
-def to_item(row: Row, fmt: DataFormat, method: str, language: str, source: str) -> Item:
+def to_example(row: Record, fmt: DataFormat, method: str, language: str, source: str) -> Example:
     """What a row holds for a method: `sft` learns conversations and texts, `dpo` pairs.
 
     Raises:
@@ -295,14 +296,14 @@ def to_item(row: Row, fmt: DataFormat, method: str, language: str, source: str) 
     )
 
 
-def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Conversation:
+def to_conversation(row: Record, fmt: DataFormat, language: str, source: str) -> Conversation:
     """The conversation that a row holds.
 
     Raises:
         Unusable: with the reason.
     """
     if fmt.kind == "conversation":
-        messages = messages_of(column_of(row, fmt.messages_field), fmt)
+        messages = to_messages(column_of(row, fmt.messages_field), fmt)
     else:
         answer = Message("assistant", text_of(column_of(row, fmt.response_field)))
         messages = [Message("user", _prompt(row, fmt)), answer]
@@ -314,7 +315,7 @@ def to_conversation(row: Row, fmt: DataFormat, language: str, source: str) -> Co
     return Conversation(tuple(messages), _tools(row, fmt), language, source)
 
 
-def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> PreferencePair:
+def to_pair(row: Record, fmt: DataFormat, language: str, source: str) -> PreferencePair:
     """The preference pair that a row holds.
 
     Raises:
@@ -349,7 +350,7 @@ def to_pair(row: Row, fmt: DataFormat, language: str, source: str) -> Preference
     return PreferencePair(tuple(prompt), answer, other, language, source, _tools(row, fmt))
 
 
-def tokenized(row: Row, fmt: DataFormat, language: str, source: str) -> Tokenized:
+def tokenized(row: Record, fmt: DataFormat, language: str, source: str) -> Tokenized:
     """The token ids that a row holds, with labels or a mask.
 
     Raises:
@@ -373,18 +374,18 @@ def _numbers(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(number) is int for number in value)
 
 
-def _prompt(row: Row, fmt: DataFormat) -> str:
+def _prompt(row: Record, fmt: DataFormat) -> str:
     """The prompt of a row without turns: its column and further input, or the template filled in."""
     if fmt.prompt_template is not None:
-        return PLACEHOLDER.sub(lambda match: text_of(column_of(row, (match.group(1),))), fmt.prompt_template)
+        return TEMPLATE_COLUMN.sub(lambda match: text_of(column_of(row, (match.group(1),))), fmt.prompt_template)
     prompt, further = text_of(column_of(row, fmt.prompt_field)), lookup(row, fmt.input_field)
-    if further is None or find(row, fmt.prompt_field) == find(row, fmt.input_field):
+    if further is None or find_column(row, fmt.prompt_field) == find_column(row, fmt.input_field):
         return prompt
     further = text_of(further)
     return f"{prompt}\n\n{further}" if further.strip() else prompt
 
 
-def _voted(row: Row, fmt: DataFormat) -> tuple[str, str]:
+def _voted(row: Record, fmt: DataFormat) -> tuple[str, str]:
     """The better and the worse of two answers, by label or by the majority of the votes."""
     first, second = (text_of(column_of(row, (name,))) for name in fmt.choice_fields)
     votes = [lookup(row, (name,)) for name in fmt.label_fields]
@@ -403,7 +404,7 @@ def _same(vote: Any, label: Any) -> bool:
     return bool(vote == label or str(vote).strip() == str(label))
 
 
-def language_of(row: Row, source: Source) -> str:
+def record_language(row: Record, source: Source) -> str:
     """The language code of a row: the source's, or that of the row's own field; `und` if neither says.
 
     `language: auto` is the row's own too; where a row says nothing, its words are asked (`languages.py`).
@@ -424,5 +425,5 @@ def _code(said: str) -> str:
     return language_code(said) or UNKNOWN_LANGUAGE
 
 
-def _tools(row: Row, fmt: DataFormat) -> tuple[Tool, ...]:
+def _tools(row: Record, fmt: DataFormat) -> tuple[Tool, ...]:
     return read_tools(lookup(row, fmt.tools_field))

@@ -11,37 +11,40 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message, PreferencePair
-from nesso_tune.data.convert import Item, Unusable, language_of, to_item
-from nesso_tune.data.files import expand, is_lines, is_local, read_rows
-from nesso_tune.data.formats import Row, described, guess_fields, load_format, recognise, used_columns
-from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.record_reader import Drops
-from nesso_tune.data.sources import count_rows, source_rows
+from nesso_tune.data.convert import Example, Unusable, record_language, to_example
+from nesso_tune.data.files import Record, expand, is_json_lines, is_local, read_records
+from nesso_tune.data.formats import describe_columns, infer_format, load_format, recognise_format, used_columns
+from nesso_tune.data.languages import detect_example_language
+from nesso_tune.data.record_reader import DropCounter
+from nesso_tune.data.sources import count_records, source_records
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import AUTO, Source
 
-Record = dict[str, Any]
-LARGE = 64_000_000  # bytes from which a file of lines is sampled by place instead of being read
-MOST = 200_000  # rows that are read of anything else
+OFFSET_SAMPLING_BYTES = 64_000_000  # bytes from which a file of lines is sampled by place instead of being read
+MAX_READ_RECORDS = 200_000  # rows that are read of anything else
 
 
-def spread_rows(source: Source, count: int) -> list[Record]:
+def sample_records(source: Source, count: int) -> list[Record]:
     """About `count` rows at even distances; all of them if there are fewer.
 
     Raises:
         DataError: if a file cannot be read.
     """
     files = expand(source.path) if is_local(source.path) else []
-    if source.max_rows is None and files and all(is_lines(file) and file.stat().st_size > LARGE for file in files):
+    if (
+        source.max_rows is None
+        and files
+        and all(is_json_lines(file) and file.stat().st_size > OFFSET_SAMPLING_BYTES for file in files)
+    ):
         share = max(1, count // len(files))
         return [row for file in files for row in _by_place(file, share)]
-    rows = [row for row, _ in islice(source_rows(source), MOST)]
+    rows = [row for row, _ in islice(source_records(source), MAX_READ_RECORDS)]
     return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
 
 
 def _by_place(file: Path, count: int) -> Iterator[Record]:
     """The rows after evenly spaced bytes of a file of JSON lines; the first comes from its reader, faults and all."""
-    yield next(read_rows(file))[0]
+    yield next(read_records(file))[0]
     size = file.stat().st_size
     with file.open("rb") as stream:
         for i in range(1, count):
@@ -60,7 +63,7 @@ NEARLY_ALL = 0.95
 
 
 @dataclass(frozen=True)
-class Detected:
+class DetectedSource:
     """What is in a source.
 
     Attributes:
@@ -92,14 +95,14 @@ class Detected:
     unused: tuple[str, ...] = ()
 
 
-def detect(path: str) -> Detected:
+def detect_source(path: str) -> DetectedSource:
     """Looks at a sample of a source's rows.
 
     Raises:
         DataError: if it cannot be read, its shape is not recognised, or none of its rows can be used.
     """
     plain = Source(path=path)
-    rows = spread_rows(plain, SAMPLE)
+    rows = sample_records(plain, SAMPLE)
     if not rows:
         raise DataError(path, "holds no rows", "give a file with rows")
     name, fields = _shape(plain, rows)
@@ -112,14 +115,14 @@ def detect(path: str) -> Detected:
                         "correct the data, or name its columns in a recipe (see docs/recipe.md)")  # fmt: skip
     said = [item.language for item in items]
     by_rows = sum(code != UNKNOWN_LANGUAGE for code in said) >= NEARLY_ALL * len(said)
-    codes = said if by_rows else [language_of_item(item) for item in items]
+    codes = said if by_rows else [detect_example_language(item) for item in items]
     shares = {code: n / len(codes) for code, n in Counter(codes).most_common()}
-    return Detected(
+    return DetectedSource(
         path=path,
         method="dpo" if isinstance(items[0], PreferencePair) else "sft",
         format=name,
         fields=fields,
-        rows=count_rows(plain) if is_local(path) else None,
+        rows=count_records(plain) if is_local(path) else None,
         usable=len(items) / len(rows),
         dropped=dict(dropped.most_common()),
         languages=shares,
@@ -130,24 +133,24 @@ def detect(path: str) -> Detected:
     )
 
 
-def _shape(source: Source, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
+def _shape(source: Source, rows: Sequence[Record]) -> tuple[str, dict[str, Any]]:
     """The format of rows, and the columns it does not find by itself."""
-    name = recognise(source, rows)
+    name = recognise_format(source, rows)
     if name is not None and _items(source.model_copy(update={"format": name}), rows)[0]:
         return name, {}
-    guessed = guess_fields(rows)
+    guessed = infer_format(rows)
     if guessed is not None:
         return guessed
     if name is not None:
         return name, {}
     raise DataError(
-        source.path, f"its shape is not recognised (its columns are {described(rows)})",
+        source.path, f"its shape is not recognised (its columns are {describe_columns(rows)})",
         "rename the columns to those of a known shape (messages; prompt and response; prompt, chosen and rejected), or "
         "name them in a recipe (prompt_field and response_field, …)",
     )  # fmt: skip
 
 
-def _check_labels(path: str, rows: Sequence[Row]) -> None:
+def _check_labels(path: str, rows: Sequence[Record]) -> None:
     """Raises DataError for answers that are each marked good or bad: learning both alike would be a silent mistake."""
     if sum(isinstance(row.get("label"), bool) and "completion" in row for row in rows) > len(rows) / 2:
         raise DataError(
@@ -156,16 +159,16 @@ def _check_labels(path: str, rows: Sequence[Row]) -> None:
         )  # fmt: skip
 
 
-def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Drops]:
+def _items(source: Source, rows: Sequence[Record]) -> tuple[list[Example], DropCounter]:
     fmt = load_format(source.format).adapted(source)
     method = "dpo" if fmt.pairs else "sft"
-    items: list[Item] = []
-    dropped = Drops()
+    items: list[Example] = []
+    dropped = DropCounter()
     for i, row in enumerate(rows):
         try:
-            items.append(to_item(row, fmt, method, language_of(row, source), source.path))
+            items.append(to_example(row, fmt, method, record_language(row, source), source.path))
         except Unusable as why:
-            dropped.note(why, f"row {i + 1} of those looked at")
+            dropped.add_unusable(why, f"row {i + 1} of those looked at")
     return items, dropped
 
 
@@ -176,7 +179,7 @@ def _one_language(shares: Mapping[str, float]) -> str | None:
     return main if main is not None and told[main] >= NEARLY_ALL * sum(told.values()) else None
 
 
-def _characters(item: Item) -> int:
+def _characters(item: Example) -> int:
     """Length of a conversation, or of a prompt and the longer answer, with the tools on offer and the calls."""
 
     def of(*turns: Message) -> int:
@@ -188,5 +191,5 @@ def _characters(item: Item) -> int:
     return offered + of(*item.turns)
 
 
-def _has_tools(item: Item) -> bool:
+def _has_tools(item: Example) -> bool:
     return bool(item.tools) or any(turn.tool_calls for turn in item.turns)

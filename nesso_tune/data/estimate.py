@@ -11,8 +11,8 @@ from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
 from nesso_tune.data.prepare import cached_only, check_size, prepare_data
-from nesso_tune.data.record_reader import Drops, reading_of, usable
-from nesso_tune.data.sources import count_rows, source_rows
+from nesso_tune.data.record_reader import DropCounter, make_record_reader, read_examples
+from nesso_tune.data.sources import count_records, source_records
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import local_path
@@ -85,7 +85,7 @@ def _estimate(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> Dat
         return DataVolume(rows, rows * ROW, rows * LEARNED, exact=False, basis=STATED)
     sampled = source.model_copy(update={"max_rows": min(SAMPLE, source.max_rows or SAMPLE)})
     read, kept, tokens, supervised, dropped = _sample(recipe, sampled, chat)
-    total = max(count_rows(source), read)  # a last line may lack its line break
+    total = max(count_records(source), read)  # a last line may lack its line break
     ratio = source.weight * total / max(1, read)
     rows, all_tokens, learned = (round(ratio * n) for n in (kept, tokens, supervised))
     basis = SAMPLED if chat is not None else WITHOUT_TOKENIZER
@@ -100,10 +100,12 @@ def _sample(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> tuple
             report = build_documents(Path(folder), recipe, [source], chat)["report"]
         names = ("rows_read", "rows_kept", "tokens", "supervised_tokens", "dropped")
         return tuple(report[name] for name in names)  # type: ignore[return-value]
-    dropped = Drops()
+    dropped = DropCounter()
     read = kept = tokens = supervised = 0
     trained = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
-    for item in usable(reading_of(source, recipe.method, recipe.data.clean), source_rows(source), dropped):
+    for item in read_examples(
+        make_record_reader(source, recipe.method, recipe.data.clean), source_records(source), dropped
+    ):
         read += 1
         if item is None:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from itertools import islice, takewhile
@@ -15,34 +15,34 @@ from typing import Any
 from nesso_tune.errors import DataError, closest
 from nesso_tune.recipes.builtin import local_path
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
-TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
-GLOB = frozenset("*?[")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
+GLOB_CHARACTERS = frozenset("*?[")
 BOM = b"\xef\xbb\xbf"
 
 
 def is_local(path: str) -> bool:
     """Whether a source's path means files here, not a data set on the hub."""
     try:
-        return local_path(path).exists() or bool(GLOB & set(path)) or _looks_like_a_file(path)
+        return local_path(path).exists() or bool(GLOB_CHARACTERS & set(path)) or _looks_like_a_file(path)
     except OSError:  # a name longer than a file's may be
         return True
 
 
 def looks_like_data(path: str) -> bool:
     """Whether a word on the command line can only mean data: a file of rows, or a pattern."""
-    return bool(GLOB & set(path)) or _holds_rows(path) or path.lower().endswith(TABLES)
+    return bool(GLOB_CHARACTERS & set(path)) or _holds_rows(path) or path.lower().endswith(TABLE_SUFFIXES)
 
 
 def _looks_like_a_file(path: str) -> bool:
-    named = path.lower().endswith((*SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".zst", ".zip", ".yaml", ".arrow"))
+    named = path.lower().endswith((*DATA_SUFFIXES, ".gz", ".csv", ".tsv", ".txt", ".zst", ".zip", ".yaml", ".arrow"))
     return named or path.startswith(("/", "./", "../", "~")) or path.count("/") != 1
 
 
 def _holds_rows(name: str) -> bool:
     """Whether a file in a folder is data; compressed data is too, so that it is not passed over in silence."""
     name = name.lower()
-    return name.removesuffix(".gz").removesuffix(".zst").removesuffix(".zip").endswith(SUFFIXES)
+    return name.removesuffix(".gz").removesuffix(".zst").removesuffix(".zip").endswith(DATA_SUFFIXES)
 
 
 def expand(path: str) -> list[Path]:
@@ -67,13 +67,13 @@ def _expanded(path: str) -> list[Path]:
         return files
     if root.exists():
         return [root]
-    if GLOB & set(path):
+    if GLOB_CHARACTERS & set(path):
         base = Path(root.anchor) if root.is_absolute() else Path()
         files = sorted(p for p in base.glob(str(root.relative_to(root.anchor) if root.anchor else root)) if p.is_file())
         if files:
             return files
         raise DataError(path, "matches no file", "check the pattern; it is relative to the working directory")
-    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in SUFFIXES) if root.parent.is_dir() else []
+    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in DATA_SUFFIXES) if root.parent.is_dir() else []
     if guess := closest(root.name, near):
         remedy = f"did you mean {root.parent / guess}?"
     elif near:
@@ -91,7 +91,7 @@ def could_match(path: str, *files: Path) -> bool:
         files: their whole paths, without links.
     """
     root = local_path(path)
-    fixed = root.parts if root.is_dir() else tuple(takewhile(lambda part: not GLOB & set(part), root.parts))
+    fixed = root.parts if root.is_dir() else tuple(takewhile(lambda part: not GLOB_CHARACTERS & set(part), root.parts))
     folder, pattern = Path(*fixed), root.parts[len(fixed) :] or ("**", "*")
     whole = folder.resolve()
     if any(whole in file.parents and _matches(pattern, file.relative_to(whole).parts) for file in files):
@@ -144,7 +144,7 @@ def content_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def is_lines(file: Path) -> bool:
+def is_json_lines(file: Path) -> bool:
     """Whether a file is named as JSON lines."""
     return file.suffix.lower() in (".jsonl", ".ndjson")
 
@@ -158,12 +158,12 @@ def count_lines(files: list[Path]) -> int:
     return count
 
 
-def is_array(file: Path) -> bool:
+def is_json_array(file: Path) -> bool:
     """Whether a file holds one JSON array, whatever its name says."""
-    return beginning(file).startswith(b"[")
+    return _file_head(file).startswith(b"[")
 
 
-def beginning(file: Path) -> bytes:
+def _file_head(file: Path) -> bytes:
     """The first bytes of a file that are not blank, without a byte order mark; none if there are none."""
     with file.open("rb") as stream:
         head = stream.read(4096).removeprefix(BOM).lstrip()
@@ -172,11 +172,11 @@ def beginning(file: Path) -> bytes:
     return head[:4096]
 
 
-SIZE = 1 << 18  # bytes of lines in a block
-ROWS = 1024  # rows of anything else
-Row = dict[str, Any]
-Located = tuple[Row, str]  # a row and where it stands (`file:line`)
-Numbered = tuple[Row, int]  # a row and its number; the block's `prefix` before it makes its place
+BLOCK_BYTES = 1 << 18  # bytes of lines in a block
+BLOCK_RECORDS = 1024  # rows of anything else
+Record = Mapping[str, Any]
+LocatedRecord = tuple[Record, str]  # a row and where it stands (`file:line`)
+NumberedRecord = tuple[Record, int]  # a row and its number; the block's `prefix` before it makes its place
 TO_LINES = (
     "make JSON lines of it, e.g. python -c \"import pandas; pandas.read_csv('{file}').to_json('{stem}.jsonl', "
     "orient='records', lines=True)\""
@@ -185,7 +185,7 @@ GZIP, ZIP, ZSTD = b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"
 
 
 @dataclass(frozen=True)
-class Lines:
+class JsonLinesBlock:
     """Lines of a file of JSON lines.
 
     Attributes:
@@ -205,7 +205,7 @@ class Lines:
         """Bytes of the source that it stands for."""
         return len(self.data)
 
-    def numbered(self) -> Iterator[Numbered]:
+    def numbered_records(self) -> Iterator[NumberedRecord]:
         """Its rows; blank lines are passed over.
 
         Raises:
@@ -222,7 +222,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Objects:
+class ObjectsBlock:
     """Rows that are parsed already: those of a JSON array, or of a data set of the hub."""
 
     prefix: str
@@ -231,7 +231,7 @@ class Objects:
     size: int
     most: int | None = None
 
-    def numbered(self) -> Iterator[Numbered]:
+    def numbered_records(self) -> Iterator[NumberedRecord]:
         """Its rows. Raises DataError for what is none."""
         for number, row in enumerate(self.rows[: self.most], self.first):
             yield _object(row, f"{self.prefix}{number}"), number
@@ -242,7 +242,7 @@ class Objects:
 
 
 @dataclass(frozen=True)
-class Table:
+class ArrowBlock:
     """Rows of a Parquet file, as a record batch in Arrow's own bytes."""
 
     prefix: str
@@ -252,7 +252,7 @@ class Table:
     size: int
     most: int | None = None
 
-    def numbered(self) -> Iterator[Numbered]:
+    def numbered_records(self) -> Iterator[NumberedRecord]:
         """Its rows. Raises DataError for text that is not UTF-8."""
         import pyarrow
 
@@ -264,24 +264,24 @@ class Table:
             where, what = self.prefix.removesuffix(" row "), f"is not readable from row {self.first} on ({what})"
             raise DataError(where, what, "check the file") from None
         for number, row in enumerate(rows, self.first):
-            yield without_nulls(row), number
+            yield drop_nulls(row), number
 
     def count(self) -> int:
         """How many rows it has."""
         return self.rows if self.most is None else min(self.rows, self.most)
 
 
-Block = Lines | Objects | Table
+Block = JsonLinesBlock | ObjectsBlock | ArrowBlock
 
 
-def located(blocks: Iterable[Block]) -> Iterator[Located]:
+def with_locations(blocks: Iterable[Block]) -> Iterator[LocatedRecord]:
     """Every row of blocks with its place."""
     for block in blocks:
-        for row, number in block.numbered():
+        for row, number in block.numbered_records():
             yield row, f"{block.prefix}{number}"
 
 
-def at_most(blocks: Iterator[Block], rows: int | None) -> Iterator[Block]:
+def limit_records(blocks: Iterator[Block], rows: int | None) -> Iterator[Block]:
     """Blocks up to so many rows; all of them for None."""
     if rows is None:
         yield from blocks
@@ -304,35 +304,35 @@ def file_blocks(file: Path) -> Iterator[Block]:
     if file.suffix.lower() == ".parquet":
         yield from _parquet(file)
         return
-    if file.suffix.lower() in TABLES:
+    if file.suffix.lower() in TABLE_SUFFIXES:
         raise DataError(str(file), f"{file.suffix} files are not read", TO_LINES.format(file=file, stem=file.stem))
     try:
-        head = beginning(file)
+        head = _file_head(file)
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions") from None
     if head.startswith((GZIP, ZIP, ZSTD)):
         raise DataError(str(file), "is compressed", "unpack it first (gunzip, unzip, zstd -d)")
     if not head:
         raise DataError(str(file), "is empty", "give a file with rows, or remove the source")
-    yield from _array(file) if is_array(file) else _lines(file)
+    yield from _array(file) if is_json_array(file) else _lines(file)
 
 
-def read_rows(file: Path) -> Iterator[Located]:
+def read_records(file: Path) -> Iterator[LocatedRecord]:
     """Every row of a file with its place. Raises DataError as `file_blocks` does."""
-    return located(file_blocks(file))
+    return with_locations(file_blocks(file))
 
 
 def _lines(file: Path) -> Iterator[Block]:
     first = 1
     with file.open("rb") as stream:
-        while data := stream.read(SIZE):
+        while data := stream.read(BLOCK_BYTES):
             if not data.endswith(b"\n"):
                 data += stream.readline()  # a block ends with a line
-            yield Lines(f"{file}:", first, data.removeprefix(BOM) if first == 1 else data)
+            yield JsonLinesBlock(f"{file}:", first, data.removeprefix(BOM) if first == 1 else data)
             first += data.count(b"\n")
 
 
-def _parsed(line: bytes, where: str) -> Row:
+def _parsed(line: bytes, where: str) -> Record:
     try:
         return _object(json.loads(str(line, "utf-8")), where)
     except UnicodeDecodeError:
@@ -355,9 +355,9 @@ def _array(file: Path) -> Iterator[Block]:
         raise DataError(f"{file}:{error.lineno}", f"is not JSON ({error.msg})", remedy) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or nested too deeply
         raise DataError(str(file), f"is not readable JSON ({_reason(error)})", "correct the file") from None
-    size = file.stat().st_size * ROWS // max(1, len(rows))
-    for start in range(0, len(rows), ROWS):
-        yield Objects(f"{file} row ", start + 1, rows[start : start + ROWS], size)
+    size = file.stat().st_size * BLOCK_RECORDS // max(1, len(rows))
+    for start in range(0, len(rows), BLOCK_RECORDS):
+        yield ObjectsBlock(f"{file} row ", start + 1, rows[start : start + BLOCK_RECORDS], size)
 
 
 def _parquet(file: Path) -> Iterator[Block]:
@@ -368,7 +368,7 @@ def _parquet(file: Path) -> Iterator[Block]:
     try:
         with parquet.ParquetFile(file) as table:
             share = size / max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=ROWS):
+            for batch in table.iter_batches(batch_size=BLOCK_RECORDS):
                 yield _table(f"{file} row ", number, batch, round(share * batch.num_rows))
                 number += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
@@ -376,17 +376,17 @@ def _parquet(file: Path) -> Iterator[Block]:
         raise DataError(str(file), f"is not a readable Parquet file ({what})", "check the file") from None
 
 
-def _table(prefix: str, first: int, batch: Any, size: int) -> Table:
+def _table(prefix: str, first: int, batch: Any, size: int) -> ArrowBlock:
     """A block of an Arrow record batch."""
     import pyarrow
 
     sink = pyarrow.BufferOutputStream()
     with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return Table(prefix, first, sink.getvalue().to_pybytes(), batch.num_rows, size)
+    return ArrowBlock(prefix, first, sink.getvalue().to_pybytes(), batch.num_rows, size)
 
 
-def without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def drop_nulls(row: dict[str, Any]) -> dict[str, Any]:
     """A row of an Arrow table without the nulls inside its columns: there every object has the keys of all others."""
 
     def cleaned(value: Any) -> Any:

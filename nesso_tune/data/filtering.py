@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nesso_tune.data.convert import Item
-from nesso_tune.data.files import expand, read_rows
-from nesso_tune.data.formats import described, lookup
+from nesso_tune.data.convert import Example
+from nesso_tune.data.files import expand, read_records
+from nesso_tune.data.formats import describe_columns, lookup
 from nesso_tune.data.token_store import Documents, Ints
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import CleanSection, Decontamination
@@ -24,7 +24,7 @@ VALUES = 128  # of a signature
 SEED = 1997
 
 
-def signature_of(item: Item) -> Ints:
+def minhash_signature(item: Example) -> Ints:
     """MinHash of the word sequences of an item's turns: `VALUES` numbers, uint32."""
     from rensa import RMinHash
 
@@ -35,7 +35,7 @@ def signature_of(item: Item) -> Ints:
     return np.array(sketch.digest(), np.uint32)
 
 
-def near_duplicates(signatures: Ints, similarity: float) -> Ints:
+def find_near_duplicates(signatures: Ints, similarity: float) -> Ints:
     """Of each entry, an earlier one that it is a near duplicate of; -1 where there is none.
 
     Entries are compared where at least one band of their signatures is the same. With bands of `r` of the 128 values,
@@ -74,7 +74,7 @@ def _rows_of_a_band(similarity: float) -> int:
     return max(fitting, default=1)
 
 
-class Repeated(NamedTuple):
+class Duplicate(NamedTuple):
     """An entry that says the same, or nearly, as an earlier one."""
 
     entry: int
@@ -82,14 +82,14 @@ class Repeated(NamedTuple):
     reason: str
 
 
-def exact_duplicates(identities: Ints) -> Ints:
+def find_exact_duplicates(identities: Ints) -> Ints:
     """Of each entry, the first one with the same turns and tools; -1 for the first itself."""
     _, first, groups = np.unique(identities[:, 0], return_index=True, return_inverse=True)
     of = first[groups]
     return np.where(of == np.arange(len(of)), -1, of)
 
 
-def repeated(documents: Documents, clean: CleanSection, signatures: Path) -> Iterator[Repeated]:
+def find_duplicates(documents: Documents, clean: CleanSection, signatures: Path) -> Iterator[Duplicate]:
     """The entries that the recipe asks to drop, with what they repeat.
 
     Args:
@@ -99,16 +99,16 @@ def repeated(documents: Documents, clean: CleanSection, signatures: Path) -> Ite
     """
     left = np.arange(len(documents))
     if clean.duplicates == "drop":
-        exact = exact_duplicates(documents.identities)
+        exact = find_exact_duplicates(documents.identities)
         for entry in np.flatnonzero(exact >= 0):
-            yield Repeated(int(entry), int(exact[entry]), "duplicate")
+            yield Duplicate(int(entry), int(exact[entry]), "duplicate")
         left = np.flatnonzero(exact < 0)
     if clean.near_duplicates is None or len(documents) == 0:
         return
     stored = np.memmap(signatures, np.uint32, mode="r", shape=(len(documents), VALUES))
-    near = near_duplicates(stored if len(left) == len(stored) else stored[left], clean.near_duplicates)
+    near = find_near_duplicates(stored if len(left) == len(stored) else stored[left], clean.near_duplicates)
     for position in np.flatnonzero(near >= 0):
-        yield Repeated(int(left[position]), int(left[near[position]]), "near_duplicate")
+        yield Duplicate(int(left[position]), int(left[near[position]]), "near_duplicate")
 
 
 FIELDS = ("prompt", "question", "instruction", "input", "messages")
@@ -116,7 +116,7 @@ LEAST = 4  # words below which a text says too little to be found
 
 
 @dataclass(frozen=True)
-class Contamination:
+class EvaluationTexts:
     """What evaluations ask.
 
     Attributes:
@@ -135,7 +135,7 @@ class Contamination:
     sizes: tuple[int, ...]
     overlap: float
 
-    def found_in(self, item: Item) -> str | None:
+    def find_in(self, item: Example) -> str | None:
         """Where the evaluation text stands that an item contains; None if it contains none."""
         seen: dict[int, set[int]] = defaultdict(set)
         for run in self._runs(item):
@@ -147,7 +147,7 @@ class Contamination:
         worst = max(shares, key=lambda text: shares[text], default=None)
         return None if worst is None or shares[worst] < self.overlap else self.places[worst]
 
-    def _runs(self, item: Item) -> Iterator[list[str]]:
+    def _runs(self, item: Example) -> Iterator[list[str]]:
         """Stretches of an item's words that all occur in some evaluation text: nothing else can match."""
         least = self.sizes[0]
         for turn in item.turns:
@@ -163,7 +163,7 @@ class Contamination:
                 yield run
 
 
-def read_contamination(settings: Decontamination) -> Contamination:
+def read_evaluation_texts(settings: Decontamination) -> EvaluationTexts:
     """The texts of evaluation files.
 
     Raises:
@@ -185,7 +185,7 @@ def read_contamination(settings: Decontamination) -> Contamination:
     sizes = tuple(sorted({len(gram) for gram in grams}))
     if not sizes:
         raise DataError(", ".join(settings.files), f"holds no text of {LEAST} words", "name the columns in `fields`")
-    return Contamination(dict(grams), lengths, places, vocabulary, sizes, settings.overlap)
+    return EvaluationTexts(dict(grams), lengths, places, vocabulary, sizes, settings.overlap)
 
 
 def _texts(settings: Decontamination) -> Iterator[tuple[str, str]]:
@@ -193,13 +193,13 @@ def _texts(settings: Decontamination) -> Iterator[tuple[str, str]]:
     for name in settings.files:
         for file in expand(name):
             found, row = False, None
-            for row, where in read_rows(file):
+            for row, where in read_records(file):
                 columns = settings.fields or FIELDS
                 for text in (text for column in columns for text in _said(lookup(row, (column,)))):
                     found = True
                     yield text, where
             if not found:
-                has = described([row] if row else [])
+                has = describe_columns([row] if row else [])
                 raise DataError(
                     str(file), f"has no text in {' or '.join(settings.fields or FIELDS)} (its columns are {has})",
                     "name the columns in data.clean.decontaminate.fields",

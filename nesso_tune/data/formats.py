@@ -12,21 +12,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from nesso_tune.data.files import Record
 from nesso_tune.errors import DataError, RecipeError, closest, shortened
 from nesso_tune.recipes.load import find_spec, read_spec
 from nesso_tune.recipes.sections import NonEmpty, Plain, Role, Section, Source
 
-Row = Mapping[str, Any]
 Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
 FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
           "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
 LISTED = ("choice_fields", "label_fields", "labels")
-DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
-ON_REQUEST = {  # formats that are never guessed: their mistakes would be silent
+DETECTED_FORMATS = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
+NAMED_ONLY_FORMATS = {  # formats that are never guessed: their mistakes would be silent
     "completion": "plain texts are learned whole and without turns",
     "pretokenized": "token ids are taken as they are",
 }
-PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+TEMPLATE_COLUMN = re.compile(r"\{([^{}]+)\}")
 MOST_COLUMNS = 30  # that a message lists
 MISSING = object()
 
@@ -120,7 +120,7 @@ class DataFormat(Section):
     @property
     def required(self) -> tuple[Names, ...]:
         """The columns without which no row has this format."""
-        asked = tuple((n,) for n in PLACEHOLDER.findall(self.prompt_template or ""))
+        asked = tuple((n,) for n in TEMPLATE_COLUMN.findall(self.prompt_template or ""))
         prompt = (self.prompt_field,) if self.prompt_template is None else asked
         return {
             "conversation": (self.messages_field,),
@@ -131,9 +131,9 @@ class DataFormat(Section):
             "choice": (*((name,) for name in self.choice_fields), self.label_fields),
         }[self.kind]
 
-    def fits(self, row: Row) -> bool:
+    def fits(self, row: Record) -> bool:
         """Whether the row's columns look like this format."""
-        if not all(find(row, names) is not None for names in self.required):
+        if not all(find_column(row, names) is not None for names in self.required):
             return False
         if self.kind == "conversation":
             messages = lookup(row, self.messages_field)
@@ -146,21 +146,21 @@ class DataFormat(Section):
                 return isinstance(messages[0], (str, list))
             first = messages[0]
             return isinstance(first, Mapping) and None not in (
-                find(first, self.role_keys),
-                find(first, self.content_keys),
+                find_column(first, self.role_keys),
+                find_column(first, self.content_keys),
             )
         if self.kind in ("instruction", "completion"):
             return all(isinstance(lookup(row, names), str) for names in self.required)
         return True
 
 
-def find(row: Row, names: Sequence[str]) -> str | None:
+def find_column(row: Record, names: Sequence[str]) -> str | None:
     """The first of `names` that the row has a value for, else the first that it has; None if it has none."""
     there = [name for name in names if name in row or ("." in name and _inside(row, name) is not MISSING)]
     return next((name for name in there if lookup(row, (name,)) is not None), there[0] if there else None)
 
 
-def lookup(row: Row, names: Sequence[str]) -> Any:
+def lookup(row: Record, names: Sequence[str]) -> Any:
     """The value of the first of `names` that the row has one for; None if it has none."""
     for name in names:
         value = row[name] if name in row else _inside(row, name) if "." in name else MISSING
@@ -190,7 +190,7 @@ def load_format(name: str) -> DataFormat:
     return read_spec(path, DataFormat)[0]
 
 
-def recognise(source: Source, rows: Sequence[Row], names: Sequence[str] = DETECTED) -> str | None:
+def recognise_format(source: Source, rows: Sequence[Record], names: Sequence[str] = DETECTED_FORMATS) -> str | None:
     """The shipped format that most of a source's first rows fit; None if none of them fits any."""
     formats = [load_format(name).adapted(source) for name in names]
     counted = [(sum(fmt.fits(row) for row in rows), -i) for i, fmt in enumerate(formats)]
@@ -198,7 +198,7 @@ def recognise(source: Source, rows: Sequence[Row], names: Sequence[str] = DETECT
     return names[-position] if best else None
 
 
-def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
+def choose_format(source: Source, rows: Sequence[Record]) -> DataFormat:
     """The format of a source: the named one, or the shipped one that most of its first rows fit.
 
     Raises:
@@ -207,7 +207,7 @@ def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
     named = None if source.format == "auto" else load_format(source.format).adapted(source)
     if named is not None and named.lacks is not None:
         raise _incomplete(source.format, *named.lacks)
-    found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
+    found = recognise_format(source, rows, DETECTED_FORMATS if source.format == "auto" else (source.format,))
     if found is None:
         raise _not_of_format(source, rows)
     fmt = load_format(found).adapted(source)
@@ -230,16 +230,16 @@ def _incomplete(name: str, key: str, what: str) -> RecipeError:
                        + (", or in the source" if key in (*FIELDS, *LISTED) else ""))  # fmt: skip
 
 
-def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
+def _not_of_format(source: Source, rows: Sequence[Record]) -> DataError:
     """What rows lack for the format that a source names, and what they look like instead."""
-    has = f"its columns are {described(rows)}"
+    has = f"its columns are {describe_columns(rows)}"
     if source.format == "auto":
-        asked = recognise(source, rows, tuple(ON_REQUEST))
+        asked = recognise_format(source, rows, tuple(NAMED_ONLY_FORMATS))
         remedy = "name the columns (messages_field, or prompt_field and response_field, …) or a format"
         if asked is not None:
-            remedy = f"set format: {asked} if that is what they are ({ON_REQUEST[asked]}), or {remedy}"
+            remedy = f"set format: {asked} if that is what they are ({NAMED_ONLY_FORMATS[asked]}), or {remedy}"
         return DataError(source.path, f"its format is not recognised ({has})", remedy)
-    likes = recognise(Source(path=source.path), rows)
+    likes = recognise_format(Source(path=source.path), rows)
     if likes not in (None, source.format):
         what = f"its rows are not of format {source.format} ({has})"
         pairs = " (preference pairs: for method: dpo)" if likes == "preference" else ""
@@ -247,7 +247,7 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
         return DataError(source.path, what, f"they look like format {likes}{pairs}: set format: {likes}, or auto")
     columns = sorted({column for row in rows for column in row})
     fmt = load_format(source.format).adapted(source)
-    for missing in (names for names in fmt.required if not any(find(row, names) for row in rows)):
+    for missing in (names for names in fmt.required if not any(find_column(row, names) for row in rows)):
         guess = closest(missing[0], columns)
         return DataError(
             source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
@@ -262,7 +262,7 @@ def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
     return DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)
 
 
-def described(rows: Sequence[Row]) -> str:
+def describe_columns(rows: Sequence[Record]) -> str:
     """The columns of rows, and the keys of the objects that lists among them hold."""
     shown, columns = [], sorted({column for row in rows for column in row})
     for column in columns[:MOST_COLUMNS]:
@@ -300,7 +300,7 @@ ROLES = {
 Guess = tuple[str, dict[str, Any]]  # the shipped format it is nearest to, and the keys of a source that say the rest
 
 
-def guess_fields(rows: Sequence[Row]) -> Guess | None:
+def infer_format(rows: Sequence[Record]) -> Guess | None:
     """The format that rows are nearest to and the columns that it needs to be told; None if nothing is near."""
     columns = Counter(column for row in rows for column in row)
     common = [column for column, n in columns.items() if n >= len(rows) / 2]
@@ -312,7 +312,7 @@ def guess_fields(rows: Sequence[Row]) -> Guess | None:
     return found[0], {**found[1], **({"language_field": language} if language else {})}
 
 
-def used_columns(name: str, fields: Mapping[str, Any], rows: Sequence[Row]) -> set[str]:
+def used_columns(name: str, fields: Mapping[str, Any], rows: Sequence[Record]) -> set[str]:
     """Columns that a format reads, with what a source names instead."""
     fmt = load_format(name)
     named = {value for key, value in fields.items() if key.endswith("_field")}
@@ -328,7 +328,7 @@ def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
     return next((by_name[name] for name in names if name in by_name), None)
 
 
-def _messages(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
+def _messages(rows: Sequence[Record], columns: Sequence[str]) -> Guess | None:
     """A column of lists of objects that have a role and a text."""
     for column in columns:
         entries = [entry for row in rows for entry in _list(row.get(column)) if isinstance(entry, Mapping)]
@@ -358,7 +358,7 @@ def _roles(said: set[str]) -> dict[str, str] | None:
     return known if len(known) == len(said) and {"user", "assistant"} <= set(known.values()) else None
 
 
-def _preference(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
+def _preference(rows: Sequence[Record], columns: Sequence[str]) -> Guess | None:
     better, worse = _named(columns, BETTER), _named(columns, WORSE)
     if better is None or worse is None:
         return None
@@ -368,7 +368,7 @@ def _preference(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
     }  # fmt: skip
 
 
-def _choice(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
+def _choice(rows: Sequence[Record], columns: Sequence[str]) -> Guess | None:
     """Two answers whose names differ in their ends alone, and a column that says which one is better."""
     texts = {column.lower(): column for column in columns if _is_text(rows, column)}
     label, prompt = _named(columns, LABELS), _named(list(texts.values()), PROMPTS)
@@ -392,7 +392,7 @@ def _meanings(said: Sequence[Any], names: tuple[str, str]) -> list[Any] | None:
     return [values[end] for end in pairs[0]] if len(pairs) == 1 else None
 
 
-def _instruction(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
+def _instruction(rows: Sequence[Record], columns: Sequence[str]) -> Guess | None:
     texts = [column for column in columns if _is_text(rows, column)]
     answer = _named(texts, ANSWERS)
     prompt = _named([column for column in texts if column != answer], PROMPTS)
@@ -404,5 +404,5 @@ def _instruction(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
     }  # fmt: skip
 
 
-def _is_text(rows: Sequence[Row], column: str) -> bool:
+def _is_text(rows: Sequence[Record], column: str) -> bool:
     return sum(isinstance(row.get(column), str) for row in rows) >= len(rows) / 2

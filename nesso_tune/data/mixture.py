@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nesso_tune.data.privacy import name_of
-from nesso_tune.data.record_reader import OTHER, rule_of
+from nesso_tune.data.record_reader import OTHER_KEY, language_rule
 from nesso_tune.data.token_store import Documents, Ints
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import DataSection, MixtureSection, Source
@@ -85,10 +85,10 @@ def groups_of(documents: Documents, entries: Ints, data: DataSection) -> list[Gr
             continue
         for code, name in enumerate(documents.language_names):
             spoken = own[documents.languages[own] == code]
-            rule = rule_of(source, name)
+            rule = language_rule(source, name)
             times, key = source.weight, f"data.sources.{i}.weight"
             if rule is not None and rule.weight is not None:
-                times, key = rule.weight, f"data.sources.{i}.rules.{name if name in source.rules else OTHER}.weight"
+                times, key = rule.weight, f"data.sources.{i}.rules.{name if name in source.rules else OTHER_KEY}.weight"
             groups += [Group(f"{name_of(source)} {name}", spoken, times, key=key)] if len(spoken) else []
     return groups
 
@@ -103,7 +103,7 @@ def _shared(documents: Documents, entries: Ints, mixture: MixtureSection, source
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if name in there:
-            members.setdefault(name if name in mixture.shares else OTHER, []).append(i)
+            members.setdefault(name if name in mixture.shares else OTHER_KEY, []).append(i)
     drawn = {name: entries[np.isin(of, own)] for name, own in members.items()}
     tokens = {name: int(documents.lengths[own].sum()) for name, own in drawn.items()}
     asked = {name: mixture.shares[name] for name in drawn if mixture.shares[name] > 0}
@@ -118,7 +118,7 @@ def _shared(documents: Documents, entries: Ints, mixture: MixtureSection, source
 
 def _check_names(there: Iterable[str], mixture: MixtureSection) -> None:
     left_out = sorted(name for name in there if name not in mixture.shares)
-    if left_out and OTHER not in mixture.shares:
+    if left_out and OTHER_KEY not in mixture.shares:
         raise DataError(
             "data.mixture.shares", f"says nothing of {', '.join(left_out)}",
             "name a share for each, 0 leaves it out; `other` stands for all that are not named",
@@ -139,7 +139,7 @@ def mixture_warnings(documents: Documents, groups: Sequence[Group], train: Ints,
             continue
         spoken = {documents.language_names[code] for code in np.unique(documents.languages[own])}
         for code, rule in source.rules.items():
-            if rule.weight is not None and code != OTHER and code not in spoken:
+            if rule.weight is not None and code != OTHER_KEY and code not in spoken:
                 said.append(f"data.sources.{i}.rules.{code}.weight has no effect: no row is of `{code}`")
     return said
 

@@ -17,12 +17,18 @@ import numpy as np
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.conversation import Completion, Conversation, PreferencePair, Tokenized
-from nesso_tune.data.anomalies import histograms, marks_of, preference_figures
-from nesso_tune.data.convert import Item, Unusable
+from nesso_tune.data.anomalies import find_anomalies, length_histograms, preference_statistics
+from nesso_tune.data.convert import Example, Unusable
 from nesso_tune.data.files import Block
-from nesso_tune.data.filtering import Contamination, exact_duplicates, read_contamination, repeated, signature_of
-from nesso_tune.data.languages import answers_in_another, load_detector
-from nesso_tune.data.record_reader import Drop, Drops, Reading, reading_of
+from nesso_tune.data.filtering import (
+    EvaluationTexts,
+    find_duplicates,
+    find_exact_duplicates,
+    minhash_signature,
+    read_evaluation_texts,
+)
+from nesso_tune.data.languages import has_language_mismatch, load_language_model
+from nesso_tune.data.record_reader import Drop, DropCounter, RecordReader, make_record_reader
 from nesso_tune.data.sources import source_blocks, source_size
 from nesso_tune.data.token_store import Chunk, Documents, DocumentWriter, identity_of, open_documents
 from nesso_tune.data.workers import worked
@@ -104,10 +110,10 @@ class Work:
         contamination: evaluation texts that no row may contain.
     """
 
-    readings: Sequence[Reading]
+    readings: Sequence[RecordReader]
     data: SFTData | DPOData
     chat: ChatTokenizer
-    contamination: Contamination | None = None
+    contamination: EvaluationTexts | None = None
 
     def __call__(self, task: tuple[int, Block]) -> Worked:
         """The entries of a block of the source with this index.
@@ -117,15 +123,15 @@ class Work:
         """
         source, block = task
         done = Worked(source, 0, block.size, Chunk(block.prefix))
-        items: list[tuple[Item, int]] = []
-        for row, number in block.numbered():
+        items: list[tuple[Example, int]] = []
+        for row, number in block.numbered_records():
             done.rows += 1
             where = f"{block.prefix}{number}"
             try:
-                item = self.readings[source].item(row, where)
+                item = self.readings[source].read(row, where)
                 if isinstance(item, Tokenized) and not 0 <= min(item.input_ids) <= max(item.input_ids) < self.chat.size:
                     raise Unusable("id_outside_vocabulary", f"the tokenizer has {self.chat.size:,} ids")
-                if self.contamination is not None and (of := self.contamination.found_in(item)) is not None:
+                if self.contamination is not None and (of := self.contamination.find_in(item)) is not None:
                     raise Unusable("contains_evaluation_text", of)
                 items.append((item, number))
             except Unusable as why:
@@ -138,16 +144,16 @@ class Work:
                 done.dropped.append(Drop(where, str(why), why.detail))
         return done
 
-    def _add(self, item: Item, entry: Encoded | EncodedPair, number: int, where: str, done: Worked) -> None:
-        mismatched = isinstance(item, PreferencePair) and answers_in_another(item)
+    def _add(self, item: Example, entry: Encoded | EncodedPair, number: int, where: str, done: Worked) -> None:
+        mismatched = isinstance(item, PreferencePair) and has_language_mismatch(item)
         done.chunk.add(entry, item.language, number, identity_of(item), mismatched)
-        for mark in marks_of(item, self.chat.template.control_tokens):
+        for mark in find_anomalies(item, self.chat.template.control_tokens):
             done.marks[mark] += 1
             done.marked.setdefault(mark, where)
         if self.data.clean.near_duplicates is not None:
-            done.signatures += signature_of(item).tobytes()
+            done.signatures += minhash_signature(item).tobytes()
 
-    def _encoded(self, items: list[Item]) -> list[Encoded | EncodedPair]:
+    def _encoded(self, items: list[Example]) -> list[Encoded | EncodedPair]:
         """Every item encoded, in order; those of one kind together."""
         encoder, data = self.chat.encoder, self.data
         if not isinstance(data, SFTData):
@@ -220,7 +226,7 @@ def build_documents(folder: Path, recipe: Recipe, sources: Sequence[Source], cha
                 listed.writelines(_line(drop) for drop in done.dropped if drop.reason != "not_selected")
         note = writer.close()
         documents = open_documents(folder, **note)
-        lost = list(repeated(documents, recipe.data.clean, folder / SIGNATURES))
+        lost = list(find_duplicates(documents, recipe.data.clean, folder / SIGNATURES))
         for entry, earlier, reason in lost:
             drop = Drop(documents.place(entry), reason, f"of {documents.place(earlier)}")
             tally.drop(int(documents.sources[entry]), drop)
@@ -239,11 +245,11 @@ def _worked(recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer) -> I
     data = recipe.data
     asked = data.clean.decontaminate
     work = Work(
-        [reading_of(source, recipe.method, data.clean) for source in sources],
-        data, chat, None if asked is None else read_contamination(asked),
+        [make_record_reader(source, recipe.method, data.clean) for source in sources],
+        data, chat, None if asked is None else read_evaluation_texts(asked),
     )  # fmt: skip
     if recipe.method == "dpo" or any(source.language == AUTO for source in sources):
-        load_detector()  # once, not in every process
+        load_language_model()  # once, not in every process
     progress = Progress(sum(map(source_size, sources)))
     tasks = chain.from_iterable(((i, block) for block in source_blocks(s)) for i, s in enumerate(sources))
     for done in worked(work, tasks):
@@ -257,7 +263,7 @@ class _Tally:
 
     def __init__(self, sources: int) -> None:
         self.rows = [0] * sources
-        self.dropped = [Drops() for _ in range(sources)]
+        self.dropped = [DropCounter() for _ in range(sources)]
         self.marks: dict[str, dict[str, Any]] = {}
 
     def add(self, done: Worked) -> None:
@@ -272,10 +278,10 @@ class _Tally:
         self.dropped[source].add(drop)
 
     @property
-    def all_dropped(self) -> Drops:
-        whole = Drops()
+    def all_dropped(self) -> DropCounter:
+        whole = DropCounter()
         for drops in self.dropped:
-            whole.absorb(drops)
+            whole.merge(drops)
         return whole
 
 
@@ -317,10 +323,10 @@ def _report(documents: Documents, kept: Any, sources: Sequence[Source], tally: _
         "supervised_tokens": counts["supervised_tokens"],
         "languages": dict(sorted(by_language.items())),
         "sources": by_source,
-        "duplicates": int((exact_duplicates(documents.identities[kept]) >= 0).sum()),
+        "duplicates": int((find_exact_duplicates(documents.identities[kept]) >= 0).sum()),
         "oddities": dict(sorted(tally.marks.items(), key=lambda mark: -mark[1]["rows"])),
-        "lengths": histograms(documents, kept),
+        "lengths": length_histograms(documents, kept),
     }
     if documents.parts == 3:
-        report["preferences"] = preference_figures(documents, kept, dropped, sum(tally.rows))
+        report["preferences"] = preference_statistics(documents, kept, dropped, sum(tally.rows))
     return report

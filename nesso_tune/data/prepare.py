@@ -22,8 +22,8 @@ from nesso_tune.data.mixture import groups_of, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, in_order
 from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Names, Privacy, file_names, name_of, other_names, renamed_note, write_renamed
-from nesso_tune.data.record_reader import OTHER
-from nesso_tune.data.sources import Content, content_of
+from nesso_tune.data.record_reader import OTHER_KEY
+from nesso_tune.data.sources import SourceContent, source_content
 from nesso_tune.data.token_store import IDS, TRAINED, Documents, Ints, open_documents
 from nesso_tune.data.workers import wait_for_it
 from nesso_tune.errors import DataError, RecipeError
@@ -237,7 +237,7 @@ def _arranging(data: SFTData | DPOData) -> list[Any]:
     if mixture is not None and mixture["by"] == "source":  # by position: what a source is called does not count
         shares = mixture["shares"]
         named = {str(i): shares[name_of(s)] for i, s in enumerate(data.sources) if name_of(s) in shares}
-        mixture["shares"] = {**named, OTHER: shares.get(OTHER)}
+        mixture["shares"] = {**named, OTHER_KEY: shares.get(OTHER_KEY)}
     weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
     asked = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
     return asked if asked != [None, None, "keep"] else []
@@ -299,7 +299,7 @@ def _under_its_name(figures: dict[str, Any], source: Source) -> dict[str, Any]:
     return {**named, **{key: value for key, value in figures.items() if key not in ("path", "alias")}}
 
 
-def _identity(documents: Documents, files: tuple[list[str], list[Content]], key: str) -> list[Any]:
+def _identity(documents: Documents, files: tuple[list[str], list[SourceContent]], key: str) -> list[Any]:
     """Identifies documents: the bytes of the files and the tokens made of them. Neither names nor versions count."""
     evaluations, sources = files
     digests = cache.digests(KIND, key)
@@ -316,14 +316,14 @@ def _hash_of(*arrays: Ints) -> str:
     return digest.hexdigest()
 
 
-def _files(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[Content]]:
+def _files(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[SourceContent]]:
     """What is in the files that evaluations and sources name."""
     asked = recipe.data.clean.decontaminate
     evaluations = [] if asked is None else [content_hash(expand(name)) for name in asked.files]
-    return evaluations, [content_of(source) for source in sources]
+    return evaluations, [source_content(source) for source in sources]
 
 
-def _key(recipe: Recipe, files: tuple[list[str], list[Content]], chat: ChatTokenizer) -> str:
+def _key(recipe: Recipe, files: tuple[list[str], list[SourceContent]], chat: ChatTokenizer) -> str:
     """Hash of everything that decides documents on disk: content and settings, and the code and packages at work."""
     data = recipe.data
     arranging = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.files import GLOB, expand, is_local
-from nesso_tune.data.record_reader import OTHER
-from nesso_tune.data.sources import is_here
+from nesso_tune.data.files import GLOB_CHARACTERS, expand, is_local
+from nesso_tune.data.record_reader import OTHER_KEY
+from nesso_tune.data.sources import is_local_source
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.builtin import OF_SOURCE, local_path, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
@@ -32,7 +32,9 @@ BEFORE = re.compile(r": of |: |^of ")  # what may stand before it
 def file_names(sources: Sequence[Source], clean: CleanSection) -> list[str]:
     """What the files of sources and of evaluation texts are called, in the order in which they are read."""
     names = [
-        name for source in sources for name in (map(str, expand(source.path)) if is_here(source) else [source.path])
+        name
+        for source in sources
+        for name in (map(str, expand(source.path)) if is_local_source(source) else [source.path])
     ]
     evaluations = clean.decontaminate.files if clean.decontaminate else ()
     return [*names, *(str(file) for path in evaluations for file in expand(path))]
@@ -142,7 +144,7 @@ class Privacy:
         if source.tools_file is not None and not self._files.isdisjoint(_identities(source.tools_file)):
             return True  # the tools stand in its rows
         own = frozenset(_identities(source.path))
-        return not own.isdisjoint(self._files) and (own <= self._files or bool(GLOB & set(source.path)))
+        return not own.isdisjoint(self._files) and (own <= self._files or bool(GLOB_CHARACTERS & set(source.path)))
 
     def names(self, held: bool = False) -> tuple[str, ...]:
         """What the sources are called; those of `validation_sources` if `held`."""
@@ -233,7 +235,7 @@ class Privacy:
         return hide(name, value)
 
     def _shares(self, shares: Mapping[str, float]) -> dict[str, float]:
-        known = dict(zip(map(name_of, self.data.sources), self.names(), strict=True)) | {OTHER: OTHER}
+        known = dict(zip(map(name_of, self.data.sources), self.names(), strict=True)) | {OTHER_KEY: OTHER_KEY}
         return {known.get(name, f"unknown source {i}"): share for i, (name, share) in enumerate(shares.items(), 1)}
 
     def command(self, words: Sequence[str]) -> list[str]:

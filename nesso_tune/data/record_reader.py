@@ -13,35 +13,35 @@ from typing import Any, NamedTuple
 
 from nesso_tune.chat.render import CALL
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Completion, Conversation, Message, PreferencePair
-from nesso_tune.data.convert import Item, Tool, Unusable, is_empty, language_of, read_tool_file, to_item
+from nesso_tune.data.convert import Example, Tool, Unusable, is_empty, read_tool_file, record_language, to_example
+from nesso_tune.data.files import Record
 from nesso_tune.data.formats import (
-    DETECTED,
-    ON_REQUEST,
+    DETECTED_FORMATS,
+    NAMED_ONLY_FORMATS,
     DataFormat,
-    Row,
     choose_format,
-    described,
-    guess_fields,
+    describe_columns,
+    infer_format,
     load_format,
     lookup,
-    recognise,
+    recognise_format,
 )
-from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.sources import source_rows
-from nesso_tune.data.user_readers import OwnReader, is_reader, load_reader
+from nesso_tune.data.languages import detect_example_language
+from nesso_tune.data.sources import source_records
+from nesso_tune.data.user_readers import UserReader, is_user_reader, load_user_reader
 from nesso_tune.errors import DataError, first_line
 from nesso_tune.recipes.builtin import local_path
 from nesso_tune.recipes.sections import AUTO, CleanSection, Rule, Source
 
 # Zero-width and control characters without tab, line feed and carriage return; soft hyphens, and marks of direction.
-INVISIBLE = re.compile(
+INVISIBLE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
     # the two joiners have a meaning inside emoji and in Arabic and Indian scripts, not beside a Latin letter or a space
     "|(?<![^\x00-\u024f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\u024f])"
 )
 
 
-def clean(item: Item, settings: CleanSection) -> Item:
+def clean(item: Example, settings: CleanSection) -> Example:
     """The item, cleaned.
 
     Raises:
@@ -74,7 +74,7 @@ def _pair(pair: PreferencePair, settings: CleanSection, steps: Sequence[Callable
 def _steps(settings: CleanSection) -> list[Callable[[str], str]]:
     steps: list[Callable[[str], str]] = []
     if settings.invisible == "remove":
-        steps.append(partial(INVISIBLE.sub, ""))
+        steps.append(partial(INVISIBLE_CHARACTERS.sub, ""))
     if settings.unicode == "nfc":
         steps.append(_composed)
     return steps
@@ -101,16 +101,16 @@ def _turns(
         if settings.empty_turns == "drop":
             raise Unusable("empty_turn")
         messages = tuple(m for m in messages if not (is_empty(m) and m.role in ("user", "system")))
-    fault = None if settings.role_order == "keep" else disorder(messages)
+    fault = None if settings.role_order == "keep" else role_order_fault(messages)
     if fault is not None and settings.role_order == "merge":
-        messages = merged(messages)
-        fault = disorder(messages)
+        messages = merge_consecutive_turns(messages)
+        fault = role_order_fault(messages)
     if fault is not None:
         raise Unusable("roles_out_of_order", fault)
     return messages
 
 
-def disorder(messages: Sequence[Message]) -> str | None:
+def role_order_fault(messages: Sequence[Message]) -> str | None:
     """What is wrong with the order of the roles, in words; None if nothing is."""
     before, speaker = "", None
     for message in messages:
@@ -133,7 +133,7 @@ def _calls(message: Message | None) -> bool:
     return bool(message.tool_calls) or CALL.search(message.content) is not None
 
 
-def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
+def merge_consecutive_turns(messages: Sequence[Message]) -> tuple[Message, ...]:
     """Neighbours of one role put together, a blank line between their texts; results of tools stay apart."""
     out: list[Message] = []
     for message in messages:
@@ -146,8 +146,7 @@ def merged(messages: Sequence[Message]) -> tuple[Message, ...]:
     return tuple(out)
 
 
-Record = dict[str, Any]
-OTHER = "other"  # in rules and shares: all that is not named
+OTHER_KEY = "other"  # in rules and shares: all that is not named
 
 
 class Drop(NamedTuple):
@@ -158,14 +157,14 @@ class Drop(NamedTuple):
     detail: str = ""
 
 
-class Drops(Counter[str]):
+class DropCounter(Counter[str]):
     """Rows that are not used, counted by reason, with an example of each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.examples: dict[str, str] = {}
 
-    def note(self, why: Unusable, where: str) -> None:
+    def add_unusable(self, why: Unusable, where: str) -> None:
         """Counts one row; the first of each reason is kept as its example."""
         self.add(Drop(where, str(why), why.detail))
 
@@ -174,14 +173,14 @@ class Drops(Counter[str]):
         self[drop.reason] += 1
         self.examples.setdefault(drop.reason, f"{drop.where}: {drop.detail}" if drop.detail else drop.where)
 
-    def absorb(self, other: Drops) -> None:
+    def merge(self, other: DropCounter) -> None:
         """Adds the drops of another source."""
         self.update(other)
         self.examples = other.examples | self.examples
 
 
 @dataclass(frozen=True)
-class Reading:
+class RecordReader:
     """How the rows of one source are read.
 
     Attributes:
@@ -193,12 +192,12 @@ class Reading:
     """
 
     source: Source
-    fmt: DataFormat | OwnReader
+    fmt: DataFormat | UserReader
     method: str
     clean: CleanSection
     tools: tuple[Tool, ...] = ()
 
-    def item(self, row: Record, where: str) -> Item:
+    def read(self, row: Record, where: str) -> Example:
         """What a row holds.
 
         Raises:
@@ -212,17 +211,17 @@ class Reading:
             check_score(row, source, source.min_score, where)
         item = self._converted(row, where)
         if source.language == AUTO and item.language == UNKNOWN_LANGUAGE:
-            item = replace(item, language=language_of_item(item))
+            item = replace(item, language=detect_example_language(item))
         if source.rules:
-            self._follow(rule_of(source, item.language), row, where)
+            self._follow(language_rule(source, item.language), row, where)
         if self.tools and not item.tools and isinstance(item, (Conversation, PreferencePair)):
             item = replace(item, tools=self.tools)
         return clean(item, self.clean)
 
-    def _converted(self, row: Record, where: str) -> Item:
+    def _converted(self, row: Record, where: str) -> Example:
         fmt, source = self.fmt, self.source
         if isinstance(fmt, DataFormat):
-            return to_item(row, fmt, self.method, language_of(row, source), source.path)
+            return to_example(row, fmt, self.method, record_language(row, source), source.path)
         try:
             made = fmt.function(dict(row))
         except (Exception, SystemExit) as error:  # whatever a user's function raises
@@ -240,11 +239,11 @@ class Reading:
             what = f"{fmt.name} returned a row with {', '.join(map(str, made)) or 'nothing'}"
             wanted = "prompt, chosen and rejected" if self.method == "dpo" else "messages, or prompt and response"
             raise DataError(where, what, f"return {wanted}")
-        language = language_of(made, source)
-        language = language if language != UNKNOWN_LANGUAGE else language_of(row, source)
-        return to_item(made, shape, self.method, language, source.path)
+        language = record_language(made, source)
+        language = language if language != UNKNOWN_LANGUAGE else record_language(row, source)
+        return to_example(made, shape, self.method, language, source.path)
 
-    def _checked(self, made: Conversation | PreferencePair, row: Record, where: str) -> Item:
+    def _checked(self, made: Conversation | PreferencePair, row: Record, where: str) -> Example:
         """What a reader made itself, with everything in it that a row would be checked for."""
         kind, pair = type(made).__name__, isinstance(made, PreferencePair)
         if pair != (self.method == "dpo"):
@@ -262,8 +261,8 @@ class Reading:
         if pair:
             plain = {"prompt": turns[:-2], "chosen": turns[-2:-1], "rejected": turns[-1:], "tools": tools}
         known = isinstance(made.language, str) and made.language != UNKNOWN_LANGUAGE
-        language = made.language if known else language_of(row, self.source)
-        return to_item(plain, fmt, self.method, language, self.source.path)
+        language = made.language if known else record_language(row, self.source)
+        return to_example(plain, fmt, self.method, language, self.source.path)
 
     def _follow(self, rule: Rule | None, row: Record, where: str) -> None:
         """What the rule of a language asks of its rows."""
@@ -276,12 +275,12 @@ class Reading:
 
 @lru_cache(maxsize=1)
 def _shapes() -> list[DataFormat]:
-    return [load_format(name) for name in (*DETECTED, *ON_REQUEST)]
+    return [load_format(name) for name in (*DETECTED_FORMATS, *NAMED_ONLY_FORMATS)]
 
 
-def rule_of(source: Source, language: str) -> Rule | None:
+def language_rule(source: Source, language: str) -> Rule | None:
     """The rule that a source has for a language: its own, or that of all others."""
-    return source.rules.get(language) or source.rules.get(OTHER)
+    return source.rules.get(language) or source.rules.get(OTHER_KEY)
 
 
 def is_selected(row: Mapping[str, Any], source: Source) -> bool:
@@ -304,20 +303,22 @@ def check_score(row: Mapping[str, Any], source: Source, least: float, where: str
         raise Unusable("below_min_score")
 
 
-def usable(reading: Reading, rows: Iterator[tuple[Record, str]], dropped: Drops) -> Iterator[Item | None]:
+def read_examples(
+    reading: RecordReader, rows: Iterator[tuple[Record, str]], dropped: DropCounter
+) -> Iterator[Example | None]:
     """What each row holds, or None for one that is not used, with the reason counted."""
     for row, where in rows:
         try:
-            yield reading.item(row, where)
+            yield reading.read(row, where)
         except Unusable as why:
-            dropped.note(why, where)
+            dropped.add_unusable(why, where)
             yield None
 
 
 PEEK = 50  # rows
 
 
-def reading_of(source: Source, method: str, clean: CleanSection = CleanSection()) -> Reading:  # noqa: B008 - frozen
+def make_record_reader(source: Source, method: str, clean: CleanSection = CleanSection()) -> RecordReader:  # noqa: B008 - frozen
     """How the rows of a source are to be read, by the first of them that it selects.
 
     Args:
@@ -328,25 +329,25 @@ def reading_of(source: Source, method: str, clean: CleanSection = CleanSection()
     Raises:
         DataError: if there are no rows, or they are not of this kind.
     """
-    rows = (row for row, _ in source_rows(source))
+    rows = (row for row, _ in source_records(source))
     first = list(islice((row for row in rows if not source.where or is_selected(row, source)), PEEK))
     tools = read_tool_file(local_path(source.tools_file)) if source.tools_file is not None else ()
-    return Reading(source, _format(source, method, first), method, clean, tools)
+    return RecordReader(source, _format(source, method, first), method, clean, tools)
 
 
-def _format(source: Source, method: str, rows: Sequence[Row]) -> DataFormat | OwnReader:
-    if not rows and source.where and next(source_rows(source), None) is not None:
+def _format(source: Source, method: str, rows: Sequence[Record]) -> DataFormat | UserReader:
+    if not rows and source.where and next(source_records(source), None) is not None:
         asked = ", ".join(f"{column}: {value}" for column, value in source.where.items())
         raise DataError(source.path, f"no row has what `where` asks for ({asked})", "correct it, or remove the source")
     if not rows:
         raise DataError(source.path, "holds no rows", "give a file with rows, or remove the source")
-    if is_reader(source.format):
-        return load_reader(source.format, source.reads)
-    if source.format == "auto" and recognise(source, rows) is None and (guess := guess_fields(rows)) is not None:
+    if is_user_reader(source.format):
+        return load_user_reader(source.format, source.reads)
+    if source.format == "auto" and recognise_format(source, rows) is None and (guess := infer_format(rows)) is not None:
         name, keys = guess
         said = ", ".join(f"{key}: {value}" for key, value in {"format": name, **keys}.items())
         raise DataError(
-            source.path, f"its format is not recognised (its columns are {described(rows)})",
+            source.path, f"its format is not recognised (its columns are {describe_columns(rows)})",
             f"name its columns, it seems {said.replace(chr(39), '')}",
         )  # fmt: skip
     fmt, field = choose_format(source, rows), source.language_field
@@ -357,7 +358,7 @@ def _format(source: Source, method: str, rows: Sequence[Row]) -> DataFormat | Ow
     return fmt
 
 
-def _check_kind(source: Source, method: str, fmt: DataFormat, rows: Sequence[Row]) -> None:
+def _check_kind(source: Source, method: str, fmt: DataFormat, rows: Sequence[Record]) -> None:
     wants_pairs = method == "dpo"
     # the dialogue before two answers is no conversation to learn, unless someone names its column on purpose
     before_answers = fmt.kind == "conversation" and source.messages_field is None and _has_pairs(rows)
@@ -373,5 +374,5 @@ def _check_kind(source: Source, method: str, fmt: DataFormat, rows: Sequence[Row
     )
 
 
-def _has_pairs(rows: Sequence[Row]) -> bool:
+def _has_pairs(rows: Sequence[Record]) -> bool:
     return sum("chosen" in row and "rejected" in row for row in rows) > len(rows) / 2

@@ -9,26 +9,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nesso_tune.data.files import (
-    GLOB,
-    ROWS,
+    BLOCK_RECORDS,
+    GLOB_CHARACTERS,
     Block,
-    Located,
-    Objects,
-    at_most,
+    LocatedRecord,
+    ObjectsBlock,
     content_hash,
     could_match,
     count_lines,
+    drop_nulls,
     expand,
     file_blocks,
     files_under,
-    is_array,
-    is_lines,
+    is_json_array,
+    is_json_lines,
     is_local,
-    located,
-    without_nulls,
+    limit_records,
+    with_locations,
 )
 from nesso_tune.data.formats import load_format
-from nesso_tune.data.user_readers import is_reader, load_reader
+from nesso_tune.data.user_readers import is_user_reader, load_user_reader
 from nesso_tune.errors import DataError, Problem, RecipeError, RunEnvironmentError
 from nesso_tune.hub import offline_if_unreachable
 from nesso_tune.recipes.builtin import local_path, path_keys, reader_file
@@ -48,11 +48,11 @@ def hub_blocks(source: Source) -> Iterator[Block]:
     """
     rows = _load(source.path, source.subset, source.split, source.revision)
     share = hub_size(source) / max(1, len(rows))
-    for start in range(0, len(rows), ROWS):
-        columns = rows[start : start + ROWS]
-        count = min(ROWS, len(rows) - start)
-        decoded = [without_nulls({name: values[i] for name, values in columns.items()}) for i in range(count)]
-        yield Objects(f"{source.path} row ", start + 1, decoded, round(share * count))
+    for start in range(0, len(rows), BLOCK_RECORDS):
+        columns = rows[start : start + BLOCK_RECORDS]
+        count = min(BLOCK_RECORDS, len(rows) - start)
+        decoded = [drop_nulls({name: values[i] for name, values in columns.items()}) for i in range(count)]
+        yield ObjectsBlock(f"{source.path} row ", start + 1, decoded, round(share * count))
 
 
 def hub_size(source: Source) -> int:
@@ -103,32 +103,32 @@ WRITTEN = ("metrics.jsonl", "data_report.json", "final/config.json", "checkpoint
 
 def source_blocks(source: Source) -> Iterator[Block]:
     """The rows of a source in blocks, at most `max_rows`."""
-    if is_here(source):
+    if is_local_source(source):
         blocks: Iterator[Block] = chain.from_iterable(file_blocks(file) for file in expand(source.path))
     else:
         blocks = hub_blocks(source)
-    return at_most(blocks, source.max_rows)
+    return limit_records(blocks, source.max_rows)
 
 
-def source_rows(source: Source) -> Iterator[Located]:
+def source_records(source: Source) -> Iterator[LocatedRecord]:
     """The rows of a source, at most `max_rows`, each with its place."""
-    return located(source_blocks(source))
+    return with_locations(source_blocks(source))
 
 
 def source_size(source: Source) -> int:
     """Bytes of a source of files, or bytes of a hub data set in memory: what the sizes of its blocks add up to."""
-    return sum(file.stat().st_size for file in expand(source.path)) if is_here(source) else hub_size(source)
+    return sum(file.stat().st_size for file in expand(source.path)) if is_local_source(source) else hub_size(source)
 
 
-def count_rows(source: Source) -> int:
+def count_records(source: Source) -> int:
     """Rows of a source of files: lines of JSON-lines files, else the rows counted one by one."""
     files = expand(source.path)
-    lines = all(is_lines(file) and not is_array(file) for file in files)
+    lines = all(is_json_lines(file) and not is_json_array(file) for file in files)
     count = count_lines(files) if lines else sum(block.count() for block in source_blocks(source))
     return min(count, source.max_rows or count)
 
 
-def is_here(source: Source) -> bool:
+def is_local_source(source: Source) -> bool:
     """Whether the source is files here. What only the hub knows (subset, revision, split) is then an error.
 
     Raises:
@@ -151,7 +151,7 @@ def check_output(recipe: Recipe) -> None:
     output = Path(recipe.output_dir).resolve()
     for key, path in _read_paths(recipe):
         root = local_path(path)
-        several = root.is_dir() or (not root.exists() and GLOB & set(path))
+        several = root.is_dir() or (not root.exists() and GLOB_CHARACTERS & set(path))
         if several and could_match(path, *(output / name for name in WRITTEN)):
             raise RecipeError(
                 "output_dir", f"{recipe.output_dir} lies in {key} {path}: the run would read its own files as data",
@@ -181,7 +181,7 @@ def _read_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _helpers(source: Source) -> Iterator[tuple[str, str]]:
     """Files that tell how the rows of a source are read."""
-    if is_reader(source.format):
+    if is_user_reader(source.format):
         yield "format", reader_file(source.format)
     elif source.format.endswith((".yaml", ".yml")):
         yield "format", source.format
@@ -190,7 +190,7 @@ def _helpers(source: Source) -> Iterator[tuple[str, str]]:
     yield from (("reads", path) for path in source.reads)
 
 
-class Content(NamedTuple):
+class SourceContent(NamedTuple):
     """What decides the rows of a source.
 
     Attributes:
@@ -207,19 +207,19 @@ class Content(NamedTuple):
     settings: dict[str, Any]
 
 
-def content_of(source: Source) -> Content:
+def source_content(source: Source) -> SourceContent:
     """What decides the rows of a source: its content, how it is read, and what is in the files that it names for that.
 
     What any of these files is called, and where it lies, does not count.
     """
-    if is_reader(source.format):
-        fmt: Any = load_reader(source.format, source.reads).code
+    if is_user_reader(source.format):
+        fmt: Any = load_user_reader(source.format, source.reads).code
     else:
         fmt = None if source.format == "auto" else load_format(source.format).model_dump(mode="json")
     tools = None if source.tools_file is None else content_hash(expand(source.tools_file))
-    content = content_hash(expand(source.path)) if is_here(source) else hub_fingerprint(source)
+    content = content_hash(expand(source.path)) if is_local_source(source) else hub_fingerprint(source)
     read = [content_hash(files_under(path)) for path in source.reads]
     named = {key for (key,) in path_keys(Source)}
     settings = source.model_dump(mode="json", exclude={"weight", "private", "alias", *named})
     settings["rules"] = {code: {**rule, "weight": None} for code, rule in settings["rules"].items()}
-    return Content(content, tools, read, fmt, settings)
+    return SourceContent(content, tools, read, fmt, settings)

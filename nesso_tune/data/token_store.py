@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from nesso_tune.chat.encoding import IGNORED, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
-from nesso_tune.data.convert import Item
+from nesso_tune.data.convert import Example
 
 NOTHING = 0
 
@@ -37,7 +37,7 @@ class Identity(NamedTuple):
     rejected: int = NOTHING
 
 
-def identity_of(item: Item) -> Identity:
+def identity_of(item: Example) -> Identity:
     """The hashes of an item. Neither its language nor its source counts."""
     if isinstance(item, Tokenized):
         key = _hash(",".join(map(str, item.input_ids)))

@@ -34,7 +34,7 @@ PYTHON = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
 
 @dataclass(frozen=True)
-class OwnReader:
+class UserReader:
     """A function of a user's that reads rows.
 
     Attributes:
@@ -49,17 +49,17 @@ class OwnReader:
     code: str
 
 
-_loaded: dict[str, OwnReader] = {}
+_loaded: dict[str, UserReader] = {}
 _places: dict[str, Places] = {}  # of a reader that is loaded: what was found then, so that reading rows changes nothing
 _as_imported: dict[str, bytes] = {}  # modules that are not beside a reader, as they were when they were first asked for
 
 
-def is_reader(name: str) -> bool:
+def is_user_reader(name: str) -> bool:
     """Whether a source's `format` names a function."""
     return ".py:" in name
 
 
-def load_reader(name: str, reads: Sequence[str] = ()) -> OwnReader:
+def load_user_reader(name: str, reads: Sequence[str] = ()) -> UserReader:
     """The function that `FILE.py:FUNCTION` names. Its file is run, as any Python file that is imported.
 
     Args:
@@ -76,7 +76,7 @@ def load_reader(name: str, reads: Sequence[str] = ()) -> OwnReader:
     if known is None or known.code != code:
         function = _function(name)
         _places[name] = {}  # again: now it is known what was imported, and what folders can be imported from
-        known = OwnReader(name, function, _code(name, read))
+        known = UserReader(name, function, _code(name, read))
         _loaded[name] = known
     return known
 

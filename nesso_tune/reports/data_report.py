@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.anomalies import SAYS
+from nesso_tune.data.anomalies import PREFERENCE_WARNINGS
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.recipes.schema import Recipe
@@ -221,7 +221,7 @@ def _preferences(data: Data, report: Report) -> Iterator[str]:
     )
     side = f"the {'longer' if longer + equal / 2 >= 0.5 else 'shorter'} is chosen"
     rows, over = [], []
-    for name, (what, _) in SAYS.items():
+    for name, (what, _) in PREFERENCE_WARNINGS.items():
         limit: Limit = getattr(data.preferences, name)
         over.append(limit.warn is not None and figures[name] >= limit.warn)
         limits = {"warns from": limit.warn, "fails from": limit.fail}

@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune import Conversation, DataError, Message, prepare_data
-from nesso_tune.data.anomalies import marks_of
+from nesso_tune.data.anomalies import find_anomalies
 
 CONTROL = ("<|im_start|>", "<|im_end|>")
 CALL = ({"name": "g", "arguments": {}},)
@@ -35,7 +35,7 @@ FOUND = {
 
 @pytest.mark.parametrize(("mark", "item"), FOUND.items(), ids=FOUND)
 def test_what_is_odd_is_named(mark, item):
-    assert marks_of(item, CONTROL) == [mark]
+    assert find_anomalies(item, CONTROL) == [mark]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_what_is_odd_is_named(mark, item):
     ],
 )
 def test_what_is_usual_is_not(item):
-    assert marks_of(item, CONTROL) == []
+    assert find_anomalies(item, CONTROL) == []
 
 
 SHORT, LONG = "No.", "Sì, e te lo spiego volentieri con molte parole in più."

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nesso_tune import Message
-from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
+from nesso_tune.data.convert import Unusable, record_language, to_conversation, to_pair
 from nesso_tune.data.formats import load_format
 from nesso_tune.recipes.sections import Source
 
@@ -279,21 +279,21 @@ def test_why_a_pair_cannot_be_used(row, reason):
 )  # fmt: skip
 def test_language_codes(said, code):
     plain = Source(path="x")
-    assert language_of({"language": said}, plain) == code
-    assert language_of({"lang": said}, plain) == code
-    assert language_of({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
+    assert record_language({"language": said}, plain) == code
+    assert record_language({"lang": said}, plain) == code
+    assert record_language({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
     if isinstance(said, str) and said:
-        assert language_of({"lang": "xx"}, Source(path="x", language=said)) == code
+        assert record_language({"lang": "xx"}, Source(path="x", language=said)) == code
 
 
 @pytest.mark.parametrize("said", ["Python", "it\nmodel: x", "0", "x", "klingon"])
 def test_what_is_no_code_is_no_language(said):
-    assert language_of({"lang": said}, Source(path="x")) == "und"
+    assert record_language({"lang": said}, Source(path="x")) == "und"
 
 
 def test_a_language_that_is_no_text_is_unusable():
     with pytest.raises(Unusable, match="invalid_unicode"):
-        language_of({"lang": "\ud800"}, Source(path="x"))
+        record_language({"lang": "\ud800"}, Source(path="x"))
 
 
 SCHEMAS = {

@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from nesso_tune import DataError
-from nesso_tune.data.files import content_hash, expand, is_local, read_rows
-from nesso_tune.data.sources import count_rows
+from nesso_tune.data.files import content_hash, expand, is_local, read_records
+from nesso_tune.data.sources import count_records
 from nesso_tune.recipes.sections import Source
 
 ROWS = [{"a": "è"}, {"a": "b\nc"}]
@@ -32,7 +32,7 @@ GOOD = {
 @pytest.mark.parametrize(("name", "content"), GOOD.values(), ids=GOOD)
 def test_rows_are_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert [row for row, _ in read_rows(tmp_path / name)] == ROWS
+    assert [row for row, _ in read_records(tmp_path / name)] == ROWS
 
 
 BAD = {
@@ -61,20 +61,20 @@ BAD = {
 def test_what_is_no_row_is_told_with_its_place(tmp_path, content, expected):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=expected):
-        list(read_rows(tmp_path / "x.jsonl"))
+        list(read_records(tmp_path / "x.jsonl"))
 
 
 def test_rows_know_their_lines(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\n" + LINES)
-    assert [where for _, where in read_rows(tmp_path / "x.jsonl")] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 3)]
+    assert [where for _, where in read_records(tmp_path / "x.jsonl")] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 3)]
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
-    assert [where for _, where in read_rows(tmp_path / "x.json")] == [f"{tmp_path}/x.json row {n}" for n in (1, 2)]
+    assert [where for _, where in read_records(tmp_path / "x.json")] == [f"{tmp_path}/x.json row {n}" for n in (1, 2)]
 
 
 def test_parquet(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "è"}], "n": i} for i in range(3000)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    read = list(read_rows(tmp_path / "x.parquet"))
+    read = list(read_records(tmp_path / "x.parquet"))
     assert [row for row, _ in read] == rows
     assert read[-1][1].endswith("x.parquet row 3000")
 
@@ -82,11 +82,11 @@ def test_parquet(tmp_path):
 def test_damaged_parquet(tmp_path):
     (tmp_path / "x.parquet").write_bytes(LINES)
     with pytest.raises(DataError, match=r"x.parquet: is not a readable Parquet file"):
-        list(read_rows(tmp_path / "x.parquet"))
+        list(read_records(tmp_path / "x.parquet"))
     text = pa.array([b"\xe8"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"a": text}), tmp_path / "latin.parquet")
     with pytest.raises(DataError, match=r"latin.parquet: .*utf-8"):
-        list(read_rows(tmp_path / "latin.parquet"))
+        list(read_records(tmp_path / "latin.parquet"))
 
 
 def names(paths, root):
@@ -149,7 +149,7 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
 def test_tables_are_refused_with_a_command_that_converts_them(tmp_path, name):
     (tmp_path / name).write_bytes(b"prompt,response\na,b\n")
     with pytest.raises(DataError, match=r"files are not read; make JSON lines of it, e.g. python -c"):
-        list(read_rows(tmp_path / name))
+        list(read_records(tmp_path / name))
 
 
 def test_rows_are_counted_as_they_are_read(tmp_path):
@@ -160,12 +160,12 @@ def test_rows_are_counted_as_they_are_read(tmp_path):
     for name, content in contents.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content)
-        assert count_rows(Source(path=str(file))) == len(list(read_rows(file))), name
+        assert count_records(Source(path=str(file))) == len(list(read_records(file))), name
 
 
 def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
     calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w", "tool_calls": calls}]
     parquet.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "x.parquet")
-    ((row, _),) = read_rows(tmp_path / "x.parquet")
+    ((row, _),) = read_records(tmp_path / "x.parquet")
     assert row == {"messages": turns}

@@ -18,10 +18,10 @@ from pyarrow import parquet
 from nesso_tune import NessoError, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.files import Lines
+from nesso_tune.data.files import JsonLinesBlock
 from nesso_tune.data.formats import DataFormat, load_format
 from nesso_tune.data.pipeline import Work
-from nesso_tune.data.record_reader import Reading
+from nesso_tune.data.record_reader import RecordReader
 from nesso_tune.recipes.sections import ChatSection, CleanSection, DPOData, ModelSection, SFTData, Source
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
 from tests.support.examples import examples
@@ -263,7 +263,7 @@ def working(fmt, cleaned):
     source = Source(
         path="x", format=fmt, labels=(1, 2) if fmt == "choice" else None, language="auto" if cleaned else None
     )
-    return Work([Reading(source, load_format(fmt).adapted(source), method, CleanSection(**clean))], data, chat())
+    return Work([RecordReader(source, load_format(fmt).adapted(source), method, CleanSection(**clean))], data, chat())
 
 
 def offers(item):
@@ -279,7 +279,7 @@ def offers(item):
 def test_nearly_sound_rows(fmt, cleaned, data):
     rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
     work, (start, end, others) = working(fmt, cleaned), marks()
-    done = work((0, Lines("rows.jsonl:", 1, lines(*rows))))
+    done = work((0, JsonLinesBlock("rows.jsonl:", 1, lines(*rows))))
     chunk = done.chunk
     assert done.rows == len(rows) == len(chunk.numbers) + len(done.dropped)
     parts = 3 if fmt in PAIRS else 1

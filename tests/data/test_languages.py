@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune import Message, PreferencePair, prepare_data
-from nesso_tune.data.languages import detect_language, language_of_item
+from nesso_tune.data.languages import detect_example_language, detect_language
 
 TEXTS = {
     "it": "Qual è la capitale d'Italia? La capitale d'Italia è Roma, una città molto antica.",
@@ -29,7 +29,7 @@ def test_system_messages_and_tool_results_do_not_count():
         Message("assistant", TEXTS["it"]),
         Message("assistant", TEXTS["en"] * 3),
     )
-    assert language_of_item(pair) == "it"
+    assert detect_example_language(pair) == "it"
 
 
 def test_auto_takes_the_rows_own_word_first(sft, write_rows):

@@ -10,11 +10,11 @@ import pytest
 from nesso_tune import DataError, prepare_data
 from nesso_tune.chat.render import calls_in
 from nesso_tune.chat.tokenizer import chat_tokenizer
-from nesso_tune.data.convert import messages_of, read_tool_file
+from nesso_tune.data.convert import read_tool_file, to_messages
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.languages import detect_language
-from nesso_tune.data.record_reader import reading_of
-from nesso_tune.data.sources import source_rows
+from nesso_tune.data.record_reader import make_record_reader
+from nesso_tune.data.sources import source_records
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -193,8 +193,8 @@ def said_and_parsed(text):
 def test_dialogues_with_tools_are_rendered_and_read_back(base, section, rows):
     source = Source(path=shared("data/toolcall.jsonl"), where={"_source": section})
     chat = chat_tokenizer(ModelSection(base=base), ChatSection())
-    reading = reading_of(source, "sft")
-    items = [reading.item(row, where) for row, where in source_rows(source) if row["_source"] == section]
+    reading = make_record_reader(source, "sft")
+    items = [reading.read(row, where) for row, where in source_records(source) if row["_source"] == section]
     assert len(items) == rows
     calls = 0
     for item, encoded in zip(items, chat.encoder.conversations(items), strict=True):
@@ -225,7 +225,7 @@ def test_agentic_cases_are_prompts_with_their_tools(base):
     cases = [row for row in rows if row["_source"] == "nesso_agentic_eval_100"]
     assert (len(cases), len(tools)) == (50, 9)
     for case in cases:
-        messages = messages_of(case["messages"], load_format("messages"))
+        messages = to_messages(case["messages"], load_format("messages"))
         text = chat.backend.decode(
             chat.encoder.prompt(messages, case["lang"].lower(), tools), skip_special_tokens=False
         )

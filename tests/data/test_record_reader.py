@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from nesso_tune import Conversation, DataError, Message, prepare_data
 from nesso_tune.data.convert import Unusable
-from nesso_tune.data.filtering import near_duplicates, signature_of
+from nesso_tune.data.filtering import find_near_duplicates, minhash_signature
 from nesso_tune.data.prepare import dropped_file
-from nesso_tune.data.record_reader import INVISIBLE, clean, disorder, merged, reading_of
+from nesso_tune.data.record_reader import (
+    INVISIBLE_CHARACTERS,
+    clean,
+    make_record_reader,
+    merge_consecutive_turns,
+    role_order_fault,
+)
 from nesso_tune.recipes.sections import CleanSection, Source
 from tests.support.examples import examples
 
@@ -38,7 +44,7 @@ WRONG = {
 @pytest.mark.parametrize(("keys", "row", "method", "says"), WRONG.values(), ids=WRONG)
 def test_rows_of_another_kind(write_rows, keys, row, method, says):
     with pytest.raises(DataError, match=says):
-        reading_of(Source(path=write_rows([row] * 3), **keys), method)
+        make_record_reader(Source(path=write_rows([row] * 3), **keys), method)
 
 
 ON_PURPOSE = {
@@ -49,7 +55,7 @@ ON_PURPOSE = {
 
 @pytest.mark.parametrize(("keys", "row"), ON_PURPOSE.values(), ids=ON_PURPOSE)
 def test_columns_named_on_purpose(write_rows, keys, row):
-    reading = reading_of(Source(path=write_rows([row] * 3), **keys), "sft")
+    reading = make_record_reader(Source(path=write_rows([row] * 3), **keys), "sft")
     assert reading.fmt.kind != "preference"
 
 
@@ -73,7 +79,7 @@ def test_characters():
 
 @pytest.mark.parametrize("kept", ["👨\u200d👩", "می\u200cخواهم", "क्\u200dष", "a\tb\r\nc", "«è»", "😀\ufe0f"])
 def test_joiners_with_a_meaning_stay(kept):
-    assert INVISIBLE.sub("", kept) == kept
+    assert INVISIBLE_CHARACTERS.sub("", kept) == kept
 
 
 @examples(100)
@@ -107,7 +113,7 @@ def test_the_order_of_roles(roles, fault):
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     turns = [("assistant", call) if role == "call" else (role, "x") for role in roles.split()]
     messages = chat(*turns).messages
-    assert disorder(messages) == fault
+    assert role_order_fault(messages) == fault
     if fault is not None:
         with pytest.raises(Unusable, match="roles_out_of_order"):
             clean(chat(*turns), CleanSection())
@@ -116,7 +122,10 @@ def test_the_order_of_roles(roles, fault):
 
 def test_neighbours_are_merged():
     turns = chat(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")).messages
-    assert [(m.role, m.content) for m in merged(turns)] == [("user", "a\n\nb"), ("assistant", "c\n\nd")]
+    assert [(m.role, m.content) for m in merge_consecutive_turns(turns)] == [
+        ("user", "a\n\nb"),
+        ("assistant", "c\n\nd"),
+    ]
     with pytest.raises(Unusable, match="roles_out_of_order"):  # what merging does not mend
         clean(chat(("user", "a"), ("system", "s"), ("assistant", "c")), CleanSection(role_order="merge"))
 
@@ -165,7 +174,7 @@ def test_signatures_tell_how_alike_texts_are():
         words = [*base[changed:], *texts(1, words=changed, seed=changed)[0].split()] if changed else list(base)
         shingles = [{" ".join(w[i : i + 3]) for i in range(len(w) - 2)} for w in (base, words)]
         exact = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        first, second = (signature_of(chat(("assistant", " ".join(w)))) for w in (base, words))
+        first, second = (minhash_signature(chat(("assistant", " ".join(w)))) for w in (base, words))
         assert abs((first == second).mean() - exact) < 0.15
 
 
@@ -174,7 +183,7 @@ def test_no_near_duplicate_is_overlooked():
     originals = [text.split() for text in texts(40, words=120)]
     copies = [[*words[:-2], *rng.choices(WORDS, k=2)] for words in originals]
     every = [chat(("assistant", " ".join(words))) for words in [*originals, *copies]]
-    earlier = near_duplicates(np.stack([signature_of(item) for item in every]), 0.7)
+    earlier = find_near_duplicates(np.stack([minhash_signature(item) for item in every]), 0.7)
     assert earlier[:40].tolist() == [-1] * 40
     assert earlier[40:].tolist() == list(range(40))
 
