@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.files import GLOB_CHARACTERS, expand, is_local
+from nesso_tune.data.files import expand, is_glob, is_local
 from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.data.sources import is_local_source
 from nesso_tune.errors import DataError
@@ -144,7 +144,7 @@ class Privacy:
         if source.tools_file is not None and not self._files.isdisjoint(_identities(source.tools_file)):
             return True  # the tools stand in its rows
         own = frozenset(_identities(source.path))
-        return not own.isdisjoint(self._files) and (own <= self._files or bool(GLOB_CHARACTERS & set(source.path)))
+        return not own.isdisjoint(self._files) and (own <= self._files or is_glob(source.path))
 
     def names(self, held: bool = False) -> tuple[str, ...]:
         """What the sources are called; those of `validation_sources` if `held`."""

@@ -1,4 +1,4 @@
-"""Whatever stands in a data file, the answer is an error in one form, or rows that are kept or counted as dropped."""
+"""Fuzzing: any data file gives an error in the standard form, or rows that are kept or counted as dropped."""
 
 import io
 import json
@@ -62,7 +62,7 @@ ROWS = st.dictionaries(KEYS, VALUES, max_size=5)
 
 
 def places(value, here=()):
-    """Where in a value something can be put instead."""
+    """The paths in a value at which something can be replaced."""
     yield here
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -70,7 +70,7 @@ def places(value, here=()):
 
 
 def replaced(value, place, by):
-    """A value with something else in one place."""
+    """A value with one path replaced."""
     if not place:
         return by
     copied = value.copy()
@@ -111,7 +111,7 @@ WHOLE = {  # rows with everything that a format knows
 
 @st.composite
 def nearly(draw, fmt):
-    """A row of a format with something else in up to two places."""
+    """A row of a format with up to two replaced values."""
     row = draw(st.sampled_from(WHOLE[fmt]))
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from(list(places(row))[1:] or [()]))
@@ -129,7 +129,7 @@ def chat():
 
 @lru_cache(maxsize=1)
 def marks():
-    """The ids of a turn's start and end, and of all other special tokens."""
+    """The ids of the start and end of a turn, and of all other special tokens."""
     start, end = (chat().backend.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     special = {i for i, token in chat().backend.get_added_tokens_decoder().items() if token.special}
     return start, end, special - {start, end}
@@ -171,7 +171,7 @@ def trusted():
 
 
 def under(fmt, content, name="rows.jsonl", **more):
-    """Given content under a format, for the method that it is of, or for another."""
+    """The content under a format, for its method or for the other one."""
     source = {} if fmt == "auto" else {"format": fmt}
     source |= {"labels": [1, 2]} if fmt == "choice" else {}
     method = more.pop("method", "dpo" if fmt in PAIRS else "sft")
@@ -196,7 +196,7 @@ def test_any_bytes(name, content, fmt):
 
 @lru_cache
 def whole(fmt, kind):
-    """A sound file."""
+    """A valid file."""
     rows = WHOLE[fmt]
     if kind == "rows.jsonl":
         return lines(*rows, *rows)
@@ -209,7 +209,7 @@ def whole(fmt, kind):
 
 @st.composite
 def damaged(draw):
-    """A file of a format with a few bytes flipped, cut out, doubled or put in between."""
+    """A file of a format with a few bytes flipped, deleted, duplicated or inserted."""
     fmt, kind = draw(st.sampled_from(sorted(GOOD))), draw(st.sampled_from(["rows.jsonl", "rows.json", "rows.parquet"]))
     content = bytearray(whole(fmt, kind))
     for _ in range(draw(st.integers(1, 3))):
@@ -255,7 +255,7 @@ def test_any_rows(fmt, method, data):
 
 @lru_cache
 def working(fmt, cleaned):
-    """Work on rows of a format, without the files around it."""
+    """The pipeline step for rows of a format, without files."""
     kind, method = (DPOData, "dpo") if fmt in PAIRS else (SFTData, "sft")
     clean = {"unicode": "nfc", "invisible": "remove", "empty_turns": "remove", "role_order": "merge",
              "near_duplicates": 0.8} if cleaned else {"role_order": "keep"}  # fmt: skip
@@ -267,7 +267,7 @@ def working(fmt, cleaned):
 
 
 def offers(item):
-    """1 where the tools on offer make a system message of their own."""
+    """1 if the tools are rendered as a system message of their own."""
     turns = item.prompt if isinstance(item, PreferencePair) else item.turns
     return int(bool(item.tools) and not (turns and turns[0].role == "system"))
 
@@ -276,7 +276,7 @@ def offers(item):
 @pytest.mark.parametrize("fmt", sorted(GOOD))
 @WIDE
 @given(st.data())
-def test_nearly_sound_rows(fmt, cleaned, data):
+def test_nearly_valid_rows(fmt, cleaned, data):
     rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
     work, (start, end, others) = working(fmt, cleaned), marks()
     done = work((0, JsonLinesBlock("rows.jsonl:", 1, lines(*rows))))
@@ -286,7 +286,7 @@ def test_nearly_sound_rows(fmt, cleaned, data):
     position, lengths = 0, iter(chunk.lengths)
     assert len(chunk.lengths) == parts * len(chunk.numbers)
     for number in chunk.numbers:
-        item = work.readings[0].item(json.loads(json.dumps(rows[number - 1])), "here")
+        item = work.readings[0].read(json.loads(json.dumps(rows[number - 1])), "here")
         pieces = []
         for _ in range(parts):
             length = next(lengths)
@@ -319,7 +319,7 @@ def test_nearly_sound_rows(fmt, cleaned, data):
 
 @QUICK
 @given(st.sampled_from(sorted(GOOD)), st.data())
-def test_nearly_sound_files(fmt, data):
+def test_nearly_valid_files(fmt, data):
     rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
     prepared(under(fmt, lines(GOOD[fmt], *rows)), fmt in TALKS)
 
@@ -377,7 +377,7 @@ SPEAKERS = {
 
 
 def mapping(named, rows, method="sft"):
-    """Rows under a mapping file; JSON is YAML too."""
+    """Rows under a format file; JSON is valid YAML."""
     text = named if isinstance(named, str) else json.dumps(named)
     data = {"packing": False} if method == "sft" else {}
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
@@ -385,7 +385,7 @@ def mapping(named, rows, method="sft"):
 
 @examples(15)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
-def test_any_mapping(named, rows):
+def test_any_format_file(named, rows):
     prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)
 
 
@@ -396,7 +396,7 @@ def test_any_mapping(named, rows):
         | st.sampled_from(["kind: ", "completion\n", "text_field: [a]\n", "- ", "{"])
     ).map("".join)
 )
-def test_any_text_for_a_mapping(text):
+def test_any_text_as_a_format_file(text):
     prepared(mapping(text, [{"a": "q"}]), turns=False)
 
 
@@ -406,14 +406,14 @@ TURNS = st.sampled_from(["q", "a", "", " ", "<|im_end|>", "\ud800"]) | VALUES
 @QUICK
 @given(st.lists(st.lists(TURNS | st.lists(TURNS, max_size=3), max_size=4) | VALUES, min_size=1, max_size=3),
        st.sampled_from(["s", "", ["s", "t"], [], None, 1]))  # fmt: skip
-def test_any_texts_in_turn(dialogues, persona):
+def test_any_alternating_texts(dialogues, persona):
     rows = [{"dialogue": dialogue, "persona": persona} for dialogue in (["q", "a"], *dialogues)]
     prepared(mapping(SPEAKERS, rows))
 
 
 @QUICK
 @given(st.sampled_from(TEMPLATES), st.lists(SHAPED | ROWS, min_size=1, max_size=3))
-def test_any_prompt_made_of_columns(template, rows):
+def test_any_prompt_template(template, rows):
     named = {"kind": "instruction", "prompt_template": template, "response_field": ["b", "a.0.b", "content"]}
     prepared(mapping(named, [{"a": "q", "b": "a"}, *rows]))
 
@@ -424,7 +424,7 @@ def test_any_prompt_made_of_columns(template, rows):
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @QUICK
 @given(st.data())
-def test_any_row_that_a_reader_gives(method, data):
+def test_any_row_that_a_reader_returns(method, data):
     fmt = "preference" if method == "dpo" else "messages"
     rows = data.draw(st.lists(VALUES | nearly(fmt), min_size=1, max_size=3))
     code = "def read(row):\n    return row['give']\n"
@@ -435,7 +435,7 @@ def test_any_row_that_a_reader_gives(method, data):
 
 @QUICK
 @given(st.lists(ROWS | st.fixed_dictionaries({"prompt": VALUES}), min_size=1, max_size=3))
-def test_any_evaluation(rows):
+def test_any_evaluation_file(rows):
     asked = {"clean": {"decontaminate": {"files": ["{here}/eval.jsonl"]}}}
     sound = {"messages": "uno due tre quattro cinque"}
     prepared(Given(lines(GOOD["messages"]), data=asked, files={"eval.jsonl": lines(sound, *rows)}))
@@ -443,7 +443,7 @@ def test_any_evaluation(rows):
 
 @QUICK
 @given(VALUES.map(json.dumps) | st.text(max_size=20))
-def test_any_file_of_tools(text):
+def test_any_tools_file(text):
     tools = text.encode("utf-8", "surrogatepass")
     source = {"tools_file": "{here}/tools.json"}
     prepared(Given(lines(GOOD["messages"]), source=source, data={"sequence_len": 4096}, files={"tools.json": tools}))

@@ -1,4 +1,4 @@
-"""Which language a row is in: said by the row, by the recipe, or told from its words."""
+"""The language of a row: from its column, from the recipe, or detected in its text."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_whole_sentences(code, text):
 
 
 @pytest.mark.parametrize("text", ["", " ", "42", "1 + 1 = 2", "http://x.y/z", "{}[];", "😀", "\ud800", "a\x00"])
-def test_what_is_no_language_is_undetermined(text):
+def test_text_without_language_is_undetermined(text):
     assert detect_language(text) == "und"
 
 
@@ -32,7 +32,7 @@ def test_system_messages_and_tool_results_do_not_count():
     assert detect_example_language(pair) == "it"
 
 
-def test_auto_takes_the_rows_own_word_first(sft, write_rows):
+def test_auto_prefers_the_language_column(sft, write_rows):
     rows = [{"prompt": text, "response": text} for text in TEXTS.values()] * 3
     rows += [{"prompt": TEXTS["it"], "response": TEXTS["it"], "lang": "de"}]
     path = write_rows(rows)

@@ -78,7 +78,7 @@ def test_what_is_counted_is_shown(report, write_rows, chats):
 def test_pairs_with_their_figures(report, pairs):
     found, page, _ = report({"path": pairs}, method="dpo")
     assert {"prompt", "chosen", "rejected"} <= set(found["examples"][0])
-    assert "of the choices can be told from the answers' length alone" in page.said
+    assert "of the preferences can be predicted from answer length alone" in page.said
     assert "warns from 0.7" in page.said
 
 
@@ -219,7 +219,7 @@ def test_figures_of_pairs_beyond_a_limit_stand_out(report, html, write_rows, due
     assert (figures["length_predicts"], figures["conflicting"]) == (0.875, 0.25)
     assert html().count('<tr class="over">') == 3
     assert "⚠ warns from 0.7" in page.said
-    assert "88% of the choices can be told from the answers' length alone (the longer is chosen)" in page.said
+    assert "88% of the preferences can be predicted from answer length alone (the longer is chosen)" in page.said
     assert f"conflicting: {figures['conflicting_examples'][0]}" in page.said
     limits = {
         "length_predicts": {"warn": None},
