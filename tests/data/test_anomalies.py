@@ -33,13 +33,13 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize(("mark", "item"), FOUND.items(), ids=FOUND)
-def test_anomalies_are_found(mark, item):
-    assert find_anomalies(item, CONTROL) == [mark]
+@pytest.mark.parametrize(("anomaly", "example"), FOUND.items(), ids=FOUND)
+def test_anomalies_are_found(anomaly, example):
+    assert find_anomalies(example, CONTROL) == [anomaly]
 
 
 @pytest.mark.parametrize(
-    "item",
+    "example",
     [
         talk("Perché? àèìòù € “così” — 你好 👩🏽", "R&D & co.; a {b} {c}\tx\r\ny __init__ è"),
         talk("f(x) = {x}", "__init__.py e __NAME__ insieme"),
@@ -48,8 +48,8 @@ def test_anomalies_are_found(mark, item):
         ),
     ],
 )
-def test_ordinary_examples_have_no_anomalies(item):
-    assert find_anomalies(item, CONTROL) == []
+def test_ordinary_examples_have_no_anomalies(example):
+    assert find_anomalies(example, CONTROL) == []
 
 
 SHORT, LONG = "No.", "Sì, e te lo spiego volentieri con molte parole in più."

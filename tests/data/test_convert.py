@@ -55,17 +55,17 @@ USABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fmt", "row", "turns"), USABLE.values(), ids=USABLE)
-def test_conversations(fmt, row, turns):
-    conversation = to_conversation(row, fmt, "it", "x.jsonl")
+@pytest.mark.parametrize(("data_format", "row", "turns"), USABLE.values(), ids=USABLE)
+def test_conversations(data_format, row, turns):
+    conversation = to_conversation(row, data_format, "it", "x.jsonl")
     assert turns_of(conversation) == turns
     assert (conversation.language, conversation.source) == ("it", "x.jsonl")
 
 
 def test_roles_of_a_source_extend_those_of_the_format_ignoring_case():
-    fmt = MESSAGES.adapted(Source(path="x", roles={"Doc": "assistant", "ai": "user"}))
+    data_format = MESSAGES.adapted(Source(path="x", roles={"Doc": "assistant", "ai": "user"}))
     row = {"messages": [{"role": role, "content": "x"} for role in ("System", "ai", "Doc", "Utente", "ASSISTENTE")]}
-    roles = [m.role for m in to_conversation(row, fmt, "it", "").messages]
+    roles = [m.role for m in to_conversation(row, data_format, "it", "").messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
 
 
@@ -198,9 +198,9 @@ CALLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fmt", "row", "answers"), CALLS.values(), ids=CALLS)
-def test_tool_calls(fmt, row, answers):
-    messages = to_conversation(row, fmt, "it", "").messages
+@pytest.mark.parametrize(("data_format", "row", "answers"), CALLS.values(), ids=CALLS)
+def test_tool_calls(data_format, row, answers):
+    messages = to_conversation(row, data_format, "it", "").messages
     assert [(m.content, m.tool_calls) for m in messages if m.role == "assistant"] == answers
     for message in messages:
         for call in message.tool_calls:

@@ -684,16 +684,16 @@ FORMAT_DROPS = {
     },
 }  # fmt: skip
 ALL_DROPS = {
-    f"{fmt}: {name}": (fmt, *case)
-    for fmt, cases in {"messages": CHAT_DROPS, **FORMAT_DROPS}.items()
+    f"{format_name}: {name}": (format_name, *case)
+    for format_name, cases in {"messages": CHAT_DROPS, **FORMAT_DROPS}.items()
     for name, case in cases.items()
 }
 
 
-@pytest.mark.parametrize(("fmt", "row", "reason"), ALL_DROPS.values(), ids=ALL_DROPS)
-def test_drops(tmp_path, fmt, row, reason):
-    source = {"format": fmt, **({"labels": [1, 2]} if fmt == "choice" else {})}
-    given = Given(lines(GOOD[fmt], row, GOOD[fmt]), "dpo" if fmt in PAIRS else "sft", source)
+@pytest.mark.parametrize(("format_name", "row", "reason"), ALL_DROPS.values(), ids=ALL_DROPS)
+def test_drops(tmp_path, format_name, row, reason):
+    source = {"format": format_name, **({"labels": [1, 2]} if format_name == "choice" else {})}
+    given = Given(lines(GOOD[format_name], row, GOOD[format_name]), "dpo" if format_name in PAIRS else "sft", source)
     dropped(tmp_path, given, reason)
 
 

@@ -45,8 +45,12 @@ def test_a_source_can_name_its_own_columns_and_roles():
     named = source(
         messages_field="dialogo", role_field="chi", content_field="testo", roles={"utente": "user", "bot": "assistant"}
     )
-    fmt = choose_format(named, [row])
-    assert (fmt.kind, fmt.messages_field, fmt.roles["utente"]) == ("conversation", ("dialogo",), "user")
+    data_format = choose_format(named, [row])
+    assert (data_format.kind, data_format.messages_field, data_format.roles["utente"]) == (
+        "conversation",
+        ("dialogo",),
+        "user",
+    )
 
 
 WRONG = {
@@ -138,8 +142,8 @@ def test_a_format_that_names_too_few_columns(tmp_path, text, line, key):
 def test_message_keys_default_to_role_and_content(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("kind: conversation\nmessages_field: [dialogo]\n" + ROLES)
-    fmt = choose_format(source(format=str(path)), [{"dialogo": [{"role": "a", "content": "x"}]}])
-    assert (fmt.role_keys, fmt.content_keys) == (("role",), ("content",))
+    data_format = choose_format(source(format=str(path)), [{"dialogo": [{"role": "a", "content": "x"}]}])
+    assert (data_format.role_keys, data_format.content_keys) == (("role",), ("content",))
 
 
 def test_an_unknown_format():

@@ -193,8 +193,8 @@ def said_and_parsed(text):
 def test_conversations_with_tools_survive_a_round_trip(base, section, rows):
     source = Source(path=shared("data/toolcall.jsonl"), where={"_source": section})
     chat = chat_tokenizer(ModelSection(base=base), ChatSection())
-    reading = make_record_reader(source, "sft")
-    items = [reading.read(row, where) for row, where in source_records(source) if row["_source"] == section]
+    reader = make_record_reader(source, "sft")
+    items = [reader.read(row, where) for row, where in source_records(source) if row["_source"] == section]
     assert len(items) == rows
     calls = 0
     for item, encoded in zip(items, chat.encoder.conversations(items), strict=True):

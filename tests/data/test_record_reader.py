@@ -55,8 +55,8 @@ ON_PURPOSE = {
 
 @pytest.mark.parametrize(("keys", "row"), ON_PURPOSE.values(), ids=ON_PURPOSE)
 def test_columns_that_the_recipe_names(write_rows, keys, row):
-    reading = make_record_reader(Source(path=write_rows([row] * 3), **keys), "sft")
-    assert reading.data_format.kind != "preference"
+    reader = make_record_reader(Source(path=write_rows([row] * 3), **keys), "sft")
+    assert reader.data_format.kind != "preference"
 
 
 WORDS = [a + b for a in ("ca", "me", "to", "ri", "lu", "fa", "no", "se") for b in ("sa", "ne", "li", "go", "va", "pi")]
