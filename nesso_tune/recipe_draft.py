@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat.special_tokens import CHAT_KEY
-from nesso_tune.data.detect import NEARLY_ALL, Detected
+from nesso_tune.data.detect import NEARLY_ALL, DetectedSource
 from nesso_tune.data.estimate import CHARACTERS_PER_TOKEN
 from nesso_tune.errors import ModelError
 from nesso_tune.logs import visible
@@ -40,7 +40,7 @@ class RecipeValues:
     learning_rate: float
 
 
-def choose_values(method: str, data: Sequence[Detected], shape: ModelShape | None) -> RecipeValues:
+def choose_values(method: str, data: Sequence[DetectedSource], shape: ModelShape | None) -> RecipeValues:
     """Chooses values by the size of base model and data.
 
     The sequence length is a power of two that fits 99 % of the data. The global batch size is at most the tuned one,
@@ -93,7 +93,7 @@ class BaseModelInfo:
     replaces: str = ""
 
 
-def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Sequence[Detected]) -> str:
+def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Sequence[DetectedSource]) -> str:
     """The text of a recipe.
 
     Args:
@@ -144,7 +144,7 @@ def _model(base: BaseModelInfo) -> list[str]:
     return lines
 
 
-def _data(values: RecipeValues, method: str, data: Sequence[Detected]) -> list[str]:
+def _data(values: RecipeValues, method: str, data: Sequence[DetectedSource]) -> list[str]:
     rows = "length of packed rows" if method == "sft" else "maximum length of prompt and longer answer"
     return [
         "data:",
@@ -207,7 +207,7 @@ def _rate_note(method: str, shape: ModelShape | None) -> str:
     return f"for this model size; tuned: {run.learning_rate:g} ({run.source})"
 
 
-def _source(part: Detected) -> list[str]:
+def _source(part: DetectedSource) -> list[str]:
     rows = f"{part.rows:,} rows" if part.rows is not None else "rows on the hub"
     tools = f", {part.tools:.0%} with tools" if part.tools else ""
     lines = [
@@ -221,7 +221,7 @@ def _source(part: Detected) -> list[str]:
     return [*lines, _commented(f"      language: {part.language}", f"detected per row{shares}")]
 
 
-def languages_of(part: Detected) -> str:
+def languages_of(part: DetectedSource) -> str:
     """The languages of a source and their shares, e.g. `it ~60%, en ~40%`."""
     shown = [(code, share) for code, share in part.languages.items() if share >= 0.01]
     return ", ".join(f"{code} ~{share:.0%}" for code, share in shown) if len(shown) > 1 else shown[0][0]
@@ -247,19 +247,19 @@ def _number(value: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def _tokens(data: Sequence[Detected]) -> list[float]:
+def _tokens(data: Sequence[DetectedSource]) -> list[float]:
     """Estimated tokens of each row, including control tokens."""
     return [n / CHARACTERS_PER_TOKEN + 20 for part in data for n in part.characters]
 
 
-def too_long_share(method: str, data: Sequence[Detected], shape: ModelShape | None) -> float:
+def too_long_share(method: str, data: Sequence[DetectedSource], shape: ModelShape | None) -> float:
     """Estimated share of the rows that exceed the chosen sequence length."""
     length = choose_values(method, data, shape).sequence_len
     sizes = _tokens(data)
     return sum(size > length for size in sizes) / len(sizes)
 
 
-def unusable_note(part: Detected) -> str | None:
+def unusable_note(part: DetectedSource) -> str | None:
     """A note if many rows are unusable; else None."""
     if part.usable >= NEARLY_ALL:
         return None

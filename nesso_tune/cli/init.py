@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from nesso_tune.chat.base_template import DEFAULT_TEMPLATE, local_base_template
-from nesso_tune.data.detect import Detected, detect
+from nesso_tune.data.detect import DetectedSource, detect_source
 from nesso_tune.data.files import expand, is_local, looks_like_data
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError, closest
 from nesso_tune.hub import check_local_base, has_weights, missing_base_note
@@ -86,17 +86,17 @@ def init(
         print_lines(f"later: nesso-tune train {both}, one after the other")
 
 
-def _detected(path: str) -> list[Detected]:
+def _detected(path: str) -> list[DetectedSource]:
     """The data at a path: one source, or one per file if the files of a folder or pattern have different formats."""
     files = expand(path) if is_local(path) else []
     if len(files) < 2:
-        return [detect(path)]
-    parts = [detect(str(file)) for file in files]
+        return [detect_source(path)]
+    parts = [detect_source(str(file)) for file in files]
     formats = {(part.method, part.format, str(part.fields), part.language) for part in parts}
-    return [detect(path)] if len(formats) == 1 else parts
+    return [detect_source(path)] if len(formats) == 1 else parts
 
 
-def _method(requested: str | None, found: Sequence[Detected]) -> str:
+def _method(requested: str | None, found: Sequence[DetectedSource]) -> str:
     """The method for which all data is suitable.
 
     Raises:
@@ -175,7 +175,7 @@ def _recipe_that_creates(base: str, folder: Path) -> tuple[Path, Recipe] | None:
     return None
 
 
-def _summary(file: Path, method: str, base: BaseModelInfo, found: Sequence[Detected]) -> list[str]:
+def _summary(file: Path, method: str, base: BaseModelInfo, found: Sequence[DetectedSource]) -> list[str]:
     size = f" ({in_short(base.shape.parameters)} parameters)" if base.shape else ""
     lines = [f"{file}: {method} from {base.name}{size}"]
     for part in found:

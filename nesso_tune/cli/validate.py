@@ -8,7 +8,7 @@ from pathlib import Path
 from nesso_tune.chat.base_template import check_base_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
-from nesso_tune.data.record_reader import reading_of
+from nesso_tune.data.record_reader import make_record_reader
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import ModelError, RecipeError, closest
 from nesso_tune.hub import check_local_base
@@ -72,7 +72,7 @@ def check_before_start(recipes: list[Recipe], processes: int) -> None:
             load_template(recipe.chat.template)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
             if is_local(source.path):
-                reading_of(source, recipe.method)
+                make_record_reader(source, recipe.method)
 
 
 def check_bases(recipes: list[Recipe]) -> None:

@@ -1,4 +1,4 @@
-"""Oddities of rows that are kept: what a person would want to know of, and often to look at."""
+"""Statistics of the data that is kept: anomalies of texts and turns, lengths, and biases of preference pairs."""
 
 from __future__ import annotations
 
@@ -10,70 +10,82 @@ import numpy as np
 
 from nesso_tune.chat.render import openai_tool
 from nesso_tune.conversation import Conversation
-from nesso_tune.data.convert import Item, is_empty
+from nesso_tune.data.convert import Example, is_empty
 from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError, Problem
 from nesso_tune.recipes.sections import Limit, PreferenceSection
 
-ZERO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#x[0-9a-fA-F]{2,6});")
-MOJIBAKE = re.compile("Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]")  # UTF-8 that was read as Latin-1 or Windows-1252
-PLACEHOLDER = re.compile(r"\{\{.*?\}\}")
-STAND_IN = re.compile(r"\s*__[A-Z_]+__\s*")
+_ZERO_WIDTH = "\u200b\u200c\u200d\u2060\ufeff"
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_ENTITY = re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#x[0-9a-fA-F]{2,6});")
+_MOJIBAKE = re.compile("Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]")  # UTF-8 decoded as Latin-1 or Windows-1252
+_PLACEHOLDER = re.compile(r"\{\{.*?\}\}")
+_STAND_IN = re.compile(r"\s*__[A-Z_]+__\s*")
 
-# What is looked for in the text of a row, by the name it is reported under. The cheap question comes first.
-IN_TEXT: dict[str, Callable[[str], bool]] = {
+# Checks of a text, by the name of the anomaly. Each begins with a cheap test that most texts fail.
+_TEXT_CHECKS: dict[str, Callable[[str], bool]] = {
     "no_break_space": lambda text: "\xa0" in text,
-    "zero_width_character": lambda text: not text.isascii() and any(c in text for c in ZERO_WIDTH),
-    "control_character": lambda text: CONTROL.search(text) is not None,
-    "html_entity": lambda text: "&" in text and ENTITY.search(text) is not None,
-    "mojibake": lambda text: not text.isascii() and MOJIBAKE.search(text) is not None,
-    "template_placeholder": lambda text: "{{" in text and PLACEHOLDER.search(text) is not None,
+    "zero_width_character": lambda text: not text.isascii() and any(c in text for c in _ZERO_WIDTH),
+    "control_character": lambda text: _CONTROL.search(text) is not None,
+    "html_entity": lambda text: "&" in text and _ENTITY.search(text) is not None,
+    "mojibake": lambda text: not text.isascii() and _MOJIBAKE.search(text) is not None,
+    "template_placeholder": lambda text: "{{" in text and _PLACEHOLDER.search(text) is not None,
 }
 
+PREFERENCE_WARNINGS = {  # by statistic: what it means, and what to do
+    "length_predicts": ("{value:.0%} of the preferences can be predicted from answer length alone ({side})",
+                        "the model will learn length: balance the pairs, or use loss sigmoid_norm or ld_alpha"),
+    "length_ratio": ("chosen and rejected answers differ in mean length by a factor of {value:.2f}",
+                     "balance the pairs, or use loss sigmoid_norm or ld_alpha"),
+    "same_answers": ("both answers are identical in {value:.1%} of the rows", "check how the pairs were generated"),
+    "conflicting": ("in {value:.1%} of the pairs, the chosen answer is rejected elsewhere for the same prompt",
+                    "keep one of the two: see `conflicting_examples` in data_report.json"),
+    "language_mismatch": ("in {value:.1%} of the pairs, an answer is in another language than the prompt",
+                          "see `language_mismatch_examples` in data_report.json"),
+    "too_long": ("in {value:.1%} of the rows, an answer exceeds data.sequence_len", "raise it"),
+}  # fmt: skip
+_MAX_EXAMPLES = 5
+_QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
 
-def marks_of(item: Item, control_tokens: Collection[str]) -> list[str]:
-    """The oddities of an item by name.
+
+def find_anomalies(example: Example, control_tokens: Collection[str]) -> list[str]:
+    """The names of the anomalies of an example.
 
     Args:
-        item: the conversation, text or pair.
-        control_tokens: of the template; where a text spells one, it is read as plain text.
+        example: the conversation, text or pair.
+        control_tokens: control tokens of the chat template; in the text of an example they are encoded as plain text.
     """
-    text = "\n".join(turn.content for turn in item.turns)
-    found = [name for name, is_in in IN_TEXT.items() if is_in(text)]
+    text = "\n".join(turn.content for turn in example.turns)
+    found = [name for name, has_anomaly in _TEXT_CHECKS.items() if has_anomaly(text)]
     if any(token in text for token in control_tokens):
         found.append("control_token_as_text")
-    if "__" in text and any(STAND_IN.fullmatch(turn.content) for turn in item.turns):
+    if "__" in text and any(_STAND_IN.fullmatch(turn.content) for turn in example.turns):
         found.append("stand_in_turn")
-    if item.tools and _calls_another(item):
+    if example.tools and _calls_unknown_tool(example):
         found.append("call_of_a_tool_not_offered")
-    if isinstance(item, Conversation):
-        first = next((turn.role for turn in item.messages if turn.role != "system"), "")
-        if first == "assistant":
+    if isinstance(example, Conversation):
+        first_role = next((turn.role for turn in example.messages if turn.role != "system"), "")
+        if first_role == "assistant":
             found.append("opens_with_assistant")
-        if item.messages[-1].role != "assistant":
+        if example.messages[-1].role != "assistant":
             found.append("ends_without_answer")
-        if any(is_empty(turn) and turn.role in ("user", "system") for turn in item.messages):
+        if any(is_empty(turn) and turn.role in ("user", "system") for turn in example.messages):
             found.append("empty_turn")
     return found
 
 
-def _calls_another(item: Item) -> bool:
-    """Whether a tool is called that is not on offer."""
-    offered = {openai_tool(tool)["function"]["name"] for tool in item.tools}
-    return any(call["name"] not in offered for turn in item.turns for call in turn.tool_calls)
+def _calls_unknown_tool(example: Example) -> bool:
+    """Whether a call names a tool that is not offered."""
+    offered = {openai_tool(tool)["function"]["name"] for tool in example.tools}
+    return any(call["name"] not in offered for turn in example.turns for call in turn.tool_calls)
 
 
-QUANTILES = {"min": 0.0, "p50": 0.5, "p95": 0.95, "max": 1.0}
+def length_histograms(documents: Documents, entries: IntArray) -> dict[str, Any]:
+    """Histograms of lengths in tokens, per language. The length of a pair is that of its prompt and longer answer.
 
-
-def histograms(documents: Documents, entries: IntArray) -> dict[str, Any]:
-    """Lengths in tokens: `edges` (powers of two), and per language `counts` between them, and quantiles.
-
-    The length of a pair is that of its prompt and longer answer.
-
-    An entry of length n is counted in bin i where edges[i] <= n < edges[i + 1].
+    Returns:
+        `edges`: powers of two; `languages`: `counts` (bin i counts edges[i] <= length < edges[i + 1]), `mean` and
+        quantiles by language code.
     """
     lengths = documents.sequence_lengths[entries]
     top = max(3, int(lengths.max(initial=1)).bit_length())
@@ -83,77 +95,70 @@ def histograms(documents: Documents, entries: IntArray) -> dict[str, Any]:
         own = lengths[documents.languages[entries] == i]
         if len(own):
             counts = np.histogram(own, edges)[0].tolist()
-            said = {label: int(np.quantile(own, q, method="lower")) for label, q in QUANTILES.items()}
-            languages[name] = {"counts": counts, "mean": round(float(own.mean()), 1), **said}
+            quantiles = {label: int(np.quantile(own, q, method="lower")) for label, q in _QUANTILES.items()}
+            languages[name] = {"counts": counts, "mean": round(float(own.mean()), 1), **quantiles}
     return {"edges": edges, "languages": dict(sorted(languages.items()))}
 
 
-SAYS = {  # of each figure: what it means, and what can be done
-    "length_predicts": ("{value:.0%} of the choices can be told from the answers' length alone ({side})",
-                        "the model will learn length: balance the pairs, or use loss sigmoid_norm or ld_alpha"),
-    "length_ratio": ("chosen answers are {value:.2f} times as long as rejected ones, or the other way round",
-                     "balance the pairs, or use loss sigmoid_norm or ld_alpha"),
-    "same_answers": ("in {value:.1%} of the rows both answers are the same", "look at how the pairs were made"),
-    "conflicting": ("in {value:.1%} of the pairs the chosen answer is rejected elsewhere for the same prompt",
-                    "decide for one of the two: see `conflicting_examples` in data_report.json"),
-    "language_mismatch": ("in {value:.1%} of the pairs an answer is in another language than the prompt",
-                          "see `language_mismatch_examples` in data_report.json"),
-    "too_long": ("in {value:.1%} of the rows an answer does not fit into data.sequence_len", "raise it"),
-}  # fmt: skip
-EXAMPLES = 5
+def preference_statistics(
+    documents: Documents, kept: IntArray, dropped: Mapping[str, int], rows: int
+) -> dict[str, Any]:
+    """Statistics of preference pairs.
 
-
-def preference_figures(documents: Documents, kept: IntArray, dropped: Mapping[str, int], rows: int) -> dict[str, Any]:
-    """Figures of the pairs that are kept, and of those that were dropped for what they are.
+    Args:
+        documents: the encoded pairs.
+        kept: indices of the pairs that are kept, shape (pairs,).
+        dropped: number of dropped rows by reason.
+        rows: number of rows read.
 
     Returns:
         `pairs`; `chosen_tokens` and `rejected_tokens` (means); `chosen_longer` and `equal_length` (shares);
-        `length_predicts`: accuracy of the better of the two rules "longer" and "shorter", ties counted half;
-        `length_ratio`: of the means, the larger by the smaller; `conflicting`, `language_mismatch` (shares of pairs,
-        each with `…_examples`); `same_answers`, `too_long` (shares of rows read).
+        `length_predicts`: accuracy of the better of the two rules "longer" and "shorter", where ties count half;
+        `length_ratio`: of the mean lengths, the larger by the smaller; `conflicting`, `language_mismatch` (shares of
+        pairs, each with `…_examples`); `same_answers`, `too_long` (shares of rows read).
     """
     sizes = np.diff(documents.offsets).reshape(-1, 3)[kept]
     chosen, rejected = sizes[:, 1], sizes[:, 2]
     longer, equal = float((chosen > rejected).mean()), float((chosen == rejected).mean())
-    told = longer + equal / 2
+    accuracy = longer + equal / 2
     means = float(chosen.mean()), float(rejected.mean())
-    better, worse = documents.identities[kept, 2], documents.identities[kept, 3]
-    conflicts = np.flatnonzero(np.isin(better, worse) | np.isin(worse, better))
-    foreign = np.flatnonzero(documents.mismatched[kept])
+    chosen_hashes, rejected_hashes = documents.identities[kept, 2], documents.identities[kept, 3]
+    conflicts = np.flatnonzero(np.isin(chosen_hashes, rejected_hashes) | np.isin(rejected_hashes, chosen_hashes))
+    mismatches = np.flatnonzero(documents.mismatched[kept])
     return {
         "pairs": len(kept),
         "chosen_tokens": round(means[0], 1),
         "rejected_tokens": round(means[1], 1),
         "chosen_longer": round(longer, 4),
         "equal_length": round(equal, 4),
-        "length_predicts": round(max(told, 1 - told), 4),
+        "length_predicts": round(max(accuracy, 1 - accuracy), 4),
         "length_ratio": round(max(means) / max(min(means), 1e-9), 4),
         "conflicting": round(len(conflicts) / len(kept), 4),
-        "conflicting_examples": [documents.location(kept[i]) for i in conflicts[:EXAMPLES]],
-        "language_mismatch": round(len(foreign) / len(kept), 4),
-        "language_mismatch_examples": [documents.location(kept[i]) for i in foreign[:EXAMPLES]],
+        "conflicting_examples": [documents.location(kept[i]) for i in conflicts[:_MAX_EXAMPLES]],
+        "language_mismatch": round(len(mismatches) / len(kept), 4),
+        "language_mismatch_examples": [documents.location(kept[i]) for i in mismatches[:_MAX_EXAMPLES]],
         "same_answers": round(dropped.get("chosen_equals_rejected", 0) / max(1, rows), 4),
         "too_long": round(dropped.get("too_long", 0) / max(1, rows), 4),
     }
 
 
-def check_preferences(figures: Mapping[str, Any], limits: PreferenceSection) -> list[str]:
-    """What is to be said of preference data.
+def check_preferences(statistics: Mapping[str, Any], limits: PreferenceSection) -> list[str]:
+    """The warnings about preference data: statistics at or above the `warn` limit of the recipe.
 
     Raises:
-        DataError: with all that the recipe does not accept.
+        DataError: with all statistics at or above their `fail` limit.
     """
     warnings: list[str] = []
-    refused: list[Problem] = []
-    for name, (what, remedy) in SAYS.items():
+    failures: list[Problem] = []
+    for name, (description, remedy) in PREFERENCE_WARNINGS.items():
         limit: Limit = getattr(limits, name)
-        value = figures[name]
-        side = "longer" if figures["chosen_longer"] + figures["equal_length"] / 2 >= 0.5 else "shorter"
-        said = what.format(value=value, side=f"the {side} is chosen")
+        value = statistics[name]
+        side = "longer" if statistics["chosen_longer"] + statistics["equal_length"] / 2 >= 0.5 else "shorter"
+        text = description.format(value=value, side=f"the {side} is chosen")
         if limit.fail is not None and value >= limit.fail:
-            refused.append(Problem("data.preferences", f"{said}; {name} fails from {limit.fail:g}", remedy))
+            failures.append(Problem("data.preferences", f"{text}; {name} fails from {limit.fail:g}", remedy))
         elif limit.warn is not None and value >= limit.warn:
-            warnings.append(f"{said}: {remedy}")
-    if refused:
-        raise DataError(refused)
+            warnings.append(f"{text}: {remedy}")
+    if failures:
+        raise DataError(failures)
     return warnings

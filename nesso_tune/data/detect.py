@@ -1,4 +1,4 @@
-"""A sample of a source's rows from all over it: files are often sorted, by language or by quality."""
+"""Detects the method, format, columns and languages of a data source, for the first draft of a recipe."""
 
 from __future__ import annotations
 
@@ -11,71 +11,46 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message, PreferencePair
-from nesso_tune.data.convert import Item, Unusable, language_of, to_item
-from nesso_tune.data.files import expand, is_lines, is_local, read_rows
-from nesso_tune.data.formats import Row, described, guess_fields, load_format, recognise, used_columns
-from nesso_tune.data.languages import language_of_item
-from nesso_tune.data.record_reader import Drops
-from nesso_tune.data.sources import count_rows, source_rows
+from nesso_tune.data.convert import Example, Unusable, record_language, to_example
+from nesso_tune.data.files import Record, expand, is_json_lines, is_local, read_records
+from nesso_tune.data.formats import (
+    InferredFormat,
+    describe_columns,
+    infer_format,
+    load_format,
+    recognise_format,
+    used_columns,
+)
+from nesso_tune.data.languages import detect_example_language
+from nesso_tune.data.record_reader import DropCounter
+from nesso_tune.data.sources import count_records, source_records
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import AUTO, Source
 
-Record = dict[str, Any]
-LARGE = 64_000_000  # bytes from which a file of lines is sampled by place instead of being read
-MOST = 200_000  # rows that are read of anything else
-
-
-def spread_rows(source: Source, count: int) -> list[Record]:
-    """About `count` rows at even distances; all of them if there are fewer.
-
-    Raises:
-        DataError: if a file cannot be read.
-    """
-    files = expand(source.path) if is_local(source.path) else []
-    if source.max_rows is None and files and all(is_lines(file) and file.stat().st_size > LARGE for file in files):
-        share = max(1, count // len(files))
-        return [row for file in files for row in _by_place(file, share)]
-    rows = [row for row, _ in islice(source_rows(source), MOST)]
-    return [rows[i * len(rows) // count] for i in range(count)] if len(rows) > count else rows
-
-
-def _by_place(file: Path, count: int) -> Iterator[Record]:
-    """The rows after evenly spaced bytes of a file of JSON lines; the first comes from its reader, faults and all."""
-    yield next(read_rows(file))[0]
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        for i in range(1, count):
-            stream.seek(i * size // count)
-            stream.readline()  # the rest of a line
-            try:
-                row = json.loads(stream.readline())
-            except ValueError:  # a faulty row is found when the data is prepared
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-SAMPLE = 1000  # rows that are looked at
-NEARLY_ALL = 0.95
+NEARLY_ALL = 0.95  # share of the examples that decides for the source
+SAMPLE_RECORDS = 1000
+OFFSET_SAMPLING_BYTES = 64_000_000  # size from which JSON-lines files are sampled at byte offsets, not read whole
+MAX_READ_RECORDS = 200_000  # records read from all other sources
+_CALL_CHARACTERS = 40  # added by the markup of a tool call
 
 
 @dataclass(frozen=True)
-class Detected:
-    """What is in a source.
+class DetectedSource:
+    """The properties of a source.
 
     Attributes:
-        path: as it was given.
+        path: as given.
         method: `sft` (conversations) or `dpo` (pairs).
         format: name of the shipped format.
-        fields: further keys of the source that name its columns.
-        rows: how many there are; None for hub data.
-        usable: share of the looked-at rows that can be used.
-        dropped: why others cannot, with their number among the rows looked at.
+        fields: further keys of the source, which name its columns.
+        rows: number of rows; None for hub data.
+        usable: share of the sampled rows that can be used.
+        dropped: number of the other sampled rows by reason.
         languages: share of each language among the usable rows.
-        language: what the recipe should say: a code, `auto`, or None where each row says its own.
-        characters: length of every usable row that was looked at.
-        tools: share of rows that offer or call tools.
-        unused: columns of its rows that nothing is made of.
+        language: value for the recipe: a code, `auto`, or None if the rows have a language column.
+        characters: length of each usable row of the sample.
+        tools: share of the usable rows with tools or tool calls.
+        unused: columns that the format does not read.
     """
 
     path: str
@@ -92,101 +67,134 @@ class Detected:
     unused: tuple[str, ...] = ()
 
 
-def detect(path: str) -> Detected:
-    """Looks at a sample of a source's rows.
+def detect_source(path: str) -> DetectedSource:
+    """Detects the properties of a source from a sample of its rows.
 
     Raises:
-        DataError: if it cannot be read, its shape is not recognised, or none of its rows can be used.
+        DataError: if it cannot be read, its format is not recognised, or none of its rows can be used.
     """
     plain = Source(path=path)
-    rows = spread_rows(plain, SAMPLE)
-    if not rows:
-        raise DataError(path, "holds no rows", "give a file with rows")
-    name, fields = _shape(plain, rows)
-    _check_labels(path, rows)
+    records = sample_records(plain, SAMPLE_RECORDS)
+    if not records:
+        raise DataError(path, "contains no rows", "give a file with rows")
+    name, fields = _detect_format(plain, records)
+    _check_not_labelled(path, records)
     source = Source(path=path, format=name, **fields)
-    items, dropped = _items(source, rows)
-    if not items:
+    examples, dropped = _convert(source, records)
+    if not examples:
         why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
-        raise DataError(path, f"looks like format {name}, but none of {len(rows)} rows can be used ({why})",
+        raise DataError(path, f"looks like format {name}, but none of {len(records)} rows can be used ({why})",
                         "correct the data, or name its columns in a recipe (see docs/recipe.md)")  # fmt: skip
-    said = [item.language for item in items]
-    by_rows = sum(code != UNKNOWN_LANGUAGE for code in said) >= NEARLY_ALL * len(said)
-    codes = said if by_rows else [language_of_item(item) for item in items]
+    codes = [example.language for example in examples]
+    has_column = sum(code != UNKNOWN_LANGUAGE for code in codes) >= NEARLY_ALL * len(codes)
+    codes = codes if has_column else [detect_example_language(example) for example in examples]
     shares = {code: n / len(codes) for code, n in Counter(codes).most_common()}
-    return Detected(
+    columns = {column for record in records for column in record}
+    return DetectedSource(
         path=path,
-        method="dpo" if isinstance(items[0], PreferencePair) else "sft",
+        method="dpo" if isinstance(examples[0], PreferencePair) else "sft",
         format=name,
         fields=fields,
-        rows=count_rows(plain) if is_local(path) else None,
-        usable=len(items) / len(rows),
+        rows=count_records(plain) if is_local(path) else None,
+        usable=len(examples) / len(records),
         dropped=dict(dropped.most_common()),
         languages=shares,
-        language=None if by_rows else _one_language(shares) or AUTO,
-        characters=tuple(map(_characters, items)),
-        tools=sum(map(_has_tools, items)) / len(items),
-        unused=tuple(sorted({column for row in rows for column in row} - used_columns(name, fields, rows))),
+        language=None if has_column else _main_language(shares) or AUTO,
+        characters=tuple(map(_count_characters, examples)),
+        tools=sum(map(_has_tools, examples)) / len(examples),
+        unused=tuple(sorted(columns - used_columns(name, fields, records))),
     )
 
 
-def _shape(source: Source, rows: Sequence[Row]) -> tuple[str, dict[str, Any]]:
-    """The format of rows, and the columns it does not find by itself."""
-    name = recognise(source, rows)
-    if name is not None and _items(source.model_copy(update={"format": name}), rows)[0]:
-        return name, {}
-    guessed = guess_fields(rows)
-    if guessed is not None:
-        return guessed
-    if name is not None:
-        return name, {}
-    raise DataError(
-        source.path, f"its shape is not recognised (its columns are {described(rows)})",
-        "rename the columns to those of a known shape (messages; prompt and response; prompt, chosen and rejected), or "
-        "name them in a recipe (prompt_field and response_field, …)",
-    )  # fmt: skip
+def sample_records(source: Source, count: int) -> list[Record]:
+    """About `count` evenly spaced records of a source, or all if there are fewer: files are often sorted.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    files = expand(source.path) if is_local(source.path) else []
+    large = [is_json_lines(file) and file.stat().st_size > OFFSET_SAMPLING_BYTES for file in files]
+    if source.max_rows is None and files and all(large):
+        per_file = max(1, count // len(files))
+        return [record for file in files for record in _sample_at_offsets(file, per_file)]
+    records = [record for record, _ in islice(source_records(source), MAX_READ_RECORDS)]
+    return [records[i * len(records) // count] for i in range(count)] if len(records) > count else records
 
 
-def _check_labels(path: str, rows: Sequence[Row]) -> None:
-    """Raises DataError for answers that are each marked good or bad: learning both alike would be a silent mistake."""
-    if sum(isinstance(row.get("label"), bool) and "completion" in row for row in rows) > len(rows) / 2:
+def _sample_at_offsets(file: Path, count: int) -> Iterator[Record]:
+    """The records after evenly spaced byte offsets of a JSON-lines file. The first one is read with error reporting."""
+    yield next(read_records(file))[0]
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        for i in range(1, count):
+            stream.seek(i * size // count)
+            stream.readline()  # skips the rest of a line
+            try:
+                record = json.loads(stream.readline())
+            except ValueError:  # reported when the data is prepared
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _detect_format(source: Source, records: Sequence[Record]) -> InferredFormat:
+    """The format of records, with the keys of a source that name columns other than its own."""
+    name = recognise_format(source, records)
+    recognised = None if name is None else InferredFormat(name, {})
+    if recognised is not None and _convert(source.model_copy(update={"format": name}), records)[0]:
+        return recognised
+    found = infer_format(records) or recognised
+    if found is None:
         raise DataError(
-            path, "each answer has a `label`, true or false (as for KTO, which is not in version 1)",
+            source.path, f"its format is not recognised (its columns are {describe_columns(records)})",
+            "rename the columns to those of a known format (messages; prompt and response; prompt, chosen and "
+            "rejected), or name them in a recipe (prompt_field and response_field, …)",
+        )  # fmt: skip
+    return found
+
+
+def _check_not_labelled(path: str, records: Sequence[Record]) -> None:
+    """Raises DataError for answers labelled good or bad, as for KTO: SFT would train on the bad ones too."""
+    if sum(isinstance(record.get("label"), bool) and "completion" in record for record in records) > len(records) / 2:
+        raise DataError(
+            path, "each answer has a `label`, true or false (as for KTO, which is not supported)",
             "keep the rows with label: true for SFT, or make pairs of a good and a bad answer for DPO",
         )  # fmt: skip
 
 
-def _items(source: Source, rows: Sequence[Row]) -> tuple[list[Item], Drops]:
-    fmt = load_format(source.format).adapted(source)
-    method = "dpo" if fmt.pairs else "sft"
-    items: list[Item] = []
-    dropped = Drops()
-    for i, row in enumerate(rows):
+def _convert(source: Source, records: Sequence[Record]) -> tuple[list[Example], DropCounter]:
+    data_format = load_format(source.format).adapted(source)
+    method = "dpo" if data_format.has_pairs else "sft"
+    examples: list[Example] = []
+    dropped = DropCounter()
+    for i, record in enumerate(records):
         try:
-            items.append(to_item(row, fmt, method, language_of(row, source), source.path))
-        except Unusable as why:
-            dropped.note(why, f"row {i + 1} of those looked at")
-    return items, dropped
+            language = record_language(record, source)
+            examples.append(to_example(record, data_format, method, language, source.path))
+        except Unusable as error:
+            dropped.add_unusable(error, f"row {i + 1} of the sample")
+    return examples, dropped
 
 
-def _one_language(shares: Mapping[str, float]) -> str | None:
-    """The language of nearly all rows whose language could be told."""
-    told = {code: share for code, share in shares.items() if code != UNKNOWN_LANGUAGE}
-    main = max(told, key=lambda code: told[code], default=None)
-    return main if main is not None and told[main] >= NEARLY_ALL * sum(told.values()) else None
+def _main_language(shares: Mapping[str, float]) -> str | None:
+    """The language of nearly all rows whose language is known; None if there is none."""
+    known = {code: share for code, share in shares.items() if code != UNKNOWN_LANGUAGE}
+    main = max(known, key=lambda code: known[code], default=None)
+    return main if main is not None and known[main] >= NEARLY_ALL * sum(known.values()) else None
 
 
-def _characters(item: Item) -> int:
-    """Length of a conversation, or of a prompt and the longer answer, with the tools on offer and the calls."""
+def _count_characters(example: Example) -> int:
+    """Characters of a conversation, or of a prompt and the longer answer, including tools and calls."""
 
-    def of(*turns: Message) -> int:
-        return sum(len(turn.content) + sum(len(str(call)) + 40 for call in turn.tool_calls) for turn in turns)
+    def count(*turns: Message) -> int:
+        calls = [call for turn in turns for call in turn.tool_calls]
+        return sum(len(turn.content) for turn in turns) + sum(len(str(call)) + _CALL_CHARACTERS for call in calls)
 
-    offered = sum(len(str(tool)) for tool in item.tools)
-    if isinstance(item, PreferencePair):
-        return offered + of(*item.prompt) + max(of(item.chosen), of(item.rejected))
-    return offered + of(*item.turns)
+    tools = sum(len(str(tool)) for tool in example.tools)
+    if isinstance(example, PreferencePair):
+        return tools + count(*example.prompt) + max(count(example.chosen), count(example.rejected))
+    return tools + count(*example.turns)
 
 
-def _has_tools(item: Item) -> bool:
-    return bool(item.tools) or any(turn.tool_calls for turn in item.turns)
+def _has_tools(example: Example) -> bool:
+    return bool(example.tools) or any(turn.tool_calls for turn in example.turns)

@@ -13,8 +13,8 @@ from nesso_tune.conversation import Message
 from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.pipeline import build_documents
 from nesso_tune.data.prepare import check_validation_size, is_prepared, prepare_data
-from nesso_tune.data.record_reader import Drops, reading_of, usable
-from nesso_tune.data.sources import count_rows, source_rows
+from nesso_tune.data.record_reader import DropCounter, make_record_reader, read_examples
+from nesso_tune.data.sources import count_records, source_records
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import local_path
@@ -86,7 +86,7 @@ def _source_volume(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -
         )  # fmt: skip
     limited = source.model_copy(update={"max_rows": min(_SAMPLE_ROWS, source.max_rows or _SAMPLE_ROWS)})
     sample = _encode_sample(recipe, limited, chat) if chat is not None else _measure_sample(recipe, limited)
-    total = max(count_rows(source), sample.read)  # a last line may lack its line break
+    total = max(count_records(source), sample.read)  # a last line may lack its line break
     ratio = source.weight * total / max(1, sample.read)
     rows, tokens, supervised = (round(ratio * n) for n in (sample.kept, sample.tokens, sample.supervised_tokens))
     basis = _FROM_SAMPLE if chat is not None else _WITHOUT_TOKENIZER
@@ -118,11 +118,13 @@ def _encode_sample(recipe: Recipe, source: Source, chat: ChatTokenizer) -> _Samp
 
 def _measure_sample(recipe: Recipe, source: Source) -> _Sample:
     """A sample whose tokens are estimated from the number of characters."""
-    dropped = Drops()
+    dropped = DropCounter()
     read = kept = tokens = supervised = 0
     trained_roles = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
     limit = recipe.data.sequence_len * (1 if recipe.method == "sft" else 2)
-    for item in usable(reading_of(source, recipe.method, recipe.data.clean), source_rows(source), dropped):
+    for item in read_examples(
+        make_record_reader(source, recipe.method, recipe.data.clean), source_records(source), dropped
+    ):
         read += 1
         if item is None:
             continue

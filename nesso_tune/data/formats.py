@@ -1,4 +1,8 @@
-"""Data formats as small mappings: which column holds what, and what the data calls the roles."""
+"""Data formats: which columns hold the conversation, texts or answers of a record, and what its roles are called.
+
+A format is chosen by name, or recognised by the columns of the first records. If no shipped format matches, the columns
+are inferred from their names and values, to suggest recipe keys.
+"""
 
 from __future__ import annotations
 
@@ -8,33 +12,37 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from nesso_tune.data.files import Record
 from nesso_tune.errors import DataError, RecipeError, closest, shortened
 from nesso_tune.recipes.load import find_spec, read_spec
 from nesso_tune.recipes.sections import NonEmpty, Plain, Role, Section, Source
 
-Row = Mapping[str, Any]
 Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
-FIELDS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
-          "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
-LISTED = ("choice_fields", "label_fields", "labels")
-DETECTED = ("preference", "messages", "sharegpt", "alpaca")  # in this order: the most telling columns first
-ON_REQUEST = {  # formats that are never guessed: their mistakes would be silent
-    "completion": "plain texts are learned whole and without turns",
-    "pretokenized": "token ids are taken as they are",
+
+TEMPLATE_COLUMN = re.compile(r"\{([^{}]+)\}")
+DETECTED_FORMATS = ("preference", "messages", "sharegpt", "alpaca")  # the most specific columns first
+EXPLICIT_FORMATS = {  # never detected, since a wrong guess would go unnoticed
+    "completion": "trains on whole texts, without turns",
+    "pretokenized": "uses token ids as they are",
 }
-PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-MOST_COLUMNS = 30  # that a message lists
-MISSING = object()
+
+# Keys of a source that replace those of a format: with one column, and with a list
+_COLUMN_KEYS = ("messages_field", "role_field", "content_field", "system_field", "tools_field", "prompt_field",
+                "input_field", "response_field", "text_field", "chosen_field", "rejected_field")  # fmt: skip
+_LIST_KEYS = ("choice_fields", "label_fields", "labels")
+_MAX_SHOWN = 30  # columns, and keys of objects, in a message
+_MISSING = object()
 
 
 class DataFormat(Section):
-    """A mapping from columns to what is learned from a row.
+    """A mapping from columns to the parts of an example.
 
-    Each `*_field` lists the names looked for, in order; a dotted name goes into objects and lists (`answers.0.text`).
+    Each `*_field` lists column names in order of precedence; a dotted name descends into objects and lists
+    (`answers.0.text`).
     """
 
     kind: Literal["conversation", "instruction", "completion", "pretokenized", "preference", "choice"]
@@ -42,12 +50,12 @@ class DataFormat(Section):
     role_field: Names = ()
     content_field: Names = ()
     speakers: Annotated[tuple[Role, ...], Field(strict=False)] = ()
-    """Who speaks, in turn, where messages are plain texts without roles; lists of such texts are laid end to end."""
+    """Roles in turn, for messages that are plain texts without roles; lists of such texts are concatenated."""
     system_field: Names = ()
     tools_field: Names = ()
     prompt_field: Names = ()
     prompt_template: NonEmpty | None = None
-    """The prompt as a text with columns in it, `{context} {question}`, instead of prompt_field."""
+    """The prompt as a text with columns in braces, `{context} {question}`, instead of prompt_field."""
     input_field: Names = ()
     response_field: Names = ()
     text_field: Names = ()
@@ -57,35 +65,37 @@ class DataFormat(Section):
     chosen_field: Names = ()
     rejected_field: Names = ()
     choice_fields: Names = ()
-    """Columns of the two answers of which one is better."""
+    """Columns of the two answers, one of which is preferred."""
     label_fields: Names = ()
-    """Columns that say which: a label, or the votes of several people."""
+    """Columns of the preference: one label, or the votes of several annotators."""
     labels: Annotated[tuple[Plain, ...], Field(strict=False)] = ()
-    """What they say for the first answer, and what for the second; anything else is no vote."""
+    """The label of the first answer and that of the second; any other value is ignored."""
     roles: dict[str, Role] = Field(default_factory=dict)
     call_roles: Names = ()
-    """Roles whose whole content is a call of a tool, as JSON."""
+    """Roles whose content is a tool call as JSON."""
 
     @property
-    def pairs(self) -> bool:
-        """Whether its rows are preference pairs."""
+    def has_pairs(self) -> bool:
+        """Whether its records are preference pairs."""
         return self.kind in ("preference", "choice")
 
     def adapted(self, source: Source) -> DataFormat:
-        """This format with the columns and roles that a source names instead."""
-        named: dict[str, Any] = {f: (getattr(source, f),) for f in FIELDS if getattr(source, f) is not None}
-        named |= {f: getattr(source, f) for f in LISTED if getattr(source, f)}
+        """This format with the columns and roles that a source sets."""
+        update: dict[str, Any] = {
+            key: (getattr(source, key),) for key in _COLUMN_KEYS if getattr(source, key) is not None
+        }
+        update |= {key: getattr(source, key) for key in _LIST_KEYS if getattr(source, key)}
         if source.prompt_field is not None:
-            named["prompt_template"] = None
+            update["prompt_template"] = None
         if source.roles is not None:
-            named["roles"] = {**self.roles, **source.roles}
-        return self.model_copy(update=named)
+            update["roles"] = {**self.roles, **source.roles}
+        return self.model_copy(update=update)
 
-    def role_of(self, said: Any) -> Role | None:
-        """What a role of the data is called here; capitals do not count where the data's own word is not listed."""
-        if not isinstance(said, str):
+    def role_of(self, name: Any) -> Role | None:
+        """The role that the data calls `name`: an exact match, or a match of the lower-case name; None if unknown."""
+        if not isinstance(name, str):
             return None
-        return self.roles.get(said) or self.roles.get(said.strip().lower())
+        return self.roles.get(name) or self.roles.get(name.strip().lower())
 
     @property
     def role_keys(self) -> Names:
@@ -98,30 +108,30 @@ class DataFormat(Section):
         return self.content_field or ("content",)
 
     @property
-    def lacks(self) -> tuple[str, str] | None:
-        """The first key that its kind needs and that names no column, or not as many as it must, and what is wrong."""
+    def fault(self) -> tuple[str, str] | None:
+        """The first key with too few columns for its kind, and what is wrong; None if the format is complete."""
         prompt = [] if self.prompt_template is not None else ["prompt_field"]
-        blanked = [key for key in ("role_field", "content_field") if key in self.model_fields_set]
+        set_keys = [key for key in ("role_field", "content_field") if key in self.model_fields_set]
         needed = {
-            "conversation": ["messages_field", *([] if self.speakers else blanked)],
+            "conversation": ["messages_field", *([] if self.speakers else set_keys)],
             "instruction": [*prompt, "response_field"],
             "completion": ["text_field"],
             "pretokenized": ["ids_field", "labels_field or mask_field"],
-            "preference": ["chosen_field", "rejected_field", *blanked],
+            "preference": ["chosen_field", "rejected_field", *set_keys],
             "choice": [*prompt, "choice_fields", "label_fields"],
         }[self.kind]
         for key in needed:
-            if not any(getattr(self, one) for one in key.split(" or ")):
-                return key, f"names no column in {key}, which kind {self.kind} needs"
+            if not any(getattr(self, name) for name in key.split(" or ")):
+                return key, f"names no column in {key}, which kind {self.kind} requires"
         if self.kind == "choice" and len(self.choice_fields) != 2:
-            return "choice_fields", f"names {len(self.choice_fields)} columns in choice_fields, where two answers stand"
+            return "choice_fields", f"names {len(self.choice_fields)} columns in choice_fields instead of two"
         return None
 
     @property
-    def required(self) -> tuple[Names, ...]:
-        """The columns without which no row has this format."""
-        asked = tuple((n,) for n in PLACEHOLDER.findall(self.prompt_template or ""))
-        prompt = (self.prompt_field,) if self.prompt_template is None else asked
+    def required_columns(self) -> tuple[Names, ...]:
+        """The alternative names of each column that every record of this format has."""
+        template = tuple((name,) for name in TEMPLATE_COLUMN.findall(self.prompt_template or ""))
+        prompt = (self.prompt_field,) if self.prompt_template is None else template
         return {
             "conversation": (self.messages_field,),
             "instruction": (*prompt, self.response_field),
@@ -131,278 +141,282 @@ class DataFormat(Section):
             "choice": (*((name,) for name in self.choice_fields), self.label_fields),
         }[self.kind]
 
-    def fits(self, row: Row) -> bool:
-        """Whether the row's columns look like this format."""
-        if not all(find(row, names) is not None for names in self.required):
+    def matches(self, record: Record) -> bool:
+        """Whether the columns of a record have the names and types of this format."""
+        if not all(find_column(record, names) is not None for names in self.required_columns):
             return False
         if self.kind == "conversation":
-            messages = lookup(row, self.messages_field)
-            if isinstance(messages, str) and messages.lstrip().startswith("["):
-                with suppress(ValueError, RecursionError):
-                    messages = json.loads(messages)
-            if not isinstance(messages, list) or not messages:
-                return False
-            if self.speakers:
-                return isinstance(messages[0], (str, list))
-            first = messages[0]
-            return isinstance(first, Mapping) and None not in (
-                find(first, self.role_keys),
-                find(first, self.content_keys),
-            )
+            return self._matches_messages(lookup(record, self.messages_field))
         if self.kind in ("instruction", "completion"):
-            return all(isinstance(lookup(row, names), str) for names in self.required)
+            return all(isinstance(lookup(record, names), str) for names in self.required_columns)
         return True
 
-
-def find(row: Row, names: Sequence[str]) -> str | None:
-    """The first of `names` that the row has a value for, else the first that it has; None if it has none."""
-    there = [name for name in names if name in row or ("." in name and _inside(row, name) is not MISSING)]
-    return next((name for name in there if lookup(row, (name,)) is not None), there[0] if there else None)
-
-
-def lookup(row: Row, names: Sequence[str]) -> Any:
-    """The value of the first of `names` that the row has one for; None if it has none."""
-    for name in names:
-        value = row[name] if name in row else _inside(row, name) if "." in name else MISSING
-        if value is not MISSING and value is not None:
-            return value
-    return None
-
-
-def _inside(row: Any, name: str) -> Any:
-    for part in name.split("."):
-        if isinstance(row, Mapping) and part in row:
-            row = row[part]
-        elif isinstance(row, list) and part.isdecimal() and int(part) < len(row):
-            row = row[int(part)]
-        else:
-            return MISSING
-    return row
+    def _matches_messages(self, messages: Any) -> bool:
+        if isinstance(messages, str) and messages.lstrip().startswith("["):
+            with suppress(ValueError, RecursionError):
+                messages = json.loads(messages)
+        if not isinstance(messages, list) or not messages:
+            return False
+        first = messages[0]
+        if self.speakers:
+            return isinstance(first, (str, list))
+        keys = (self.role_keys, self.content_keys)
+        return isinstance(first, Mapping) and all(find_column(first, names) is not None for names in keys)
 
 
 def load_format(name: str) -> DataFormat:
-    """A shipped format by name, or a file of that kind.
+    """A shipped format by name, or the format in a YAML file.
 
     Raises:
-        RecipeError: if there is none, or if the file is wrong.
+        RecipeError: if there is none, or the file is invalid.
     """
     path = find_spec("formats", name, "format", also=("auto",))
     return read_spec(path, DataFormat)[0]
 
 
-def recognise(source: Source, rows: Sequence[Row], names: Sequence[str] = DETECTED) -> str | None:
-    """The shipped format that most of a source's first rows fit; None if none of them fits any."""
-    formats = [load_format(name).adapted(source) for name in names]
-    counted = [(sum(fmt.fits(row) for row in rows), -i) for i, fmt in enumerate(formats)]
-    best, position = max(counted)
-    return names[-position] if best else None
-
-
-def choose_format(source: Source, rows: Sequence[Row]) -> DataFormat:
-    """The format of a source: the named one, or the shipped one that most of its first rows fit.
+def choose_format(source: Source, records: Sequence[Record]) -> DataFormat:
+    """The format of a source: the one it names, or the shipped one that most of its first records match.
 
     Raises:
-        DataError: if the rows have not the columns of the named format, or fit none.
+        DataError: if the records do not match the named format, or no shipped one.
     """
     named = None if source.format == "auto" else load_format(source.format).adapted(source)
-    if named is not None and named.lacks is not None:
-        raise _incomplete(source.format, *named.lacks)
-    found = recognise(source, rows, DETECTED if source.format == "auto" else (source.format,))
-    if found is None:
-        raise _not_of_format(source, rows)
-    fmt = load_format(found).adapted(source)
-    if fmt.kind == "choice" and len(fmt.labels) != 2:
-        said = sorted({str(row[name]) for row in rows for name in fmt.label_fields if name in row})
+    if named is not None and named.fault is not None:
+        raise _incomplete(source.format, *named.fault)
+    name = recognise_format(source, records, DETECTED_FORMATS if source.format == "auto" else (source.format,))
+    if name is None:
+        raise _not_matching(source, records)
+    data_format = load_format(name).adapted(source)
+    if data_format.kind == "choice" and len(data_format.labels) != 2:
+        columns = data_format.label_fields
+        values = sorted({str(record[column]) for record in records for column in columns if column in record})
         raise DataError(
-            source.path, f"which of its two answers is better is not said: {', '.join(fmt.label_fields)} "
-            f"{'is' if len(fmt.label_fields) == 1 else 'are'} {', '.join(said[:5])}",
-            "say what stands for the first answer and what for the second, e.g. labels: [1, 2]",
+            source.path, f"the recipe does not say which answer each label prefers: {', '.join(columns)} "
+            f"{'is' if len(columns) == 1 else 'are'} {', '.join(values[:5])}",
+            "give the label of the first answer and that of the second, e.g. labels: [1, 2]",
         )  # fmt: skip
-    return fmt
+    return data_format
 
 
-def _incomplete(name: str, key: str, what: str) -> RecipeError:
-    """What is said of a format that names too few columns: with the line of its file where the key stands there."""
-    path = find_spec("formats", name, "format")
-    _, document = read_spec(path, DataFormat)
-    where = next((document.where((one,)) for one in key.split(" or ") if one in document.value), f"{path}:1")
-    return RecipeError(where, f"the format {what}", f"name the column there, e.g. {key.split(' or ')[0]}: [NAME]"
-                       + (", or in the source" if key in (*FIELDS, *LISTED) else ""))  # fmt: skip
+def recognise_format(source: Source, records: Sequence[Record], names: Sequence[str] = DETECTED_FORMATS) -> str | None:
+    """The format among `names` that most records match; None if no record matches any."""
+    formats = [load_format(name).adapted(source) for name in names]
+    matches = [(sum(data_format.matches(record) for record in records), -i) for i, data_format in enumerate(formats)]
+    count, position = max(matches)
+    return names[-position] if count else None
 
 
-def _not_of_format(source: Source, rows: Sequence[Row]) -> DataError:
-    """What rows lack for the format that a source names, and what they look like instead."""
-    has = f"its columns are {described(rows)}"
-    if source.format == "auto":
-        asked = recognise(source, rows, tuple(ON_REQUEST))
-        remedy = "name the columns (messages_field, or prompt_field and response_field, …) or a format"
-        if asked is not None:
-            remedy = f"set format: {asked} if that is what they are ({ON_REQUEST[asked]}), or {remedy}"
-        return DataError(source.path, f"its format is not recognised ({has})", remedy)
-    likes = recognise(Source(path=source.path), rows)
-    if likes not in (None, source.format):
-        what = f"its rows are not of format {source.format} ({has})"
-        pairs = " (preference pairs: for method: dpo)" if likes == "preference" else ""
-
-        return DataError(source.path, what, f"they look like format {likes}{pairs}: set format: {likes}, or auto")
-    columns = sorted({column for row in rows for column in row})
-    fmt = load_format(source.format).adapted(source)
-    for missing in (names for names in fmt.required if not any(find(row, names) for row in rows)):
-        guess = closest(missing[0], columns)
-        return DataError(
-            source.path, f"no column `{'` or `'.join(missing)}` for format {source.format}; {has}",
-            f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
-        )  # fmt: skip
-    inside, remedy = "both filled with text", "check the rows, or name other columns"
-    if fmt.kind == "completion":
-        inside = "filled with text"
-    if fmt.kind == "conversation":
-        inside = f"messages with {'/'.join(fmt.role_keys)} and {'/'.join(fmt.content_keys)} in them"
-        remedy = "set role_field and content_field to the keys of a message"
-    return DataError(source.path, f"its rows have the columns of format {source.format}, but not {inside}", remedy)
+def find_column(record: Record, names: Sequence[str]) -> str | None:
+    """The first of `names` that is not null in the record, else the first that it has; None if it has none."""
+    present = [name for name in names if name in record or ("." in name and _descend(record, name) is not _MISSING)]
+    return next((name for name in present if lookup(record, (name,)) is not None), present[0] if present else None)
 
 
-def described(rows: Sequence[Row]) -> str:
-    """The columns of rows, and the keys of the objects that lists among them hold."""
-    shown, columns = [], sorted({column for row in rows for column in row})
-    for column in columns[:MOST_COLUMNS]:
-        value = next((row[column] for row in rows if row.get(column)), None)
+def lookup(record: Record, names: Sequence[str]) -> Any:
+    """The value of the first of `names` that is not null in the record; None if there is none."""
+    for name in names:
+        value = record[name] if name in record else _descend(record, name) if "." in name else _MISSING
+        if value is not _MISSING and value is not None:
+            return value
+    return None
+
+
+def _descend(value: Any, name: str) -> Any:
+    for key in name.split("."):
+        if isinstance(value, Mapping) and key in value:
+            value = value[key]
+        elif isinstance(value, list) and key.isdecimal() and int(key) < len(value):
+            value = value[int(key)]
+        else:
+            return _MISSING
+    return value
+
+
+def used_columns(name: str, fields: Mapping[str, Any], records: Sequence[Record]) -> set[str]:
+    """The columns of records that a format reads, with those that a source's `fields` add."""
+    data_format = load_format(name)
+    added = {value for key, value in fields.items() if key.endswith("_field")}
+    added |= {value for key in ("choice_fields", "label_fields") for value in fields.get(key, ())}
+    keys = [key for key in type(data_format).model_fields if key.endswith("_field")]
+    own = {column for key in keys for column in getattr(data_format, key)}
+    return {column for record in records for column in record} & (own | added | {"language", "lang"})
+
+
+def describe_columns(records: Sequence[Record]) -> str:
+    """The columns of records, and the keys of objects in lists, as a text."""
+    shown, columns = [], sorted({column for record in records for column in record})
+    for column in columns[:_MAX_SHOWN]:
+        value = next((record[column] for record in records if record.get(column)), None)
         first = value[0] if isinstance(value, list) and value else None
-        keys = (
-            f" (a list of objects with {', '.join(shortened(str(key)) for key in islice(first, MOST_COLUMNS))})"
-            if isinstance(first, Mapping)
-            else ""
-        )
+        keys = ""
+        if isinstance(first, Mapping):
+            names = ", ".join(shortened(str(key)) for key in islice(first, _MAX_SHOWN))
+            keys = f" (a list of objects with {names})"
         shown.append(f"{shortened(column)}{keys}")
     left = len(columns) - len(shown)
     return ", ".join([*shown, *([f"and {left:,} more"] if left else [])]) or "none"
 
 
-PROMPTS = ("instruction", "prompt", "question", "query", "request", "user", "input", "domanda", "istruzione",
-           "richiesta", "utente", "quesito")  # fmt: skip
-INPUTS = ("context", "contesto", "input", "ingresso", "passage", "brano", "document", "documento", "testo", "text")
-ANSWERS = ("output", "response", "answer", "completion", "reply", "assistant", "target", "risposta", "gpt", "solution",
-           "uscita", "assistente", "soluzione")  # fmt: skip
-BETTER = ("chosen", "preferred", "better", "win", "winner", "accepted", "scelta", "scelto", "preferita", "migliore",
-          "response_chosen", "risposta_scelta", "risposta_preferita")  # fmt: skip
-WORSE = ("rejected", "dispreferred", "worse", "lose", "loser", "refused", "rifiutata", "rifiutato", "scartata",
-         "peggiore", "response_rejected", "risposta_rifiutata", "risposta_scartata")  # fmt: skip
-LABELS = ("label", "preference", "winner", "better", "choice", "vote", "etichetta", "preferenza", "scelta")
-SIDES = (("1", "2"), ("a", "b"), ("0", "1"))  # how the names of two answers end
-LANGUAGES = ("lingua", "lang_code", "language_code", "locale", "idioma")
-CONTENTS = ("content", "value", "text", "testo", "message", "messaggio", "utterance", "contenuto", "body", "corpo")
-ROLES = {
+def _incomplete(name: str, key: str, fault: str) -> RecipeError:
+    """The error for a format that names too few columns, with the line of its file."""
+    path = find_spec("formats", name, "format")
+    _, document = read_spec(path, DataFormat)
+    where = next((document.where((one,)) for one in key.split(" or ") if one in document.value), f"{path}:1")
+    in_source = ", or in the source" if key in (*_COLUMN_KEYS, *_LIST_KEYS) else ""
+    remedy = f"name the column there, e.g. {key.split(' or ')[0]}: [NAME]{in_source}"
+    return RecipeError(where, f"the format {fault}", remedy)
+
+
+def _not_matching(source: Source, records: Sequence[Record]) -> DataError:
+    """The error for records that do not match the format of their source."""
+    columns = f"its columns are {describe_columns(records)}"
+    if source.format == "auto":
+        explicit = recognise_format(source, records, tuple(EXPLICIT_FORMATS))
+        remedy = "name the columns (messages_field, or prompt_field and response_field, …) or a format"
+        if explicit is not None:
+            remedy = f"set format: {explicit} if they are of this kind ({EXPLICIT_FORMATS[explicit]}), or {remedy}"
+        return DataError(source.path, f"its format is not recognised ({columns})", remedy)
+    likely = recognise_format(Source(path=source.path), records)
+    if likely not in (None, source.format):
+        what = f"its rows are not of format {source.format} ({columns})"
+        pairs = " (preference pairs, for method: dpo)" if likely == "preference" else ""
+        return DataError(source.path, what, f"they look like format {likely}{pairs}: set format: {likely}, or auto")
+    data_format = load_format(source.format).adapted(source)
+    for names in data_format.required_columns:
+        if not any(find_column(record, names) for record in records):
+            guess = closest(names[0], sorted({column for record in records for column in record}))
+            return DataError(
+                source.path, f"no column `{'` or `'.join(names)}` for format {source.format}; {columns}",
+                f"did you mean `{guess}`?" if guess else "name the column in the recipe, or set format: auto",
+            )  # fmt: skip
+    fault, remedy = "they are not both text", "check the rows, or name other columns"
+    if data_format.kind == "completion":
+        fault = "they are not text"
+    if data_format.kind == "conversation":
+        keys = f"{'/'.join(data_format.role_keys)} and {'/'.join(data_format.content_keys)}"
+        fault, remedy = f"not messages with {keys}", "set role_field and content_field to the keys of a message"
+    return DataError(source.path, f"its rows have the columns of format {source.format}, but {fault}", remedy)
+
+
+# Column names, role names and labels from which a format is inferred, English and Italian; the best name first
+_PROMPTS = ("instruction", "prompt", "question", "query", "request", "user", "input", "domanda", "istruzione",
+            "richiesta", "utente", "quesito")  # fmt: skip
+_INPUTS = ("context", "contesto", "input", "ingresso", "passage", "brano", "document", "documento", "testo", "text")
+_ANSWERS = ("output", "response", "answer", "completion", "reply", "assistant", "target", "risposta", "gpt", "solution",
+            "uscita", "assistente", "soluzione")  # fmt: skip
+_CHOSEN = ("chosen", "preferred", "better", "win", "winner", "accepted", "scelta", "scelto", "preferita", "migliore",
+           "response_chosen", "risposta_scelta", "risposta_preferita")  # fmt: skip
+_REJECTED = ("rejected", "dispreferred", "worse", "lose", "loser", "refused", "rifiutata", "rifiutato", "scartata",
+             "peggiore", "response_rejected", "risposta_rifiutata", "risposta_scartata")  # fmt: skip
+_LABELS = ("label", "preference", "winner", "better", "choice", "vote", "etichetta", "preferenza", "scelta")
+_ANSWER_SUFFIXES = (("1", "2"), ("a", "b"), ("0", "1"))  # of the columns of two answers
+_LANGUAGES = ("lingua", "lang_code", "language_code", "locale", "idioma")
+_CONTENTS = ("content", "value", "text", "testo", "message", "messaggio", "utterance", "contenuto", "body", "corpo")
+_ROLES = {
     "system": ("system", "sistema", "developer"),
     "user": ("user", "human", "utente", "umano", "prompter", "customer", "client", "cliente", "question"),
     "assistant": ("assistant", "assistente", "gpt", "bot", "model", "ai", "chatgpt", "agent", "answer", "chatbot"),
     "tool": ("tool", "observation", "function", "ipython", "strumento", "tool_response"),
 }
-Guess = tuple[str, dict[str, Any]]  # the shipped format it is nearest to, and the keys of a source that say the rest
 
 
-def guess_fields(rows: Sequence[Row]) -> Guess | None:
-    """The format that rows are nearest to and the columns that it needs to be told; None if nothing is near."""
-    columns = Counter(column for row in rows for column in row)
-    common = [column for column, n in columns.items() if n >= len(rows) / 2]
-    found = _messages(rows, common) or _preference(rows, common)
-    found = found or _choice(rows, common) or _instruction(rows, common)
-    if found is None:
+class InferredFormat(NamedTuple):
+    """The shipped format that records are closest to, and the keys of a source that adapt it to their columns."""
+
+    name: str
+    fields: dict[str, Any]
+
+
+def infer_format(records: Sequence[Record]) -> InferredFormat | None:
+    """Infers the format of records from the names and values of their columns; None if no format is close."""
+    counts = Counter(column for record in records for column in record)
+    columns = [column for column, count in counts.items() if count >= len(records) / 2]
+    inferred = _infer_messages(records, columns) or _infer_preference(records, columns)
+    inferred = inferred or _infer_choice(records, columns) or _infer_instruction(records, columns)
+    if inferred is None:
         return None
-    language = _named([column for column in common if _is_text(rows, column)], LANGUAGES)
-    return found[0], {**found[1], **({"language_field": language} if language else {})}
+    language = _first_named(_text_columns(records, columns), _LANGUAGES)
+    return InferredFormat(inferred.name, {**inferred.fields, **({"language_field": language} if language else {})})
 
 
-def used_columns(name: str, fields: Mapping[str, Any], rows: Sequence[Row]) -> set[str]:
-    """Columns that a format reads, with what a source names instead."""
-    fmt = load_format(name)
-    named = {value for key, value in fields.items() if key.endswith("_field")}
-    named |= {value for key in ("choice_fields", "label_fields") for value in fields.get(key, ())}
-    there = {column for row in rows for column in row}
-    own = {column for key in type(fmt).model_fields if key.endswith("_field") for column in getattr(fmt, key)}
-    return there & (own | named | {"language", "lang"})
-
-
-def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    """The column that has one of these names, the first name first; capitals do not count."""
-    by_name = {column.lower(): column for column in reversed(columns)}
-    return next((by_name[name] for name in names if name in by_name), None)
-
-
-def _messages(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
-    """A column of lists of objects that have a role and a text."""
+def _infer_messages(records: Sequence[Record], columns: Sequence[str]) -> InferredFormat | None:
+    """A column of lists of objects, each with a role and a text."""
     for column in columns:
-        entries = [entry for row in rows for entry in _list(row.get(column)) if isinstance(entry, Mapping)]
-        if len(entries) < len(rows):
+        lists = [value for record in records if isinstance(value := record.get(column), list)]
+        messages = [message for value in lists for message in value if isinstance(message, Mapping)]
+        if len(messages) < len(records):
             continue
-        texts = [key for key in {key: None for entry in entries for key in entry} if _is_text(entries, key)]
-        said = {key: {entry[key] for entry in entries if isinstance(entry.get(key), str)} for key in texts}
-        role_key = next((key for key in texts if len(said[key]) <= 8 and _roles(said[key]) is not None), None)
+        texts = _text_columns(messages, list({key: None for message in messages for key in message}))
+        values = {key: {m[key] for m in messages if isinstance(m.get(key), str)} for key in texts}
+        role_key = next((key for key in texts if len(values[key]) <= 8 and _infer_roles(values[key]) is not None), None)
         others = [key for key in texts if key != role_key]
-        content = _named(others, CONTENTS) or (others[0] if len(others) == 1 else None)
+        content = _first_named(others, _CONTENTS) or (others[0] if len(others) == 1 else None)
         if role_key is None or content is None:
             continue
-        roles = _roles(said[role_key])
-        return "messages", {
-            "messages_field": column, "role_field": role_key, "content_field": content, "roles": roles,
-        }  # fmt: skip
+        return InferredFormat("messages", {
+            "messages_field": column, "role_field": role_key, "content_field": content,
+            "roles": _infer_roles(values[role_key]),
+        })  # fmt: skip
     return None
 
 
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else ()
+def _infer_roles(names: set[str]) -> dict[str, str] | None:
+    """The role of each name; None unless all names are known, and include both a user and an assistant."""
+    roles = {name: role for name in sorted(names) for role, known in _ROLES.items() if name.strip().lower() in known}
+    return roles if len(roles) == len(names) and {"user", "assistant"} <= set(roles.values()) else None
 
 
-def _roles(said: set[str]) -> dict[str, str] | None:
-    """What each of these words is called here; None unless all are known, and both sides of a dialogue among them."""
-    known = {word: role for word in sorted(said) for role, names in ROLES.items() if word.strip().lower() in names}
-    return known if len(known) == len(said) and {"user", "assistant"} <= set(known.values()) else None
-
-
-def _preference(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
-    better, worse = _named(columns, BETTER), _named(columns, WORSE)
-    if better is None or worse is None:
+def _infer_preference(records: Sequence[Record], columns: Sequence[str]) -> InferredFormat | None:
+    chosen, rejected = _first_named(columns, _CHOSEN), _first_named(columns, _REJECTED)
+    if chosen is None or rejected is None:
         return None
-    prompt = _named([column for column in columns if _is_text(rows, column)], PROMPTS)
-    return "preference", {
-        "chosen_field": better, "rejected_field": worse, **({"prompt_field": prompt} if prompt else {}),
-    }  # fmt: skip
+    prompt = _first_named(_text_columns(records, columns), _PROMPTS)
+    fields = {"chosen_field": chosen, "rejected_field": rejected, **({"prompt_field": prompt} if prompt else {})}
+    return InferredFormat("preference", fields)
 
 
-def _choice(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
-    """Two answers whose names differ in their ends alone, and a column that says which one is better."""
-    texts = {column.lower(): column for column in columns if _is_text(rows, column)}
-    label, prompt = _named(columns, LABELS), _named(list(texts.values()), PROMPTS)
+def _infer_choice(records: Sequence[Record], columns: Sequence[str]) -> InferredFormat | None:
+    """Two answers in columns that differ in their suffix alone, and a column with the label of the preferred one."""
+    texts = {column.lower(): column for column in _text_columns(records, columns)}
+    label, prompt = _first_named(columns, _LABELS), _first_named(list(texts.values()), _PROMPTS)
     if label is None or prompt is None:
         return None
-    for first, second in SIDES:
+    for first, second in _ANSWER_SUFFIXES:
         for name, column in texts.items():
             other = f"{name[: -len(first)]}{second}"
             if not name.endswith(first) or other not in texts:
                 continue
-            if (labels := _meanings([row.get(label) for row in rows], (name, other))) is not None:
+            if (labels := _infer_labels([record.get(label) for record in records], (name, other))) is not None:
                 fields = {"prompt_field": prompt, "choice_fields": [column, texts[other]], "label_fields": [label]}
-                return "choice", {**fields, "labels": labels}
+                return InferredFormat("choice", {**fields, "labels": labels})
     return None
 
 
-def _meanings(said: Sequence[Any], names: tuple[str, str]) -> list[Any] | None:
-    """What labels say for the first answer and for the second; None if that can be read in two ways."""
-    values = {str(value).lower(): value for value in said if value is not None}
-    pairs = [pair for pair in (*SIDES, names) if set(pair) <= set(values)]
-    return [values[end] for end in pairs[0]] if len(pairs) == 1 else None
+def _infer_labels(labels: Sequence[Any], names: tuple[str, str]) -> list[Any] | None:
+    """The labels of the first and of the second answer; None if they are ambiguous."""
+    values = {str(label).lower(): label for label in labels if label is not None}
+    pairs = [pair for pair in (*_ANSWER_SUFFIXES, names) if set(pair) <= set(values)]
+    return [values[label] for label in pairs[0]] if len(pairs) == 1 else None
 
 
-def _instruction(rows: Sequence[Row], columns: Sequence[str]) -> Guess | None:
-    texts = [column for column in columns if _is_text(rows, column)]
-    answer = _named(texts, ANSWERS)
-    prompt = _named([column for column in texts if column != answer], PROMPTS)
+def _infer_instruction(records: Sequence[Record], columns: Sequence[str]) -> InferredFormat | None:
+    texts = _text_columns(records, columns)
+    answer = _first_named(texts, _ANSWERS)
+    prompt = _first_named([column for column in texts if column != answer], _PROMPTS)
     if answer is None or prompt is None:
         return None
-    further = _named([column for column in texts if column not in (answer, prompt)], INPUTS)
-    return "alpaca", {
-        "prompt_field": prompt, "response_field": answer, **({"input_field": further} if further else {}),
-    }  # fmt: skip
+    further = _first_named([column for column in texts if column not in (answer, prompt)], _INPUTS)
+    fields = {"prompt_field": prompt, "response_field": answer, **({"input_field": further} if further else {})}
+    return InferredFormat("alpaca", fields)
 
 
-def _is_text(rows: Sequence[Row], column: str) -> bool:
-    return sum(isinstance(row.get(column), str) for row in rows) >= len(rows) / 2
+def _first_named(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    """The column with the first of `names` that occurs, ignoring case."""
+    by_name = {column.lower(): column for column in reversed(columns)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _text_columns(records: Sequence[Record], columns: Sequence[str]) -> list[str]:
+    """The columns that are text in at least half of the records."""
+    half = len(records) / 2
+    return [column for column in columns if sum(isinstance(r.get(column), str) for r in records) >= half]

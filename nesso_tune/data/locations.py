@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.data.files import expand
-from nesso_tune.data.sources import is_here
+from nesso_tune.data.sources import is_local_source
 from nesso_tune.recipes.sections import CleanSection, Source
 
 FileNames = Mapping[str, str]  # old name -> current name
@@ -23,7 +23,9 @@ _BEFORE_FILE = re.compile(r": of |: |^of ")  # what may precede the file name
 def file_names(sources: Sequence[Source], clean: CleanSection) -> list[str]:
     """Names of all files of the sources and of the decontamination texts, in the order in which they are read."""
     names = [
-        name for source in sources for name in (map(str, expand(source.path)) if is_here(source) else [source.path])
+        name
+        for source in sources
+        for name in (map(str, expand(source.path)) if is_local_source(source) else [source.path])
     ]
     evaluations = clean.decontaminate.files if clean.decontaminate else ()
     return [*names, *(str(file) for path in evaluations for file in expand(path))]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nesso_tune.data.privacy import source_name
-from nesso_tune.data.record_reader import OTHER, rule_of
+from nesso_tune.data.record_reader import OTHER_KEY, language_rule
 from nesso_tune.data.report import GroupReport
 from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError
@@ -91,9 +91,9 @@ def _groups_by_weight(documents: Documents, records: IntArray, sources: Sequence
             continue
         for code, language in enumerate(documents.language_names):
             of_language = own[documents.languages[own] == code]
-            rule = rule_of(source, language)
+            rule = language_rule(source, language)
             if rule is not None and rule.weight is not None:
-                rule_key = f"data.sources.{i}.rules.{language if language in source.rules else OTHER}.weight"
+                rule_key = f"data.sources.{i}.rules.{language if language in source.rules else OTHER_KEY}.weight"
                 groups.append(Group(f"{name} {language}", of_language, rule.weight, key=rule_key))
             else:
                 groups.append(Group(f"{name} {language}", of_language, source.weight, key=key))
@@ -105,7 +105,7 @@ def _groups_by_share(
 ) -> list[Group]:
     """One group per language or source that has a share; `other` holds those without a share of their own.
 
-    The epoch is as long as it can be without a group being repeated more than `mixture.repeat` times.
+    The epoch is as long as it can be without a group being find_duplicates more than `mixture.repeat` times.
     """
     if mixture.by == "language":
         names, codes = documents.language_names, documents.languages[records]
@@ -116,7 +116,7 @@ def _groups_by_share(
     members: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         if name in present:
-            members.setdefault(name if name in mixture.shares else OTHER, []).append(i)
+            members.setdefault(name if name in mixture.shares else OTHER_KEY, []).append(i)
     missing = next((name for name, share in mixture.shares.items() if share > 0 and name not in members), None)
     if missing is not None:
         raise DataError("data.mixture.shares", f"no row belongs to `{missing}`", "remove it")
@@ -131,7 +131,7 @@ def _groups_by_share(
 def _check_shares(present: Iterable[str], mixture: MixtureSection) -> None:
     """Raises DataError if a language or source of the data has no share."""
     left_out = sorted(name for name in present if name not in mixture.shares)
-    if left_out and OTHER not in mixture.shares:
+    if left_out and OTHER_KEY not in mixture.shares:
         raise DataError(
             "data.mixture.shares", f"has no share for {', '.join(left_out)}",
             "set a share for each (0 leaves it out), or for `other`, which stands for all that are not named",
@@ -152,7 +152,7 @@ def mixture_warnings(documents: Documents, groups: Sequence[Group], train: IntAr
             continue
         present = {documents.language_names[code] for code in np.unique(documents.languages[own])}
         for language, rule in source.rules.items():
-            if rule.weight is not None and language != OTHER and language not in present:
+            if rule.weight is not None and language != OTHER_KEY and language not in present:
                 warnings.append(f"data.sources.{i}.rules.{language}.weight has no effect: no row is in `{language}`")
     return warnings
 

@@ -17,12 +17,18 @@ import numpy as np
 from nesso_tune.chat.encoding import Encoded, EncodedPair
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.conversation import Completion, Conversation, PreferencePair, Tokenized
-from nesso_tune.data.anomalies import histograms, marks_of, preference_figures
-from nesso_tune.data.convert import Item, Unusable
+from nesso_tune.data.anomalies import find_anomalies, length_histograms, preference_statistics
+from nesso_tune.data.convert import Example, Unusable
 from nesso_tune.data.files import Block
-from nesso_tune.data.filtering import Contamination, exact_duplicates, read_contamination, repeated, signature_of
-from nesso_tune.data.languages import answers_in_another, load_detector
-from nesso_tune.data.record_reader import Drop, Drops, Reading, reading_of
+from nesso_tune.data.filtering import (
+    EvaluationTexts,
+    find_duplicates,
+    find_exact_duplicates,
+    minhash_signature,
+    read_evaluation_texts,
+)
+from nesso_tune.data.languages import has_language_mismatch, load_language_model
+from nesso_tune.data.record_reader import Drop, DropCounter, RecordReader, make_record_reader
 from nesso_tune.data.report import Anomaly, CorpusReport, SourceReport
 from nesso_tune.data.sources import source_blocks, source_size
 from nesso_tune.data.token_store import Chunk, Documents, DocumentWriter, IntArray, identity_of, open_documents
@@ -68,7 +74,7 @@ def build_documents(
                 dropped.writelines(_json_line(drop) for drop in block.dropped if drop.reason != "not_selected")
         store = writer.close()
         documents = open_documents(folder, **store)
-        duplicates = list(repeated(documents, recipe.data.clean, folder / _SIGNATURES))
+        duplicates = list(find_duplicates(documents, recipe.data.clean, folder / _SIGNATURES))
         for record, earlier, reason in duplicates:
             drop = Drop(documents.location(record), reason, f"of {documents.location(earlier)}")
             counters.drop(int(documents.sources[record]), drop)
@@ -87,11 +93,11 @@ def _encoded_blocks(recipe: Recipe, sources: Sequence[Source], chat: ChatTokeniz
     data = recipe.data
     decontaminate = data.clean.decontaminate
     encoder = BlockEncoder(
-        [reading_of(source, recipe.method, data.clean) for source in sources],
-        data, chat, None if decontaminate is None else read_contamination(decontaminate),
+        [make_record_reader(source, recipe.method, data.clean) for source in sources],
+        data, chat, None if decontaminate is None else read_evaluation_texts(decontaminate),
     )  # fmt: skip
     if recipe.method == "dpo" or any(source.language == AUTO for source in sources):
-        load_detector()  # before the worker processes are forked, so that they share it
+        load_language_model()  # before the worker processes are forked, so that they share it
     progress = Progress(sum(map(source_size, sources)))
     tasks = chain.from_iterable(((i, block) for block in source_blocks(s)) for i, s in enumerate(sources))
     for block in parallel_map(encoder, tasks):
@@ -136,10 +142,10 @@ class BlockEncoder:
         contamination: evaluation texts that no record may contain.
     """
 
-    readings: Sequence[Reading]
+    readings: Sequence[RecordReader]
     data: SFTData | DPOData
     chat: ChatTokenizer
-    contamination: Contamination | None = None
+    contamination: EvaluationTexts | None = None
 
     def __call__(self, task: tuple[int, Block]) -> EncodedBlock:
         """Encodes a block, given as (index of the source, block).
@@ -149,15 +155,15 @@ class BlockEncoder:
         """
         source, block = task
         result = EncodedBlock(source, 0, block.size, Chunk(block.prefix))
-        items: list[tuple[Item, int]] = []
-        for row, number in block.numbered():
+        items: list[tuple[Example, int]] = []
+        for row, number in block.numbered_records():
             result.rows += 1
             where = f"{block.prefix}{number}"
             try:
-                item = self.readings[source].item(row, where)
+                item = self.readings[source].read(row, where)
                 if isinstance(item, Tokenized) and not 0 <= min(item.input_ids) <= max(item.input_ids) < self.chat.size:
                     raise Unusable("id_outside_vocabulary", f"the tokenizer has {self.chat.size:,} ids")
-                if self.contamination is not None and (of := self.contamination.found_in(item)) is not None:
+                if self.contamination is not None and (of := self.contamination.find_in(item)) is not None:
                     raise Unusable("contains_evaluation_text", of)
                 items.append((item, number))
             except Unusable as why:
@@ -170,16 +176,18 @@ class BlockEncoder:
                 result.dropped.append(Drop(where, str(why), why.detail))
         return result
 
-    def _add(self, item: Item, encoded: Encoded | EncodedPair, number: int, where: str, result: EncodedBlock) -> None:
-        mismatched = isinstance(item, PreferencePair) and answers_in_another(item)
+    def _add(
+        self, item: Example, encoded: Encoded | EncodedPair, number: int, where: str, result: EncodedBlock
+    ) -> None:
+        mismatched = isinstance(item, PreferencePair) and has_language_mismatch(item)
         result.chunk.add(encoded, item.language, number, identity_of(item), mismatched)
-        for name in marks_of(item, self.chat.template.control_tokens):
+        for name in find_anomalies(item, self.chat.template.control_tokens):
             result.anomalies[name] += 1
             result.anomaly_examples.setdefault(name, where)
         if self.data.clean.near_duplicates is not None:
-            result.signatures += signature_of(item).tobytes()
+            result.signatures += minhash_signature(item).tobytes()
 
-    def _encode(self, items: list[Item]) -> list[Encoded | EncodedPair]:
+    def _encode(self, items: list[Example]) -> list[Encoded | EncodedPair]:
         """Encodes all items, those of one type as a batch; returns them in order."""
         encoder, data = self.chat.encoder, self.data
         if not isinstance(data, SFTData):
@@ -226,7 +234,7 @@ class _Counters:
 
     def __init__(self, sources: int) -> None:
         self.rows = [0] * sources
-        self.dropped = [Drops() for _ in range(sources)]
+        self.dropped = [DropCounter() for _ in range(sources)]
         self.anomalies: dict[str, Anomaly] = {}
 
     def add(self, block: EncodedBlock) -> None:
@@ -241,10 +249,10 @@ class _Counters:
         self.dropped[source].add(drop)
 
     @property
-    def all_dropped(self) -> Drops:
-        total = Drops()
+    def all_dropped(self) -> DropCounter:
+        total = DropCounter()
         for drops in self.dropped:
-            total.absorb(drops)
+            total.merge(drops)
         return total
 
 
@@ -289,10 +297,10 @@ def _corpus_report(
         supervised_tokens=counts.supervised_tokens,
         languages=dict(sorted(by_language.items())),
         sources=tuple(by_source),
-        duplicates=int((exact_duplicates(documents.identities[kept]) >= 0).sum()),
+        duplicates=int((find_exact_duplicates(documents.identities[kept]) >= 0).sum()),
         anomalies=dict(sorted(counters.anomalies.items(), key=lambda pair: -pair[1].rows)),
-        lengths=histograms(documents, kept),
-        preferences=preference_figures(documents, kept, dropped, rows_read) if pairs else None,
+        lengths=length_histograms(documents, kept),
+        preferences=preference_statistics(documents, kept, dropped, rows_read) if pairs else None,
     )
 
 

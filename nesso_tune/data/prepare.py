@@ -23,9 +23,9 @@ from nesso_tune.data.mixture import mixture_groups, mixture_report, mixture_warn
 from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Privacy, source_name
-from nesso_tune.data.record_reader import OTHER
+from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport
-from nesso_tune.data.sources import Content, content_of
+from nesso_tune.data.sources import SourceContent, source_content
 from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
 from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError, RecipeError
@@ -323,7 +323,7 @@ def _encoded_corpus(
     )
 
 
-def _corpus_identity(documents: Documents, contents: tuple[list[str], list[Content]], key: str) -> list[Any]:
+def _corpus_identity(documents: Documents, contents: tuple[list[str], list[SourceContent]], key: str) -> list[Any]:
     """Identifies encoded sources by the bytes of their files and by their tokens, not by names or versions."""
     evaluations, sources = contents
     hashes = cache.file_hashes(KIND, key)
@@ -334,14 +334,14 @@ def _corpus_identity(documents: Documents, contents: tuple[list[str], list[Conte
     return [tokens, evaluations, [(source.rows, source.tools, source.reads) for source in sources]]
 
 
-def _contents(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[Content]]:
+def _contents(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[SourceContent]]:
     """Content hashes of the decontamination files and of the sources."""
     decontaminate = recipe.data.clean.decontaminate
     evaluations = [] if decontaminate is None else [content_hash(expand(name)) for name in decontaminate.files]
-    return evaluations, [content_of(source) for source in sources]
+    return evaluations, [source_content(source) for source in sources]
 
 
-def _cache_key(recipe: Recipe, contents: tuple[list[str], list[Content]], chat: ChatTokenizer) -> str:
+def _cache_key(recipe: Recipe, contents: tuple[list[str], list[SourceContent]], chat: ChatTokenizer) -> str:
     """Hash of everything that decides the encoded records: content, settings, code and package versions."""
     after_encoding = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
     settings = recipe.data.model_dump(mode="json", exclude=after_encoding)
@@ -366,7 +366,7 @@ def _mixture_settings(data: SFTData | DPOData) -> list[Any]:
     if mixture is not None and mixture["by"] == "source":  # by position: the names of sources do not count
         shares = mixture["shares"]
         by_index = {str(i): shares[source_name(s)] for i, s in enumerate(data.sources) if source_name(s) in shares}
-        mixture["shares"] = {**by_index, OTHER: shares.get(OTHER)}
+        mixture["shares"] = {**by_index, OTHER_KEY: shares.get(OTHER_KEY)}
     weights = [{code: rule.weight for code, rule in source.rules.items()} for source in data.sources]
     settings = [mixture, weights if any(weights) else None, data.clean.validation_overlap]
     return settings if settings != [None, None, "keep"] else []

@@ -17,9 +17,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.files import GLOB, expand, is_local
+from nesso_tune.data.files import expand, is_glob, is_local
 from nesso_tune.data.locations import ROW_NUMBER
-from nesso_tune.data.record_reader import OTHER
+from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.builtin import OF_SOURCE, local_path, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
@@ -209,7 +209,7 @@ class Privacy:
         if source.tools_file is not None and not self._private_files.isdisjoint(_file_ids(source.tools_file)):
             return True  # the tools become part of its rows
         own = frozenset(_file_ids(source.path))
-        return not own.isdisjoint(self._private_files) and (own <= self._private_files or bool(GLOB & set(source.path)))
+        return not own.isdisjoint(self._private_files) and (own <= self._private_files or is_glob(source.path))
 
     def _is_private_file(self, file: str) -> bool:
         named = file in self._private_names or any(_may_read(source, file) for source in self._private)
@@ -231,7 +231,9 @@ class Privacy:
         return placeholder("private file", value)
 
     def _shown_shares(self, shares: Mapping[str, float]) -> dict[str, float]:
-        shown = dict(zip(map(source_name, self.data.sources), self.source_names(), strict=True)) | {OTHER: OTHER}
+        shown = dict(zip(map(source_name, self.data.sources), self.source_names(), strict=True)) | {
+            OTHER_KEY: OTHER_KEY
+        }
         return {shown.get(name, f"unknown source {i}"): share for i, (name, share) in enumerate(shares.items(), 1)}
 
     def _shown_word(self, word: str) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded, EncodedPair
 from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
-from nesso_tune.data.convert import Item
+from nesso_tune.data.convert import Example
 from nesso_tune.data.report import TokenCounts
 
 IntArray = npt.NDArray[Any]
@@ -293,7 +293,7 @@ class Identity(NamedTuple):
     rejected: int = _NO_HASH
 
 
-def identity_of(item: Item) -> Identity:
+def identity_of(item: Example) -> Identity:
     """The content hashes of a record; its language and its source do not count."""
     if isinstance(item, Tokenized):
         key = _hash(",".join(map(str, item.input_ids)))

@@ -1,11 +1,13 @@
-"""Readers of a user's own: a function in a Python file that makes a row of a known shape of any row.
+"""User-defined readers: a function in a Python file that converts any row to a known format.
 
-A recipe names it as `format: readers.py:faq`. The function gets a row as a dict and returns a dict of a shape that is
-known (`messages`; `prompt` and `response`; `prompt`, `chosen` and `rejected`; `text`; `input_ids` and `labels`), a
-Conversation or a PreferencePair, or None for a row that is to be left out:
+A recipe names it as `format: readers.py:faq`. The function gets a row as a dict. It returns a dict of a known format
+(`messages`; `prompt` and `response`; `prompt`, `chosen` and `rejected`; `text`; `input_ids` and `labels`), a
+Conversation, a PreferencePair, or None to skip the row:
 
     def faq(row):
         return {"prompt": row["q"], "response": row["answers"][0]}
+
+The prepared data is cached by the code of the reader, including the user's own modules that it imports.
 """
 
 from __future__ import annotations
@@ -29,73 +31,131 @@ from nesso_tune.data.files import content_hash, files_under
 from nesso_tune.errors import RecipeError, closest, first_line
 from nesso_tune.recipes.builtin import reader_file
 
-Places = dict[str, Path | None]  # where modules that are not beside a reader come from; None: not a user's own
-PYTHON = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
+ReaderFunction = Callable[[dict[str, Any]], Any]
+ModuleFiles = dict[str, Path | None]  # files of imported modules; None for modules that are not the user's own
+
+_STDLIB = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
 
 @dataclass(frozen=True)
-class OwnReader:
-    """A function of a user's that reads rows.
+class UserReader:
+    """A user-defined function that reads rows.
 
     Attributes:
-        name: as the recipe names it.
-        function: gets a row, returns a row of a known shape, a Conversation, a PreferencePair, or None.
-        code: hash of its name, of the file that it stands in, of what that imports of the user's, and of the files that
-            it is said to read.
+        name: as in the recipe.
+        function: takes a row, returns a row of a known format, a Conversation, a PreferencePair, or None.
+        code: hash of its name, its file, the user's modules that the file imports, and the files it declares to read.
     """
 
     name: str
-    function: Callable[[dict[str, Any]], Any]
+    function: ReaderFunction
     code: str
 
 
-_loaded: dict[str, OwnReader] = {}
-_places: dict[str, Places] = {}  # of a reader that is loaded: what was found then, so that reading rows changes nothing
-_as_imported: dict[str, bytes] = {}  # modules that are not beside a reader, as they were when they were first asked for
+_loaded: dict[str, UserReader] = {}
+# Per reader: the modules outside its folder, resolved once after loading, so that reading rows does not change `code`
+_module_files: dict[str, ModuleFiles] = {}
+_sources_at_import: dict[str, bytes] = {}  # source of each of these modules when it was first hashed
 
 
-def is_reader(name: str) -> bool:
+def is_user_reader(name: str) -> bool:
     """Whether a source's `format` names a function."""
     return ".py:" in name
 
 
-def load_reader(name: str, reads: Sequence[str] = ()) -> OwnReader:
-    """The function that `FILE.py:FUNCTION` names. Its file is run, as any Python file that is imported.
+def load_user_reader(name: str, reads: Sequence[str] = ()) -> UserReader:
+    """Loads the function that `FILE.py:FUNCTION` names. This executes the file, like an import.
 
     Args:
         name: `FILE.py:FUNCTION`.
-        reads: the files that the source says it reads. The file is run again if one of them changes, since it may
-            read them when it is loaded.
+        reads: files that the reader declares to read. If one of them changes, the reader is loaded again, since it may
+            read them at import time.
 
     Raises:
         RecipeError: if there is no such file or function, or the file raises.
         DataError: if a file of `reads` is missing.
     """
-    read = [content_hash(files_under(path)) for path in reads]
-    known, code = _loaded.get(name), _code(name, read)
-    if known is None or known.code != code:
-        function = _function(name)
-        _places[name] = {}  # again: now it is known what was imported, and what folders can be imported from
-        known = OwnReader(name, function, _code(name, read))
-        _loaded[name] = known
-    return known
+    hashes = [content_hash(files_under(path)) for path in reads]
+    reader, code = _loaded.get(name), _hash_code(name, hashes)
+    if reader is None or reader.code != code:
+        function = _load_function(name)
+        _module_files[name] = {}  # resolve again: loading may have imported modules and extended sys.path
+        reader = UserReader(name, function, _hash_code(name, hashes))
+        _loaded[name] = reader
+    return reader
 
 
-def _code(name: str, read: Sequence[str]) -> str:
+def _hash_code(name: str, hashes: Sequence[str]) -> str:
     _, _, function = name.rpartition(":")
-    digest = hashlib.sha256("\n".join([function, *read]).encode())
-    for module, source in sorted(_modules(name).items()):
+    digest = hashlib.sha256("\n".join([function, *hashes]).encode())
+    for module, source in sorted(_find_modules(name).items()):
         digest.update(f"\n{module} {len(source)}\n".encode() + source)
-        if _places.get(name, {}).get(module) is not None:
-            _as_imported.setdefault(module, source)
+        if _module_files.get(name, {}).get(module) is not None:
+            _sources_at_import.setdefault(module, source)
     return digest.hexdigest()[:16]
 
 
-def _modules(name: str) -> dict[str, bytes]:
-    """The source of a reader's file, under "", and of the modules that it imports, also inside functions.
+def _load_function(name: str) -> ReaderFunction:
+    file, _, function = name.rpartition(":")
+    module = ModuleType(f"nesso_tune_reader_{len(_loaded)}_{Path(file).stem}")
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses and pickle look up the module of a class there
+    for imported in _outdated_modules(name):
+        sys.modules.pop(imported, None)
+        _sources_at_import.pop(imported, None)
+    importlib.invalidate_caches()
+    try:
+        with _no_bytecode():
+            exec(compile(Path(file).read_bytes(), file, "exec"), vars(module))
+    except (Exception, SystemExit) as error:  # user code may raise anything
+        what = f"{file} cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        raise RecipeError("format", what, "correct the file") from error
+    found = getattr(module, function, None)
+    if callable(found):
+        user_function: ReaderFunction = found
 
-    Those beside it are found by their names, others where they were imported from or would be. Installed packages are
-    left out; what is not imported by name (`importlib`) is not found.
+        @wraps(user_function)
+        def without_bytecode(row: dict[str, Any]) -> Any:
+            with _no_bytecode():
+                return user_function(row)
+
+        return without_bytecode
+    names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+    guess = closest(function, names)
+    remedy = f"did you mean `{guess}`?" if guess else f"it defines {', '.join(names) or 'none'}"
+    raise RecipeError("format", f"{file} has no function `{function}`", remedy)
+
+
+def _outdated_modules(name: str) -> list[str]:
+    """The modules to import again before a reader is loaded: those in its folder, and those that changed.
+
+    A module in the folder may be that of another reader with the same name. If one from elsewhere changed, all of them
+    are imported again, since they may hold references to it; otherwise they stay, since the calling program may use
+    them.
+    """
+    file, modules = Path(reader_file(name)), _find_modules(name)
+    siblings = [module for module in modules if module and _sibling(file, module) and _user_file(_origin(module))]
+    changed = any(
+        _sources_at_import[module] != source for module, source in modules.items() if module in _sources_at_import
+    )
+    return [*siblings, *(_sources_at_import if changed else ())]
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """Writes no .pyc files: they would be considered valid if the source changed again within the same second."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
+
+
+def _find_modules(name: str) -> dict[str, bytes]:
+    """The source of a reader's file, under "", and of the user's modules that it imports, directly or indirectly.
+
+    Imports inside functions count. A module is looked up in the reader's folder, then where it was or would be
+    imported from. Installed packages are skipped; dynamic imports (`importlib`) are not found.
 
     Raises:
         RecipeError: if a file cannot be read.
@@ -103,174 +163,125 @@ def _modules(name: str) -> dict[str, bytes]:
     file = Path(reader_file(name))
     try:
         found = {"": file.read_bytes()}
-        places, folders = _places.get(name, {}), _named_folders(file, found[""])
-        todo = list(_imported(found[""], ""))
+        files, folders = _module_files.get(name, {}), _folders_in_strings(file, found[""])
+        todo = list(_imports(found[""], ""))
         while todo:
             module = todo.pop()
             if module in found or module.partition(".")[0] in ("nesso_tune", "__main__", "*"):
                 continue
             package, _, last = module.rpartition(".")
-            if last == "*":  # its `__all__` may name any of them
-                place = _place(file, package, places, folders)
-                todo += [f"{package}.{inside}" for inside in _inside(place)]
-            elif (place := _place(file, module, places, folders)) is not None:
-                found[module] = place.read_bytes()
-                todo += _imported(found[module], module if place.name == "__init__.py" else package)
+            if last == "*":  # `__all__` may list any submodule
+                path = _module_file(file, package, files, folders)
+                todo += [f"{package}.{submodule}" for submodule in _submodules(path)]
+            elif (path := _module_file(file, module, files, folders)) is not None:
+                found[module] = path.read_bytes()
+                todo += _imports(found[module], module if path.name == "__init__.py" else package)
     except OSError as error:
         raise RecipeError("format", f"{error.filename} cannot be read ({error.strerror})", "check the path") from None
     return found
 
 
-def _place(file: Path, module: str, places: Places, folders: Sequence[str]) -> Path | None:
-    """The file of a module of the user's that a reader imports, from beside it or from elsewhere; None if not known."""
-    if (beside := _beside(file, module)) is not None:
-        return beside
-    if module not in places:
-        places[module] = _own(_loaded_from(module) or _importable(module, folders))
-    return places[module]
+def _module_file(file: Path, module: str, files: ModuleFiles, folders: Sequence[str]) -> Path | None:
+    """The file of a user's module that a reader imports, from its folder or elsewhere; None if there is none."""
+    if (sibling := _sibling(file, module)) is not None:
+        return sibling
+    if module not in files:
+        files[module] = _user_file(_origin(module) or _find_origin(module, folders))
+    return files[module]
 
 
-def _inside(place: Path | None) -> list[str]:
-    """The modules in the folder of a package."""
-    if place is None or place.name != "__init__.py":
+def _sibling(file: Path, module: str) -> Path | None:
+    """The file of a module in the folder of another file."""
+    path = file.parent.joinpath(*module.split("."))
+    files = [path / "__init__.py", path.with_name(f"{path.name}.py")]
+    return next((found for found in files if found.is_file() and found.resolve() != file.resolve()), None)
+
+
+def _submodules(path: Path | None) -> list[str]:
+    """The names of the modules in the folder of a package."""
+    if path is None or path.name != "__init__.py":
         return []
-    files = [*place.parent.glob("*.py"), *(folder.parent for folder in place.parent.glob("*/__init__.py"))]
+    files = [*path.parent.glob("*.py"), *(folder.parent for folder in path.parent.glob("*/__init__.py"))]
     return sorted(file.stem for file in files if file.name != "__init__.py")
 
 
-def _beside(file: Path, name: str) -> Path | None:
-    """The file of a module in the folder of another one."""
-    path = file.parent.joinpath(*name.split("."))
-    files = [path / "__init__.py", path.with_name(f"{path.name}.py")]
-    return next((module for module in files if module.is_file() and module.resolve() != file.resolve()), None)
+def _user_file(origin: str | None) -> Path | None:
+    """The source file of a module, unless it belongs to Python or to an installed package."""
+    installed = (
+        origin is None or origin.startswith(_STDLIB) or {"site-packages", "dist-packages"} & {*Path(origin).parts}
+    )
+    if installed or not str(origin).endswith(".py") or not os.access(str(origin), os.R_OK):
+        return None
+    return Path(str(origin))
 
 
-def _loaded_from(module: str) -> str | None:
-    """Where a module was imported from."""
+def _origin(module: str) -> str | None:
+    """The file that a module was imported from."""
     file = getattr(sys.modules.get(module), "__file__", None)
     return file if isinstance(file, str) else None
 
 
-def _own(file: str | None) -> Path | None:
-    """The source of a module, unless it is part of Python or of an installed package."""
-    installed = file is None or file.startswith(PYTHON) or {"site-packages", "dist-packages"} & {*Path(file).parts}
-    return None if installed or not str(file).endswith(".py") or not os.access(str(file), os.R_OK) else Path(str(file))
-
-
-def _importable(module: str, folders: Sequence[str]) -> str | None:
-    """Where a module would be imported from. Nothing is imported.
+def _find_origin(module: str, folders: Sequence[str]) -> str | None:
+    """The file that a module would be imported from, without importing anything.
 
     Args:
-        module: with the packages that it is in.
-        folders: where to look for it besides.
+        module: full name.
+        folders: further folders to search after `sys.path`.
     """
     parts = module.split(".")
-    spec = _spec(parts[0], None) or _spec(parts[0], folders)
+    spec = _find_spec(parts[0], None) or _find_spec(parts[0], folders)
     for end in range(2, len(parts) + 1):
-        inside = _search(spec)
-        spec = _spec(".".join(parts[:end]), inside) if inside else None
+        locations = _search_locations(spec)
+        spec = _find_spec(".".join(parts[:end]), locations) if locations else None
     return spec.origin if spec is not None and spec.has_location else None
 
 
-def _spec(module: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    for finder in sys.meta_path:  # those of editable installs are among them
+def _find_spec(module: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    for finder in sys.meta_path:  # includes the finders of editable installs
         try:
             spec = finder.find_spec(module, path)
-        except Exception:  # finders are anyone's; the import itself says what is wrong
+        except Exception:  # third-party finders may raise anything; the import itself reports the error
             continue
         if spec is not None:
             return spec
     return None
 
 
-def _search(spec: ModuleSpec | None) -> list[str]:
-    """The folders that the modules of a package are in; none for a module."""
+def _search_locations(spec: ModuleSpec | None) -> list[str]:
+    """The folders of a package's modules; empty for a module."""
     if spec is None or spec.submodule_search_locations is None:
         return []
     try:
         return list(spec.submodule_search_locations)
-    except KeyError:  # a folder without __init__.py in a package that is not imported: it asks that one
+    except KeyError:  # a namespace package inside a package that is not imported: it looks up its parent
         return list(getattr(spec.submodule_search_locations, "_path", ()))
 
 
-def _named_folders(file: Path, source: bytes) -> list[str]:
-    """The folders that a source names as text, which it may import from once a function of it has run."""
+def _folders_in_strings(file: Path, source: bytes) -> list[str]:
+    """The folders that string literals of a source name: a function may add them to `sys.path` later."""
     texts = {node.value for node in _nodes(source) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     folders = (os.path.join(file.parent, text) for text in sorted(texts) if text)
     return [folder for folder in folders if os.path.isdir(folder)]
 
 
-def _nodes(source: bytes) -> Iterator[ast.AST]:
-    """All of a source; nothing if it does not parse."""
-    try:
-        yield from ast.walk(ast.parse(source))
-    except (SyntaxError, ValueError, RecursionError):  # running it says what is wrong
-        return
-
-
-def _imported(source: bytes, package: str) -> Iterator[str]:
-    """The modules that a source names in its imports, with the packages they are in; `p.*` for all of a package."""
+def _imports(source: bytes, package: str) -> Iterator[str]:
+    """The modules that a source imports, each preceded by its parent packages; `p.*` for a star import from p."""
     for node in _nodes(source):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join(filter(None, [*above, node.module]))
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*parents, node.module]))
             names = [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)]
         for name in filter(None, names):
             parts = name.split(".")
             yield from (".".join(parts[:end]) for end in range(1, len(parts) + 1))
 
 
-def _function(name: str) -> Callable[[dict[str, Any]], Any]:
-    file, _, function = name.rpartition(":")
-    module = ModuleType(f"nesso_tune_reader_{len(_loaded)}_{Path(file).stem}")
-    module.__file__ = file
-    sys.modules[module.__name__] = module  # so that what it defines can be found again, e.g. by dataclasses
-    for imported in _outdated(name):
-        sys.modules.pop(imported, None)
-        _as_imported.pop(imported, None)
-    importlib.invalidate_caches()
+def _nodes(source: bytes) -> Iterator[ast.AST]:
+    """All syntax nodes of a source; none if it does not parse."""
     try:
-        with _no_bytecode():
-            exec(compile(Path(file).read_bytes(), file, "exec"), vars(module))
-    except (Exception, SystemExit) as error:  # whatever a user's file raises
-        what = f"{file} cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        raise RecipeError("format", what, "correct the file") from error
-    found = getattr(module, function, None)
-    if callable(found):
-        made: Callable[[dict[str, Any]], Any] = found
-
-        @wraps(made)
-        def function_of_row(row: dict[str, Any]) -> Any:
-            with _no_bytecode():
-                return made(row)
-
-        return function_of_row
-    names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-    guess = closest(function, names)
-    remedy = f"did you mean `{guess}`?" if guess else f"it has {', '.join(names) or 'none'}"
-    raise RecipeError("format", f"{file} has no function `{function}`", remedy)
-
-
-def _outdated(name: str) -> list[str]:
-    """The modules that a reader has to import anew: those beside it, which may be another reader's, and those changed.
-
-    One that changed takes all from elsewhere along, since they may hold what it was. Otherwise these stay, as they may
-    be in use by a program that called this.
-    """
-    file, modules = Path(reader_file(name)), _modules(name)
-    beside = [module for module in modules if module and _beside(file, module) and _own(_loaded_from(module))]
-    changed = any(_as_imported[module] != source for module, source in modules.items() if module in _as_imported)
-    return [*beside, *(_as_imported if changed else ())]
-
-
-@contextmanager
-def _no_bytecode() -> Iterator[None]:
-    """Writes no compiled code of what is imported: it would be taken for current if the source changed in a second."""
-    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
+        yield from ast.walk(ast.parse(source))
+    except (SyntaxError, ValueError, RecursionError):  # executing it reports the error
+        return

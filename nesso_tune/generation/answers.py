@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE
-from nesso_tune.data.languages import CANDIDATES, NO_LANGUAGE, detect_language
+from nesso_tune.data.languages import CANDIDATE_LANGUAGES, NO_LANGUAGE, detect_language
 from nesso_tune.data.packing import Rows
 from nesso_tune.data.token_store import Documents
 from nesso_tune.model.forward import generate_greedily
@@ -119,7 +119,7 @@ def in_language(text: str, language: str, expected: str) -> bool | None:
         expected: the data's own answer.
     """
     wanted = language_told(expected) if language == UNKNOWN_LANGUAGE else language
-    if wanted not in CANDIDATES or wanted == NO_LANGUAGE:  # the detector could never say so
+    if wanted not in CANDIDATE_LANGUAGES or wanted == NO_LANGUAGE:  # the detector could never say so
         return None
     told = language_told(text)
     return None if told == UNKNOWN_LANGUAGE else told == wanted

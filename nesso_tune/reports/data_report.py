@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nesso_tune.data.anomalies import SAYS
+from nesso_tune.data.anomalies import PREFERENCE_WARNINGS
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.recipes.schema import Recipe
@@ -230,7 +230,7 @@ def _preference_checks(data: DPOData, figures: Report) -> PreferenceChecks:
     """Results in the words of the warnings."""
     longer = figures["chosen_longer"] + figures["equal_length"] / 2 >= 0.5
     rows, exceeded = [], []
-    for name, (template, _) in SAYS.items():
+    for name, (template, _) in PREFERENCE_WARNINGS.items():
         limit: Limit = getattr(data.preferences, name)
         exceeded.append(limit.warn is not None and figures[name] >= limit.warn)
         result = template.format(value=figures[name], side=f"the {'longer' if longer else 'shorter'} is chosen")

@@ -204,7 +204,7 @@ def test_a_file_of_tools(tmp_path):
         assert [tool["function"]["name"] for tool in read_tool_file(file)] == ["f"]
     for wrong in ("{", "[1]", '[{"description": "x"}]'):
         file.write_text(wrong)
-        with pytest.raises(DataError, match="is no list of tools"):
+        with pytest.raises(DataError, match="is not a list of tools"):
             read_tool_file(file)
     with pytest.raises(DataError, match="cannot be read"):
         read_tool_file(tmp_path / "absent.json")

@@ -78,7 +78,7 @@ def test_settings_override(recipe, capsys):
     ("content", "expected"),
     [("", "rows.jsonl: is empty; "), ('{"a": \n', "rows.jsonl:1: is not JSON"), (None, "rows.jsonl: no such file; "),
      ('{"x": 1}\n', "its format is not recognised"),
-     ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "holds pref"),
+     ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "contains pref"),
      ('{"messages": [{"role": "user", "content": "q"}]}', "none of 1 rows can be used (no_assistant_turn: 1, e.g. ")],
 )  # fmt: skip
 def test_bad_data_ends_with_3_and_one_line(recipe, tmp_path, capsys, content, expected):

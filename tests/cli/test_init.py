@@ -153,9 +153,9 @@ def test_dpo_from_a_base_that_cannot_chat_is_noted(init, pairs, whole_base):
 FAULTS = {
     "no data": ([], 3, "add --data FILE"),
     "no such file": (["--data", "absent.jsonl"], 3, "absent.jsonl: no such file"),
-    "compressed": (["--data", "gz.jsonl"], 3, "is compressed; unpack it first"),
+    "compressed": (["--data", "gz.jsonl"], 3, "is compressed; decompress it first"),
     "no rows": (["--data", "empty.jsonl"], 3, "is empty"),
-    "an odd shape": (["--data", "odd.jsonl"], 3, "its shape is not recognised (its columns are a, b)"),
+    "an odd shape": (["--data", "odd.jsonl"], 3, "its format is not recognised (its columns are a, b)"),
     "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "create one recipe for each"),
     "the other method": (["--data", "talks.jsonl", "--method", "dpo"], 3, "contains conversations, but DPO needs"),
     "the other data": (["--data", "pairs.jsonl", "--method", "sft"], 3, "contains preference pairs, but SFT needs"),
@@ -166,7 +166,7 @@ FAULTS = {
     "a damaged base": (["--data", "talks.jsonl", "--base", "damaged"], 4, "cannot be read"),
     "a run directory": (["--data", "talks.jsonl", "--base", "run"], 4, "has no config.json; name run/final"),
     "blank data": (["--data", " "], 3, "add --data FILE"),
-    "a table": (["--data", "t.csv"], 3, ".csv files are not read"),
+    "a table": (["--data", "t.csv"], 3, ".csv files are not supported"),
     "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
     "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: already exists; give another NAME"),
 }

@@ -51,7 +51,7 @@ def test_a_mistake_in_the_second_recipe_stops_before_the_first_starts(tmp_path, 
 
 
 MISTAKES = {
-    "another kind of data": ("data.sources.0.path={talks}", 3, "holds conversations, but DPO needs"),
+    "another kind of data": ("data.sources.0.path={talks}", 3, "contains conversations, but DPO needs"),
     "no such column": ("data.sources.0.language_field=lingua", 3, "no column `lingua`"),
     "no such format": ("data.sources.0.format=preferences", 2, "did you mean `preference`?"),
     "no such file": ("data.sources.0.path=absent.jsonl", 3, "absent.jsonl: no such file"),

@@ -1,9 +1,9 @@
-"""Oddities of rows that are kept: each is found where it is, and nowhere else."""
+"""Anomalies are found where they occur and nowhere else; statistics of preference pairs."""
 
 import pytest
 
 from nesso_tune import Conversation, DataError, Message, prepare_data
-from nesso_tune.data.anomalies import marks_of
+from nesso_tune.data.anomalies import find_anomalies
 
 CONTROL = ("<|im_start|>", "<|im_end|>")
 CALL = ({"name": "g", "arguments": {}},)
@@ -33,13 +33,13 @@ FOUND = {
 }
 
 
-@pytest.mark.parametrize(("mark", "item"), FOUND.items(), ids=FOUND)
-def test_what_is_odd_is_named(mark, item):
-    assert marks_of(item, CONTROL) == [mark]
+@pytest.mark.parametrize(("anomaly", "example"), FOUND.items(), ids=FOUND)
+def test_anomalies_are_found(anomaly, example):
+    assert find_anomalies(example, CONTROL) == [anomaly]
 
 
 @pytest.mark.parametrize(
-    "item",
+    "example",
     [
         talk("Perché? àèìòù € “così” — 你好 👩🏽", "R&D & co.; a {b} {c}\tx\r\ny __init__ è"),
         talk("f(x) = {x}", "__init__.py e __NAME__ insieme"),
@@ -48,8 +48,8 @@ def test_what_is_odd_is_named(mark, item):
         ),
     ],
 )
-def test_what_is_usual_is_not(item):
-    assert marks_of(item, CONTROL) == []
+def test_ordinary_examples_have_no_anomalies(example):
+    assert find_anomalies(example, CONTROL) == []
 
 
 SHORT, LONG = "No.", "Sì, e te lo spiego volentieri con molte parole in più."
@@ -64,17 +64,17 @@ def figures(dpo, write_rows, rows, **data):
     return report["preferences"], report["warnings"]
 
 
-def test_length_that_tells_the_choice(dpo, write_rows):
+def test_length_predicts_the_preference(dpo, write_rows):
     found, warnings = figures(dpo, write_rows, [pair(i, f"{LONG} {i}", f"{SHORT} {i}") for i in range(10)])
     assert found["length_predicts"] == found["chosen_longer"] == 1.0
     assert found["length_ratio"] == pytest.approx(found["chosen_tokens"] / found["rejected_tokens"], rel=1e-2)
-    assert "100% of the choices can be told from the answers' length alone (the longer is chosen)" in warnings[0]
+    assert "100% of the preferences can be predicted from answer length alone (the longer is chosen)" in warnings[0]
     mixed = [pair(i, LONG, SHORT) if i % 2 else pair(i, SHORT, LONG) for i in range(10)]
     balanced, said = figures(dpo, write_rows, mixed)
     assert (balanced["length_predicts"], balanced["length_ratio"], said) == (0.5, 1.0, [])
 
 
-def test_the_shorter_answer_may_tell_it_too(dpo, write_rows):
+def test_shorter_length_predicts_the_preference(dpo, write_rows):
     found, warnings = figures(dpo, write_rows, [pair(i, SHORT, LONG) for i in range(10)])
     assert (found["length_predicts"], found["chosen_longer"]) == (1.0, 0.0)
     assert "the shorter is chosen" in warnings[0]
@@ -86,7 +86,7 @@ def test_ties_count_half(dpo, write_rows):
     assert found["length_predicts"] == (0.5 if found["equal_length"] else 1.0)
 
 
-def test_contradictions(dpo, write_rows):
+def test_conflicting_pairs(dpo, write_rows):
     rows = [pair(1, "Sì.", "No."), pair(1, "No.", "Forse."), pair(2, "No.", "Sì."), pair(1, "Certo.", "Mai.")]
     found, warnings = figures(dpo, write_rows, rows)
     assert found["conflicting"] == 0.5
@@ -108,11 +108,11 @@ def test_answers_in_another_language(dpo, write_rows):
     assert any("in another language than the prompt" in said for said in warnings)
 
 
-def test_what_is_dropped_is_counted_too(dpo, write_rows):
+def test_statistics_include_dropped_rows(dpo, write_rows):
     rows = [pair(i, "Sì.", "No.") for i in range(6)] + [pair(7, "Sì.", "Sì."), pair(8, "Sì " * 400, "No.")]
     found, warnings = figures(dpo, write_rows, rows)
     assert (found["pairs"], found["same_answers"], found["too_long"]) == (6, 0.125, 0.125)
-    assert any("both answers are the same" in said for said in warnings)
+    assert any("both answers are identical" in said for said in warnings)
     report = prepare_data(dpo(write_rows(rows))).report.to_dict()
     assert "chosen, " in report["examples_of_dropped"]["too_long"]  # which side it is
 

@@ -1,4 +1,4 @@
-"""Data is its content: where it lies and what it is called changes nothing but the names that are shown."""
+"""Prepared data is keyed by content: paths and names change nothing but the names that are shown."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def rows_of(data):
 
 @pytest.fixture
 def folder(tmp_path, write_rows, chats):
-    """Two files in a folder, one of them with rows that cannot be used, and what a recipe may name besides."""
+    """Two data files in a folder, one with unusable rows, and the auxiliary files that a recipe may name."""
     (tmp_path / "data").mkdir()
     write_rows([*chats[:6], {"messages": []}, chats[0]], "data/a.jsonl")
     write_rows([*chats[6:], {"messages": [{"role": "user", "content": "?"}]}], "data/b.jsonl")
@@ -47,9 +47,7 @@ def recipe_in(sft):
     return make
 
 
-def test_moved_renamed_linked_and_otherwise_spelt_it_is_the_same_data_under_its_present_names(
-    folder, recipe_in, tmp_path, monkeypatch
-):
+def test_moved_renamed_and_linked_data_is_the_same_under_its_current_names(folder, recipe_in, tmp_path, monkeypatch):
     first = prepare_data(recipe_in(folder))
     same = {}
     monkeypatch.chdir(tmp_path)
@@ -87,7 +85,7 @@ def test_moved_renamed_linked_and_otherwise_spelt_it_is_the_same_data_under_its_
     assert f"{tmp_path}/else where/A 1.jsonl:7" in listed
 
 
-def test_what_is_in_any_of_the_files_counts(folder, recipe_in):
+def test_the_content_of_each_file_counts(folder, recipe_in):
     recipe = recipe_in(folder)
     seen = {prepare_data(recipe).report.fingerprint}
     for name, old, new in (
@@ -102,7 +100,7 @@ def test_what_is_in_any_of_the_files_counts(folder, recipe_in):
     assert len(seen) == 4, "another mapping that reads the same is the same data"
 
 
-def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_rows, chats, tmp_path):
+def test_shares_by_source_do_not_depend_on_names(sft, write_rows, chats, tmp_path):
     def made(a, b):
         sources = [{"path": a, "alias": "one"}, b]
         return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report.to_dict()
@@ -115,7 +113,7 @@ def test_shares_by_source_are_of_the_source_whatever_it_is_called(sft, write_row
     assert [group["name"] for group in second["mixture"]] == ["one", str(other)]
 
 
-def test_file_names_in_locations():
+def test_names_in_locations():
     names = {"a": "A", "a:1": "other", "b c.jsonl": "B"}
     texts = {
         "a:5": "A:5", "a:1:5": "A:1:5", "b c.jsonl row 3": "B row 3", "a:5: of b c.jsonl:2": "A:5: of B:2",
@@ -125,7 +123,7 @@ def test_file_names_in_locations():
         assert rename_locations(text, names) == expected, text
 
 
-def test_other_code_or_packages_prepare_anew_and_the_same_rows_are_the_same_data(sft, write_rows, chats, monkeypatch):
+def test_other_code_or_packages_prepare_again_with_the_same_fingerprint(sft, write_rows, chats, monkeypatch):
     recipe = sft(write_rows(chats))
     first = prepare_data(recipe).report.to_dict()
     assert any(entry.startswith("tokenizers ") for entry in software_versions())
@@ -147,7 +145,7 @@ def f(row):
 
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
-    """A reader with a module, a package that it imports when it is called, and a table."""
+    """A reader that imports a module, a package when it is called, and reads a table."""
     here = tmp_path / "reader"
     (here / "lazily").mkdir(parents=True)
     (here / "rd.py").write_text(READER)
@@ -161,7 +159,7 @@ def reader(tmp_path, monkeypatch):
     return here
 
 
-def test_what_a_reader_imports_and_declares_is_seen_when_it_changes(reader, sft):
+def test_changes_of_imported_modules_and_declared_files_are_detected(reader, sft):
     source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/map.json"]}
     recipe = sft(source)
     first = prepare_data(recipe)
@@ -184,7 +182,7 @@ def test_what_a_reader_imports_and_declares_is_seen_when_it_changes(reader, sft)
     assert prepare_data(again).report.fingerprint == data.report.fingerprint
 
 
-def test_a_file_that_is_read_must_be_there_and_needs_a_reader(reader, sft):
+def test_a_declared_file_must_exist_and_requires_a_reader(reader, sft):
     source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/mop.json"]}
     with pytest.raises(DataError, match=r"mop\.json: no such file; did you mean .*map\.json"):
         prepare_data(sft(source))
@@ -193,7 +191,7 @@ def test_a_file_that_is_read_must_be_there_and_needs_a_reader(reader, sft):
             sft(source | {"format": fmt})
 
 
-def test_two_readers_have_helpers_of_their_own_though_they_are_called_alike(tmp_path, sft, write_rows):
+def test_two_readers_with_helper_modules_of_the_same_name(tmp_path, sft, write_rows):
     path, made = write_rows([{"q": "a"}, {"q": "b"}]), []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -218,8 +216,8 @@ LATE = {  # readers, by what is inside `f` and before it
 }
 
 
-def test_what_a_reader_imports_late_or_by_a_star_is_seen_from_the_start(tmp_path, sft, write_rows, monkeypatch):
-    """Whether it is imported yet does not count; nor does Python's compiled code of the same second."""
+def test_late_and_star_imports_of_a_reader_are_found_from_the_start(tmp_path, sft, write_rows, monkeypatch):
+    """Whether they are imported yet does not matter, nor do .pyc files of the same second."""
     texts = {
         "path/late_pack/deep/__init__.py": "", "path/late_star/__init__.py": "",
         "path/late_star/up.py": "from .all import *\n", "path/late_star/all/__init__.py": "__all__ = ['two']\n",
@@ -264,7 +262,7 @@ def test_the_reader_of_the_collection(tmp_path, sft):
      ("*/*.jsonl", "runs"), ("*/*.jsonl", "else/where"), ("*/*/*.jsonl", "runs/one"), ("dd/*/*.jsonl", "else/where"),
      ("**/runs/*.jsonl", "runs"), ("dd/*.jsonl", "out"), ("dd", "out")],
 )  # fmt: skip
-def test_an_output_dir_among_the_data_is_refused(tmp_path, sft, write_rows, chats, monkeypatch, path, output):
+def test_an_output_dir_among_the_data_is_rejected(tmp_path, sft, write_rows, chats, monkeypatch, path, output):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "deep").mkdir(parents=True)
     for folder in ("dd", "else/where"):
@@ -281,11 +279,13 @@ def test_an_output_dir_among_the_data_is_refused(tmp_path, sft, write_rows, chat
     write_rows(chats, "data/a.jsonl")
     for keys in ({}, {"validation_sources": [{"path": path}]}):
         recipe = sft("data/a.jsonl" if keys else path, **keys).model_copy(update={"output_dir": output})
-        with pytest.raises(RecipeError, match=r"output_dir: .* lies in data\..*sources\.0\.path|lies in output_dir"):
+        with pytest.raises(
+            RecipeError, match=r"output_dir: .* is inside data\..*sources\.0\.path|is inside output_dir"
+        ):
             check_output(recipe)
 
 
-def test_data_in_output_dir_is_refused_and_neighbours_are_not(
+def test_data_in_output_dir_is_rejected_and_siblings_are_not(
     tmp_path, tmp_path_factory, sft, write_rows, chats, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -296,7 +296,9 @@ def test_data_in_output_dir_is_refused_and_neighbours_are_not(
     (tmp_path / "files").symlink_to("out/run/data")
     (tmp_path / "runs").symlink_to(tmp_path_factory.mktemp("elsewhere"))
     for path in ("out/run/data/a.jsonl", "out/run/data", "out/run/data/*.jsonl", "files", "files/a.jsonl"):
-        with pytest.raises(RecipeError, match=r"data\.sources\.0\.path: .* lies in output_dir out/run, which is for"):
+        with pytest.raises(
+            RecipeError, match=r"data\.sources\.0\.path: .* is inside output_dir out/run, which is reserved for"
+        ):
             check_output(sft(path).model_copy(update={"output_dir": "out/run"}))
     for path, output in (
         ("data/*.jsonl", "data/run"), ("*/a.jsonl", "out/x"), ("data", "data-run"), ("data/a.jsonl", "data/run"),
@@ -305,5 +307,5 @@ def test_data_in_output_dir_is_refused_and_neighbours_are_not(
         check_output(sft(path).model_copy(update={"output_dir": output}))
 
 
-def test_the_cache_is_not_asked_for_what_has_no_key():
+def test_hub_data_is_not_looked_up_in_the_cache():
     assert cache.load("documents", "nothing", lambda folder, note: folder) is None

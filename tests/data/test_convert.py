@@ -1,11 +1,11 @@
-"""From rows to conversations and pairs, or to the reason why not."""
+"""Conversion of rows to conversations and pairs, or the reason why they cannot be used."""
 
 import json
 
 import pytest
 
 from nesso_tune import Message
-from nesso_tune.data.convert import Unusable, language_of, to_conversation, to_pair
+from nesso_tune.data.convert import Unusable, record_language, to_conversation, to_pair
 from nesso_tune.data.formats import load_format
 from nesso_tune.recipes.sections import Source
 
@@ -13,7 +13,7 @@ MESSAGES, SHAREGPT, ALPACA, PREFERENCE = map(load_format, ("messages", "sharegpt
 
 
 def said(*contents, **last):
-    """User and assistant in turn, as rows have them; `last` changes the last message."""
+    """Alternating user and assistant messages, as in a row; `last` changes the last one."""
     roles = ["user", "assistant"] * len(contents)
     turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
     turns[-1].update(last)
@@ -55,17 +55,17 @@ USABLE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fmt", "row", "turns"), USABLE.values(), ids=USABLE)
-def test_conversations(fmt, row, turns):
-    conversation = to_conversation(row, fmt, "it", "x.jsonl")
+@pytest.mark.parametrize(("data_format", "row", "turns"), USABLE.values(), ids=USABLE)
+def test_conversations(data_format, row, turns):
+    conversation = to_conversation(row, data_format, "it", "x.jsonl")
     assert turns_of(conversation) == turns
     assert (conversation.language, conversation.source) == ("it", "x.jsonl")
 
 
-def test_roles_of_a_source_are_added_to_the_known_ones_and_capitals_do_not_count():
-    fmt = MESSAGES.adapted(Source(path="x", roles={"Doc": "assistant", "ai": "user"}))
+def test_roles_of_a_source_extend_those_of_the_format_ignoring_case():
+    data_format = MESSAGES.adapted(Source(path="x", roles={"Doc": "assistant", "ai": "user"}))
     row = {"messages": [{"role": role, "content": "x"} for role in ("System", "ai", "Doc", "Utente", "ASSISTENTE")]}
-    roles = [m.role for m in to_conversation(row, fmt, "it", "").messages]
+    roles = [m.role for m in to_conversation(row, data_format, "it", "").messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
 
 
@@ -76,7 +76,7 @@ def test_messages_as_json_text():
         to_conversation({"messages": "[{"}, MESSAGES, "it", "")
 
 
-def test_why_not_is_said_with_what_was_found():
+def test_reasons_quote_the_data():
     for row, detail in (
         ({"messages": said("a", "b", role="narrator")}, "`narrator`"),
         ({"messages": said("a", 3)}, "int"),
@@ -174,7 +174,7 @@ def test_why_an_instruction_cannot_be_used(row, reason):
 
 
 def sharegpt(*turns):
-    """A sharegpt dialogue from `role, value`."""
+    """A sharegpt conversation of (role, value) pairs."""
     return {"conversations": [{"from": role, "value": value} for role, value in turns]}
 
 
@@ -198,9 +198,9 @@ CALLS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("fmt", "row", "answers"), CALLS.values(), ids=CALLS)
-def test_tool_calls(fmt, row, answers):
-    messages = to_conversation(row, fmt, "it", "").messages
+@pytest.mark.parametrize(("data_format", "row", "answers"), CALLS.values(), ids=CALLS)
+def test_tool_calls(data_format, row, answers):
+    messages = to_conversation(row, data_format, "it", "").messages
     assert [(m.content, m.tool_calls) for m in messages if m.role == "assistant"] == answers
     for message in messages:
         for call in message.tool_calls:
@@ -279,35 +279,35 @@ def test_why_a_pair_cannot_be_used(row, reason):
 )  # fmt: skip
 def test_language_codes(said, code):
     plain = Source(path="x")
-    assert language_of({"language": said}, plain) == code
-    assert language_of({"lang": said}, plain) == code
-    assert language_of({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
+    assert record_language({"language": said}, plain) == code
+    assert record_language({"lang": said}, plain) == code
+    assert record_language({"l": said, "lang": "xx"}, Source(path="x", language_field="l")) == code
     if isinstance(said, str) and said:
-        assert language_of({"lang": "xx"}, Source(path="x", language=said)) == code
+        assert record_language({"lang": "xx"}, Source(path="x", language=said)) == code
 
 
 @pytest.mark.parametrize("said", ["Python", "it\nmodel: x", "0", "x", "klingon"])
-def test_what_is_no_code_is_no_language(said):
-    assert language_of({"lang": said}, Source(path="x")) == "und"
+def test_invalid_language_codes_are_undetermined(said):
+    assert record_language({"lang": said}, Source(path="x")) == "und"
 
 
-def test_a_language_that_is_no_text_is_unusable():
+def test_a_language_with_a_lone_surrogate_is_unusable():
     with pytest.raises(Unusable, match="invalid_unicode"):
-        language_of({"lang": "\ud800"}, Source(path="x"))
+        record_language({"lang": "\ud800"}, Source(path="x"))
 
 
 SCHEMAS = {
-    "no object": ([1], "its parameters are no object"),
+    "no object": ([1], "its parameters are not an object"),
     "an array": ({"type": "array"}, "its parameters are of type array"),
-    "properties in a list": ({"properties": ["a"]}, "its properties are no schemas"),
-    "a property without a schema": ({"properties": {"a": "string"}}, "its properties are no schemas"),
-    "required by number": ({"properties": {}, "required": [1]}, "`required` is no list of names"),
+    "properties in a list": ({"properties": ["a"]}, "its properties are not schemas"),
+    "a property without a schema": ({"properties": {"a": "string"}}, "its properties are not schemas"),
+    "required by number": ({"properties": {}, "required": [1]}, "`required` is not a list of names"),
     "required but not there": ({"properties": {"a": {}}, "required": ["b"]}, "requires b, which is not among"),
 }
 
 
 @pytest.mark.parametrize(("parameters", "says"), SCHEMAS.values(), ids=SCHEMAS)
-def test_schemas_of_tools_are_looked_at(parameters, says):
+def test_invalid_tool_schemas(parameters, says):
     row = {"messages": said("q", "a"), "tools": [{"name": "f", "parameters": parameters}]}
     with pytest.raises(Unusable, match="tool_schema_wrong") as error:
         to_conversation(row, MESSAGES, "it", "")
@@ -315,6 +315,6 @@ def test_schemas_of_tools_are_looked_at(parameters, says):
 
 
 @pytest.mark.parametrize("parameters", [None, {}, {"type": "dict", "properties": {"a": {}}, "required": ["a"]}])
-def test_schemas_as_data_sets_write_them(parameters):
+def test_tool_schemas_of_public_data_sets(parameters):
     row = {"messages": said("q", "a"), "tools": [{"name": "f", "parameters": parameters}]}
     assert to_conversation(row, MESSAGES, "it", "").tools[0]["function"]["parameters"] == parameters

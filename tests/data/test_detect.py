@@ -1,4 +1,4 @@
-"""What `init` sees in a file: format, columns, languages."""
+"""Detection for `init`: format, columns, languages."""
 
 import json
 from itertools import pairwise
@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 
 from nesso_tune import DataError
-from nesso_tune.data.detect import detect, spread_rows
-from nesso_tune.data.formats import guess_fields
-from nesso_tune.data.record_reader import reading_of
+from nesso_tune.data.detect import detect_source, sample_records
+from nesso_tune.data.formats import infer_format
+from nesso_tune.data.record_reader import make_record_reader
 from nesso_tune.recipes.sections import Source
 from tests.data.test_real import shared
 
@@ -33,7 +33,7 @@ LANGUAGES = {
 
 @pytest.mark.parametrize(("rows", "says", "shares"), LANGUAGES.values(), ids=LANGUAGES)
 def test_languages(write_rows, rows, says, shares):
-    found = detect(write_rows(rows))
+    found = detect_source(write_rows(rows))
     assert found.language == says
     assert found.languages == pytest.approx(shares)
     assert (found.method, found.format, found.rows, found.usable) == ("sft", "messages", len(rows), 1.0)
@@ -66,38 +66,38 @@ SHAPES = {
 
 
 @pytest.mark.parametrize(("row", "name", "fields"), SHAPES.values(), ids=SHAPES)
-def test_columns_of_other_names_are_found(row, name, fields):
-    assert guess_fields([row] * 3) == (name, fields)
+def test_columns_with_other_names_are_inferred(row, name, fields):
+    assert infer_format([row] * 3) == (name, fields)
 
 
-def test_ids_and_context_are_told_from_texts():
+def test_ids_and_context_are_distinguished_from_texts():
     long_id = "3f2504e0-4f89-11d3-9a0c-0305e82c3301"
     turns_with_ids = [{"who": "user", "body": "Ciao", "id": long_id}, {"who": "assistant", "body": "Sì", "id": long_id}]
-    assert guess_fields([{"dialog": turns_with_ids}])[1]["content_field"] == "body"
+    assert infer_format([{"dialog": turns_with_ids}])[1]["content_field"] == "body"
     row = {"contesto": "c", "domanda": "q", "risposta": "r", "lingua": "it", "fonte": "wiki"}
-    assert guess_fields([row])[1] == {
+    assert infer_format([row])[1] == {
         "prompt_field": "domanda", "response_field": "risposta", "input_field": "contesto", "language_field": "lingua",
     }  # fmt: skip
 
 
-def test_columns_that_nothing_is_made_of_are_named(write_rows):
+def test_unused_columns_are_listed(write_rows):
     rows = [{"domanda": "Come va?", "risposta": "Va bene, grazie.", "fonte": "wiki", "voto": 3}] * 3
-    assert detect(write_rows(rows)).unused == ("fonte", "voto")
-    assert detect(write_rows(asked(IT[:3], source="x"))).unused == ("source",)
+    assert detect_source(write_rows(rows)).unused == ("fonte", "voto")
+    assert detect_source(write_rows(asked(IT[:3], source="x"))).unused == ("source",)
 
 
-def test_answers_marked_good_or_bad_are_not_learned_alike(write_rows):
+def test_answers_labelled_good_or_bad_are_rejected(write_rows):
     rows = [{"prompt": "q", "completion": "a", "label": i % 2 == 0} for i in range(4)]
-    with pytest.raises(DataError, match=r"KTO, which is not in version 1\); keep the rows with label: true"):
-        detect(write_rows(rows))
+    with pytest.raises(DataError, match=r"KTO, which is not supported\); keep the rows with label: true"):
+        detect_source(write_rows(rows))
 
 
-def test_lengths_hold_the_calls_and_the_tools(write_rows):
+def test_lengths_include_calls_and_tools(write_rows):
     call = [{"name": "f", "arguments": {"a": "x" * 5000}}]
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": call}]}]
-    assert detect(write_rows(rows)).characters[0] > 5000
+    assert detect_source(write_rows(rows)).characters[0] > 5000
     pairs = [{"prompt": "q", "chosen": "a", "rejected": "b", "tools": [{"name": "f", "description": "x" * 5000}]}]
-    assert detect(write_rows(pairs)).characters[0] > 5000
+    assert detect_source(write_rows(pairs)).characters[0] > 5000
 
 
 NOTHING = [
@@ -109,50 +109,50 @@ NOTHING = [
 
 
 @pytest.mark.parametrize("row", NOTHING)
-def test_what_is_like_nothing_is_not_guessed(row, write_rows):
-    assert guess_fields([row] * 3) is None
-    with pytest.raises(DataError, match=r"its shape is not recognised \(its columns are .*prompt_field"):
-        detect(write_rows([row] * 3))
+def test_nothing_is_inferred_from_unknown_columns(row, write_rows):
+    assert infer_format([row] * 3) is None
+    with pytest.raises(DataError, match=r"its format is not recognised \(its columns are .*prompt_field"):
+        detect_source(write_rows([row] * 3))
 
 
-def test_guessed_columns_load(write_rows, sft):
+def test_inferred_columns_can_be_prepared(write_rows, sft):
     from nesso_tune import prepare_data
 
     rows = [{"dialogo": turns("ruolo", "testo", "utente", "assistente")} for _ in range(4)]
-    found = detect(path := write_rows(rows))
+    found = detect_source(path := write_rows(rows))
     source = {"path": path, "format": found.format, **found.fields}
     assert prepare_data(sft(source)).report.rows_kept == 4
 
 
-def test_rows_that_cannot_be_used_are_counted(write_rows):
+def test_unusable_rows_are_counted(write_rows):
     rows = asked(IT[:6]) + [{"messages": [{"role": "user", "content": "a"}]}] * 2
-    found = detect(write_rows(rows))
+    found = detect_source(write_rows(rows))
     assert (found.usable, found.dropped) == (0.75, {"no_assistant_turn": 2})
     with pytest.raises(DataError, match=r"looks like format messages, but none of 2 rows can be used"):
-        detect(write_rows(rows[-2:]))
+        detect_source(write_rows(rows[-2:]))
 
 
-def test_tools_are_seen(write_rows):
+def test_tools_are_detected(write_rows):
     calls = [{"name": "f", "arguments": {}}]
     rows = asked(IT[:3]) + asked(IT[:1], tools=[{"name": "f"}])
     rows[0]["messages"][1]["tool_calls"] = calls
-    assert detect(write_rows(rows)).tools == 0.5
+    assert detect_source(write_rows(rows)).tools == 0.5
 
 
-def test_a_sample_comes_from_all_over_a_file(tmp_path, monkeypatch):
+def test_the_sample_covers_the_whole_file(tmp_path, monkeypatch):
     rows = [{"i": i, "pad": "x" * (i % 50)} for i in range(5000)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for large in (10**9, 1):  # read whole, and by place
-        monkeypatch.setattr("nesso_tune.data.detect.LARGE", large)
-        sample = [row["i"] for row in spread_rows(Source(path=str(path)), 100)]
+        monkeypatch.setattr("nesso_tune.data.detect.OFFSET_SAMPLING_BYTES", large)
+        sample = [row["i"] for row in sample_records(Source(path=str(path)), 100)]
         assert len(sample) == pytest.approx(100, abs=2)
         assert sample[0] == 0
         assert max(sample) > 4900
         assert max(b - a for a, b in pairwise(sample)) < 120
     (tmp_path / "other.jsonl").write_text('{"i": 1}\n')
-    monkeypatch.setattr("nesso_tune.data.detect.LARGE", 10**9)
-    assert len(spread_rows(Source(path=str(tmp_path / "*.jsonl")), 10)) == 10
+    monkeypatch.setattr("nesso_tune.data.detect.OFFSET_SAMPLING_BYTES", 10**9)
+    assert len(sample_records(Source(path=str(tmp_path / "*.jsonl")), 10)) == 10
 
 
 REAL = {
@@ -172,7 +172,7 @@ def test_real_files(name, prefix, expected, main, tmp_path):
         lines = [line for line in stream if json.loads(line).get("_source", "").startswith(prefix)]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
-    found = detect(str(path))
+    found = detect_source(str(path))
     assert (found.method, found.format, found.language) == expected
     assert sum(found.languages[code] for code in main) > 0.95
     assert found.usable > 0.95
@@ -196,14 +196,14 @@ VOTED = {"instruction": "Più lungo?", "response1": "Il Po.", "response2": "L'Ad
 )  # fmt: skip
 def test_two_answers_with_a_label(write_rows, rows, fields):
     path = write_rows(rows * 5)
-    found = detect(path)
+    found = detect_source(path)
     assert (found.method, found.format, found.fields) == ("dpo", "choice", fields)
     assert "response1" not in found.unused
-    with pytest.raises(DataError, match=r"it seems format: choice, prompt_field: .*labels: \["):
-        reading_of(Source(path=path), "dpo")
+    with pytest.raises(DataError, match=r"probably format: choice, prompt_field: .*labels: \["):
+        make_record_reader(Source(path=path), "dpo")
 
 
 @pytest.mark.parametrize("labels", [[1], [0, 1, 2], ["x", "y"]])
-def test_labels_that_do_not_say_which_is_first_are_not_guessed(write_rows, labels):
+def test_ambiguous_labels_are_not_inferred(write_rows, labels):
     with pytest.raises(DataError, match="not recognised"):
-        detect(write_rows([{**VOTED, "label": label} for label in labels]))
+        detect_source(write_rows([{**VOTED, "label": label} for label in labels]))

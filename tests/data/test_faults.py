@@ -1,4 +1,4 @@
-"""The catalogue of data faults: each is an error in one form with its place, or a drop that is counted with it."""
+"""Catalogue of data faults: each is an error with its location, or a counted drop with its location."""
 
 import gzip
 import io
@@ -35,7 +35,7 @@ MODEL = {"base": str(BASE), "random_init": True}
 
 
 def lines(*rows):
-    """Rows as JSON lines; escapes keep lone surrogates writable. Bytes are a line as they are."""
+    """Rows as JSON lines; lone surrogates are escaped. Bytes are written as a line unchanged."""
     return b"".join(row + b"\n" if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
 
 
@@ -52,13 +52,13 @@ def says(*turns, **columns):
 
 
 def first(**keys):
-    """A row whose first message has other keys; None takes the key out."""
+    """A row whose first message has other keys; None removes a key."""
     user = {"role": "user", "content": "q", **keys}
     return {"messages": [{k: v for k, v in user.items() if v != "-"}, {"role": "assistant", "content": "a"}]}
 
 
 def calls(*made, **columns):
-    """A row whose assistant calls tools."""
+    """A row with tool calls."""
     return says(("user", "q"), ("assistant", "Cerco.", {"tool_calls": list(made)}), **columns)
 
 
@@ -72,13 +72,13 @@ def nested(depth):
 
 
 def put(row, value):
-    """A row as a line, with JSON text where "@" stands."""
+    """A row as a line, with `value` as JSON text in place of "@"."""
     return json.dumps(row).replace('"@"', value).encode()
 
 
 @dataclass(frozen=True)
 class Given:
-    """Files and the keys that name them. `{here}` in a key stands for their folder."""
+    """Data files and recipe keys; `{here}` in a key is replaced by their folder."""
 
     content: bytes | None
     method: str = "sft"
@@ -106,7 +106,7 @@ def _placed(keys, here):
 
 
 def trusted(folder):
-    """Results in the cache that a later preparation would take."""
+    """Cached results that a later preparation would use."""
     return list((folder / "cache" / "documents").glob("*/done.json"))
 
 
@@ -139,14 +139,14 @@ def against(evaluation, **keys):
 
 
 def shared(by, **shares):
-    """Rows of two languages, and two sources `uno` and `due`, of which the second has nothing usable."""
+    """Rows of two languages, and two sources `uno` and `due`; the second has no usable row."""
     files = {"uno.jsonl": lines(CHAT | {"lang": "it"}, CHAT | {"lang": "en"}), "due.jsonl": lines(says(("user", "q")))}
     sources = [{"path": f"{{here}}/{name}.jsonl", "alias": name, "format": "messages"} for name in ("uno", "due")]
     return Given(None, data={"sources": sources, "mixture": {"by": by, "shares": shares}}, files=files)
 
 
 def made(what):
-    """A reader that makes an object of its own."""
+    """A reader that returns an object."""
     head = "from nesso_tune import Conversation, Message, PreferencePair\nUSER, BOT = Message('user', 'q'), "
     return f"{head}Message('assistant', 'a')\n\n\ndef read(row):\n    return {what}\n"
 
@@ -168,11 +168,11 @@ ERRORS = {
     "an integer of 10,000 digits": (Given(lines(CHAT, put({"n": "@"}, "9" * 10_000))), JSON_ERROR),
     "nested without end": (Given(lines(CHAT, put({"n": "@"}, nested(100_000)))), r"rows\.jsonl:2: .*too deeply"),
     "nested without a close": (Given(lines(CHAT, b'{"n": ' + b"[" * 100_000)), r"rows\.jsonl:2: is not JSON"),
-    "a row that is a list": (Given(lines(CHAT, b"[]")), r"rows\.jsonl:2: a row must be .*this is list; write one"),
-    "a row that is a text": (Given(lines(CHAT, b'"x"')), r"rows\.jsonl:2: a row must be .*this is str; write one"),
-    "a row that is a number": (Given(lines(CHAT, b"7")), r"rows\.jsonl:2: a row must be .*this is int; write one"),
-    "a row that is null": (Given(lines(CHAT, b"null")), r"rows\.jsonl:2: a row must be .*this is NoneType; write"),
-    "a row that is NaN": (Given(lines(CHAT, b"NaN")), r"rows\.jsonl:2: a row must be .*this is float; write one"),
+    "a row that is a list": (Given(lines(CHAT, b"[]")), r"rows\.jsonl:2: a row must be .*got list; write one"),
+    "a row that is a text": (Given(lines(CHAT, b'"x"')), r"rows\.jsonl:2: a row must be .*got str; write one"),
+    "a row that is a number": (Given(lines(CHAT, b"7")), r"rows\.jsonl:2: a row must be .*got int; write one"),
+    "a row that is null": (Given(lines(CHAT, b"null")), r"rows\.jsonl:2: a row must be .*got NoneType; write"),
+    "a row that is NaN": (Given(lines(CHAT, b"NaN")), r"rows\.jsonl:2: a row must be .*got float; write one"),
     "UTF-16": (Given(lines(CHAT).decode().encode("utf-16")), r"rows\.jsonl:1: is not UTF-8 text; convert the file"),
     "UTF-16 without a mark": (Given(lines(CHAT).decode().encode("utf-16-le")), r"rows\.jsonl:1: is not JSON"),
     "latin-1": (
@@ -184,13 +184,16 @@ ERRORS = {
     "an empty file": (Given(b""), r"rows\.jsonl: is empty; give a file with rows"),
     "blank lines only": (Given(b"\n \n\t\r\n"), r"rows\.jsonl: is empty; give a file with rows"),
     "a byte order mark only": (Given(BOM), r"rows\.jsonl: is empty; give a file with rows"),
-    "gzip": (Given(gzip.compress(lines(CHAT))), r"rows\.jsonl: is compressed; unpack it first"),
+    "gzip": (Given(gzip.compress(lines(CHAT))), r"rows\.jsonl: is compressed; decompress it first"),
     "gzip by its name": (
-        Given(gzip.compress(lines(CHAT)), name="rows.jsonl.gz"), r"rows\.jsonl\.gz: is compressed; unpack it first",
+        Given(gzip.compress(lines(CHAT)), name="rows.jsonl.gz"), r"rows\.jsonl\.gz: is compressed; decompress it first",
     ),
-    "zip": (Given(b"PK\x03\x04" + bytes(60)), r"rows\.jsonl: is compressed; unpack it first"),
-    "zstd": (Given(b"\x28\xb5\x2f\xfd" + bytes(60)), r"rows\.jsonl: is compressed; unpack it first"),
-    "csv": (Given(b"prompt,response\nq,a\n", name="rows.csv"), r"rows\.csv: \.csv files are not read; make JSON lines"),
+    "zip": (Given(b"PK\x03\x04" + bytes(60)), r"rows\.jsonl: is compressed; decompress it first"),
+    "zstd": (Given(b"\x28\xb5\x2f\xfd" + bytes(60)), r"rows\.jsonl: is compressed; decompress it first"),
+    "csv": (
+        Given(b"prompt,response\nq,a\n", name="rows.csv"),
+        r"rows\.csv: \.csv files are not supported; convert it to JSON lines",
+    ),
     "csv by another name": (Given(b"prompt,response\nq,a\n"), r"rows\.jsonl:1: is not JSON .*; correct the line"),
     "a fault far down, found by another process": (
         Given(lines(*[says(("user", "q" * 1000), ("assistant", "a"))] * 2000, b"{")),
@@ -208,7 +211,7 @@ ERRORS = {
     ),
     "an array of bad bytes": (Given(b'[{"a": "\xe8"}]'), r"rows\.jsonl: is not UTF-8 text; convert the file"),
     "an array nested without end": (Given(b"[" * 100_000), r"rows\.jsonl: is not readable JSON .*; correct the file"),
-    "an array without rows": (Given(b"[]", name="rows.json"), r"rows\.json: holds no rows; give a file with rows"),
+    "an array without rows": (Given(b"[]", name="rows.json"), r"rows\.json: contains no rows; give a file with rows"),
     "an object over several lines": (Given(json.dumps(CHAT, indent=1).encode()), r"rows\.jsonl:1: is not JSON"),
     # Parquet
     "Parquet that is none": (
@@ -217,7 +220,7 @@ ERRORS = {
     "Parquet cut short": (Given(table(**TEXTS)[:-9], name="rows.parquet"), r"rows\.parquet: is not a readable Parquet"),
     "Parquet of nothing": (Given(b"", name="rows.parquet"), r"rows\.parquet: is not a readable Parquet file .*; check"),
     "Parquet without rows": (
-        Given(table(prompt=pa.array([], pa.string())), name="rows.parquet"), r"rows\.parquet: holds no rows; give",
+        Given(table(prompt=pa.array([], pa.string())), name="rows.parquet"), r"rows\.parquet: contains no rows; give",
     ),
     "Parquet of bytes that are no UTF-8": (
         Given(table(**{**TEXTS, "prompt": LATIN}), name="rows.parquet"),
@@ -235,7 +238,7 @@ ERRORS = {
     ),
     # paths
     "a folder without data": (
-        Given(None, source={"path": "{here}"}, files={"README.md": "x"}), r"/data: the folder holds no .*; name the",
+        Given(None, source={"path": "{here}"}, files={"README.md": "x"}), r"/data: the folder contains no .*; name the",
     ),
     "a file that is not there": (Given(None), r"rows\.jsonl: no such file; check the path"),
     "a file of nearly that name": (
@@ -275,7 +278,7 @@ ERRORS = {
     ),
     "no rows that are selected": (
         Given(lines(CHAT), source={"where": {"set": "b"}}),
-        r"rows\.jsonl: no row has what `where` asks .*set: b\); corr",
+        r"rows\.jsonl: no row matches `where` .*set: b\); corr",
     ),
     "a mapping that is not there": (
         Given(lines(CHAT), source={"format": "{here}/no.yaml"}), r"format: there is no format .*no\.yaml`; use ", 2,
@@ -294,14 +297,14 @@ ERRORS = {
         mapped("kind: choice\nprompt_field: [domanda]\n", {"domanda": "q"}, method="dpo"), r".+", None,
     ),
     "pairs for SFT": (
-        Given(lines(GOOD["preference"])), r"rows\.jsonl: holds preference pairs, but SFT .*; use method: dpo",
+        Given(lines(GOOD["preference"])), r"rows\.jsonl: contains preference pairs, but SFT .*; use method: dpo",
     ),
     "chats for DPO": (
-        Given(lines(CHAT), "dpo"), r"rows\.jsonl: holds conversations, but DPO needs .*; use preference data",
+        Given(lines(CHAT), "dpo"), r"rows\.jsonl: contains conversations, but DPO needs .*; use preference data",
     ),
     "labels that are not said": (
         Given(lines(GOOD["choice"]), "dpo", {"format": "choice"}),
-        r"rows\.jsonl: which .*label is 1; .*labels: \[1, 2\]",
+        r"rows\.jsonl: .*which answer .*label is 1; .*labels: \[1, 2\]",
     ),
     "messages as text, nested without end": (Given(lines({"messages": "[" * 100_000})), r"rows\.jsonl.*: .+; .+"),
     # nothing is left
@@ -321,10 +324,10 @@ ERRORS = {
         Given(lines(says(("user", "q"), ("assistant", "")))), r"none of 1 rows .*empty_answer: 1.*; correct the data",
     ),
     # scores and lengths
-    "no score": (scored(other=1), r"rows\.jsonl:2: `score` is no number; correct it, or remove min_score"),
-    "a score that is null": (scored(score=None), r"rows\.jsonl:2: `score` is no number"),
-    "a score that is text": (scored(score="0.9"), r"rows\.jsonl:2: `score` is no number"),
-    "a score that is a truth": (scored(score=True), r"rows\.jsonl:2: `score` is no number"),
+    "no score": (scored(other=1), r"rows\.jsonl:2: `score` is not a number; correct it, or remove min_score"),
+    "a score that is null": (scored(score=None), r"rows\.jsonl:2: `score` is not a number"),
+    "a score that is text": (scored(score="0.9"), r"rows\.jsonl:2: `score` is not a number"),
+    "a score that is a truth": (scored(score=True), r"rows\.jsonl:2: `score` is not a number"),
     "too long": (
         Given(lines(CHAT, LONG), data={"too_long": "error"}),
         r"rows\.jsonl:2: has [\d,]+ tokens, more than data\.sequence_len 256; raise sequence_len, or set",
@@ -399,18 +402,18 @@ ERRORS = {
     ),
     "an evaluation that says too little": (
         against(lines({"prompt": "uno"})),
-        r"eval\.jsonl: holds no text of 4 words; n",
+        r"eval\.jsonl: contains no text of at least 4 words; n",
     ),
     "a broken evaluation": (against(b"{\n"), r"eval\.jsonl:1: is not JSON .*; correct the line"),
     "an empty evaluation": (against(b""), r"eval\.jsonl: is empty; give a file with rows"),
     "no tools' file": (Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}), r"tools\.json: no such file; "),
     "tools that are none": (
         Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}, files={"tools.json": '["x"]'}),
-        r"tools\.json: is no list of tools \(tools_not_readable\); write",
+        r"tools\.json: is not a list of tools \(tools_not_readable\); write",
     ),
     "tools that are no JSON": (
         Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}, files={"tools.json": "[{"}),
-        r"tools\.json: is no list of tools \(.+\); write",
+        r"tools\.json: is not a list of tools \(.+\); write",
     ),
     "tools nested without end": (
         Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}, files={"tools.json": "[" * 100_000}),
@@ -448,7 +451,7 @@ ASKED = {
 
 
 def told(recipe, words, code=3):
-    """The error that preparing a recipe must end with."""
+    """The error that preparing a recipe must raise."""
     with pytest.raises(NessoError, match=words) as caught:
         prepare_data(recipe)
     error = caught.value
@@ -458,7 +461,7 @@ def told(recipe, words, code=3):
 
 
 def well_said(error):
-    """Checks that an error says where, what and what to do, and nothing after it."""
+    """Checks that an error gives location, fault and remedy, and nothing else."""
     assert str(error) == "\n".join(map(str, error.problems))
     assert error.problems
     assert all(p.where.strip() and p.what.strip() and p.remedy.strip() for p in error.problems)
@@ -473,7 +476,7 @@ def test_errors(tmp_path, case):
 
 
 @pytest.mark.parametrize("case", ASKED.values(), ids=ASKED)
-def test_what_sound_rows_cannot_give(tmp_path, case):
+def test_recipes_that_valid_rows_cannot_satisfy(tmp_path, case):
     given, *expected = case
     told(given.recipe(tmp_path), *expected)
 
@@ -681,21 +684,21 @@ FORMAT_DROPS = {
     },
 }  # fmt: skip
 ALL_DROPS = {
-    f"{fmt}: {name}": (fmt, *case)
-    for fmt, cases in {"messages": CHAT_DROPS, **FORMAT_DROPS}.items()
+    f"{format_name}: {name}": (format_name, *case)
+    for format_name, cases in {"messages": CHAT_DROPS, **FORMAT_DROPS}.items()
     for name, case in cases.items()
 }
 
 
-@pytest.mark.parametrize(("fmt", "row", "reason"), ALL_DROPS.values(), ids=ALL_DROPS)
-def test_drops(tmp_path, fmt, row, reason):
-    source = {"format": fmt, **({"labels": [1, 2]} if fmt == "choice" else {})}
-    given = Given(lines(GOOD[fmt], row, GOOD[fmt]), "dpo" if fmt in PAIRS else "sft", source)
+@pytest.mark.parametrize(("format_name", "row", "reason"), ALL_DROPS.values(), ids=ALL_DROPS)
+def test_drops(tmp_path, format_name, row, reason):
+    source = {"format": format_name, **({"labels": [1, 2]} if format_name == "choice" else {})}
+    given = Given(lines(GOOD[format_name], row, GOOD[format_name]), "dpo" if format_name in PAIRS else "sft", source)
     dropped(tmp_path, given, reason)
 
 
 def dropped(folder, given, reason, place="rows.jsonl:2", kept=2):
-    """Prepares what has one row that is dropped for this reason."""
+    """Prepares data with one row that must be dropped for this reason."""
     data = prepare_data(given.recipe(folder))
     report = data.report.to_dict()
     adds_up(report)
@@ -795,7 +798,7 @@ ASKED_DROPS = {  # what only goes because a key asks for it: given, reason, plac
 
 
 @pytest.mark.parametrize("case", ASKED_DROPS.values(), ids=ASKED_DROPS)
-def test_drops_that_are_asked_for(tmp_path, case):
+def test_drops_by_recipe_settings(tmp_path, case):
     dropped(tmp_path, *case)
 
 
@@ -827,7 +830,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("given", KEPT.values(), ids=KEPT)
-def test_what_is_no_fault(tmp_path, given):
+def test_valid_data(tmp_path, given):
     report = prepare_data(given.recipe(tmp_path)).report.to_dict()
     adds_up(report)
     assert (report["rows_read"], report["dropped"]) == (1, {})
@@ -858,7 +861,7 @@ def test_control_tokens_in_other_formats_stay_text(tmp_path):
     assert [int(i) for i in row["input_ids"]].count(end) == 3, "of the offer, the question and the call"
 
 
-def test_texts_in_turn_need_no_names_of_keys_or_it_is_said(tmp_path):
+def test_alternating_texts_need_no_message_keys(tmp_path):
     try:
         report = prepare_data(mapped(SPOKEN, {"dialogue": ["q", "a"]}).recipe(tmp_path)).report.to_dict()
     except NessoError as error:
@@ -870,7 +873,7 @@ def test_texts_in_turn_need_no_names_of_keys_or_it_is_said(tmp_path):
 # --- files that cannot be read ---
 
 
-def test_a_link_to_nowhere(tmp_path):
+def test_a_dangling_link(tmp_path):
     recipe = Given(None).recipe(tmp_path)
     (tmp_path / "data" / "rows.jsonl").symlink_to(tmp_path / "nowhere")
     told(recipe, r"rows\.jsonl: no such file; ")
@@ -881,14 +884,14 @@ def test_a_link_to_nowhere(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_file_that_may_not_be_read(tmp_path):
+def test_a_file_without_read_permission(tmp_path):
     recipe = Given(lines(CHAT)).recipe(tmp_path)
     (tmp_path / "data" / "rows.jsonl").chmod(0)
     told(recipe, r"rows\.jsonl: cannot be read \(.+\); check its permissions")
     assert not trusted(tmp_path)
 
 
-def test_a_file_whose_name_is_no_unicode(tmp_path):
+def test_a_file_name_that_is_not_unicode(tmp_path):
     given = Given(None, source={"path": "{here}"}, files={os.fsdecode(b"\xff.jsonl"): lines(CHAT, says())})
     recipe = given.recipe(tmp_path)
     try:
@@ -898,12 +901,12 @@ def test_a_file_whose_name_is_no_unicode(tmp_path):
         assert not trusted(tmp_path)
 
 
-def test_one_bad_file_among_many(tmp_path):
+def test_one_invalid_file_among_many(tmp_path):
     files = {"a.jsonl": lines(CHAT), "b.jsonl": lines(CHAT, b"{"), "c.jsonl.gz": gzip.compress(lines(CHAT))}
     recipe = Given(None, source={"path": "{here}"}, files=files).recipe(tmp_path)
     told(recipe, r"b\.jsonl:2: is not JSON")
     (tmp_path / "data" / "b.jsonl").write_bytes(lines(CHAT))
-    told(recipe, r"c\.jsonl\.gz: is compressed; unpack it first")
+    told(recipe, r"c\.jsonl\.gz: is compressed; decompress it first")
     assert not trusted(tmp_path)
 
 
@@ -942,7 +945,7 @@ COMMANDS = {
     "a malformed line": ("prepare", Given(lines(CHAT, b"{")), "rows.jsonl:2: is not JSON"),
     "latin-1": ("preview", Given(lines(CHAT) + b'{"a": "\xe8"}'), "rows.jsonl:2: is not UTF-8 text"),
     "too long": ("prepare", Given(lines(CHAT, LONG), data={"too_long": "error"}), "rows.jsonl:2: has"),
-    "no score": ("train", scored(score="high"), "rows.jsonl:2: `score` is no number"),
+    "no score": ("train", scored(score="high"), "rows.jsonl:2: `score` is not a number"),
     "a row that is a list": ("check", Given(lines(b"7", CHAT)), "rows.jsonl:1: a row must be a JSON object"),
     "an array of lists": ("prepare", Given(b"[[1]]", name="rows.json"), "rows.json row 1: a row must be"),
     "a column name that is no Unicode": ("prepare", Given(lines({LONE: 1})), "rows.jsonl: its format is not"),
@@ -962,7 +965,7 @@ def test_commands(tmp_path, capsys, verb, given, words):
     assert not Path(tmp_path, "run").exists()
 
 
-def test_a_share_of_a_source_that_is_not_there(tmp_path, capsys):
+def test_a_share_of_an_unknown_source(tmp_path, capsys):
     given = Given(
         lines(CHAT), source={"alias": "corpus"}, data={"mixture": {"by": "source", "shares": {"corpus": 1.0}}}
     )
@@ -974,5 +977,5 @@ def test_a_share_of_a_source_that_is_not_there(tmp_path, capsys):
     assert not trusted(tmp_path)
 
 
-def test_there_are_enough():
+def test_the_catalogue_is_large():
     assert sum(map(len, (ERRORS, ASKED, ALL_DROPS, ASKED_DROPS, KEPT, REPAIRS, COMMANDS))) >= 60

@@ -1,4 +1,4 @@
-"""Files of every kind: rows with their places, or an error that says where and what to do."""
+"""Reading files of every type: rows with their locations, or an error with location and remedy."""
 
 import gzip
 import json
@@ -8,8 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from nesso_tune import DataError
-from nesso_tune.data.files import content_hash, expand, is_local, read_rows
-from nesso_tune.data.sources import count_rows
+from nesso_tune.data.files import content_hash, expand, is_local, read_records
+from nesso_tune.data.sources import count_records
 from nesso_tune.recipes.sections import Source
 
 ROWS = [{"a": "è"}, {"a": "b\nc"}]
@@ -32,14 +32,14 @@ GOOD = {
 @pytest.mark.parametrize(("name", "content"), GOOD.values(), ids=GOOD)
 def test_rows_are_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert [row for row, _ in read_rows(tmp_path / name)] == ROWS
+    assert [row for row, _ in read_records(tmp_path / name)] == ROWS
 
 
 BAD = {
     "cut short": (LINES + b'{"a": "b', r"x.jsonl:3: is not JSON \(Unterminated string.*\); correct the line"),
     "two objects in a line": (b'{"a": 1}{"a": 2}', r"x.jsonl:1: is not JSON \(Extra data\)"),
-    "a list in the middle": (LINES + b"[1]\n", r"x.jsonl:3: a row must be a JSON object, this is list"),
-    "a text": (b'"a"\n', r"x.jsonl:1: a row must be a JSON object, this is str"),
+    "a list in the middle": (LINES + b"[1]\n", r"x.jsonl:3: a row must be a JSON object, got list"),
+    "a text": (b'"a"\n', r"x.jsonl:1: a row must be a JSON object, got str"),
     "array of texts": (b'["a"]', r"x.jsonl row 1: a row must be a JSON object"),
     "array cut short": (b'[{"a": 1},\n{"a"', r"x.jsonl:2: is not JSON"),
     "array of bad bytes": (b'[{"a": "\xe8"}]', r"x.jsonl: is not UTF-8 text"),
@@ -49,7 +49,7 @@ BAD = {
     "array nested without end": (b"[" * 200_000, r"x.jsonl: is not readable JSON .it is nested too deeply"),
     "empty": (b"", "x.jsonl: is empty; give a file with rows"),
     "blank": (BOM + b" \n\n", "x.jsonl: is empty"),
-    "gzip": (gzip.compress(LINES), "x.jsonl: is compressed; unpack it first"),
+    "gzip": (gzip.compress(LINES), "x.jsonl: is compressed; decompress it first"),
     "zip": (b"PK\x03\x04...", "x.jsonl: is compressed"),
     "zstd": (b"\x28\xb5\x2f\xfd...", "x.jsonl: is compressed"),
     "csv": (b"a,b\n1,2\n", "x.jsonl:1: is not JSON"),
@@ -58,23 +58,23 @@ BAD = {
 
 
 @pytest.mark.parametrize(("content", "expected"), BAD.values(), ids=BAD)
-def test_what_is_no_row_is_told_with_its_place(tmp_path, content, expected):
+def test_invalid_rows_are_reported_with_their_location(tmp_path, content, expected):
     (tmp_path / "x.jsonl").write_bytes(content)
     with pytest.raises(DataError, match=expected):
-        list(read_rows(tmp_path / "x.jsonl"))
+        list(read_records(tmp_path / "x.jsonl"))
 
 
-def test_rows_know_their_lines(tmp_path):
+def test_locations_are_line_numbers(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b"\n" + LINES)
-    assert [where for _, where in read_rows(tmp_path / "x.jsonl")] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 3)]
+    assert [where for _, where in read_records(tmp_path / "x.jsonl")] == [f"{tmp_path}/x.jsonl:{n}" for n in (2, 3)]
     (tmp_path / "x.json").write_text(json.dumps(ROWS))
-    assert [where for _, where in read_rows(tmp_path / "x.json")] == [f"{tmp_path}/x.json row {n}" for n in (1, 2)]
+    assert [where for _, where in read_records(tmp_path / "x.json")] == [f"{tmp_path}/x.json row {n}" for n in (1, 2)]
 
 
 def test_parquet(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "è"}], "n": i} for i in range(3000)]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
-    read = list(read_rows(tmp_path / "x.parquet"))
+    read = list(read_records(tmp_path / "x.parquet"))
     assert [row for row, _ in read] == rows
     assert read[-1][1].endswith("x.parquet row 3000")
 
@@ -82,11 +82,11 @@ def test_parquet(tmp_path):
 def test_damaged_parquet(tmp_path):
     (tmp_path / "x.parquet").write_bytes(LINES)
     with pytest.raises(DataError, match=r"x.parquet: is not a readable Parquet file"):
-        list(read_rows(tmp_path / "x.parquet"))
+        list(read_records(tmp_path / "x.parquet"))
     text = pa.array([b"\xe8"], pa.binary()).view(pa.string())
     parquet.write_table(pa.table({"a": text}), tmp_path / "latin.parquet")
     with pytest.raises(DataError, match=r"latin.parquet: .*utf-8"):
-        list(read_rows(tmp_path / "latin.parquet"))
+        list(read_records(tmp_path / "latin.parquet"))
 
 
 def names(paths, root):
@@ -104,12 +104,12 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path, monkeypatch):
     assert [p.name for p in expand("../?.jsonl")] == ["b.jsonl"]
 
 
-def test_a_file_whose_name_has_brackets_is_no_pattern(tmp_path):
+def test_an_existing_file_with_brackets_in_its_name_is_not_a_glob(tmp_path):
     (tmp_path / "x[1].jsonl").write_bytes(LINES)
     assert names(expand(f"{tmp_path}/x[1].jsonl"), tmp_path) == ["x[1].jsonl"]
 
 
-def test_compressed_files_in_a_folder_are_not_passed_over(tmp_path):
+def test_compressed_files_in_a_folder_are_not_ignored(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(LINES)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES))
     assert names(expand(str(tmp_path)), tmp_path) == ["a.jsonl", "b.jsonl.gz"]
@@ -122,7 +122,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(DataError, match=r"\*.parquet: matches no file"):
         expand(f"{tmp_path}/*.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="the folder holds no"):
+    with pytest.raises(DataError, match="the folder contains no"):
         expand(f"{tmp_path}/empty")
 
 
@@ -131,11 +131,11 @@ def test_missing_files(tmp_path):
     [("HuggingFaceTB/smoltalk", False), ("data/x.jsonl", True), ("./a/b", True), ("a/*", True), ("~/x/y", True),
      ("x", True), ("a/b/c", True), ("data/x.csv", True)],
 )  # fmt: skip
-def test_what_is_a_path_and_what_a_hub_id(path, local):
+def test_local_paths_and_hub_ids(path, local):
     assert is_local(path) is local
 
 
-def test_the_hash_is_of_the_content_alone(tmp_path):
+def test_the_hash_depends_on_the_content_alone(tmp_path):
     one, two = tmp_path / "1", tmp_path / "2"
     one.write_bytes(LINES)
     two.write_bytes(LINES)
@@ -146,13 +146,13 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.xlsx"])
-def test_tables_are_refused_with_a_command_that_converts_them(tmp_path, name):
+def test_tables_are_rejected_with_a_conversion_command(tmp_path, name):
     (tmp_path / name).write_bytes(b"prompt,response\na,b\n")
-    with pytest.raises(DataError, match=r"files are not read; make JSON lines of it, e.g. python -c"):
-        list(read_rows(tmp_path / name))
+    with pytest.raises(DataError, match=r"files are not supported; convert it to JSON lines, e.g. python -c"):
+        list(read_records(tmp_path / name))
 
 
-def test_rows_are_counted_as_they_are_read(tmp_path):
+def test_the_count_equals_the_number_of_rows_read(tmp_path):
     contents = {
         "plain": '{"a": 1}\n{"a": 2}\n', "no last break": '{"a": 1}\n{"a": 2}',
         "blank lines": '{"a": 1}\n\n \n{"a": 2}\n', "an array": '[{"a": 1},\n{"a": 2}]', "one": '{"a": 1}',
@@ -160,12 +160,12 @@ def test_rows_are_counted_as_they_are_read(tmp_path):
     for name, content in contents.items():
         file = tmp_path / f"{name}.jsonl"
         file.write_text(content)
-        assert count_rows(Source(path=str(file))) == len(list(read_rows(file))), name
+        assert count_records(Source(path=str(file))) == len(list(read_records(file))), name
 
 
-def test_nulls_that_a_table_fills_in_are_no_arguments(tmp_path):
+def test_nulls_that_arrow_fills_in_are_dropped(tmp_path):
     calls = [{"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": {"b": "x"}}]
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w", "tool_calls": calls}]
     parquet.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "x.parquet")
-    ((row, _),) = read_rows(tmp_path / "x.parquet")
+    ((row, _),) = read_records(tmp_path / "x.parquet")
     assert row == {"messages": turns}

@@ -1,4 +1,4 @@
-"""Formats are found by themselves, named, adapted, or told apart with a hint."""
+"""Formats: detected, named, adapted to a source, or an error that suggests one."""
 
 import pytest
 
@@ -31,11 +31,11 @@ DETECTED = {
 
 
 @pytest.mark.parametrize(("row", "name"), DETECTED.values(), ids=DETECTED)
-def test_auto_finds_the_format(row, name):
+def test_auto_detects_the_format(row, name):
     assert choose_format(source(), [row]) == load_format(name)
 
 
-def test_most_rows_decide():
+def test_the_majority_of_rows_decides():
     rows = [ALPACA, SHAREGPT, SHAREGPT, {"messages": None}]
     assert choose_format(source(), rows) == load_format("sharegpt")
 
@@ -45,8 +45,12 @@ def test_a_source_can_name_its_own_columns_and_roles():
     named = source(
         messages_field="dialogo", role_field="chi", content_field="testo", roles={"utente": "user", "bot": "assistant"}
     )
-    fmt = choose_format(named, [row])
-    assert (fmt.kind, fmt.messages_field, fmt.roles["utente"]) == ("conversation", ("dialogo",), "user")
+    data_format = choose_format(named, [row])
+    assert (data_format.kind, data_format.messages_field, data_format.roles["utente"]) == (
+        "conversation",
+        ("dialogo",),
+        "user",
+    )
 
 
 WRONG = {
@@ -60,7 +64,7 @@ WRONG = {
         {"format": "messages"}, SHAREGPT, r"are not of format messages .* they look like format sharegpt: set",
     ),
     "columns of other rows": ({"format": "messages"}, {"messages": "text"}, r"have the columns"),
-    "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but not both filled with text"),
+    "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but they are not both text"),
     "named column absent": ({"prompt_field": "a", "format": "alpaca"}, {"output": "x"}, r"no column `a`"),
 }  # fmt: skip
 
@@ -74,14 +78,14 @@ def test_rows_of_another_format(keys, row, expected):
 def test_columns_that_only_some_rows_have():
     with pytest.raises(DataError, match="have the columns of format messages"):
         choose_format(source(format="messages"), [{"x": 1}, {"messages": "text"}])
-    with pytest.raises(DataError, match="not both filled with text"):
+    with pytest.raises(DataError, match="they are not both text"):
         choose_format(source(format="alpaca"), [{"instruction": "a"}, {"output": "b"}])
 
 
 OWN = "kind: instruction\nprompt_field: [domanda]\nresponse_field: [risposta]\n"
 
 
-def test_a_mapping_file_of_ones_own(tmp_path):
+def test_a_user_defined_format_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(OWN)
     assert choose_format(source(format=str(path)), [{"domanda": "a", "risposta": "b"}]).prompt_field == ("domanda",)
@@ -102,7 +106,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("text", "expected"), BAD.values(), ids=BAD)
-def test_a_wrong_mapping_file_is_told_with_its_line(tmp_path, text, expected):
+def test_an_invalid_format_file_is_reported_with_its_line(tmp_path, text, expected):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=expected):
@@ -128,18 +132,18 @@ TOO_FEW = {  # file, its line, key
 
 
 @pytest.mark.parametrize(("text", "line", "key"), TOO_FEW.values(), ids=TOO_FEW)
-def test_a_mapping_that_names_too_few_columns(tmp_path, text, line, key):
+def test_a_format_that_names_too_few_columns(tmp_path, text, line, key):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=rf"mine\.yaml:{line}: the format names .*{key}.*; name the column there"):
         choose_format(source(format=str(path)), [{"a": "x", "b": "y", "c": "z"}])
 
 
-def test_keys_of_messages_are_role_and_content_unless_it_is_said(tmp_path):
+def test_message_keys_default_to_role_and_content(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("kind: conversation\nmessages_field: [dialogo]\n" + ROLES)
-    fmt = choose_format(source(format=str(path)), [{"dialogo": [{"role": "a", "content": "x"}]}])
-    assert (fmt.role_keys, fmt.content_keys) == (("role",), ("content",))
+    data_format = choose_format(source(format=str(path)), [{"dialogo": [{"role": "a", "content": "x"}]}])
+    assert (data_format.role_keys, data_format.content_keys) == (("role",), ("content",))
 
 
 def test_an_unknown_format():

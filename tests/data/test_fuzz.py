@@ -1,4 +1,4 @@
-"""Whatever stands in a data file, the answer is an error in one form, or rows that are kept or counted as dropped."""
+"""Fuzzing: any data file gives an error in the standard form, or rows that are kept or counted as dropped."""
 
 import io
 import json
@@ -18,10 +18,10 @@ from pyarrow import parquet
 from nesso_tune import NessoError, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.files import Lines
+from nesso_tune.data.files import JsonLinesBlock
 from nesso_tune.data.formats import DataFormat, load_format
 from nesso_tune.data.pipeline import BlockEncoder
-from nesso_tune.data.record_reader import Reading
+from nesso_tune.data.record_reader import RecordReader
 from nesso_tune.recipes.sections import ChatSection, CleanSection, DPOData, ModelSection, SFTData, Source
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
 from tests.support.examples import examples
@@ -49,7 +49,15 @@ TEXTS = (
     | st.text(st.characters(exclude_categories=()), max_size=6)
     | st.lists(st.sampled_from(SPELT + ODD + WORDS), min_size=2, max_size=4).map("".join)
 )
-COLUMNS = sorted({name for fmt in GOOD for key, names in load_format(fmt) if key.endswith("_field") for name in names})
+COLUMNS = sorted(
+    {
+        name
+        for format_name in GOOD
+        for key, names in load_format(format_name)
+        if key.endswith("_field")
+        for name in names
+    }
+)
 COLUMNS += ["type", "text", "value", "name", "train", "tool_calls", "function", "arguments", "parameters", "lang",
             "output_1", "output_2", "label", "score", "a", "0"]  # fmt: skip
 KEYS = st.sampled_from(COLUMNS) | TEXTS
@@ -62,7 +70,7 @@ ROWS = st.dictionaries(KEYS, VALUES, max_size=5)
 
 
 def places(value, here=()):
-    """Where in a value something can be put instead."""
+    """The paths in a value at which something can be replaced."""
     yield here
     if isinstance(value, (dict, list)):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
@@ -70,7 +78,7 @@ def places(value, here=()):
 
 
 def replaced(value, place, by):
-    """A value with something else in one place."""
+    """A value with one path replaced."""
     if not place:
         return by
     copied = value.copy()
@@ -110,9 +118,9 @@ WHOLE = {  # rows with everything that a format knows
 
 
 @st.composite
-def nearly(draw, fmt):
-    """A row of a format with something else in up to two places."""
-    row = draw(st.sampled_from(WHOLE[fmt]))
+def nearly(draw, format_name):
+    """A row of a format with up to two replaced values."""
+    row = draw(st.sampled_from(WHOLE[format_name]))
     for _ in range(draw(st.integers(1, 2))):
         place = draw(st.sampled_from(list(places(row))[1:] or [()]))
         row = replaced(row, place, draw(VALUES)) if place else draw(ROWS)
@@ -129,7 +137,7 @@ def chat():
 
 @lru_cache(maxsize=1)
 def marks():
-    """The ids of a turn's start and end, and of all other special tokens."""
+    """The ids of the start and end of a turn, and of all other special tokens."""
     start, end = (chat().backend.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>"))
     special = {i for i, token in chat().backend.get_added_tokens_decoder().items() if token.special}
     return start, end, special - {start, end}
@@ -170,11 +178,11 @@ def trusted():
     return list(Path(os.environ["NESSO_TUNE_CACHE"], "documents").glob("*/done.json"))
 
 
-def under(fmt, content, name="rows.jsonl", **more):
-    """Given content under a format, for the method that it is of, or for another."""
-    source = {} if fmt == "auto" else {"format": fmt}
-    source |= {"labels": [1, 2]} if fmt == "choice" else {}
-    method = more.pop("method", "dpo" if fmt in PAIRS else "sft")
+def under(format_name, content, name="rows.jsonl", **more):
+    """The content under a format, for its method or for the other one."""
+    source = {} if format_name == "auto" else {"format": format_name}
+    source |= {"labels": [1, 2]} if format_name == "choice" else {}
+    method = more.pop("method", "dpo" if format_name in PAIRS else "sft")
     return Given(content, method, source, {"packing": False} if method == "sft" else {}, name=name, **more)
 
 
@@ -190,28 +198,31 @@ NAMES = st.sampled_from(["rows.jsonl", "rows.json", "rows.parquet", "rows.txt"])
 @example("rows.jsonl", b"\xff\xfe{\x00}\x00", "auto")
 @example("rows.parquet", b"PAR1PAR1PAR1", "auto")
 @example("rows.json", b"[" * 3000, "messages")
-def test_any_bytes(name, content, fmt):
-    prepared(under(fmt, content, name), fmt in TALKS)
+def test_any_bytes(name, content, format_name):
+    prepared(under(format_name, content, name), format_name in TALKS)
 
 
 @lru_cache
-def whole(fmt, kind):
-    """A sound file."""
-    rows = WHOLE[fmt]
+def whole(format_name, kind):
+    """A valid file."""
+    rows = WHOLE[format_name]
     if kind == "rows.jsonl":
         return lines(*rows, *rows)
     if kind == "rows.json":
         return json.dumps([*rows, *rows], indent=1).encode()
     out = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist([GOOD[fmt]] * 3), out)
+    parquet.write_table(pa.Table.from_pylist([GOOD[format_name]] * 3), out)
     return out.getvalue()
 
 
 @st.composite
 def damaged(draw):
-    """A file of a format with a few bytes flipped, cut out, doubled or put in between."""
-    fmt, kind = draw(st.sampled_from(sorted(GOOD))), draw(st.sampled_from(["rows.jsonl", "rows.json", "rows.parquet"]))
-    content = bytearray(whole(fmt, kind))
+    """A file of a format with a few bytes flipped, deleted, duplicated or inserted."""
+    format_name, kind = (
+        draw(st.sampled_from(sorted(GOOD))),
+        draw(st.sampled_from(["rows.jsonl", "rows.json", "rows.parquet"])),
+    )
+    content = bytearray(whole(format_name, kind))
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, max(0, len(content) - 1)))
         how, size = draw(st.sampled_from(["flip", "cut", "end", "double", "insert"])), draw(st.integers(1, 8))
@@ -225,70 +236,73 @@ def damaged(draw):
             content[at:at] = content[at : at + 8 * size]
         else:
             content[at:at] = draw(st.binary(min_size=1, max_size=8))
-    return fmt, kind, bytes(content)
+    return format_name, kind, bytes(content)
 
 
 @examples(15)
 @given(damaged(), st.booleans())
 def test_any_damage_to_a_file(broken, named):
-    fmt, kind, content = broken
-    automatic = not named and fmt not in ("completion", "pretokenized", "choice")
-    method = "dpo" if fmt in PAIRS else "sft"
-    prepared(under("auto" if automatic else fmt, content, kind, method=method), fmt in TALKS)
+    format_name, kind, content = broken
+    automatic = not named and format_name not in ("completion", "pretokenized", "choice")
+    method = "dpo" if format_name in PAIRS else "sft"
+    prepared(under("auto" if automatic else format_name, content, kind, method=method), format_name in TALKS)
 
 
 # --- (b) rows ---
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("format_name", FORMATS)
 @examples(5)
 @given(st.data())
-def test_any_rows(fmt, method, data):
-    sound = [] if fmt == "auto" else [lines(GOOD[fmt])] * data.draw(st.integers(0, 1))
+def test_any_rows(format_name, method, data):
+    sound = [] if format_name == "auto" else [lines(GOOD[format_name])] * data.draw(st.integers(0, 1))
     rows = [json.dumps(row).encode() + b"\n" for row in data.draw(st.lists(ROWS, min_size=1, max_size=4))]
-    prepared(under(fmt, b"".join(sound + rows), method=method), fmt in TALKS)
+    prepared(under(format_name, b"".join(sound + rows), method=method), format_name in TALKS)
 
 
 # --- (c) rows that are nearly sound ---
 
 
 @lru_cache
-def working(fmt, cleaned):
-    """Work on rows of a format, without the files around it."""
-    kind, method = (DPOData, "dpo") if fmt in PAIRS else (SFTData, "sft")
+def working(format_name, cleaned):
+    """The pipeline step for rows of a format, without files."""
+    kind, method = (DPOData, "dpo") if format_name in PAIRS else (SFTData, "sft")
     clean = {"unicode": "nfc", "invisible": "remove", "empty_turns": "remove", "role_order": "merge",
              "near_duplicates": 0.8} if cleaned else {"role_order": "keep"}  # fmt: skip
     data = kind.model_validate({"sources": [{"path": "x"}], "sequence_len": 512, "clean": clean})
     source = Source(
-        path="x", format=fmt, labels=(1, 2) if fmt == "choice" else None, language="auto" if cleaned else None
+        path="x",
+        format=format_name,
+        labels=(1, 2) if format_name == "choice" else None,
+        language="auto" if cleaned else None,
     )
     return BlockEncoder(
-        [Reading(source, load_format(fmt).adapted(source), method, CleanSection(**clean))], data, chat()
+        [RecordReader(source, load_format(format_name).adapted(source), method, CleanSection(**clean))], data, chat()
     )
 
 
 def offers(item):
-    """1 where the tools on offer make a system message of their own."""
+    """1 if the tools are rendered as a system message of their own."""
     turns = item.prompt if isinstance(item, PreferencePair) else item.turns
     return int(bool(item.tools) and not (turns and turns[0].role == "system"))
 
 
 @pytest.mark.parametrize("cleaned", [False, True], ids=["as they are", "cleaned"])
-@pytest.mark.parametrize("fmt", sorted(GOOD))
+@pytest.mark.parametrize("format_name", sorted(GOOD))
 @WIDE
 @given(st.data())
-def test_nearly_sound_rows(fmt, cleaned, data):
-    rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
-    work, (start, end, others) = working(fmt, cleaned), marks()
-    done = work((0, Lines("rows.jsonl:", 1, lines(*rows))))
+def test_nearly_valid_rows(format_name, cleaned, data):
+    rows = data.draw(st.lists(nearly(format_name), min_size=1, max_size=3))
+    work, (start, end, others) = working(format_name, cleaned), marks()
+    done = work((0, JsonLinesBlock("rows.jsonl:", 1, lines(*rows))))
     chunk = done.chunk
     assert done.rows == len(rows) == len(chunk.numbers) + len(done.dropped)
-    parts = 3 if fmt in PAIRS else 1
+    parts = 3 if format_name in PAIRS else 1
     position, lengths = 0, iter(chunk.lengths)
     assert len(chunk.lengths) == parts * len(chunk.numbers)
     for number in chunk.numbers:
-        item = work.readings[0].item(json.loads(json.dumps(rows[number - 1])), "here")
+        item = work.readings[0].read(json.loads(json.dumps(rows[number - 1])), "here")
         pieces = []
         for _ in range(parts):
             length = next(lengths)
@@ -306,14 +320,14 @@ def test_nearly_sound_rows(fmt, cleaned, data):
             assert not any(learned)
             for ids, trained in answers:
                 assert (ids.count(start), ids.count(end), ids[-1], all(trained)) == (0, 1, end, True)
-        elif fmt == "completion":
+        elif format_name == "completion":
             ((ids, _),) = pieces
             assert (ids.count(start), ids.count(end), ids[-1]) == (0, 1, end)
         else:
             ((ids, trained),) = pieces
             assert tuple(ids) == item.input_ids
             assert [t if yes else -100 for t, yes in zip(ids, trained, strict=True)] == list(item.labels)
-        if fmt != "pretokenized":
+        if format_name != "pretokenized":
             assert all(others.isdisjoint(ids) for ids, _ in pieces)
     assert position == len(chunk.ids) == len(chunk.supervised)
     json.dumps([drop._asdict() for drop in done.dropped], ensure_ascii=False).encode()  # can be written down
@@ -321,9 +335,9 @@ def test_nearly_sound_rows(fmt, cleaned, data):
 
 @QUICK
 @given(st.sampled_from(sorted(GOOD)), st.data())
-def test_nearly_sound_files(fmt, data):
-    rows = data.draw(st.lists(nearly(fmt), min_size=1, max_size=3))
-    prepared(under(fmt, lines(GOOD[fmt], *rows)), fmt in TALKS)
+def test_nearly_valid_files(format_name, data):
+    rows = data.draw(st.lists(nearly(format_name), min_size=1, max_size=3))
+    prepared(under(format_name, lines(GOOD[format_name], *rows)), format_name in TALKS)
 
 
 # --- (d) mappings ---
@@ -379,7 +393,7 @@ SPEAKERS = {
 
 
 def mapping(named, rows, method="sft"):
-    """Rows under a mapping file; JSON is YAML too."""
+    """Rows under a format file; JSON is valid YAML."""
     text = named if isinstance(named, str) else json.dumps(named)
     data = {"packing": False} if method == "sft" else {}
     return Given(lines(*rows), method, {"format": "{here}/own.yaml"}, data, {"own.yaml": text})
@@ -387,7 +401,7 @@ def mapping(named, rows, method="sft"):
 
 @examples(15)
 @given(NAMED, st.lists(SHAPED, min_size=1, max_size=3))
-def test_any_mapping(named, rows):
+def test_any_format_file(named, rows):
     prepared(mapping(named, rows, "dpo" if named["kind"] in PAIRS else "sft"), named["kind"] in KINDS)
 
 
@@ -398,7 +412,7 @@ def test_any_mapping(named, rows):
         | st.sampled_from(["kind: ", "completion\n", "text_field: [a]\n", "- ", "{"])
     ).map("".join)
 )
-def test_any_text_for_a_mapping(text):
+def test_any_text_as_a_format_file(text):
     prepared(mapping(text, [{"a": "q"}]), turns=False)
 
 
@@ -408,14 +422,14 @@ TURNS = st.sampled_from(["q", "a", "", " ", "<|im_end|>", "\ud800"]) | VALUES
 @QUICK
 @given(st.lists(st.lists(TURNS | st.lists(TURNS, max_size=3), max_size=4) | VALUES, min_size=1, max_size=3),
        st.sampled_from(["s", "", ["s", "t"], [], None, 1]))  # fmt: skip
-def test_any_texts_in_turn(dialogues, persona):
+def test_any_alternating_texts(dialogues, persona):
     rows = [{"dialogue": dialogue, "persona": persona} for dialogue in (["q", "a"], *dialogues)]
     prepared(mapping(SPEAKERS, rows))
 
 
 @QUICK
 @given(st.sampled_from(TEMPLATES), st.lists(SHAPED | ROWS, min_size=1, max_size=3))
-def test_any_prompt_made_of_columns(template, rows):
+def test_any_prompt_template(template, rows):
     named = {"kind": "instruction", "prompt_template": template, "response_field": ["b", "a.0.b", "content"]}
     prepared(mapping(named, [{"a": "q", "b": "a"}, *rows]))
 
@@ -426,18 +440,18 @@ def test_any_prompt_made_of_columns(template, rows):
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @QUICK
 @given(st.data())
-def test_any_row_that_a_reader_gives(method, data):
-    fmt = "preference" if method == "dpo" else "messages"
-    rows = data.draw(st.lists(VALUES | nearly(fmt), min_size=1, max_size=3))
+def test_any_row_that_a_reader_returns(method, data):
+    format_name = "preference" if method == "dpo" else "messages"
+    rows = data.draw(st.lists(VALUES | nearly(format_name), min_size=1, max_size=3))
     code = "def read(row):\n    return row['give']\n"
     source = {"format": "{here}/own.py:read"}
-    given_rows = lines(*({"give": row} for row in (GOOD[fmt], *rows)))
+    given_rows = lines(*({"give": row} for row in (GOOD[format_name], *rows)))
     prepared(Given(given_rows, method, source, files={"own.py": code}), turns=False)  # plain texts are a shape too
 
 
 @QUICK
 @given(st.lists(ROWS | st.fixed_dictionaries({"prompt": VALUES}), min_size=1, max_size=3))
-def test_any_evaluation(rows):
+def test_any_evaluation_file(rows):
     asked = {"clean": {"decontaminate": {"files": ["{here}/eval.jsonl"]}}}
     sound = {"messages": "uno due tre quattro cinque"}
     prepared(Given(lines(GOOD["messages"]), data=asked, files={"eval.jsonl": lines(sound, *rows)}))
@@ -445,7 +459,7 @@ def test_any_evaluation(rows):
 
 @QUICK
 @given(VALUES.map(json.dumps) | st.text(max_size=20))
-def test_any_file_of_tools(text):
+def test_any_tools_file(text):
     tools = text.encode("utf-8", "surrogatepass")
     source = {"tools_file": "{here}/tools.json"}
     prepared(Given(lines(GOOD["messages"]), source=source, data={"sequence_len": 4096}, files={"tools.json": tools}))

@@ -1,9 +1,9 @@
-"""Which language a row is in: said by the row, by the recipe, or told from its words."""
+"""The language of a row: from its column, from the recipe, or detected in its text."""
 
 import pytest
 
 from nesso_tune import Message, PreferencePair, prepare_data
-from nesso_tune.data.languages import detect_language, language_of_item
+from nesso_tune.data.languages import detect_example_language, detect_language
 
 TEXTS = {
     "it": "Qual è la capitale d'Italia? La capitale d'Italia è Roma, una città molto antica.",
@@ -19,7 +19,7 @@ def test_whole_sentences(code, text):
 
 
 @pytest.mark.parametrize("text", ["", " ", "42", "1 + 1 = 2", "http://x.y/z", "{}[];", "😀", "\ud800", "a\x00"])
-def test_what_is_no_language_is_undetermined(text):
+def test_text_without_language_is_undetermined(text):
     assert detect_language(text) == "und"
 
 
@@ -29,10 +29,10 @@ def test_system_messages_and_tool_results_do_not_count():
         Message("assistant", TEXTS["it"]),
         Message("assistant", TEXTS["en"] * 3),
     )
-    assert language_of_item(pair) == "it"
+    assert detect_example_language(pair) == "it"
 
 
-def test_auto_takes_the_rows_own_word_first(sft, write_rows):
+def test_auto_prefers_the_language_column(sft, write_rows):
     rows = [{"prompt": text, "response": text} for text in TEXTS.values()] * 3
     rows += [{"prompt": TEXTS["it"], "response": TEXTS["it"], "lang": "de"}]
     path = write_rows(rows)

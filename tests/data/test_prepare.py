@@ -150,9 +150,9 @@ def test_a_pair_is_as_long_as_its_prompt_and_longer_answer(dpo, duels, write_row
 
 
 def test_data_of_the_other_method_is_refused(sft, dpo, chats, duels, write_rows):
-    with pytest.raises(DataError, match="holds preference pairs, but SFT learns from conversations"):
+    with pytest.raises(DataError, match="contains preference pairs, but SFT needs conversations"):
         prepare_data(sft(write_rows(duels)))
-    with pytest.raises(DataError, match="holds conversations, but DPO needs a chosen and a rejected answer"):
+    with pytest.raises(DataError, match="contains conversations, but DPO needs a chosen and a rejected answer"):
         prepare_data(dpo(write_rows(chats)))
 
 
@@ -164,7 +164,7 @@ def test_scores(sft, chats, write_rows):
     assert prepare_data(sft(source)).report.dropped == {"below_min_score": 6}
     chats[4]["score"] = "high"
     write_rows(chats)
-    with pytest.raises(DataError, match=r"rows.jsonl:5: `score` is no number"):
+    with pytest.raises(DataError, match=r"rows.jsonl:5: `score` is not a number"):
         prepare_data(sft(source))
 
 
@@ -201,7 +201,7 @@ def test_nothing_usable_is_an_error_with_the_reasons(sft, write_rows, tmp_path):
     ):
         prepare_data(sft(path))
     (tmp_path / "no_rows.json").write_text("[]")
-    with pytest.raises(DataError, match="holds no rows"):
+    with pytest.raises(DataError, match="contains no rows"):
         prepare_data(sft(str(tmp_path / "no_rows.json")))
 
 

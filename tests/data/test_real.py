@@ -1,4 +1,4 @@
-"""Real data of many shapes, where it is at hand: ../shared beside the repository."""
+"""Real data in many formats, if available in ../shared beside the repository."""
 
 import json
 import re
@@ -10,11 +10,11 @@ import pytest
 from nesso_tune import DataError, prepare_data
 from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.chat.tokenizer import chat_tokenizer
-from nesso_tune.data.convert import messages_of, read_tool_file
+from nesso_tune.data.convert import read_tool_file, to_messages
 from nesso_tune.data.formats import load_format
 from nesso_tune.data.languages import detect_language
-from nesso_tune.data.record_reader import reading_of
-from nesso_tune.data.sources import source_rows
+from nesso_tune.data.record_reader import make_record_reader
+from nesso_tune.data.sources import source_records
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 
 SHARED = Path(__file__).parents[3] / "shared"
@@ -27,7 +27,7 @@ def shared(name):
     return str(path)
 
 
-def test_twelve_thousand_conversations_are_packed_full(sft):
+def test_twelve_thousand_conversations_fill_packed_rows(sft):
     data = prepare_data(sft(shared("bench/sft.jsonl"), sequence_len=4096, validation_size=100))
     report = data.report.to_dict()
     assert report["rows_read"] == 11_997 == report["rows_kept"] + sum(report["dropped"].values())
@@ -136,7 +136,7 @@ REPEATED = {"sft_en.jsonl": 14, "toolcall.jsonl": 35, "sft_multiturn.jsonl": 3, 
 
 
 def sources_of(name, folder):
-    """The sources that a file with several sections needs, their mapping files and readers written into a folder."""
+    """The sources of a file with several sections; writes their format files and readers into a folder."""
     for section, (keys, _, _) in SECTIONS[name].items():
         fmt = keys.get("format", "auto")
         if "\n" in fmt:
@@ -160,7 +160,7 @@ def test_every_section_of_every_file(sft, dpo, tmp_path, name):
     assert report["duplicates"] == REPEATED.get(name, report["duplicates"])
 
 
-def test_evaluation_prompts_are_texts_and_are_kept_out_of_training(sft, write_rows):
+def test_evaluation_prompts_are_removed_from_training(sft, write_rows):
     ifeval = shared("data/ifeval_en.jsonl")
     as_texts = prepare_data(sft({"path": ifeval, "format": "completion", "text_field": "prompt"}, sequence_len=4096))
     assert as_texts.report.rows_kept == as_texts.report.rows_read == 541
@@ -175,7 +175,7 @@ def test_evaluation_prompts_are_texts_and_are_kept_out_of_training(sft, write_ro
     assert "ifeval_en.jsonl:1" in report["examples_of_dropped"]["contains_evaluation_text"]
 
 
-def test_shapes_that_need_a_mapping_say_so(sft, dpo):
+def test_formats_that_need_a_format_file_are_reported(sft, dpo):
     with pytest.raises(DataError, match=r"its format is not recognised \(its columns are .*premise"):
         prepare_data(dpo(shared("data/pref_it.jsonl")))
     with pytest.raises(DataError, match=r"not recognised|no column|can be used"):
@@ -183,18 +183,18 @@ def test_shapes_that_need_a_mapping_say_so(sft, dpo):
 
 
 def said_and_parsed(text):
-    """The turns of rendered ChatML, as (role, what stands between header and end)."""
+    """The turns of rendered ChatML as (role, text between header and end)."""
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", text, re.DOTALL)
     assert "".join(f"<|im_start|>{role}\n{body}<|im_end|>\n" for role, body in turns) == text
     return turns
 
 
 @pytest.mark.parametrize(("section", "rows"), [("glaive_toolcall_en_demo", 300), ("reason_tool_use_demo_50", 50)])
-def test_dialogues_with_tools_are_rendered_and_read_back(base, section, rows):
+def test_conversations_with_tools_survive_a_round_trip(base, section, rows):
     source = Source(path=shared("data/toolcall.jsonl"), where={"_source": section})
     chat = chat_tokenizer(ModelSection(base=base), ChatSection())
-    reading = reading_of(source, "sft")
-    items = [reading.item(row, where) for row, where in source_rows(source) if row["_source"] == section]
+    reader = make_record_reader(source, "sft")
+    items = [reader.read(row, where) for row, where in source_records(source) if row["_source"] == section]
     assert len(items) == rows
     calls = 0
     for item, encoded in zip(items, chat.encoder.conversations(items), strict=True):
@@ -225,7 +225,7 @@ def test_agentic_cases_are_prompts_with_their_tools(base):
     cases = [row for row in rows if row["_source"] == "nesso_agentic_eval_100"]
     assert (len(cases), len(tools)) == (50, 9)
     for case in cases:
-        messages = messages_of(case["messages"], load_format("messages"))
+        messages = to_messages(case["messages"], load_format("messages"))
         text = chat.backend.decode(
             chat.encoder.prompt(messages, case["lang"].lower(), tools), skip_special_tokens=False
         )
@@ -236,8 +236,8 @@ def test_agentic_cases_are_prompts_with_their_tools(base):
             assert json.dumps(tool, ensure_ascii=False) in turns[0][1]
 
 
-def test_the_language_is_told():
-    """Of the sections whose language is known; what is too short to tell counts as a mistake."""
+def test_language_detection():
+    """On the sections whose language is known; undetermined counts as an error."""
     known = {"squad_it_test": "it", "stanford_alpaca_5000": "en", "gsm8k_alpaca_fmt": "en", "gpteacher_roleplay": "en",
              "xpersona_it_valid": "it", "xpersona_it_test": "it", "xpersona_en_valid": "en"}  # fmt: skip
     right, total = Counter(), Counter()

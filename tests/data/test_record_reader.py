@@ -1,4 +1,4 @@
-"""What the first rows of a source say before anything long begins."""
+"""Choosing a reader by the first rows of a source, cleaning, duplicates and decontamination."""
 
 import json
 import random
@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from nesso_tune import Conversation, DataError, Message, prepare_data
 from nesso_tune.data.convert import Unusable
-from nesso_tune.data.filtering import near_duplicates, signature_of
+from nesso_tune.data.filtering import find_near_duplicates, minhash_signature
 from nesso_tune.data.prepare import dropped_file
-from nesso_tune.data.record_reader import INVISIBLE, clean, disorder, merged, reading_of
+from nesso_tune.data.record_reader import (
+    INVISIBLE_CHARACTERS,
+    clean,
+    make_record_reader,
+    merge_consecutive_turns,
+    role_order_fault,
+)
 from nesso_tune.recipes.sections import CleanSection, Source
 from tests.support.examples import examples
 
@@ -21,15 +27,15 @@ PAIR = {"conversations": SAID, "chosen": {"from": "gpt", "value": "a"}, "rejecte
 TEXTS = {"prompt": "q", "chosen": "a", "rejected": "b"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 WRONG = {
-    "pairs, detected": ({}, PAIR, "sft", "holds preference pairs, but SFT learns from conversations; use method: dpo"),
-    "the dialogue of pairs": ({"format": "sharegpt"}, PAIR, "sft", "holds preference pairs"),
+    "pairs, detected": ({}, PAIR, "sft", "contains preference pairs, but SFT needs conversations; use method: dpo"),
+    "the dialogue of pairs": ({"format": "sharegpt"}, PAIR, "sft", "contains preference pairs"),
     "pairs as messages": ({"format": "messages"}, PAIR, "sft", "they look like format preference .preference pairs"),
     "pairs as alpaca": ({"format": "alpaca"}, TEXTS, "sft", "they look like format preference"),
-    "chats for dpo": ({}, CHAT, "dpo", "holds conversations, but DPO needs a chosen and a rejected answer"),
+    "chats for dpo": ({}, CHAT, "dpo", "contains conversations, but DPO needs a chosen and a rejected answer"),
     "chats as pairs": ({"format": "preference"}, CHAT, "dpo", "they look like format messages: set format: messages"),
     "columns with other names": (
         {}, {"domanda": "q", "risposta": "a"}, "sft",
-        "name its columns, it seems format: alpaca, prompt_field: domanda, response_field: risposta",
+        "name its columns, probably format: alpaca, prompt_field: domanda, response_field: risposta",
     ),
     "nothing known": ({}, {"a": [{"x": 1}], "b": 2}, "sft", r"its columns are a \(a list of objects with x\), b"),
 }  # fmt: skip
@@ -38,7 +44,7 @@ WRONG = {
 @pytest.mark.parametrize(("keys", "row", "method", "says"), WRONG.values(), ids=WRONG)
 def test_rows_of_another_kind(write_rows, keys, row, method, says):
     with pytest.raises(DataError, match=says):
-        reading_of(Source(path=write_rows([row] * 3), **keys), method)
+        make_record_reader(Source(path=write_rows([row] * 3), **keys), method)
 
 
 ON_PURPOSE = {
@@ -48,9 +54,9 @@ ON_PURPOSE = {
 
 
 @pytest.mark.parametrize(("keys", "row"), ON_PURPOSE.values(), ids=ON_PURPOSE)
-def test_columns_named_on_purpose(write_rows, keys, row):
-    reading = reading_of(Source(path=write_rows([row] * 3), **keys), "sft")
-    assert reading.fmt.kind != "preference"
+def test_columns_that_the_recipe_names(write_rows, keys, row):
+    reader = make_record_reader(Source(path=write_rows([row] * 3), **keys), "sft")
+    assert reader.data_format.kind != "preference"
 
 
 WORDS = [a + b for a in ("ca", "me", "to", "ri", "lu", "fa", "no", "se") for b in ("sa", "ne", "li", "go", "va", "pi")]
@@ -64,7 +70,7 @@ def of(*turns):
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def test_characters():
+def test_invisible_characters_and_unicode_form():
     item = chat(("user", "e\u0300\u200b?\x07"), ("assistant", "perche\u0301\tsi\n"))
     done = clean(item, CleanSection(unicode="nfc", invisible="remove"))
     assert [turn.content for turn in done.messages] == ["è?", "perché\tsi\n"]
@@ -72,13 +78,13 @@ def test_characters():
 
 
 @pytest.mark.parametrize("kept", ["👨\u200d👩", "می\u200cخواهم", "क्\u200dष", "a\tb\r\nc", "«è»", "😀\ufe0f"])
-def test_joiners_with_a_meaning_stay(kept):
-    assert INVISIBLE.sub("", kept) == kept
+def test_meaningful_joiners_are_kept(kept):
+    assert INVISIBLE_CHARACTERS.sub("", kept) == kept
 
 
 @examples(100)
 @given(st.text())
-def test_cleaning_twice_changes_nothing(text):
+def test_cleaning_is_idempotent(text):
     once = clean(chat(("user", "q"), ("assistant", f"x{text}")), CleanSection(unicode="nfc", invisible="remove"))
     assert clean(once, CleanSection(unicode="nfc", invisible="remove")) == once
 
@@ -107,16 +113,19 @@ def test_the_order_of_roles(roles, fault):
     call = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     turns = [("assistant", call) if role == "call" else (role, "x") for role in roles.split()]
     messages = chat(*turns).messages
-    assert disorder(messages) == fault
+    assert role_order_fault(messages) == fault
     if fault is not None:
         with pytest.raises(Unusable, match="roles_out_of_order"):
             clean(chat(*turns), CleanSection())
     assert clean(chat(*turns), CleanSection(role_order="keep")).messages == messages
 
 
-def test_neighbours_are_merged():
+def test_consecutive_turns_of_a_role_are_merged():
     turns = chat(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d")).messages
-    assert [(m.role, m.content) for m in merged(turns)] == [("user", "a\n\nb"), ("assistant", "c\n\nd")]
+    assert [(m.role, m.content) for m in merge_consecutive_turns(turns)] == [
+        ("user", "a\n\nb"),
+        ("assistant", "c\n\nd"),
+    ]
     with pytest.raises(Unusable, match="roles_out_of_order"):  # what merging does not mend
         clean(chat(("user", "a"), ("system", "s"), ("assistant", "c")), CleanSection(role_order="merge"))
 
@@ -128,7 +137,7 @@ def test_empty_turns():
         clean(item, CleanSection(empty_turns="drop"))
 
 
-def test_exact_duplicates_are_counted_and_dropped_when_asked(sft, write_rows, chats):
+def test_exact_duplicates_are_counted_and_optionally_dropped(sft, write_rows, chats):
     rows = [*chats, {**chats[3], "language": "xx"}, of(("user", "Altro?"), ("assistant", "No.")), chats[0]]
     path = write_rows(rows)
     kept = prepare_data(sft(path)).report.to_dict()
@@ -158,28 +167,28 @@ def test_near_duplicates(sft, write_rows):
     assert [data.train.documents.location(i).rpartition(":")[2] for i in data.train.documents.kept] == ["1", "2", "4"]
 
 
-def test_signatures_tell_how_alike_texts_are():
-    """Against the exact Jaccard similarity of the word sequences; its standard error is below 0.045."""
+def test_signatures_estimate_the_jaccard_similarity():
+    """Compared with the exact Jaccard similarity of the shingles; the standard error is below 0.045."""
     base = texts(1, words=200)[0].split()
     for changed in (0, 5, 20, 60):
         words = [*base[changed:], *texts(1, words=changed, seed=changed)[0].split()] if changed else list(base)
         shingles = [{" ".join(w[i : i + 3]) for i in range(len(w) - 2)} for w in (base, words)]
         exact = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        first, second = (signature_of(chat(("assistant", " ".join(w)))) for w in (base, words))
+        first, second = (minhash_signature(chat(("assistant", " ".join(w)))) for w in (base, words))
         assert abs((first == second).mean() - exact) < 0.15
 
 
-def test_no_near_duplicate_is_overlooked():
+def test_all_near_duplicates_are_found():
     rng = random.Random(3)
     originals = [text.split() for text in texts(40, words=120)]
     copies = [[*words[:-2], *rng.choices(WORDS, k=2)] for words in originals]
     every = [chat(("assistant", " ".join(words))) for words in [*originals, *copies]]
-    earlier = near_duplicates(np.stack([signature_of(item) for item in every]), 0.7)
+    earlier = find_near_duplicates(np.stack([minhash_signature(item) for item in every]), 0.7)
     assert earlier[:40].tolist() == [-1] * 40
     assert earlier[40:].tolist() == list(range(40))
 
 
-def test_what_is_held_out_is_not_trained_on(sft, write_rows, chats):
+def test_held_out_rows_are_not_trained_on(sft, write_rows, chats):
     held = write_rows([of(("user", "Qual è la capitale d'Italia?"), ("assistant", "Roma!"))], "held.jsonl")
     sources = {"validation_sources": [{"path": held}]}
     kept = prepare_data(sft(write_rows(chats), **sources)).report.to_dict()

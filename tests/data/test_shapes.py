@@ -1,4 +1,4 @@
-"""Shapes of rows besides dialogues: plain texts, ready ids, labelled choices, odd columns, readers of one's own."""
+"""Rows other than conversations: texts, token ids, labelled choices, nested columns, user-defined readers."""
 
 import json
 
@@ -15,7 +15,7 @@ def chat(base):
 
 
 def only(data):
-    """The one row of prepared data, as text and as what is learned of it."""
+    """The single row of prepared data: its text and its supervised text."""
     (row,) = data.train
     backend = data.chat.backend
     learned = [label for label in row["labels"] if label != -100]
@@ -35,7 +35,7 @@ def said(text):
     ]
 
 
-def test_a_plain_text_is_learned_whole_and_ended(sft, write_rows, chat):
+def test_a_plain_text_is_supervised_with_its_end_token(sft, write_rows, chat):
     data = prepare_data(sft({"path": write_rows([{"text": "C'era <|im_end|> una volta."}]), "format": "completion"}))
     (row,) = data.train
     assert row["input_ids"] == row["labels"]
@@ -51,12 +51,12 @@ def test_a_plain_text_is_learned_whole_and_ended(sft, write_rows, chat):
 @pytest.mark.parametrize(
     ("row", "format"), [({"text": "a"}, "completion"), ({"input_ids": [5], "labels": [5]}, "pretokenized")]
 )
-def test_what_would_be_a_silent_mistake_is_never_guessed(sft, write_rows, row, format):
-    with pytest.raises(DataError, match=f"set format: {format} if that is what they are"):
+def test_ambiguous_formats_are_never_detected(sft, write_rows, row, format):
+    with pytest.raises(DataError, match=f"set format: {format} if they are of this kind"):
         prepare_data(sft(write_rows([row] * 3)))
 
 
-def test_ready_ids_are_taken_as_they_are(sft, write_rows, chat):
+def test_token_ids_are_used_unchanged(sft, write_rows, chat):
     ids = chat.backend.encode("Ciao, come va?", add_special_tokens=False).ids
     rows = [
         {"input_ids": ids, "labels": [-100, *ids[1:]], "lang": "it"},
@@ -77,15 +77,15 @@ CHOICE = {"input": "Più grande?", "output_1": "Il Po.", "output_2": "L'Adda."}
     [(1, [1, 2], "Il Po."), (2, [1, 2], "L'Adda."), ("2", [1, 2], "L'Adda."), (0, [0, 1], "Il Po."),
      (1, [0, 1], "L'Adda."), ("A", ["A", "B"], "Il Po."), (True, [True, False], "Il Po.")],
 )  # fmt: skip
-def test_a_label_says_which_answer_is_better(dpo, write_rows, label, labels, chosen):
+def test_a_label_decides_the_chosen_answer(dpo, write_rows, label, labels, chosen):
     data = prepare_data(dpo({"path": write_rows([{**CHOICE, "label": label}]), "format": "choice", "labels": labels}))
     (row,) = data.train
     assert data.chat.backend.decode(row["chosen_ids"]) == chosen
 
 
-def test_what_a_label_means_must_be_said(dpo, write_rows):
+def test_the_meaning_of_labels_is_required(dpo, write_rows):
     with pytest.raises(
-        DataError, match=r"which of its two answers is better is not said: label is 1; .*labels: \[1, 2\]"
+        DataError, match=r"the recipe does not say which answer each label prefers: label is 1; .*labels: \[1, 2\]"
     ):
         prepare_data(dpo({"path": write_rows([{**CHOICE, "label": 1}]), "format": "choice"}))
 
@@ -102,7 +102,7 @@ def test_votes(dpo, write_rows):
     }  # fmt: skip
 
 
-def test_dotted_names_go_into_objects_and_lists(sft, write_rows):
+def test_dotted_names_descend_into_objects_and_lists(sft, write_rows):
     row = {"q": {"text": "Chi?"}, "answers": [{"text": "Io."}, {"text": "Tu."}]}
     source = {
         "path": write_rows([row]),
@@ -113,7 +113,7 @@ def test_dotted_names_go_into_objects_and_lists(sft, write_rows):
     assert said(only(prepare_data(sft(source)))[0]) == [("user", "Chi?"), ("assistant", "Tu.")]
 
 
-def test_a_prompt_made_of_columns(sft, write_rows, tmp_path):
+def test_a_prompt_template(sft, write_rows, tmp_path):
     shape = mapping(tmp_path, 'kind: instruction\nprompt_template: "{a.b}: {c}"\nresponse_field: [d]\n')
     rows = [{"a": {"b": "{{x}} {c}"}, "c": "sì", "d": "no"}, {"a": {"b": "y"}, "d": "no"}]
     data = prepare_data(sft({"path": write_rows(rows), "format": shape}))
@@ -122,7 +122,7 @@ def test_a_prompt_made_of_columns(sft, write_rows, tmp_path):
 
 
 @pytest.mark.parametrize("turns", [["Ciao", "Salve", "Bene?", "Sì"], [["Ciao", "Salve"], ["Bene?", "Sì"]]])
-def test_texts_said_in_turn(sft, write_rows, tmp_path, turns):
+def test_texts_of_alternating_speakers(sft, write_rows, tmp_path, turns):
     shape = mapping(
         tmp_path,
         "kind: conversation\nmessages_field: [dialogue]\nrole_field: [role]\ncontent_field: [content]\n"
@@ -147,7 +147,7 @@ def test_reasoning_and_calls_as_parts(sft, write_rows):
     assert learned == f"<think>\nServe il meteo.\n</think>\n\nGuardo.\n{call}<|im_end|>"
 
 
-def test_tools_of_a_file_are_offered_where_a_row_names_none(sft, write_rows, tmp_path):
+def test_the_tools_file_applies_to_rows_without_tools(sft, write_rows, tmp_path):
     (tmp_path / "tools.json").write_text(json.dumps([{"name": "meteo", "parameters": {}}]))
     own = [{"name": "orario", "parameters": {}}]
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -167,7 +167,7 @@ def test_where_selects_rows(sft, write_rows):
     for where, kept in (({"from": "a"}, 2), ({"from": ["a", "c"]}, 3), ({"ok": True, "from": "a"}, 1), ({"n": 1}, 1)):
         report = prepare_data(sft({"path": path, "where": where})).report.to_dict()
         assert (report["rows_kept"], report["dropped"]) == (kept, {"not_selected": 4 - kept})
-    with pytest.raises(DataError, match=r"no row has what `where` asks for \(from: z\)"):
+    with pytest.raises(DataError, match=r"no row matches `where` \(from: z\)"):
         prepare_data(sft({"path": path, "where": {"from": "z"}}))
 
 
@@ -195,7 +195,7 @@ def number(row):
 ROWS = [{"q": "Chi?", "a": ["Io.", "Tu."]}, {"q": "Che?", "a": []}]
 
 
-def test_a_reader_of_ones_own(sft, dpo, write_rows, tmp_path):
+def test_a_user_defined_reader(sft, dpo, write_rows, tmp_path):
     file = tmp_path / "readers.py"
     file.write_text(READER)
     source = {"path": write_rows(ROWS), "format": f"{file}:faq"}
@@ -221,7 +221,7 @@ def test_a_reader_of_ones_own(sft, dpo, write_rows, tmp_path):
         ("spoken2", RecipeError, "did you mean `spoken`"),
     ],
 )
-def test_what_a_reader_may_do_wrong(sft, write_rows, tmp_path, function, error, says):
+def test_faults_of_a_reader(sft, write_rows, tmp_path, function, error, says):
     file = tmp_path / "readers.py"
     file.write_text(READER)
     with pytest.raises(error, match=says):

@@ -83,7 +83,7 @@ def test_only_few_blocks_are_in_memory(two_cores):
 @pytest.fixture
 def many(write_rows, monkeypatch):
     """A file of several blocks."""
-    monkeypatch.setattr(files, "SIZE", 2000)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2000)
     rows = [{"prompt": f"Domanda {i}?", "response": f"Risposta {i}. " * (i % 5 + 1)} for i in range(300)]
     return write_rows(rows)
 

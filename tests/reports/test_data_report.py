@@ -81,7 +81,7 @@ def test_all_figures_are_shown(report, write_rows, chats):
 def test_pairs_with_their_figures(report, pairs):
     found, page, _ = report({"path": pairs}, method="dpo")
     assert {"prompt", "chosen", "rejected"} <= set(found["examples"][0])
-    assert "of the choices can be told from the answers' length alone" in page.visible_text
+    assert "of the preferences can be predicted from answer length alone" in page.visible_text
     assert "warns from 0.7" in page.visible_text
 
 
@@ -197,7 +197,9 @@ def test_checks_beyond_a_limit_are_highlighted(report, html, write_rows, opposin
     assert (figures["length_predicts"], figures["conflicting"]) == (0.875, 0.25)
     assert html().count('<tr class="over">') == 3
     assert "⚠ warns from 0.7" in page.visible_text
-    assert "88% of the choices can be told from the answers' length alone (the longer is chosen)" in page.visible_text
+    assert (
+        "88% of the preferences can be predicted from answer length alone (the longer is chosen)" in page.visible_text
+    )
     assert f"conflicting: {figures['conflicting_examples'][0]}" in page.visible_text
     limits = {
         "length_predicts": {"warn": None},

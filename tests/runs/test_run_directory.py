@@ -372,7 +372,7 @@ def test_an_output_dir_with_its_data_is_refused_before_anything_is_written(tmp_p
     folder.mkdir()
     shutil.copy(talks, folder / "a.jsonl")
     with pytest.raises(
-        RecipeError, match=r"output_dir: .*run lies in data.sources.0.path .*: the run would read its own"
+        RecipeError, match=r"output_dir: .*run is inside data.sources.0.path .*: the run would read its own"
     ):
         train(recipe("sft", folder / "run", [folder]))
     assert [path.name for path in folder.iterdir()] == ["a.jsonl"]
