@@ -13,18 +13,18 @@ import torch
 from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
+from nesso_tune.distributed.launcher_config import check_launcher_config
 from nesso_tune.distributed.preemption import StopRequest
 from nesso_tune.distributed.process_group import (
-    check_launcher,
-    check_shared,
-    come_together,
-    contact,
-    from_first,
+    barrier,
+    broadcast_from_rank0,
+    check_shared_folder,
+    destroy_process_group,
+    detect_world,
     idle_gpus,
-    is_first,
-    part,
-    wait_for_all,
-    world,
+    init_process_group,
+    is_main_process,
+    report_lost_ranks,
 )
 from nesso_tune.errors import RecipeError
 from nesso_tune.export.card import model_card
@@ -96,7 +96,9 @@ def train(
     check_adapter(recipe.model.adapter)
     with StopRequest() as request:
         opened = (
-            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say) if is_first() else None
+            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say)
+            if is_main_process()
+            else None
         )
         try:
             if opened is not None:
@@ -106,13 +108,13 @@ def train(
             if opened is not None and not opened.finished and opened.checkpoint is None:
                 for text in _about_data(data.report):
                     say(text)
-            come_together(recipe.distributed.timeout_s)
-            with contact():
-                run: RunDir = from_first(None if opened is None else opened.shared())
-                check_shared(run.path)
+            init_process_group(recipe.distributed.timeout_s)
+            with report_lost_ranks():
+                run: RunDir = broadcast_from_rank0(None if opened is None else opened.shared())
+                check_shared_folder(run.path)
                 return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
-            part()
+            destroy_process_group()
             for text in [] if opened is None else _closing(opened, overwrite and resume == "auto"):
                 say(text)
 
@@ -153,7 +155,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     noted = read_data(run.path, MANIFEST)
     if noted.get("unpacked"):
         data = unpacked(data, recipe)
-    plan = make_plan(recipe, world(), data.volume)
+    plan = make_plan(recipe, detect_world(), data.volume)
     check_same_run(run.path, noted, run_facts(recipe, data, plan), True, run.moved)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
@@ -161,8 +163,8 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
 def _train(
     recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Callable[[str], None]
 ) -> TrainResult:
-    plan = make_plan(recipe, world(), data.volume)
-    check_launcher(recipe, plan, os.environ)
+    plan = make_plan(recipe, detect_world(), data.volume)
+    check_launcher_config(recipe, plan, os.environ)
     if plan.processes == 1:  # nothing to share, whatever a launcher's configuration says
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
@@ -183,7 +185,7 @@ def _train(
     saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
     room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
     with room.told():
-        if is_first():
+        if is_main_process():
             room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
@@ -191,7 +193,7 @@ def _train(
                     say(text)
             write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
-        wait_for_all()
+        barrier()
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
@@ -199,14 +201,14 @@ def _train(
         chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
         for text in chosen:
             say(text)
-        if is_first():
+        if is_main_process():
             check_final(state, recipe.model.dtype, trainer.state.global_step)
             trained = plan.trained(ended := trainer.state.global_step, trainer.track.epochs_at(ended))
             card = model_card(recipe, trained, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, trained, data.report)
             write_end(run, {} if best is None else {"best": best.state()})
-    asked = any(gather_object([request.asked]))  # which also waits for all
+    asked = any(gather_object([request.signal_name]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 
 
@@ -216,7 +218,7 @@ def _without_packing(
     """Recipe, data and plan of the same run with one conversation a row, which is said."""
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
     rows, data = len(data.train), unpacked(data, recipe)
-    steps, plan = plan.steps, make_plan(own, world(), data.volume)
+    steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
     say(
         f"data.packing: this base does not keep packed documents apart{_figures(path.packing_figures, 'packed')}: "
         f"it trains on one conversation a row, {len(data.train):,} rows an epoch instead of {rows:,}, "

@@ -19,7 +19,7 @@ def doctor(
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports; under a launcher, all machines and how they talk."""
-    from nesso_tune.distributed.process_group import is_first, part, world_size
+    from nesso_tune.distributed.process_group import destroy_process_group, is_main_process, world_size
     from nesso_tune.launch.doctor import examine, meet
 
     machine = examine(folder)
@@ -30,11 +30,11 @@ def doctor(
         # What every process of a machine finds is one fault of that machine.
         every = dict.fromkeys((one.host, problem) for one in machines for problem in one.problems)
         problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in every] + found
-    if is_first():
+    if is_main_process():
         for name, value in facts:
             print_lines(f"{name:<14}{value}")
-    part()
+    destroy_process_group()
     if problems:
         raise RunEnvironmentError(problems)
-    if is_first():
+    if is_main_process():
         print_lines("nothing is wrong here")

@@ -23,7 +23,7 @@ AFTER_FIRST_S = 0.5
 T = TypeVar("T")
 
 
-class RollCall:
+class Membership:
     """The store where processes say their names, and the names of all.
 
     Attributes:
@@ -36,23 +36,23 @@ class RollCall:
         self.store, self.hosts, self.launchers = store, tuple(hosts), launchers
         self._asked = self._formed = 0
 
-    def group_store(self) -> dist.Store:
+    def new_group_store(self) -> dist.Store:
         """A part of the store for one more process group: each run of a chain has its own."""
         self._formed += 1
         return dist.PrefixStore(f"group/{self._formed}", self.store)
 
-    def silent(self) -> list[int] | None:
+    def unresponsive_ranks(self) -> list[int] | None:
         """After a loss: the processes that do not answer. None if the store itself does not."""
         self._asked += 1
         key = f"alive/{self._asked}"
 
         def ask() -> list[int]:
             self.store.set(f"{key}/{_rank()}", "")
-            return absent(self.store, key, len(self.hosts), ANSWER_S)
+            return missing_ranks(self.store, key, len(self.hosts), ANSWER_S)
 
         return _bounded(ask)
 
-    def first_to_say(self, message: str) -> bool | None:
+    def claim_message(self, message: str) -> bool | None:
         """Whether this process is to print what several may have found; notes that it ends. None: nobody can tell.
 
         The first process goes first if it has found it, too.
@@ -67,16 +67,16 @@ class RollCall:
 
         return _bounded(claim)
 
-    def spoke(self, ranks: Sequence[int]) -> bool:
+    def have_reported(self, ranks: Sequence[int]) -> bool:
         """Whether processes that are gone said why."""
         return bool(_bounded(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
 
     @property
-    def keeper(self) -> str:
+    def store_host(self) -> str:
         """Who is gone when the store is."""
-        return f"the launcher on {os.environ['MASTER_ADDR']}" if self.launchers else self.called(0)
+        return f"the launcher on {os.environ['MASTER_ADDR']}" if self.launchers else self.describe(0)
 
-    def called(self, rank: int) -> str:
+    def describe(self, rank: int) -> str:
         """A process and its machine, as errors call them."""
         return f"process {rank} on {self.hosts[rank]}"
 
@@ -95,7 +95,7 @@ def _bounded(ask: Callable[[], T]) -> T | None:
     return found[0] if found else None
 
 
-def call_roll(processes: int, timeout_s: int) -> RollCall:
+def wait_for_ranks(processes: int, timeout_s: int) -> Membership:
     """Waits until every process has said its name.
 
     Raises:
@@ -110,18 +110,18 @@ def call_roll(processes: int, timeout_s: int) -> RollCall:
         ) from None  # fmt: skip
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = _rank() == 0 and not launchers
-    store = open_store(address, port, _rank(), processes, timeout_s, serves=serves)
+    store = connect_store(address, port, _rank(), processes, timeout_s, is_master=serves)
     own = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     own.set(f"here/{_rank()}", socket.gethostname())
-    missing = absent(own, "here", processes, timeout_s)
+    missing = missing_ranks(own, "here", processes, timeout_s)
     if missing:
-        nobody = not_come(machines_of(missing), timeout_s)
+        nobody = did_not_join(nodes_of(missing), timeout_s)
         nobody.speaks = _rank() == min(set(range(processes)) - set(missing))
         raise nobody
-    return RollCall(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
+    return Membership(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
 
 
-def open_store(address: str, port: int, rank: int, members: int, timeout_s: int, *, serves: bool) -> dist.Store:
+def connect_store(address: str, port: int, rank: int, members: int, timeout_s: int, *, is_master: bool) -> dist.Store:
     """The store at an address, which one member serves.
 
     Raises:
@@ -129,7 +129,7 @@ def open_store(address: str, port: int, rank: int, members: int, timeout_s: int,
     """
     limit = timedelta(seconds=timeout_s)
     try:
-        return dist.TCPStore(address, port, members, serves, limit, wait_for_workers=False)
+        return dist.TCPStore(address, port, members, is_master, limit, wait_for_workers=False)
     except (dist.DistError, RuntimeError) as error:
         if "EADDRINUSE" in str(error):
             raise RunEnvironmentError(
@@ -144,7 +144,7 @@ def open_store(address: str, port: int, rank: int, members: int, timeout_s: int,
         raise unreached from None
 
 
-def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
+def missing_ranks(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
     """The processes that have not written their key when the time is up."""
     until = time.monotonic() + timeout_s
     keys = [f"{key}/{rank}" for rank in range(processes)]
@@ -153,28 +153,28 @@ def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> lis
     return [rank for rank in range(processes) if not store.check([keys[rank]])]
 
 
-def not_come(machines: Sequence[str], timeout_s: int) -> RunEnvironmentError:
+def did_not_join(machines: Sequence[str], timeout_s: int) -> RunEnvironmentError:
     """The error that names those for which the others have waited."""
     remedy = "see whether it is up and its part was started"
     return RunEnvironmentError(Problem(machine, f"did not come within {timeout_s} s", remedy) for machine in machines)
 
 
-def machine_name(number: int, nodes: Sequence[str]) -> str:
+def node_name(number: int, nodes: Sequence[str]) -> str:
     """A machine as Slurm calls it, else by its number."""
     return nodes[number] if number < len(nodes) else f"machine {number}"
 
 
-def machines_of(ranks: Sequence[int]) -> list[str]:
+def nodes_of(ranks: Sequence[int]) -> list[str]:
     """The machines of processes that never said their names: as Slurm calls them, else by number."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = slurm_nodes()
+    nodes = slurm_node_names()
     found: dict[int, list[int]] = {}
     for rank in ranks:
         found.setdefault(rank // each, []).append(rank)
-    return [f"{machine_name(node, nodes)} (process {', '.join(map(str, of))})" for node, of in found.items()]
+    return [f"{node_name(node, nodes)} (process {', '.join(map(str, of))})" for node, of in found.items()]
 
 
-def slurm_nodes() -> list[str]:
+def slurm_node_names() -> list[str]:
     """Names of the job's machines, in the order of their numbers; empty outside Slurm."""
     packed = os.environ.get("SLURM_JOB_NODELIST")
     if not packed or shutil.which("scontrol") is None:

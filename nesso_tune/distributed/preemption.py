@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nesso_tune.errors import Preempted
 from nesso_tune.logs import print_notes
 
-LAUNCHED = "NESSO_TUNE_LAUNCHED"  # set by our launcher, which passes signals on
+LAUNCHED_VARIABLE = "NESSO_TUNE_LAUNCHED"  # set by our launcher, which passes signals on
 ECHO_S = 1.0  # within which such a signal is the one that a terminal sent to all processes already
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -29,7 +29,7 @@ class StopRequest:
     """Catches the signals while it is entered; `asked` holds the first one's name."""
 
     def __init__(self) -> None:
-        self.asked: str | None = None
+        self.signal_name: str | None = None
         self._asked_at = 0.0
         self._training = False
         self._before: dict[signal.Signals, Any] = {}
@@ -43,7 +43,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def wait_for_steps(self) -> None:
+    def begin_training(self) -> None:
         """From now on there are steps to wait for, and what they made to save."""
         self._training = True
 
@@ -51,15 +51,15 @@ class StopRequest:
         name = signal.Signals(number).name
         if not self._training:
             raise Preempted(name, "asked to stop before training began", "the same command starts again")
-        if self.asked is None:
-            self.asked, self._asked_at = name, time.monotonic()
+        if self.signal_name is None:
+            self.signal_name, self._asked_at = name, time.monotonic()
             print_notes(f"{name}: saving after this step; once more ends at once")
-        elif LAUNCHED not in os.environ or time.monotonic() - self._asked_at > ECHO_S:
+        elif LAUNCHED_VARIABLE not in os.environ or time.monotonic() - self._asked_at > ECHO_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
 
-class StopWhenAsked(TrainerCallback):
+class PreemptionCallback(TrainerCallback):
     """Agrees with all processes after each step whether to stop, so that none waits for one that is gone.
 
     Added after `Pace`, whose flags it overrides. `stopped_at` is the step of the checkpoint, if it stopped.
@@ -73,7 +73,7 @@ class StopWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         """Called by the trainer."""
-        asked = torch.tensor(float(self._request.asked is not None))
+        asked = torch.tensor(float(self._request.signal_name is not None))
         if self._trainer.accelerator.num_processes > 1:
             asked = self._trainer.sum_over_processes(asked)
         if asked.item() and state.global_step < self._total:  # the last step ends the run anyway

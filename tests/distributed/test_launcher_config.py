@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune import RecipeError
-from nesso_tune.distributed.process_group import check_launcher
+from nesso_tune.distributed.launcher_config import check_launcher_config
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from tests.support.runs import recipe
@@ -11,7 +11,7 @@ from tests.support.runs import recipe
 
 def check(environment, processes=2, dtype="bfloat16", fsdp="full_shard", **train):
     some = recipe("sft", "run", ["x.jsonl"], model={"dtype": dtype}, distributed={"fsdp": fsdp}, train=train)
-    check_launcher(some, make_plan(some, World(processes)), environment)
+    check_launcher_config(some, make_plan(some, World(processes)), environment)
 
 
 AGREE = [

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nesso_tune.distributed.membership import machines_of
+from nesso_tune.distributed.membership import nodes_of
 from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
 
@@ -100,9 +100,9 @@ def test_processes_that_are_told_no_meeting_point(path):
 
 def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert machines_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
     (fake := tmp_path / "scontrol").write_text("#!/bin/sh\necho lrdn01; echo lrdn02\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "lrdn[01-02]")
-    assert machines_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]
