@@ -30,8 +30,8 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.export.card import model_card
 from nesso_tune.export.final_folder import final_bytes, save_final, whole_model
 from nesso_tune.model.adapters import check_adapter
-from nesso_tune.model.attention import kernel_in_words
-from nesso_tune.model.lm_head import Figures, ForwardPath, forward_path
+from nesso_tune.model.attention import attention_description
+from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import can_compile, load_model
 from nesso_tune.planning.advice import more_epochs
 from nesso_tune.planning.plan import Plan
@@ -169,10 +169,10 @@ def _train(
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
-    kernel, path, given = kernel_in_words(model, recipe.model.dtype), forward_path(model), recipe
+    kernel, path, given = attention_description(model, recipe.model.dtype), forward_path(model), recipe
     for text in _about_path(path, recipe, plan, kernel):
         say(text)
-    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.keeps_documents_apart:
+    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.supports_packing:
         recipe, data, plan = _without_packing(recipe, data, plan, path, say)
     _check_positions(path, recipe, data, plan)
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
@@ -220,7 +220,7 @@ def _without_packing(
     rows, data = len(data.train), unpacked(data, recipe)
     steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
     say(
-        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_figures, 'packed')}: "
+        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_losses, 'packed')}: "
         f"it trains on one conversation a row, {len(data.train):,} rows an epoch instead of {rows:,}, "
         f"{plan.steps:,} steps instead of {steps:,}"
     )
@@ -234,10 +234,10 @@ def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> l
         RecipeError: if it cannot be sharded.
     """
     lines = []
-    if not path.by_document and recipe.model.attention != "eager":
+    if not path.padding_free and recipe.model.attention != "eager":
         lines.append(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
     if path.head == "own":
-        figures = _figures(path.head_figures, "by the head alone")
+        figures = _figures(path.head_losses, "by the head alone")
         lines.append(f"head: this base computes more than its head{figures}: it trains with its own forward (slower)")
     if recipe.evaluation is not None and path.generation != "batch":
         cache = " and without a cache" if path.generation == "uncached" else ""
@@ -250,23 +250,23 @@ def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> l
     return lines
 
 
-def _figures(figures: Figures | None, tried: str) -> str:
+def _figures(figures: LossPair | None, tried: str) -> str:
     return f" (loss of some tokens {figures[0]:.5f} {tried}, {figures[1]:.5f} by its own forward)" if figures else ""
 
 
 def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan: Plan) -> None:
     """Raises RecipeError if a document is longer than the positions that the base has learned."""
-    if path.positions is None:
+    if path.max_positions is None:
         return
     longest = max(
         int(rows.documents.spans[rows.documents.kept].max(initial=0)) for rows in (data.train, data.validation)
     )
     if plan.torch_compile:  # rows are filled up, with one document more
         longest = max(longest, recipe.data.sequence_len)
-    if longest > path.positions:
+    if longest > path.max_positions:
         raise RecipeError(
-            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.positions:,}",
-            f"set it to {path.positions} or less (data.too_long says what happens to longer documents)",
+            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.max_positions:,}",
+            f"set it to {path.max_positions} or less (data.too_long says what happens to longer documents)",
         )  # fmt: skip
 
 

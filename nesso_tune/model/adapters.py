@@ -68,7 +68,7 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.set_submodule(name, small.to(device))  # which quantises
 
 
-def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def fake_quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Gives every layer that `quantise` would quantise the values that it then computes with, in place."""
     for _, layer in _linear_layers(model):
         layer.weight.data.copy_(rounded(layer.weight.detach(), dtype))
@@ -145,7 +145,7 @@ def adapt(
     assert adapter is not None
     config = lora_config(adapter, model, new_ids)
     if adapter.type == "qlora":
-        (round_weights if merging else quantise)(model, getattr(torch, section.dtype))
+        (fake_quantise if merging else quantise)(model, getattr(torch, section.dtype))
         model.is_loaded_in_4bit = not merging  # peft asks for it; TRL would round the adapter's own weights for it
     torch.manual_seed(seed)
     try:

@@ -18,8 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.errors import ModelError, first_line
-from nesso_tune.model.attention import BY_DOCUMENT, Kernel, Segments, attend_by_document
-from nesso_tune.model.lm_head import ForwardPath, Generation, Row, attach_supervised_head, own_logits
+from nesso_tune.model.attention import DOCUMENT_ATTENTION, AttentionSpans, Kernel, enable_document_attention
+from nesso_tune.model.lm_head import ForwardPath, GenerationMode, PackedRow, attach_supervised_head, plain_logits
 
 VOCABULARY = 128  # rows that are copied of tables with many
 MANY_ROWS = 4096
@@ -140,7 +140,7 @@ def _weights(model: PreTrainedModel) -> Iterator[Tensor]:
 LENGTHS = (7, 5, 6)  # tokens of the documents that are scored
 ANSWER = 3  # tokens that are generated after each
 IGNORED = -100
-FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask their head for
+FUSED_HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask their head for
 NEAR = 2e-4  # how far log-probabilities may be off, in nats, and gradients, as a share of their norm: rounding only
 MARGIN = 8  # rows that a table of learned positions may have beyond the positions
 
@@ -148,7 +148,7 @@ Batch = dict[str, Any]
 _CHOSEN: dict[tuple[Any, ...], ForwardPath] = {}  # one answer for all models of a configuration in this process
 
 
-def choose_forward(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
+def choose_forward_path(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
     """Finds the path for a model, and sets its attention accordingly.
 
     Args:
@@ -163,8 +163,8 @@ def choose_forward(model: PreTrainedModel, kernel: Kernel, where: str) -> Forwar
     key = (type(model), model.config.to_json_string(), model.config._attn_implementation, kernel, model.device)
     path = _CHOSEN.get(key) or _asked(model, kernel, where)
     _CHOSEN[key] = path
-    if path.by_document:
-        model.set_attn_implementation(BY_DOCUMENT[kernel])
+    if path.padding_free:
+        model.set_attn_implementation(DOCUMENT_ATTENTION[kernel])
     model.nesso_forward_path = path  # type: ignore[assignment]
     return path
 
@@ -173,14 +173,14 @@ def _asked(model: PreTrainedModel, kernel: Kernel, where: str) -> ForwardPath:
     try:
         small = small_copy(model)
     except Exception:  # whatever an architecture's own code does on being copied
-        return ForwardPath("own", packs=False, padding="alone")
+        return ForwardPath("own", packs_by_position_ids=False, padding="alone")
     with torch.random.fork_rng(devices=[]):
         question = _Question(small, where)
         path = question.answer(kernel)
         return replace(path, generation=question.generation())
 
 
-def generation_of(model: PreTrainedModel) -> Generation:
+def choose_generation_mode(model: PreTrainedModel) -> GenerationMode:
     """How a loaded model, of any precision, writes what its own forward finds likeliest: `ForwardPath.generation`."""
     try:
         with torch.random.fork_rng(devices=[]):
@@ -230,20 +230,20 @@ class _Question:
 
     def answer(self, kernel: Kernel) -> ForwardPath:
         alone = self._alone()
-        path = ForwardPath(positions=self._positions())
+        path = ForwardPath(max_positions=self._positions())
         if self._right(path, self._one_by_one(), alone) and self._by_document(kernel, path, alone):
-            return replace(path, by_document=True)
+            return replace(path, padding_free=True)
         self._assert_causal()
         path = self._with_head(path, alone)
         path = self._with_padding(path, alone)
         packed = self._scores(path, [self._packed()])
         if packed is None or not packed.alike(alone):
             figures = (packed.loss, alone.loss) if packed is not None else None
-            path = replace(path, packs=False, packing_figures=figures)
+            path = replace(path, packs_by_position_ids=False, packing_losses=figures)
         return path
 
     @torch.no_grad()
-    def generation(self) -> Generation:
+    def generation(self) -> GenerationMode:
         """The first way to generate that writes what the model's own forward finds likeliest, token by token."""
         wanted = []
         for ids in self.documents:
@@ -253,7 +253,7 @@ class _Question:
             wanted.append(written[len(ids) :].tolist())
         prompts = [ids.tolist() for ids in self.documents]
         self.model.generation_config = GenerationConfig()  # no token ends an answer here
-        for way in get_args(Generation)[:-1]:
+        for way in get_args(GenerationMode)[:-1]:
             try:
                 if generate_greedily(self.model, prompts, way, ANSWER, pad=self.pad, end=None) == wanted:
                     return way  # type: ignore[no-any-return]
@@ -274,7 +274,7 @@ class _Question:
             ) from None  # fmt: skip
 
     def _own(self, ids: Tensor) -> Tensor:
-        return own_logits(self.model, {"input_ids": ids[None]})
+        return plain_logits(self.model, {"input_ids": ids[None]})
 
     def _with_gradients(self, log_probs: Tensor) -> _Scores:
         named = dict(self.model.named_parameters())
@@ -301,7 +301,7 @@ class _Question:
         if kernel == "eager":
             return False
         before = self.model.config._attn_implementation
-        if attend_by_document(self.model, kernel) and self._right(path, [self._row()], alone):
+        if enable_document_attention(self.model, kernel) and self._right(path, [self._row()], alone):
             return True
         self.model.set_attn_implementation(before)
         return False
@@ -312,7 +312,7 @@ class _Question:
         if tried is not None and tried.alike(alone):
             return path
         figures = (tried.loss, alone.loss) if tried is not None else None
-        trl = replace(path, head="trl", head_figures=figures)
+        trl = replace(path, head="trl", head_losses=figures)
         return trl if self._right(trl, self._one_by_one(), alone) else replace(trl, head="own")
 
     def _with_padding(self, path: ForwardPath, alone: _Scores) -> ForwardPath:
@@ -330,7 +330,7 @@ class _Question:
     def _scores(self, path: ForwardPath, batches: list[Batch]) -> _Scores | None:
         """What a path makes of batches; None where it cannot take them."""
         if path.head == "trl":
-            add_fused_lm_head(self.model, outputs=FIELDS)
+            add_fused_lm_head(self.model, outputs=FUSED_HEAD_OUTPUTS)
         else:
             attach_supervised_head(self.model, path)
         try:
@@ -369,10 +369,10 @@ class _Question:
     def _row(self) -> Batch:
         """All documents as one row, for attention by document."""
         ids = torch.cat(self.documents)[None]
-        segments = Segments.of_documents(LENGTHS).to(self.device)
-        labels = ids.masked_fill(segments.positions == 0, IGNORED)
+        segments = AttentionSpans.from_documents(LENGTHS).to(self.device)
+        labels = ids.masked_fill(segments.position_ids == 0, IGNORED)
         before = (labels[0, 1:] != IGNORED).nonzero().flatten()
-        return {"labels": labels, "row": Row(ids, segments, before)}
+        return {"labels": labels, "packed_row": PackedRow(ids, segments, before)}
 
     def _positions(self) -> int | None:
         """How many tokens the model has learned positions for, where a longer row fails."""
@@ -396,7 +396,13 @@ class _Question:
 
 
 def generate_greedily(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], way: Generation, most: int, *, pad: int, end: int | None
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    way: GenerationMode,
+    most: int,
+    *,
+    pad: int,
+    end: int | None,
 ) -> list[list[int]]:
     """The likeliest tokens after each prompt, at most `most`; what follows the `end` token means nothing."""
     if way != "batch" and len(prompts) > 1:

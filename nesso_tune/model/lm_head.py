@@ -2,7 +2,7 @@
 
 With a vocabulary of 128k the logits of a whole batch are the largest tensor of a training step, and about half of a
 chat's positions are not learned. This head scores the learned ones, in chunks, and answers in the form that TRL's
-trainers ask their models for (`fused_lm_head=True`). Rows of `Segments` go through the model without padding.
+trainers ask their models for (`fused_lm_head=True`). Rows of `AttentionSpans` go through the model without padding.
 
 Some models do more between hidden states and logits than one product. Which head a model is trained with, and in which
 batches, is its `ForwardPath`; `model/forward.py` chooses it.
@@ -24,11 +24,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from nesso_tune.model.attention import Segments, through
+from nesso_tune.model.attention import AttentionSpans, last_hidden_states
 from nesso_tune.planning.memory import HEAD_CHUNK_BACKWARD, HEAD_CHUNK_FORWARD
 
-Generation = Literal["batch", "alone", "uncached"]
-Figures = tuple[float, float]  # mean loss of some tokens: on the path that was tried, and by the model's own forward
+GenerationMode = Literal["batch", "alone", "uncached"]
+LossPair = tuple[float, float]  # mean loss of some tokens: on the path that was tried, and by the model's own forward
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,30 @@ class ForwardPath:
     Attributes:
         head: `supervised` is the head of this module; `trl` the one that TRL attaches, which knows some models that cap
             or scale their logits; `own` takes the logits of the model's own forward.
-        by_document: the model attends by document, so that batches need no padding.
-        packs: without `by_document`, documents of a row are kept apart by `position_ids` that restart.
+        padding_free: the model attends by document, so that batches need no padding.
+        packs_by_position_ids: without `padding_free`, documents of a row are kept apart by `position_ids` that restart.
         padding: how rows of unequal length are padded to the right: with an attention mask, without one, or not at all
             (each row goes through the model by itself).
-        positions: tokens that the model has learned positions for; None if there is no such limit.
+        max_positions: tokens that the model has learned positions for; None if there is no such limit.
         generation: how greedy answers are those of the model's own forward: prompts padded to the left in a batch, each
             prompt alone, or each alone and without a cache.
-        head_figures: of the `supervised` head, where it is not the one that is used.
-        packing_figures: of packed documents, where they are not kept apart.
+        head_losses: of the `supervised` head, where it is not the one that is used.
+        packing_losses: of packed documents, where they are not kept apart.
     """
 
     head: Literal["supervised", "trl", "own"] = "supervised"
-    by_document: bool = False
-    packs: bool = True
+    padding_free: bool = False
+    packs_by_position_ids: bool = True
     padding: Literal["mask", "none", "alone"] = "mask"
-    positions: int | None = None
-    generation: Generation = "batch"
-    head_figures: Figures | None = None
-    packing_figures: Figures | None = None
+    max_positions: int | None = None
+    generation: GenerationMode = "batch"
+    head_losses: LossPair | None = None
+    packing_losses: LossPair | None = None
 
     @property
-    def keeps_documents_apart(self) -> bool:
+    def supports_packing(self) -> bool:
         """Whether packed rows can be trained on."""
-        return self.by_document or self.packs
+        return self.padding_free or self.packs_by_position_ids
 
 
 def forward_path(model: PreTrainedModel) -> ForwardPath:
@@ -70,33 +70,33 @@ def forward_path(model: PreTrainedModel) -> ForwardPath:
 
 
 @dataclass(frozen=True)
-class Row:
+class PackedRow:
     """A batch of sequences as one row of tokens, none of them padding.
 
     Attributes:
-        ids: [1, row].
-        segments: how the row is made up.
-        before: [learned] where in the row the hidden state stands that each learned token is predicted from, in the
-            order of the labels of the batch.
+        input_ids: [1, row].
+        spans: which of its tokens attend to each other.
+        logits_to_keep: [supervised] row index of the hidden state that predicts each supervised token, in the order of
+            the labels of the batch.
     """
 
-    ids: Tensor
-    segments: Segments
-    before: Tensor
+    input_ids: Tensor
+    spans: AttentionSpans
+    logits_to_keep: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
         """The same on a device."""
-        return Row(
-            self.ids.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking),
-            self.before.to(device, non_blocking=non_blocking),
+        return PackedRow(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.spans.to(device, non_blocking),
+            self.logits_to_keep.to(device, non_blocking=non_blocking),
         )
 
 
 def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
     """Gives `model` the head of its path instead of the one that TRL attached; `generate` is untouched.
 
-    With `row=`, a `Row` of the same sequences as `labels`, the model computes on that row alone.
+    With `packed_row=`, a `PackedRow` of the same sequences as `labels`, the model computes on that row alone.
 
     Args:
         model: attends by document, if rows are to be given.
@@ -111,12 +111,12 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return whole_forward(*args, **kwargs)
-        labels, row = kwargs.pop("labels"), kwargs.pop("row", None)
+        labels, row = kwargs.pop("labels"), kwargs.pop("packed_row", None)
         targets = labels[:, 1:]
         mask = targets != -100
         if row is not None:
-            learned = through(self, row.ids, row.segments)[0].index_select(0, row.before)
-            return spread(*score(learned, self.get_output_embeddings(), targets[mask]), mask)
+            learned = last_hidden_states(self, row.input_ids, row.spans)[0].index_select(0, row.logits_to_keep)
+            return fused_output(*token_log_probs(learned, self.get_output_embeddings(), targets[mask]), mask)
         batches = _alone(kwargs) if path.padding == "alone" else [kwargs]
         if path.padding == "none":
             kwargs.pop("attention_mask", None)
@@ -127,14 +127,14 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
             parts.append(scored(self, batch, targets[part, : length - 1], mask[part, : length - 1]))
             start += rows
         log_probs, top1 = (torch.cat(found) for found in zip(*parts, strict=True))
-        return spread(log_probs, top1, mask)
+        return fused_output(log_probs, top1, mask)
 
     # `generate` reads which arguments a model takes from the signature
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
-def own_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+def plain_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
     """What plain transformers computes, [batch, length, vocabulary]; nothing is cached."""
     forward = type(model).forward
     taken = inspect.signature(forward).parameters
@@ -147,7 +147,7 @@ def own_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 def _own_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the learned tokens from the model's own logits, and whether each was the likeliest."""
-    logits, wanted = own_logits(model, batch)[:, :-1][mask], targets[mask]
+    logits, wanted = plain_logits(model, batch)[:, :-1][mask], targets[mask]
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, wanted[:, None]).squeeze(-1)
     return log_probs, logits.detach().argmax(dim=-1) == wanted
 
@@ -155,7 +155,7 @@ def _own_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, 
 def _head_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The same from the last hidden states and the output embeddings."""
     hidden = model.base_model(**batch | {"use_cache": False}).last_hidden_state[:, :-1][mask]
-    return score(hidden, model.get_output_embeddings(), targets[mask])
+    return token_log_probs(hidden, model.get_output_embeddings(), targets[mask])
 
 
 def _alone(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ def _alone(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)]
 
 
-def score(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens, each from the hidden state before it.
 
     Args:
@@ -189,7 +189,7 @@ def score(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Ten
     return found
 
 
-def spread(log_probs: Tensor, top1: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+def fused_output(log_probs: Tensor, top1: Tensor, mask: Tensor) -> FusedCausalLMOutput:
     """Scores at the places of a mask, [batch, length - 1]; zero elsewhere.
 
     Entropy and mean logit, which TRL's DPO reads only to report them, are not computed: they are 0.

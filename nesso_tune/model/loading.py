@@ -19,7 +19,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
 from nesso_tune.hub import base_folder, check_complete, check_pinned
 from nesso_tune.model.attention import choose_attention
-from nesso_tune.model.forward import choose_forward
+from nesso_tune.model.forward import choose_forward_path
 from nesso_tune.recipes.sections import ModelSection
 
 
@@ -87,9 +87,9 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
         model = _made(folder, section, where, config, "eager", seed)
     _fit_vocabulary(model, chat, section, where)
     _set_ids(model, chat, seed if section.random_init else None)
-    path = choose_forward(model, kernel, where)
+    path = choose_forward_path(model, kernel, where)
     model.generation_config = _generation_config(model, chat)
-    if not path.by_document and section.attention == "flash":
+    if not path.padding_free and section.attention == "flash":
         raise RecipeError(
             "model.attention", f"{section.base} cannot attend document by document, which flash does here",
             "set attention: auto",

@@ -258,8 +258,8 @@ def _collator(
     """
     path = forward_path(model)
     if recipe.method == "dpo":
-        return PairCollator(pad_id, groups, path.by_document)
-    return ConversationCollator(pad_id, groups, path.by_document, length, path.packs)
+        return PairCollator(pad_id, groups, path.padding_free)
+    return ConversationCollator(pad_id, groups, path.padding_free, length, path.packs_by_position_ids)
 
 
 def _evaluator(

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export.final_folder import whole_model
-from nesso_tune.model.adapters import adapt, check_adapter, quantise, round_weights
+from nesso_tune.model.adapters import adapt, check_adapter, fake_quantise, quantise
 from nesso_tune.planning.memory import adapter_parameters
 from nesso_tune.planning.shapes import shape_of
 from nesso_tune.recipes.sections import LoraSection, ModelSection
@@ -65,7 +65,7 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
 def test_it_starts_from_its_base_and_so_does_it_end_without_the_adapter(tmp_path, kind, tied):
     plain, held, *_ = adapted(base_in(tmp_path, tied), kind)
     if kind == "qlora":
-        round_weights(plain, torch.float32)
+        fake_quantise(plain, torch.float32)
     base = logits(plain)
     torch.testing.assert_close(logits(held), base, rtol=0, atol=1e-5)
     learn(held.train())
@@ -158,7 +158,7 @@ def test_biases_are_kept_in_four_bits():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     plain = copy.deepcopy(some)
-    round_weights(plain, torch.float32)
+    fake_quantise(plain, torch.float32)
     quantise(some, torch.float32)
     rows = ROWS.clamp(max=63)
     torch.testing.assert_close(some.eval()(rows).logits, plain.eval()(rows).logits, rtol=0, atol=1e-5)

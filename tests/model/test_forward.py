@@ -15,8 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import forward as module
-from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily, small_copy
-from nesso_tune.model.lm_head import attach_supervised_head, own_logits
+from nesso_tune.model.forward import FUSED_HEAD_OUTPUTS, choose_forward_path, generate_greedily, small_copy
+from nesso_tune.model.lm_head import attach_supervised_head, plain_logits
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import read_data
 from nesso_tune.training.dataset import ConversationCollator
@@ -58,20 +58,20 @@ def rows(together):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
     model = tiny(config_class(kind))
-    path = choose_forward(model, "sdpa", kind)
-    assert (path.head, path.by_document, path.keeps_documents_apart) == KINDS[kind]
-    some = rows(together=path.keeps_documents_apart)
+    path = choose_forward_path(model, "sdpa", kind)
+    assert (path.head, path.padding_free, path.supports_packing) == KINDS[kind]
+    some = rows(together=path.supports_packing)
     before = model.config._attn_implementation
-    if path.by_document:
+    if path.padding_free:
         model.set_attn_implementation("sdpa")
     wanted = mean_loss(model, some)
     theirs = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
     model.set_attn_implementation(before)
 
     if path.head == "trl":
-        add_fused_lm_head(model, outputs=FIELDS)
+        add_fused_lm_head(model, outputs=FUSED_HEAD_OUTPUTS)
     attach_supervised_head(model)
-    collate = ConversationCollator(0, GROUPS, path.by_document, packs=path.packs)
+    collate = ConversationCollator(0, GROUPS, path.padding_free, packs=path.packs_by_position_ids)
     batch = {name: tensor for name, tensor in collate(some).items() if name not in ("group_ids", "tokens")}
     out = model(**batch, fused_lm_head=True)
     loss = -out.log_probs.sum() / out.label_mask.sum()
@@ -86,23 +86,23 @@ def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma", "xlstm"])
 def test_answers_do_not_depend_on_the_prompts_beside_them(kind):
     model = tiny(config_class(kind))
-    path = choose_forward(model, "sdpa", kind)
+    path = choose_forward_path(model, "sdpa", kind)
     assert (path.generation == "batch") == (kind == "llama")
     prompts = [list(range(5, 5 + length)) for length in (5, 9, 14)]
     model.generation_config.eos_token_id = None
     written = generate_greedily(model, prompts, path.generation, 3, pad=0, end=None)
     for prompt, answer in zip(prompts, written, strict=True):
         for token in answer:
-            assert int(own_logits(model, {"input_ids": torch.tensor([prompt])})[0, -1].argmax()) == token
+            assert int(plain_logits(model, {"input_ids": torch.tensor([prompt])})[0, -1].argmax()) == token
             prompt = [*prompt, token]
 
 
 def test_figures_say_by_how_much_a_path_is_off():
-    path = choose_forward(tiny(config_class("modernbert-decoder")), "sdpa", "base")
-    tried, own = path.head_figures
+    path = choose_forward_path(tiny(config_class("modernbert-decoder")), "sdpa", "base")
+    tried, own = path.head_losses
     assert abs(tried - own) > 0.1
-    path = choose_forward(tiny(config_class("bloom")), "sdpa", "base")
-    packed, alone = path.packing_figures
+    path = choose_forward_path(tiny(config_class("bloom")), "sdpa", "base")
+    packed, alone = path.packing_losses
     assert abs(packed - alone) > 0.01
 
 
@@ -110,7 +110,7 @@ def test_a_model_that_sees_what_it_should_predict_is_refused_with_both_figures()
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = config_class("bert")(vocab_size=97, **sizes)
     with pytest.raises(ModelError, match=r'loss of 6 tokens [\d.]+ with text after them, [\d.]+ without\).*"is_decode'):
-        choose_forward(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
+        choose_forward_path(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
 
 
 def llama(**options):
@@ -126,7 +126,7 @@ def test_the_copy_is_small_and_the_model_as_before():
     small = small_copy(model)
     assert sum(p.numel() for p in small.parameters()) < 0.05 * sum(p.numel() for p in model.parameters())
     assert len(small.model.layers) == 2
-    choose_forward(model, "eager", "base")
+    choose_forward_path(model, "eager", "base")
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
@@ -140,7 +140,7 @@ def test_the_copy_has_a_layer_of_every_kind():
     config = AutoConfig.for_model("lfm2", **sizes, num_hidden_layers=6, layer_types=kinds, intermediate_size=48)
     model = AutoModelForCausalLM.from_config(config)
     assert len(small_copy(model).model.layers) == 4
-    assert not choose_forward(model, "sdpa", "base").keeps_documents_apart
+    assert not choose_forward_path(model, "sdpa", "base").supports_packing
 
 
 def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
@@ -154,7 +154,7 @@ def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
 
     monkeypatch.setattr(module, "_CHOSEN", {})
     monkeypatch.setattr(type(model), "forward", capped)
-    assert choose_forward(model, "sdpa", "base").head == "own"
+    assert choose_forward_path(model, "sdpa", "base").head == "own"
 
 
 def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model import lm_head as module
-from nesso_tune.model.attention import Segments, attend_by_document
-from nesso_tune.model.lm_head import Row, attach_supervised_head, score, spread
+from nesso_tune.model.attention import AttentionSpans, enable_document_attention
+from nesso_tune.model.lm_head import PackedRow, attach_supervised_head, fused_output, token_log_probs
 
 VOCABULARY, WIDTH = 53, 16
 
@@ -41,7 +41,7 @@ def test_log_probs_and_gradients_equal_those_over_all_logits(bias, weights):
     hidden.grad = None
     head.zero_grad()
 
-    log_probs, top1 = score(hidden, head, targets)
+    log_probs, top1 = token_log_probs(hidden, head, targets)
     (-log_probs * of_each).sum().backward()
     torch.testing.assert_close(-log_probs.double(), wanted, rtol=1e-6, atol=1e-7)
     assert torch.equal(top1, head(hidden).argmax(-1) == targets)
@@ -56,7 +56,7 @@ def test_in_bfloat16_a_token_that_is_almost_certain_keeps_its_slope():
     with torch.no_grad():
         head.bias.zero_()[5] = 12.0  # probability 0.9997
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, _ = score(hidden, head, torch.tensor([5]))
+        log_probs, _ = token_log_probs(hidden, head, torch.tensor([5]))
     (-log_probs.sum()).backward()
     others = 1 - functional.softmax(head.bias.detach().double(), -1)[5]
     assert float(head.bias.grad[5]) == pytest.approx(-float(others), rel=0.02)
@@ -65,7 +65,7 @@ def test_in_bfloat16_a_token_that_is_almost_certain_keeps_its_slope():
 def test_a_batch_without_labels_is_a_zero_with_a_gradient():
     hidden, head, _ = example(dtype=torch.float32)
     mask = torch.zeros(2, 11, dtype=torch.bool)
-    out = spread(*score(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
+    out = fused_output(*token_log_probs(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
     out.log_probs.sum().backward()
     assert float(out.log_probs.detach().sum()) == 0.0
     assert not hidden.grad.any()
@@ -110,7 +110,7 @@ LENGTHS = [9, 4, 12, 1, 6]
 def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_document():
     """In float32, to 1e-6 of the loss and of every gradient's norm."""
     ours, plain = tiny(tie_word_embeddings=True), tiny(tie_word_embeddings=True)
-    assert attend_by_document(ours, "sdpa")
+    assert enable_document_attention(ours, "sdpa")
     attach_supervised_head(ours)
     torch.manual_seed(1)
     documents = [torch.randint(0, VOCABULARY, (length,)) for length in LENGTHS]
@@ -125,8 +125,8 @@ def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_docume
     for own in labels:
         own[0] = -100
     ids, targets = torch.cat(documents)[None], torch.cat(labels)[None]
-    row = Row(ids, Segments.of_documents(LENGTHS), (targets[0, 1:] != -100).nonzero().flatten())
-    loss = -ours(labels=targets, row=row, fused_lm_head=True).log_probs.sum() / learned
+    row = PackedRow(ids, AttentionSpans.from_documents(LENGTHS), (targets[0, 1:] != -100).nonzero().flatten())
+    loss = -ours(labels=targets, packed_row=row, fused_lm_head=True).log_probs.sum() / learned
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     for (name, ours_p), plain_p in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -136,14 +136,14 @@ def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_docume
 
 MEASURE = """
 import resource, sys, torch
-from nesso_tune.model.lm_head import score
+from nesso_tune.model.lm_head import token_log_probs
 vocabulary, width, learned = 32_000, 16, int(sys.argv[1])
 torch.set_num_threads(1)
 head, hidden = torch.nn.Linear(width, vocabulary, bias=False), torch.randn(learned, width, requires_grad=True)
 head.weight.grad = torch.zeros_like(head.weight)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.autocast("cpu", torch.bfloat16):
-    log_probs, _ = score(hidden, head, torch.randint(0, vocabulary, (learned,)))
+    log_probs, _ = token_log_probs(hidden, head, torch.randint(0, vocabulary, (learned,)))
 log_probs.sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """

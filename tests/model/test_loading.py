@@ -13,7 +13,7 @@ from nesso_tune import RunEnvironmentError
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import loading
-from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.attention import attention_description, uses_document_attention
 from nesso_tune.model.lm_head import forward_path
 from nesso_tune.model.loading import base_hash, load_model
 from nesso_tune.planning.plan import DataVolume
@@ -193,7 +193,7 @@ def test_a_hybrid_without_experts_needs_no_router(base, tmp_path, scaling):
     model, _ = load(tmp_path, random_init=True)
     answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, eos_token_id=None)
     assert answer.shape == (1, 5), "its own forward would look for a router"
-    assert not forward_path(model).keeps_documents_apart
+    assert not forward_path(model).supports_packing
 
 
 def test_flash_without_a_gpu_is_an_error(base):
@@ -232,14 +232,14 @@ def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
 
 def test_a_base_that_scales_its_logits_is_trained_in_batches(base, tmp_path):
     """Its head stays TRL's, and so does what a run says of its attention."""
-    assert attends_by_document(load(base, random_init=True)[0])
+    assert uses_document_attention(load(base, random_init=True)[0])
     folder = tmp_path / "granite"
     shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "granite", "logits_scaling": 8.0}
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load(folder, random_init=True)
-    assert not attends_by_document(model)
-    assert kernel_in_words(model, "float32") == "sdpa, with masks"
+    assert not uses_document_attention(model)
+    assert attention_description(model, "float32") == "sdpa, with masks"
 
 
 def test_a_file_of_the_hubs_cache_that_is_not_what_the_hub_has_is_named(tmp_path, whole_base):
