@@ -152,7 +152,7 @@ def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
         out.logits = 30 * torch.tanh(out.logits / 30)
         return out
 
-    monkeypatch.setattr(module, "_CHOSEN", {})
+    monkeypatch.setattr(module, "_PATHS", {})
     monkeypatch.setattr(type(model), "forward", capped)
     assert choose_forward_path(model, "sdpa", "base").head == "own"
 
