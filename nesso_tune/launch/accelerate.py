@@ -115,9 +115,7 @@ def _code(error: ChildFailedError) -> int:
     for rank, code in codes.items():
         if code < 0 and code != -signal.SIGTERM:  # with that one the launcher ends those that are left
             name = signal.Signals(-code).name
-            problem = Problem(
-                f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, ABOVE)
-            )
+            problem = Problem(f"rank {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, ABOVE))
             print_notes(str(problem))
     own = [code for code in codes.values() if code > 0]
     if Preempted.exit_code in own:  # others may have lost the one that was asked to stop

@@ -41,7 +41,7 @@ AGAINST = {
     "checkpointing": (FSDP | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"gradient_checkpointing": False},
                       "fsdp_activation_checkpointing: true, the recipe train.gradient_checkpointing: false"),
     "sharded state": (FSDP | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "distributed.state_dict: full"),
-    "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "asks for DeepSpeed, which version 1 does not offer"),
+    "deepspeed": ({"ACCELERATE_USE_DEEPSPEED": "true"}, {}, "DeepSpeed is not supported"),
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def test_a_process_that_does_not_come_is_named_in_time(path, port):
     done = command("train", path, **lonely(0, port))
     assert done.returncode == 5
     assert done.stderr.endswith(
-        "machine 1 (process 1): did not come within 5 s; see whether it is up and its part was started\n"
+        "node 1 (rank 1): did not join within 5 s; check that the node is up and its process was launched\n"
     )
     assert time.monotonic() - began < 120, "the libraries load slowly on a busy machine; else it waits for 1800 s"
 
@@ -39,7 +39,7 @@ def test_a_process_that_does_not_come_is_named_in_time(path, port):
 def test_a_first_machine_that_cannot_be_reached(path, port):
     done = command("train", path, **lonely(1, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (number 1)" in done.stderr
+    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (rank 1)" in done.stderr
 
 
 def test_a_port_in_use(path, port):
@@ -48,7 +48,7 @@ def test_a_port_in_use(path, port):
         holder.listen()
         done = command("train", path, **lonely(0, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port}: is in use; give torchrun another --master_port" in done.stderr
+    assert f"127.0.0.1:{port}: is in use; set another port: --master_port of torchrun" in done.stderr
 
 
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
@@ -67,7 +67,7 @@ def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, 
     assert both[1 - victim].returncode == 5
     assert said.count("lost contact with") == 1
     machine = socket.gethostname()
-    assert f"process {1 - victim} on {machine}: lost contact with process {victim} on {machine} (" in said
+    assert f"rank {1 - victim} on {machine}: lost contact with rank {victim} on {machine} (" in said
 
 
 def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
@@ -82,7 +82,7 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
     os.kill(first, signal.SIGKILL)
     _, said = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert said.count("lost contact with process 0 on ") == 1
+    assert said.count("lost contact with rank 0 on ") == 1
 
 
 def test_what_one_process_finds_is_said_once_by_it(path):
@@ -95,14 +95,14 @@ def test_what_one_process_finds_is_said_once_by_it(path):
 def test_processes_that_are_told_no_meeting_point(path):
     done = command("train", path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 5
-    assert "MASTER_ADDR, MASTER_PORT: do not say where the 2 processes of WORLD_SIZE meet" in done.stderr
+    assert "MASTER_ADDR, MASTER_PORT: are not set, but WORLD_SIZE is 2" in done.stderr
 
 
 def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert nodes_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["node 1 (rank 2, 3)", "node 2 (rank 5)"]
     (fake := tmp_path / "scontrol").write_text("#!/bin/sh\necho lrdn01; echo lrdn02\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "lrdn[01-02]")
-    assert nodes_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["lrdn02 (rank 2, 3)", "node 2 (rank 5)"]

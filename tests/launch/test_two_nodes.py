@@ -118,7 +118,7 @@ def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
     os.kill(victim, signal.SIGKILL)
     codes, said = ended(parts, 60)
     assert all(codes)
-    assert f"process 0 on {NODES[0]}: lost contact with process 1 on {NODES[1]} (" in said[0]
+    assert f"rank 0 on {NODES[0]}: lost contact with rank 1 on {NODES[1]} (" in said[0]
     codes, said = ended([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
     assert "it continues from checkpoint-" in said[0]
@@ -131,8 +131,8 @@ def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, tal
     ip("-n", NODES[0], "link", "set", "cablea", "down")
     codes, said = ended(parts, 30)
     assert codes == [5, 5]
-    assert f"process 0 on {NODES[0]}: lost contact with process 1 on {NODES[1]} (" in said[0]
-    assert f"process 1 on {NODES[1]}: lost contact with the launcher on {ADDRESSES[0]} (" in said[1]
+    assert f"rank 0 on {NODES[0]}: lost contact with rank 1 on {NODES[1]} (" in said[0]
+    assert f"rank 1 on {NODES[1]}: lost contact with the launcher on {ADDRESSES[0]} (" in said[1]
     assert not any("Traceback" in text for text in said)
     ip("-n", NODES[0], "link", "set", "cablea", "up")
     codes, said = ended([start(path, 0), start(path, 1)], 120)
@@ -149,8 +149,8 @@ def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):
     (first,) = [part for part in parts if part.poll() is not None]  # gloo lets the other try for five times as long
     said = first.communicate()[1]
     assert first.returncode
-    assert "cannot connect to the others, though all are there (" in said
-    assert "name the network that connects the machines in NCCL_SOCKET_IFNAME" in said
+    assert "cannot connect to the other ranks, though all have joined (" in said
+    assert "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) to the network interface" in said
     for part in parts:
         for pid in workers(part.pid):
             os.kill(pid, signal.SIGKILL)
@@ -159,7 +159,7 @@ def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):
 
 @pytest.mark.parametrize(
     ("alone", "says"),
-    [pytest.param(0, "machine 1: did not come within 5 s; see whether it is up and its part was started\n",
+    [pytest.param(0, "node 1: did not join within 5 s; check that the node is up and its process was launched\n",
                   id="the second"),
      pytest.param(1, f"{ADDRESSES[0]}:29612: cannot be reached from ", id="the first", marks=thorough)],
 )  # fmt: skip
@@ -178,8 +178,8 @@ def test_an_output_folder_on_a_nodes_own_disk_is_refused(nodes, tmp_path, talks)
     path = write_recipe(tmp_path / "r.yaml", some(tmp_path, "disk/run", talks))
     codes, said = ended([start(path, 0), start(path, 1, own_disk=tmp_path / "disk")], 60)
     assert all(codes)
-    assert "is not the same folder on all machines" in said[0]
-    assert "set output_dir on a file system that they share" in said[0]
+    assert "is not the same folder on all nodes" in said[0]
+    assert "set output_dir to a shared file system" in said[0]
 
 
 @thorough
