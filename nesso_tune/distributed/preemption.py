@@ -1,6 +1,6 @@
 """Preemption: on a signal, all ranks save a checkpoint after the same step, and the run exits with code 75.
 
-Schedulers send SIGTERM or SIGUSR1 before they kill a job; Ctrl-C sends SIGINT. A second signal ends the process at once.
+Schedulers send SIGTERM or SIGUSR1 before they kill a job; Ctrl-C sends SIGINT. A second signal ends the process now.
 Before training there is nothing to save: the first signal ends the run, also with code 75. A run that has finished its
 last step is still exported, and the remaining runs of a chain are left to the next start.
 """

@@ -1,4 +1,4 @@
-"""What accelerate's own configuration says is held against the recipe."""
+"""The launcher's configuration is compared with the recipe."""
 
 import pytest
 
@@ -22,7 +22,7 @@ AGREE = [
 
 
 @pytest.mark.parametrize("environment", AGREE)
-def test_nothing_or_the_same_is_no_contradiction(environment):
+def test_an_equal_or_empty_configuration_is_accepted(environment):
     check(environment)
 
 
@@ -52,11 +52,11 @@ def test_a_contradiction_names_both_values(environment, keys, says):
     assert says in str(error.value)
 
 
-def test_all_contradictions_come_at_once():
+def test_all_contradictions_are_reported_together():
     with pytest.raises(RecipeError) as error:
         check({"ACCELERATE_MIXED_PRECISION": "fp16", **FSDP, "FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true"})
     assert len(error.value.problems) == 3
 
 
-def test_one_process_is_not_sharded_whatever_the_launcher_says():
+def test_a_single_process_ignores_the_fsdp_configuration():
     check(FSDP | {"FSDP_VERSION": "1"}, processes=1)

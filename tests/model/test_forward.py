@@ -1,6 +1,6 @@
-"""The path that a model is trained on computes what its own forward computes for each document alone.
+"""The forward path of a model computes what its own forward computes for each document alone.
 
-All architectures of transformers, in whole runs: tests/benchmarks/architectures.py, by hand; docs/architectures.md.
+tests/benchmarks/architectures.py runs all architectures of transformers; results: docs/architectures.md.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.support.runs import metrics, recipe, thorough
 
 GROUPS = Groups(("it",), ("",))
 LENGTHS = (9, 4, 7, 12, 5)
-# Faulty before a model was asked: another head than its own, or documents that leak into each other. And some at ease.
+# (head, padding-free, supports packing): architectures with wrong losses without the probe, and some common ones.
 KINDS = {
     "llama": ("supervised", True, True), "gpt2": ("supervised", True, True), "gemma2": ("trl", False, True),
     "bert": ("own", False, False), "roberta": ("own", False, False), "modernbert-decoder": ("own", False, True),
@@ -44,7 +44,7 @@ def config_class(name):
 
 
 def rows(together):
-    """Conversations of some tokens each, a part of them learned: in packed rows, or one a row."""
+    """Conversations of a few tokens, some of them supervised: packed, or one per row."""
     generator = torch.Generator().manual_seed(1)
     out = []
     for group in ((0, 1), (2, 3), (4,)) if together else ((i,) for i in range(len(LENGTHS))):
@@ -84,7 +84,7 @@ def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma", "xlstm"])
-def test_answers_do_not_depend_on_the_prompts_beside_them(kind):
+def test_answers_do_not_depend_on_the_other_prompts_of_the_batch(kind):
     model = tiny(config_class(kind))
     path = choose_forward_path(model, "sdpa", kind)
     assert (path.generation == "batch") == (kind == "llama")
@@ -97,7 +97,7 @@ def test_answers_do_not_depend_on_the_prompts_beside_them(kind):
             prompt = [*prompt, token]
 
 
-def test_figures_say_by_how_much_a_path_is_off():
+def test_losses_show_the_error_of_a_rejected_path():
     path = choose_forward_path(tiny(config_class("modernbert-decoder")), "sdpa", "base")
     tried, own = path.head_losses
     assert abs(tried - own) > 0.1
@@ -106,7 +106,7 @@ def test_figures_say_by_how_much_a_path_is_off():
     assert abs(packed - alone) > 0.01
 
 
-def test_a_model_that_sees_what_it_should_predict_is_refused_with_both_figures():
+def test_a_model_that_is_not_causal_is_refused_with_both_losses():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = config_class("bert")(vocab_size=97, **sizes)
     with pytest.raises(ModelError, match=r'loss of 6 tokens [\d.]+ with text after them, [\d.]+ without\).*"is_decode'):
@@ -120,7 +120,7 @@ def llama(**options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes | options))
 
 
-def test_the_copy_is_small_and_the_model_as_before():
+def test_the_copy_is_small_and_the_model_unchanged():
     model = llama(vocab_size=20_000, num_hidden_layers=9).train()
     state, random = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
     small = small_copy(model)
@@ -143,7 +143,7 @@ def test_the_copy_has_a_layer_of_every_kind():
     assert not choose_forward_path(model, "sdpa", "base").supports_packing
 
 
-def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
+def test_soft_capping_is_detected_even_if_the_logits_are_small(monkeypatch):
     model = llama(num_hidden_layers=1, initializer_range=1e-3)
     plain = type(model).forward
 
@@ -157,7 +157,7 @@ def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
     assert choose_forward_path(model, "sdpa", "base").head == "own"
 
 
-def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
+def test_a_base_that_does_not_support_packing_trains_unpacked_and_resumes(tmp_path):
     said, base = [], tiny(config_class("lfm2"))
     found = outcome(base, tmp_path, packing=True, say=said.append)
     assert found.right, found
@@ -165,7 +165,7 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
     assert "one conversation a row, 6 rows an epoch instead of 2" in line
     some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
     assert read_data(run, "manifest.json")["unpacked"]
-    assert not train(some).trained, "the same command finds it finished"
+    assert not train(some).trained, "the run is finished"
     (before,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
     for folder in ("final", "checkpoint-2"):
         shutil.rmtree(run / folder)
@@ -176,8 +176,8 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tied, method):
-    """Padding is the end token: torch gives the input row of `padding_idx` no gradient."""
+def test_the_end_token_is_trained_in_a_second_stage(tmp_path, monkeypatch, tied, method):
+    """The padding token is the end token, and torch gives the embedding row of `padding_idx` no gradient."""
     base = tiny(config_class("llama"))
     if tied:
         base.config.tie_word_embeddings = True
@@ -201,7 +201,7 @@ def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tie
 
     monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", watched)
     train(some)
-    assert seen["padding"] is None, "tied or not, the input side has its gradient"
+    assert seen["padding"] is None, "the embedding row has a gradient, tied or not"
     assert seen["rows"][0].any()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / some.output_dir / "final")
     assert again.config.pad_token_id == end
@@ -209,7 +209,7 @@ def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tie
 
 @thorough
 @pytest.mark.parametrize("kind", ["modernbert-decoder", "bert", "roberta", "qwen3_5_text", "bloom", "falcon_h1"])
-def test_whole_runs_of_bases_that_were_faulty(tmp_path, kind):
+def test_whole_runs_of_difficult_architectures(tmp_path, kind):
     assert outcome(tiny(config_class(kind)), tmp_path, packing=True).right
 
 
