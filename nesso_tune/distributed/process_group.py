@@ -37,7 +37,7 @@ _membership: Membership | None = None  # for the lifetime of this process, acros
 def init_process_group(timeout_s: int) -> None:
     """Initialises the process group and accelerate's state.
 
-    It is called after the data is prepared, so that no collective operation waits for a slow disk.
+    Call it after the data is prepared: otherwise a slow disk would cause timeouts of collective operations.
 
     Args:
         timeout_s: seconds within which all ranks must join, and the timeout of collective operations (accelerate does
@@ -61,7 +61,7 @@ def init_process_group(timeout_s: int) -> None:
 
 
 def destroy_process_group() -> None:
-    """Destroys the process group, so that the next run of a chain prepares its data without one."""
+    """Destroys the process group: the next run of a chain prepares its data without one."""
     if world_size() == 1 and not dist.is_initialized():  # a single process under a launcher has a group too
         return
     for state in (AcceleratorState, GradientState, PartialState):

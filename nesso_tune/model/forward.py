@@ -46,7 +46,7 @@ POSITION_MARGIN = 8  # rows that a table of learned positions may have beyond ma
 COPIED_VOCABULARY = 128  # copied rows of tables with more than LARGE_VOCABULARY
 LARGE_VOCABULARY = 4096
 LOGIT_STD = 2.5  # logits are scaled to this standard deviation: soft-capping does not change small ones
-MAX_WINDOW = 4  # sliding windows are reduced to this, so that the short documents are longer
+MAX_WINDOW = 4  # sliding windows are reduced to this, below the length of the documents
 
 Batch = dict[str, Any]
 _PATHS: dict[tuple[Any, ...], ForwardPath] = {}  # cache: one probe per configuration and process
