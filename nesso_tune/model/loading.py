@@ -163,8 +163,8 @@ def _set_token_ids(model: PreTrainedModel, chat: ChatTokenizer, seed: int | None
     """Sets the chat's token ids in the configuration, and removes `padding_idx`, whose row gets no gradient.
 
     The padding token is the end token, which is supervised. A model that computes with its padding id, for example to
-    count positions, keeps it: otherwise `final/` would compute something else. `seed` is given for random weights: their
-    padding row is zero, and is initialised too.
+    count positions, keeps it: otherwise `final/` would compute something else. `seed` is that of random weights:
+    their padding row is zero, and is initialised too.
     """
     model.config.eos_token_id, model.config.bos_token_id = chat.eos_id, chat.bos_token_id
     if getattr(model.config, "output_router_logits", False):  # fails in the forward of a dense model without a router
