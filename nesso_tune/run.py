@@ -14,25 +14,25 @@ from accelerate.utils import gather_object
 
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
 from nesso_tune.data.report import DataReport
+from nesso_tune.distributed.launcher_config import check_launcher_config
 from nesso_tune.distributed.preemption import StopRequest
 from nesso_tune.distributed.process_group import (
-    check_launcher,
-    check_shared,
-    come_together,
-    contact,
-    from_first,
+    barrier,
+    broadcast_from_rank0,
+    check_shared_folder,
+    destroy_process_group,
+    detect_world,
     idle_gpus,
-    is_first,
-    part,
-    wait_for_all,
-    world,
+    init_process_group,
+    is_main_process,
+    report_lost_ranks,
 )
 from nesso_tune.errors import RecipeError
 from nesso_tune.export.card import model_card
 from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
 from nesso_tune.model.adapters import check_adapter
-from nesso_tune.model.attention import kernel_in_words
-from nesso_tune.model.lm_head import Figures, ForwardPath, forward_path
+from nesso_tune.model.attention import attention_description
+from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import can_compile, load_model
 from nesso_tune.planning.advice import more_epochs
 from nesso_tune.planning.plan import Plan
@@ -97,7 +97,9 @@ def train(
     check_adapter(recipe.model.adapter)
     with StopRequest() as request:
         opened = (
-            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say) if is_first() else None
+            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say)
+            if is_main_process()
+            else None
         )
         try:
             if opened is not None:
@@ -107,13 +109,13 @@ def train(
             if opened is not None and not opened.finished and opened.checkpoint is None:
                 for text in _about_data(data.report):
                     say(text)
-            come_together(recipe.distributed.timeout_s)
-            with contact():
-                run: RunDir = from_first(None if opened is None else opened.shared())
-                check_shared(run.path)
+            init_process_group(recipe.distributed.timeout_s)
+            with report_lost_ranks():
+                run: RunDir = broadcast_from_rank0(None if opened is None else opened.shared())
+                check_shared_folder(run.path)
                 return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
-            part()
+            destroy_process_group()
             for text in [] if opened is None else _closing(opened, overwrite and resume == "auto"):
                 say(text)
 
@@ -154,7 +156,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     noted = read_data(run.path, MANIFEST)
     if noted.get("unpacked"):
         data = unpacked(data, recipe)
-    plan = make_plan(recipe, world(), data.volume)
+    plan = make_plan(recipe, detect_world(), data.volume)
     check_same_run(run.path, noted, run_facts(recipe, data, plan), True, run.moved)
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
@@ -162,16 +164,16 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
 def _train(
     recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Callable[[str], None]
 ) -> TrainResult:
-    plan = make_plan(recipe, world(), data.volume)
-    check_launcher(recipe, plan, os.environ)
+    plan = make_plan(recipe, detect_world(), data.volume)
+    check_launcher_config(recipe, plan, os.environ)
     if plan.processes == 1:  # nothing to share, whatever a launcher's configuration says
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _choose_threads(model.num_parameters())
-    kernel, path, given = kernel_in_words(model, recipe.model.dtype), forward_path(model), recipe
+    kernel, path, given = attention_description(model, recipe.model.dtype), forward_path(model), recipe
     for text in _about_path(path, recipe, plan, kernel):
         say(text)
-    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.keeps_documents_apart:
+    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.supports_packing:
         recipe, data, plan = _without_packing(recipe, data, plan, path, say)
     _check_positions(path, recipe, data, plan)
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
@@ -184,7 +186,7 @@ def _train(
     saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
     room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
     with room.told():
-        if is_first():
+        if is_main_process():
             room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
@@ -192,7 +194,7 @@ def _train(
                     say(text)
             write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
-        wait_for_all()
+        barrier()
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
@@ -200,14 +202,14 @@ def _train(
         chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
         for text in chosen:
             say(text)
-        if is_first():
+        if is_main_process():
             check_final(state, recipe.model.dtype, trainer.state.global_step)
             trained = plan.trained(ended := trainer.state.global_step, trainer.track.epochs_at(ended))
             card = model_card(recipe, trained, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, trained, data.report)
             write_end(run, {} if best is None else {"best": best.state()})
-    asked = any(gather_object([request.asked]))  # which also waits for all
+    asked = any(gather_object([request.signal_name]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 
 
@@ -217,9 +219,9 @@ def _without_packing(
     """Recipe, data and plan of the same run with one conversation a row, which is said."""
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
     rows, data = len(data.train), unpacked(data, recipe)
-    steps, plan = plan.steps, make_plan(own, world(), data.volume)
+    steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
     say(
-        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_figures, 'packed')}: "
+        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_losses, 'packed')}: "
         f"it trains on one conversation a row, {len(data.train):,} rows an epoch instead of {rows:,}, "
         f"{plan.steps:,} steps instead of {steps:,}"
     )
@@ -233,10 +235,10 @@ def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> l
         RecipeError: if it cannot be sharded.
     """
     lines = []
-    if not path.by_document and recipe.model.attention != "eager":
+    if not path.padding_free and recipe.model.attention != "eager":
         lines.append(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
     if path.head == "own":
-        figures = _figures(path.head_figures, "by the head alone")
+        figures = _figures(path.head_losses, "by the head alone")
         lines.append(f"head: this base computes more than its head{figures}: it trains with its own forward (slower)")
     if recipe.evaluation is not None and path.generation != "batch":
         cache = " and without a cache" if path.generation == "uncached" else ""
@@ -249,13 +251,13 @@ def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> l
     return lines
 
 
-def _figures(figures: Figures | None, tried: str) -> str:
+def _figures(figures: LossPair | None, tried: str) -> str:
     return f" (loss of some tokens {figures[0]:.5f} {tried}, {figures[1]:.5f} by its own forward)" if figures else ""
 
 
 def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan: Plan) -> None:
     """Raises RecipeError if a document is longer than the positions that the base has learned."""
-    if path.positions is None:
+    if path.max_positions is None:
         return
     longest = max(
         int(rows.documents.sequence_lengths[rows.documents.kept].max(initial=0))
@@ -263,10 +265,10 @@ def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan
     )
     if plan.torch_compile:  # rows are filled up, with one document more
         longest = max(longest, recipe.data.sequence_len)
-    if longest > path.positions:
+    if longest > path.max_positions:
         raise RecipeError(
-            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.positions:,}",
-            f"set it to {path.positions} or less (data.too_long says what happens to longer documents)",
+            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.max_positions:,}",
+            f"set it to {path.max_positions} or less (data.too_long says what happens to longer documents)",
         )  # fmt: skip
 
 

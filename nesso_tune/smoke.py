@@ -1,4 +1,8 @@
-"""A tiny stand-in for a base model: the same architecture, two thin layers, random weights."""
+"""Smoke runs: `--smoke` runs a recipe end to end in a few steps, with a tiny model in place of the base.
+
+The tiny model has the architecture of the base, two narrow layers and random weights. Data that is not available
+offline is replaced by bundled rows.
+"""
 
 from __future__ import annotations
 
@@ -29,194 +33,143 @@ from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
 from nesso_tune.runs.layout import ASIDE, MOVING
 
-HIDDEN, HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 16, 128, 2
-FALLBACK = "llama"  # stands in for an architecture that transformers does not know by itself
-LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern")  # one entry a layer
-FITTING = ("pad_token_id", "bos_token_id", "eos_token_id")  # ids that may lie beyond a small vocabulary
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "initializer_range", "tie_word_embeddings")  # fmt: skip
-DROPPED = ("auto_map", "quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version",
-           "rope_scaling", "architectures")  # fmt: skip
-
-
-def shrunk(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:
-    """The configuration of a model like that of `config`, but tiny, with `vocabulary` rows.
-
-    Heads keep whether they are grouped, embeddings whether they are tied; a rope that is scaled for long contexts is
-    left plain, since its factors belong to the size of the heads.
-    """
-    heads, groups = config.get("num_attention_heads") or 1, config.get("num_key_value_heads")
-    small = {key: value for key, value in config.items() if key not in DROPPED}
-    small |= {
-        "model_type": config.get("model_type", FALLBACK),
-        "vocab_size": vocabulary,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS if groups in (None, heads) else HEADS // 2,
-        "head_dim": HEAD_DIM,
-        "initializer_range": HIDDEN**-0.5,
-        "max_window_layers": LAYERS,
-    }
-    for key in FITTING:
-        if isinstance(small.get(key), int) and small[key] >= vocabulary:
-            small[key] = None
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and any(isinstance(value, (list, dict)) for value in rope.values()):
-        small.pop("rope_parameters")
-    for key in LISTS:
-        if isinstance(small.get(key), list):
-            small[key] = small[key][:LAYERS]
-    return small
-
-
-def build_standin(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
-    """Writes weights and config.json of a model of this (tiny) configuration into a folder.
-
-    Returns:
-        The architecture it has: that of `config`, or Llama where transformers cannot make that one.
-    """
-    transformers_logging.disable_progress_bar()
-    torch.manual_seed(seed)
-    try:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    except Exception:  # an architecture of its own code, or one with more to it than sizes
-        plain = {key: value for key, value in config.items() if key in SIZES} | {"model_type": FALLBACK}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain))
-    model.save_pretrained(folder)
-    return str(model.config.model_type)
-
-
 Say = Callable[[str], None]
-STEPS, LENGTH, LOWEST = 4, 4096, -1e300
-ROWS = {"sft": 200, "dpo": 40}  # of each source; every pair is scored once before the first step
-SEARCHED = 5000  # rows among which those that `where` asks for are looked for
-KIND = "standins"  # their place in the cache
-BUNDLED = {"sft": ("conversations", "toolcalls"), "dpo": ("pairs",)}  # rows under recipes/quickstart/data/
-LIMITS: dict[str, dict[str, Any]] = {  # what a number is cut down to
-    "data": {"sequence_len": LENGTH},
+
+STEPS = 4
+MAX_SEQUENCE_LEN = 4096
+ROWS_PER_SOURCE = {"sft": 200, "dpo": 40}  # the reference scores every pair before the first step
+ROWS_SEARCHED = 5000  # in which rows that match `where` are searched
+LOWEST_SCORE = -1e300  # replaces `min_score`: files may be sorted by score, but scores must still be numbers
+BUNDLED_ROWS = {"sft": ("conversations", "toolcalls"), "dpo": ("pairs",)}  # files in recipes/quickstart/data/
+LIMITS: dict[str, dict[str, Any]] = {  # upper limits of recipe keys
+    "data": {"sequence_len": MAX_SEQUENCE_LEN},
     "train": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
     "evaluation": {"samples": 4, "train_samples": 4, "max_new_tokens": 16},
     "checkpoint": {"keep": 2},
 }
 
+# the tiny model
+CACHE_KIND = "standins"  # its folder in the cache
+HIDDEN_SIZE, NUM_HEADS, HEAD_DIM, INTERMEDIATE_SIZE, NUM_LAYERS = 64, 4, 16, 128, 2
+FALLBACK_ARCHITECTURE = "llama"  # for architectures that transformers does not include
+FALLBACK_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads", "head_dim", "initializer_range", "tie_word_embeddings")  # fmt: skip
+PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers", "sliding_window_pattern")
+TOKEN_ID_KEYS = ("pad_token_id", "bos_token_id", "eos_token_id")
+DROPPED_KEYS = ("auto_map", "quantization_config", "torch_dtype", "dtype", "_name_or_path", "transformers_version",
+                "rope_scaling", "architectures")  # fmt: skip
+
 
 def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
-    """The recipe cut down.
+    """Reduces a recipe to a smoke run.
 
     Args:
-        recipe: the real one.
-        made: the results of earlier recipes of the same command, real `final/` to smoke `final/`; this recipe's is
-            added.
-        say: told what stands in for what.
+        recipe: the recipe of the real run.
+        made: maps the `final/` of earlier recipes of the same command to their smoke `final/`; this recipe is added.
+        say: receives a line for each replacement.
 
     Raises:
-        ModelError, DataError: for a local base or data file that is wrong: the real run would fail too.
-        RunEnvironmentError: if a real run lies where the smoke run would be.
+        ModelError, DataError: if a local base or data file is invalid: the real run would fail too.
+        RunEnvironmentError: if the output folder holds a real run.
     """
     raw, output = dump(recipe), f"{os.path.normpath(recipe.output_dir)}-smoke"
-    _check_free(Path(output))
-    base, own_tokenizer = made.get(_path(recipe.model.base)), True
+    _check_output(Path(output))
+    base, own_tokenizer = made.get(_resolved(recipe.model.base)), True
     if base is None:
-        base, own_tokenizer = _standin(recipe.model, recipe.chat, say)
-    made[_path(f"{recipe.output_dir}/final")] = f"{output}/final"
+        base, own_tokenizer = _tiny_base(recipe.model, recipe.chat, say)
+    made[_resolved(f"{recipe.output_dir}/final")] = f"{output}/final"
     raw["output_dir"] = output
     raw["model"] |= {"base": base, "revision": None, "random_init": False, "trust_remote_code": False}
     if not torch.cuda.is_available():
-        raw["model"] |= {"dtype": "float32", "attention": _without_flash(recipe.model.attention)}
-    if not own_tokenizer:  # the bundled one has not its tokens
+        attention = "auto" if recipe.model.attention == "flash" else recipe.model.attention
+        raw["model"] |= {"dtype": "float32", "attention": attention}
+    if not own_tokenizer:  # the bundled tokenizer lacks the base's tokens
         raw["chat"]["pad_token"] = None
         raw["data"]["sequence_len"] *= BUNDLED_TOKENS
     for section, limits in LIMITS.items():
-        if raw[section] is not None:
-            raw[section] |= {k: min(raw[section][k], most) for k, most in limits.items() if raw[section][k] is not None}
+        if (values := raw[section]) is not None:
+            values |= {key: min(values[key], limit) for key, limit in limits.items() if values[key] is not None}
     if recipe.data.too_long == "error":
-        raw["data"]["too_long"] = "drop"  # the length is another one
-    raw["data"] |= _data(recipe, say)
+        raw["data"]["too_long"] = "drop"  # the maximum length is another one
+    raw["data"] |= _data_keys(recipe, say)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
-    if recipe.train.best_metric is not None:  # a language, or a source, may not be among the first rows
+    if recipe.train.best_metric is not None:  # the first rows may lack a language or a source
         raw["train"]["best_metric"] = whole_metric(recipe.train.best_metric)
-    _shorten_schedule(raw["train"]["schedule"])
+    _shorten_warmup(raw["train"]["schedule"])
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:
             raw[section]["every_steps"] = STEPS // 2
     raw["logging"] = {"every_steps": 1, "report_to": []}
-    longer = "" if own_tokenizer else " (the bundled tokenizer makes about twice as many)"
-    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{longer}, into {output}")
+    note = "" if own_tokenizer else " (the bundled tokenizer needs about twice as many)"
+    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{note}, output in {output}")
     return RECIPES[recipe.method].model_validate(raw)
 
 
-def _check_free(output: Path) -> None:
-    """Raises RunEnvironmentError if a folder holds a run that is no smoke run: its base would be a stand-in."""
+def _check_output(output: Path) -> None:
+    """Raises RunEnvironmentError if the output folder holds a real run."""
     for folder in (output, output / ASIDE, output / MOVING):
         try:
-            noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            base = noted["recipe"]["model"]["base"]
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            base = manifest["recipe"]["model"]["base"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-        if not base.endswith("-smoke/final") and Path(base).parent != cache.cache_root() / KIND:
+        if not base.endswith("-smoke/final") and Path(base).parent != cache.cache_root() / CACHE_KIND:
             raise RunEnvironmentError(
-                str(output), "holds a run that is no smoke run", "give that run, or this one, another output_dir"
+                str(output), "holds a run that is not a smoke run", "set another output_dir for one of the two runs"
             )
 
 
-def _shorten_schedule(schedule: dict[str, Any]) -> None:
-    """Makes a warm-up in steps fit before the decay of a run of a few steps has ended."""
+def _shorten_warmup(schedule: dict[str, Any]) -> None:
+    """Makes a warm-up given in steps end before the decay."""
     if schedule["warmup_steps"]:
         schedule["warmup_steps"] = 1 if (schedule["constant_ratio"] or 1) * STEPS > 1 else 0
 
 
-def _without_flash(attention: str) -> str:
-    return "auto" if attention == "flash" else attention
+def _resolved(path: str) -> str:
+    return str(Path(path).resolve())
 
 
-def _path(base: str) -> str:
-    return str(Path(base).resolve())
-
-
-def _data(recipe: Recipe, say: Say) -> dict[str, Any]:
-    """The keys of `data` that change: first rows of what is at hand, bundled rows for the rest."""
-    sources = _at_hand(recipe.data.sources, recipe.method, say)
+def _data_keys(recipe: Recipe, say: Say) -> dict[str, Any]:
+    """The changed keys of `data`: the first rows of available sources, and bundled rows for the others."""
+    sources = _available_sources(recipe.data.sources, recipe.method, say)
     if len(sources) < len(recipe.data.sources):
         folder = shipped("recipes") / "quickstart" / "data"
         sources += [
-            Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS[recipe.method]) for name in BUNDLED[recipe.method]
+            Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS_PER_SOURCE[recipe.method])
+            for name in BUNDLED_ROWS[recipe.method]
         ]
-    held = _at_hand(recipe.data.validation_sources, recipe.method, say)
-    size = 0.1 if recipe.data.validation_size and not held else 0
+    validation = _available_sources(recipe.data.validation_sources, recipe.method, say)
     return {
         "sources": [source.model_dump(mode="json") for source in sources],
-        "validation_sources": [source.model_dump(mode="json") for source in held],
-        "validation_size": size,
-        # what is asked of the whole data says nothing of its first rows
+        "validation_sources": [source.model_dump(mode="json") for source in validation],
+        "validation_size": 0.1 if recipe.data.validation_size and not validation else 0,
+        # checks of the whole data do not apply to its first rows
         "mixture": None,
         "clean": {**recipe.data.clean.model_dump(mode="json"), "validation_overlap": "keep"},
         **({"preferences": {}} if recipe.method == "dpo" else {}),
     }
 
 
-def _at_hand(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
-    """The sources whose rows are here, each cut down to its first rows."""
-    here = []
+def _available_sources(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
+    """The sources that are local or in the cache, each reduced to its first rows."""
+    available = []
     for source in sources:
         if is_local(source.path):
-            expand(source.path)  # a wrong path is a mistake, not something to stand in for
+            expand(source.path)  # raises for a wrong path, which is an error of the recipe
         elif not is_cached(source):
-            say(f"smoke: {source.path} is not at hand: bundled rows stand in")
+            say(f"smoke: {source.path} is not available offline: using bundled rows instead")
             continue
-        most = SEARCHED if source.where else ROWS[method]
-        rows = min(most, source.max_rows or most)
+        limit = ROWS_SEARCHED if source.where else ROWS_PER_SOURCE[method]
+        rows = min(limit, source.max_rows or limit)
         say(f"smoke: the first {rows} rows of {source.path}")
-        # files may be sorted by score; that it is a number is still checked
-        least = None if source.score_field is None else LOWEST
-        changes: dict[str, Any] = {"max_rows": rows, "weight": 1.0, "min_score": least, "rules": {}}
-        here.append(source.model_copy(update=changes))
-    return here
+        min_score = None if source.score_field is None else LOWEST_SCORE
+        changes: dict[str, Any] = {"max_rows": rows, "weight": 1.0, "min_score": min_score, "rules": {}}
+        available.append(source.model_copy(update=changes))
+    return available
 
 
-def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, bool]:
-    """A folder with a tiny model like the base, and whether the base's own tokenizer was at hand for it."""
+def _tiny_base(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, bool]:
+    """A folder with a tiny model of the base's architecture, and whether it has the base's own tokenizer."""
     check_local_base(model)
     folder = local_base_folder(model.base, model.revision)
     config = find_config(model)
@@ -227,25 +180,75 @@ def _standin(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, boo
     elif config is None and (note := missing_base_note(model.base)):
         say(f"smoke: {note}")
     bundled = ModelSection(base=bundled_base())
-    own = tokenizer_files(folder) if folder is not None else []
-    files = own or tokenizer_files(Path(bundled.base))
-    counted = (model if own else bundled).model_copy(update={"random_init": True})  # whatever its template
-    rows = chat_tokenizer(counted, ChatSection()).backend.get_vocab_size()
-    small = shrunk(
-        config or {"tie_word_embeddings": True}, max(rows, (config or {}).get("vocab_size", 0) if own else 0)
-    )
+    own_files = tokenizer_files(folder) if folder is not None else []
+    files = own_files or tokenizer_files(Path(bundled.base))
+    section = (model if own_files else bundled).model_copy(update={"random_init": True})
+    rows = chat_tokenizer(section, ChatSection()).backend.get_vocab_size()
+    vocabulary = max(rows, (config or {}).get("vocab_size", 0) if own_files else 0)
+    small = tiny_config(config or {"tie_word_embeddings": True}, vocabulary)
     contents = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
 
     def build(staging: Path) -> dict[str, Any]:
         for file in files:
             shutil.copyfile(file, staging / file.name)
-        return {"architecture": build_standin(staging, small)}
+        return {"architecture": build_tiny_model(staging, small)}
 
-    key = cache.key_of([KIND, 2, small, contents, transformers.__version__])
-    made, noted, _ = cache.get_or_build(KIND, key, build, lambda path, _: path, "the stand-in")
-    kind = noted["architecture"] if config else f"{FALLBACK}, since its own architecture is not known here"
-    if config and noted["architecture"] != small["model_type"]:
-        kind = f"{noted['architecture']} instead of {small['model_type']}"
-    tokens = "its own tokenizer" if own else "the bundled tokenizer"
-    say(f"smoke: a tiny stand-in for {model.base} ({kind}; {tokens}; random weights)")
-    return str(made), bool(own)
+    key = cache.key_of([CACHE_KIND, 2, small, contents, transformers.__version__])
+    made, noted, _ = cache.get_or_build(CACHE_KIND, key, build, lambda path, _: path, "the tiny model")
+    architecture = noted["architecture"]
+    if not config:
+        architecture = f"{FALLBACK_ARCHITECTURE}, because its own architecture is not known offline"
+    elif architecture != small["model_type"]:
+        architecture = f"{architecture} instead of {small['model_type']}"
+    tokenizer = "its own tokenizer" if own_files else "the bundled tokenizer"
+    say(f"smoke: a tiny model in place of {model.base} ({architecture}; {tokenizer}; random weights)")
+    return str(made), bool(own_files)
+
+
+def tiny_config(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:
+    """The configuration of a tiny model of the same architecture, with `vocabulary` rows.
+
+    Grouped-query attention and tied embeddings are kept. RoPE scaling is dropped, because its factors depend on the
+    head dimension.
+    """
+    heads, groups = config.get("num_attention_heads") or 1, config.get("num_key_value_heads")
+    small = {key: value for key, value in config.items() if key not in DROPPED_KEYS}
+    small |= {
+        "model_type": config.get("model_type", FALLBACK_ARCHITECTURE),
+        "vocab_size": vocabulary,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_attention_heads": NUM_HEADS,
+        "num_key_value_heads": NUM_HEADS if groups in (None, heads) else NUM_HEADS // 2,
+        "head_dim": HEAD_DIM,
+        "initializer_range": HIDDEN_SIZE**-0.5,
+        "max_window_layers": NUM_LAYERS,
+    }
+    for key in TOKEN_ID_KEYS:
+        if isinstance(small.get(key), int) and small[key] >= vocabulary:
+            small[key] = None
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and any(isinstance(value, (list, dict)) for value in rope.values()):
+        small.pop("rope_parameters")
+    for key in PER_LAYER_KEYS:
+        if isinstance(small.get(key), list):
+            small[key] = small[key][:NUM_LAYERS]
+    return small
+
+
+def build_tiny_model(folder: Path, config: dict[str, Any], seed: int = 0) -> str:
+    """Writes a model of a configuration from `tiny_config`, with random weights, into a folder.
+
+    Returns:
+        Its architecture: that of `config`, or Llama if transformers cannot build it.
+    """
+    transformers_logging.disable_progress_bar()
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    except Exception:  # needs remote code, or more than sizes
+        plain = {key: value for key, value in config.items() if key in FALLBACK_KEYS}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain | {"model_type": FALLBACK_ARCHITECTURE}))
+    model.save_pretrained(folder)
+    return str(model.config.model_type)

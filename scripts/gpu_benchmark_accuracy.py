@@ -14,7 +14,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model import attention as attention_module
-from nesso_tune.model.attention import Segments, through
+from nesso_tune.model.attention import AttentionSpans, last_hidden_states
 from nesso_tune.model.lm_head import attach_supervised_head
 from nesso_tune.model.loading import load_model
 from nesso_tune.training.dataset import ConversationCollator, PairCollator
@@ -64,7 +64,7 @@ def compare_accuracy(
 @contextmanager
 def kernels_counted() -> Iterator[dict[str, int]]:
     """Counts the calls of each attention kernel of nesso-tune."""
-    kernels = {"flash": "_flash", "sdpa by run": "_run_by_run"}
+    kernels = {"flash": "_flash", "sdpa by run": "_sdpa_per_span"}
     calls, original = dict.fromkeys(kernels, 0), {name: getattr(attention_module, own) for name, own in kernels.items()}
 
     def counting(name: str) -> Callable[..., Tensor]:
@@ -152,11 +152,11 @@ def answers_alone(model: Any, pairs: list[dict[str, Any]]) -> Tensor:
 def packed(model: Any, row: dict[str, Any], data: Any) -> tuple[Tensor, Tensor]:
     """The same with nesso-tune on the packed row."""
     batch = ConversationCollator(data.chat.pad_id, Groups.of(data.stream.documents))([row])
-    own, labels = batch["row"].to(DEVICE), batch["labels"].to(DEVICE)
-    out = model(labels=labels, row=own, fused_lm_head=True)
-    segments = Segments.of_documents(row["seq_lengths"]).to(DEVICE)
+    own, labels = batch["packed_row"].to(DEVICE), batch["labels"].to(DEVICE)
+    out = model(labels=labels, packed_row=own, fused_lm_head=True)
+    segments = AttentionSpans.from_documents(row["seq_lengths"]).to(DEVICE)
     with torch.no_grad():
-        hidden = through(model, own.ids, segments)[0]
+        hidden = last_hidden_states(model, own.input_ids, segments)[0]
     return -out.log_probs.sum() / out.label_mask.sum(), hidden
 
 
@@ -174,7 +174,7 @@ def shared(model: Any, pairs: list[dict[str, Any]], data: Any) -> Tensor:
     """Log-probabilities of answers with nesso-tune: shared prompts, no padding."""
     batch = PairCollator(data.chat.pad_id, Groups.of(data.stream.documents))(pairs)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100).to(DEVICE)
-    return model(labels=labels, row=batch["row"].to(DEVICE), fused_lm_head=True).log_probs.sum(dim=1)
+    return model(labels=labels, packed_row=batch["packed_row"].to(DEVICE), fused_lm_head=True).log_probs.sum(dim=1)
 
 
 def theirs_padded(model: Any, pairs: list[dict[str, Any]], data: Any) -> Tensor:

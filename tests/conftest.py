@@ -69,12 +69,12 @@ def base() -> str:
 @pytest.fixture(scope="session")
 def whole_base(base, tmp_path_factory) -> str:
     """The same with (random) weights: what a pre-trained base looks like."""
-    from nesso_tune.smoke import build_standin
+    from nesso_tune.smoke import build_tiny_model
 
     folder = tmp_path_factory.mktemp("whole_base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((Path(base) / name).read_bytes())
-    build_standin(folder, json.loads((Path(base) / "config.json").read_text()))
+    build_tiny_model(folder, json.loads((Path(base) / "config.json").read_text()))
     return str(folder)
 
 

@@ -184,11 +184,11 @@ MODELS = {
     "no weights": (lambda base: (base / "model.safetensors").unlink(), "has no weights"),
     "cut weights": (cut("model.safetensors", 5000), "cannot be loaded"),
     "weights that are text": (lambda base: (base / "model.safetensors").write_text("version https"), "be loaded"),
-    "a layer that lacks": (rewrites(lambda w: w.pop("model.norm.weight")), "1 weights are not in its files"),
+    "a layer that lacks": (rewrites(lambda w: w.pop("model.norm.weight")), "1 weights are missing from its files"),
     "a layer of another shape": (
         rewrites(lambda w: w.update({"model.norm.weight": w["model.norm.weight"][:3].clone()})), "model.base",
     ),
-    "NaN in a layer": (rewrites(lambda w: w["model.norm.weight"].fill_(float("nan"))), "holds NaN or infinity"),
+    "NaN in a layer": (rewrites(lambda w: w["model.norm.weight"].fill_(float("nan"))), "contains NaN or infinity"),
 }  # fmt: skip
 
 

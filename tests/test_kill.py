@@ -108,7 +108,7 @@ def test_asked_to_stop_before_the_first_step(tmp_path, talks):
         time.sleep(0.002)
     process.terminate()
     assert process.wait(60) == 75
-    assert "SIGTERM: asked to stop before training began; the same command starts again" in process.stderr
+    assert "SIGTERM: received before training began; run the same command to start again" in process.stderr
 
 
 def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks, pairs):
@@ -164,8 +164,8 @@ def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path, talks):
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     machine = socket.gethostname()
-    assert f"process {rank} on {machine}: was killed (SIGKILL)" in said, "the launcher says so"
-    assert said.count(f"lost contact with process {rank} on {machine} (") == 1, "one that lives, too"
+    assert f"rank {rank} on {machine}: was killed (SIGKILL)" in said, "the launcher says so"
+    assert said.count(f"lost contact with rank {rank} on {machine} (") == 1, "one that lives, too"
 
 
 def workers(pid):

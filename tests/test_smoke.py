@@ -1,4 +1,4 @@
-"""`--smoke`: every shipped recipe runs here, offline, and leaves nothing but its own folder."""
+"""`--smoke`: every built-in recipe runs offline and writes only its own folder."""
 
 import json
 
@@ -11,13 +11,13 @@ from nesso_tune.errors import DataError, ModelError
 from nesso_tune.planning.shapes import TABLE, known_config
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
-from nesso_tune.smoke import LENGTH, ROWS, STEPS, build_standin, shrunk, smoke_recipe
+from nesso_tune.smoke import MAX_SEQUENCE_LEN, ROWS_PER_SOURCE, STEPS, build_tiny_model, smoke_recipe, tiny_config
 from tests.support.runs import main_here, metrics, recipe, thorough, write_recipe
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """An empty working directory, and a hub cache in which nothing is."""
+    """An empty working directory and an empty hub cache."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
@@ -40,18 +40,18 @@ def test_every_shipped_recipe(name, capsys, elsewhere):
     assert out.endswith("\n")
 
 
-def test_a_chain_starts_from_its_own_result_and_starts_anew_each_time(capsys, elsewhere):
+def test_a_chain_uses_its_own_result_and_starts_from_scratch_each_time(capsys, elsewhere):
     for _ in range(2):
         code, _, err = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke")
         assert code == 0, err
         assert "unfinished" not in err
         assert "finished" not in err
-        assert "stand-in for outputs" not in err, "DPO starts from what SFT made"
+        assert "in place of outputs" not in err, "DPO starts from the result of SFT"
     noted = json.loads((elsewhere / "outputs/quickstart/dpo-smoke/manifest.json").read_text())
     assert noted["recipe"]["model"]["base"] == "outputs/quickstart/sft-smoke/final"
 
 
-def test_only_size_and_length_are_cut_down(talks):
+def test_only_sizes_and_lengths_are_reduced(talks):
     some = recipe(
         "sft", "run", [talks], chat={"template": "llama3", "default_system": "Sii breve."}, seed=7,
         data={"sequence_len": 9000, "validation_size": 5000, "roles_to_train": ["user"], "packing": False},
@@ -61,26 +61,30 @@ def test_only_size_and_length_are_cut_down(talks):
     said = []
     small = smoke_recipe(some, {}, said.append)
     assert (small.output_dir, small.seed, small.chat) == ("run-smoke", 7, some.chat)
-    assert (small.data.sequence_len, small.data.packing, small.data.roles_to_train) == (LENGTH, False, ("user",))
+    assert (small.data.sequence_len, small.data.packing, small.data.roles_to_train) == (
+        MAX_SEQUENCE_LEN,
+        False,
+        ("user",),
+    )
     assert small.data.sources[0].path == talks
-    assert small.data.sources[0].max_rows == ROWS["sft"]
+    assert small.data.sources[0].max_rows == ROWS_PER_SOURCE["sft"]
     train = small.train
     assert (train.max_steps, train.num_epochs, train.micro_batch_size, train.weight_decay) == (STEPS, None, 2, 0.3)
     assert (train.schedule.type, train.schedule.warmup_steps) == ("linear", 1)
     assert any(talks in line for line in said)
-    assert any("stand-in" in line for line in said)
+    assert any("in place of" in line for line in said)
 
 
-def test_bundled_rows_stand_in_for_what_is_not_at_hand(talks):
+def test_bundled_rows_replace_what_is_not_available(talks):
     some = recipe("sft", "run", [talks, "someone/never-fetched", "someone/neither"])
     said = []
     small = smoke_recipe(some, {}, said.append)
     names = [source.path.rsplit("/", 1)[-1] for source in small.data.sources]
     assert names == ["talks.jsonl", "conversations.jsonl", "toolcalls.jsonl"]
-    assert sum("bundled rows stand in" in line for line in said) == 2
+    assert sum("using bundled rows instead" in line for line in said) == 2
 
 
-def test_mistakes_of_the_real_run_are_mistakes_here(talks, base, tmp_path):
+def test_errors_of_the_real_run_are_errors_here(talks, base, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         smoke_recipe(recipe("sft", "run", ["absent/rows.jsonl"]), {}, print)
     for model, says in (
@@ -92,7 +96,7 @@ def test_mistakes_of_the_real_run_are_mistakes_here(talks, base, tmp_path):
             smoke_recipe(recipe("sft", "run", [talks], model=model), {}, print)
 
 
-def test_options_that_would_do_nothing(capsys):
+def test_options_without_effect_are_refused(capsys):
     for option in (["--overwrite"], ["--resume", "never"], ["--allow-changes", "seed"]):
         code, _, err = main_here(capsys, "train", "sft", "--smoke", *option)
         assert code == 2
@@ -100,7 +104,7 @@ def test_options_that_would_do_nothing(capsys):
 
 
 def test_a_base_with_weights_keeps_its_tokenizer_and_shape(talks, base, tmp_path, capsys):
-    """A stand-in for a real folder: the same architecture, the same tokens, other weights."""
+    """In place of a local base: the same architecture and tokenizer, other weights."""
     config = AutoConfig.for_model(**known_config("Qwen/Qwen3-0.6B-Base") | {"vocab_size": 1900, "num_hidden_layers": 3})
     folder = tmp_path / "big"
     with torch.device("cpu"):
@@ -116,9 +120,9 @@ def test_a_base_with_weights_keeps_its_tokenizer_and_shape(talks, base, tmp_path
 
 
 @pytest.mark.parametrize("name", sorted({config[0] for config in TABLE.values()}))
-def test_stand_ins_are_tiny_and_of_their_architecture(name, tmp_path):
+def test_tiny_models_are_tiny_and_of_their_architecture(name, tmp_path):
     config = next(known_config(base) for base in TABLE if TABLE[base][0] == name)
-    assert build_standin(tmp_path, shrunk(config, 100)) == name
+    assert build_tiny_model(tmp_path, tiny_config(config, 100)) == name
     weights = load_file(tmp_path / "model.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) < 200_000
     made = json.loads((tmp_path / "config.json").read_text())
@@ -138,8 +142,8 @@ ODD = {
 
 
 @pytest.mark.parametrize("config", ODD.values(), ids=ODD)
-def test_odd_architectures_have_one_too(config, tmp_path):
-    kind = build_standin(tmp_path, shrunk(config, 100))
+def test_tiny_models_of_unusual_architectures(config, tmp_path):
+    kind = build_tiny_model(tmp_path, tiny_config(config, 100))
     assert kind in ("llama", config.get("model_type"))
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -149,7 +153,7 @@ def test_a_real_run_is_never_overwritten(talks, tmp_path):
     from nesso_tune.run import train
 
     train(recipe("sft", tmp_path / "run-smoke", [talks], train={"max_steps": 1}, evaluation=None))
-    with pytest.raises(RunEnvironmentError, match="holds a run that is no smoke run"):
+    with pytest.raises(RunEnvironmentError, match="holds a run that is not a smoke run"):
         smoke_recipe(recipe("sft", tmp_path / "run", [talks]), {}, print)
     assert (
         smoke_recipe(recipe("sft", f"{tmp_path}/other/.", [talks]), {}, print).output_dir == f"{tmp_path}/other-smoke"
@@ -169,7 +173,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("sections", SETTINGS.values(), ids=SETTINGS)
-def test_recipes_that_are_right_run(talks, tmp_path, capsys, sections):
+def test_unusual_valid_recipes_run(talks, tmp_path, capsys, sections):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", "run", [talks], **sections))
     code, _, err = main_here(capsys, "train", path, "--smoke")
     assert code == 0, err
@@ -189,7 +193,7 @@ def test_sorted_and_sparse_sources_run(talks, tmp_path, capsys, write_rows, chat
      ({"model_type": "gemma3", "text_config": {}, "vision_config": {}}, "multimodal"),
      ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"), ([], "cannot be read")],
 )  # fmt: skip
-def test_what_version_1_does_not_train_is_refused(talks, tmp_path, base, capsys, config, says):
+def test_unsupported_architectures_are_refused(talks, tmp_path, base, capsys, config, says):
     from nesso_tune.errors import ModelError
 
     folder = tmp_path / "odd"
@@ -205,7 +209,7 @@ def test_what_version_1_does_not_train_is_refused(talks, tmp_path, base, capsys,
         assert says in err
 
 
-def test_a_mistyped_folder_is_not_taken_for_the_hub(talks, tmp_path, whole_base, capsys):
+def test_a_mistyped_folder_is_not_a_hub_id(talks, tmp_path, whole_base, capsys):
     (tmp_path / "bases").mkdir()
     (tmp_path / "bases" / "tiny").symlink_to(whole_base)
     some = recipe("sft", "run", [talks], model={"base": "bases/tyny", "random_init": False})

@@ -1,6 +1,6 @@
-"""Two processes under FULL_SHARD, killed or asked to stop at random moments: no hang, and the same bits at the end.
+"""Two ranks under FULL_SHARD, killed or stopped at random moments: no hang, and bit-identical final weights.
 
-One of each here; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 NESSO_TUNE_SEED=7 pytest FILE -s
+One kill and one signal by default; by hand: NESSO_TUNE_KILLS=10 NESSO_TUNE_SIGNALS=20 NESSO_TUNE_SEED=7 pytest FILE -s
 """
 
 import os
@@ -20,19 +20,19 @@ from tests.test_kill import last_step, when_at
 
 KILLS, SIGNALS = (int(os.environ.get(f"NESSO_TUNE_{name}", "1")) for name in ("KILLS", "SIGNALS"))
 SEED = os.environ.get("NESSO_TUNE_SEED", "")
-HANG_S = 120  # far beyond what saving and ending take
-WRITES = (40, 12)  # of either process, of two or three saves
+HANG_S = 120  # much longer than saving and exiting take
+WRITES = (40, 12)  # of each rank, in two or three saves
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Where the run stands that nothing disturbs; the first test to compare with it makes it."""
+    """Folder of the undisturbed run, which the first test that needs it creates."""
     return tmp_path_factory.mktemp("undisturbed") / "whole"
 
 
 @pytest.fixture
 def run(tmp_path, talks, undisturbed):
-    """Starts the run in two processes (`go`), or with none to disturb it (`whole`)."""
+    """The disturbed run (`go` starts it) and the undisturbed one (`whole`)."""
     return Runs(tmp_path, talks, undisturbed)
 
 
@@ -51,7 +51,7 @@ class Runs:
         self.exit_file = folder / "code"
 
     def go(self, module="tests.support.fsdp_on_cpu", **variables):
-        """The disturbed run, in two processes."""
+        """Starts the disturbed run in two processes."""
         self.exit_file.unlink(missing_ok=True)
         variables["NESSO_TUNE_EXIT_FILE"] = str(self.exit_file)
         return Ranks("train", self.recipes[self.path], module=module, **variables)
@@ -60,8 +60,8 @@ class Runs:
         """Waits for a few more steps."""
         when_at(process, self.path, last_step(self.path) + chance.randint(6, 12), None)
 
-    def same_to_the_bit(self):
-        """Ends both runs and compares them."""
+    def assert_identical(self):
+        """Finishes both runs and compares them bit by bit."""
         for path in (self.path, self.whole):
             if path == self.whole and (path / "final").exists():
                 continue
@@ -94,12 +94,12 @@ def test_killed_at_random(run):
         assert process.wait(HANG_S) != 0
         print(f"two processes: killed {where}; {sorted(p.name for p in run.path.glob('checkpoint-*'))}", flush=True)
         assert list(run.path.glob("checkpoint-*"))
-    run.same_to_the_bit()
+    run.assert_identical()
     assert sum(line.get("event") == "resumed" for line in metrics(run.path)) == KILLS
 
 
-def test_asked_to_stop_at_any_skew(run):
-    """To one of two processes, or to both with up to 500 ms between: 75, saved where it was, and nobody waits."""
+def test_stop_signals_at_random_skew(run):
+    """SIGTERM to one rank, or to both up to 500 ms apart: exit code 75, a checkpoint at that step, and no hang."""
     print(f"NESSO_TUNE_SEED={SEED}", flush=True)
     chance = random.Random(f"3{SEED}")
     for i in range(SIGNALS):
@@ -110,7 +110,7 @@ def test_asked_to_stop_at_any_skew(run):
         skew = None if i % 4 == 3 else chance.random() * 0.5
         os.kill(pids[first], signal.SIGTERM)
         if skew is not None:
-            threading.Timer(skew, kill_if_there, (pids[1 - first],)).start()
+            threading.Timer(skew, terminate_if_alive, (pids[1 - first],)).start()
         began = time.monotonic()
         process.wait(HANG_S)
         took = time.monotonic() - began
@@ -120,10 +120,10 @@ def test_asked_to_stop_at_any_skew(run):
         last = metrics(run.path)[-1]
         assert last["event"] == "preempted"
         assert (run.path / f"checkpoint-{last['step']}").is_dir()
-    run.same_to_the_bit()
+    run.assert_identical()
     assert sum(line.get("event") == "resumed" for line in metrics(run.path)) == SIGNALS
 
 
-def kill_if_there(pid):
+def terminate_if_alive(pid):
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)

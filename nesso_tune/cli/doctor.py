@@ -19,7 +19,7 @@ def doctor(
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports. A launcher's processes also compare machines and links."""
-    from nesso_tune.distributed.process_group import is_first, part, world_size
+    from nesso_tune.distributed.process_group import destroy_process_group, is_main_process, world_size
     from nesso_tune.launch.doctor import inspect_machine, measure_communication
 
     machine = inspect_machine(folder)
@@ -30,11 +30,11 @@ def doctor(
         # processes of one machine report the same problem
         own = dict.fromkeys((report.host, problem) for report in machines for problem in report.problems)
         problems = [Problem(f"{host}: {p.where}", p.what, p.remedy) for host, p in own] + shared
-    if is_first():
+    if is_main_process():
         for name, value in facts:
             print_lines(f"{name:<14}{value}")
-    part()
+    destroy_process_group()
     if problems:
         raise RunEnvironmentError(problems)
-    if is_first():
+    if is_main_process():
         print_lines("no problems found")

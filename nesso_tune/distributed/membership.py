@@ -1,4 +1,4 @@
-"""Who is there: processes that do not come are named, and so are those that are lost later."""
+"""Membership: all ranks register in a store, and errors name the ranks that do not join or are lost later."""
 
 from __future__ import annotations
 
@@ -18,169 +18,171 @@ import torch.distributed as dist
 
 from nesso_tune.errors import Problem, RunEnvironmentError
 
-ANSWER_S = 3  # seconds in which a process that lives says so after a loss
-AFTER_FIRST_S = 0.5
+RESPONSE_TIMEOUT_S = 3  # for ranks that are alive to respond after a failure
+RANK0_HEAD_START_S = 0.5
 T = TypeVar("T")
 
 
-class RollCall:
-    """The store where processes say their names, and the names of all.
-
-    Attributes:
-        store: of the launcher, or of the first process.
-        hosts: the machine of each process.
-        launchers: whether the store is the launcher's; else it goes with the first process.
-    """
-
-    def __init__(self, store: dist.Store, hosts: Sequence[str], launchers: bool) -> None:
-        self.store, self.hosts, self.launchers = store, tuple(hosts), launchers
-        self._asked = self._formed = 0
-
-    def group_store(self) -> dist.Store:
-        """A part of the store for one more process group: each run of a chain has its own."""
-        self._formed += 1
-        return dist.PrefixStore(f"group/{self._formed}", self.store)
-
-    def silent(self) -> list[int] | None:
-        """After a loss: the processes that do not answer. None if the store itself does not."""
-        self._asked += 1
-        key = f"alive/{self._asked}"
-
-        def ask() -> list[int]:
-            self.store.set(f"{key}/{_rank()}", "")
-            return absent(self.store, key, len(self.hosts), ANSWER_S)
-
-        return _bounded(ask)
-
-    def first_to_say(self, message: str) -> bool | None:
-        """Whether this process is to print what several may have found; notes that it ends. None: nobody can tell.
-
-        The first process goes first if it has found it, too.
-        """
-        key = f"said/{hashlib.sha256(message.encode()).hexdigest()}"
-
-        def claim() -> bool:
-            self.store.set(f"ended/{_rank()}", "")
-            if _rank() != 0:
-                time.sleep(AFTER_FIRST_S)
-            return bool(self.store.add(key, 1) == 1)
-
-        return _bounded(claim)
-
-    def spoke(self, ranks: Sequence[int]) -> bool:
-        """Whether processes that are gone said why."""
-        return bool(_bounded(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
-
-    @property
-    def keeper(self) -> str:
-        """Who is gone when the store is."""
-        return f"the launcher on {os.environ['MASTER_ADDR']}" if self.launchers else self.called(0)
-
-    def called(self, rank: int) -> str:
-        """A process and its machine, as errors call them."""
-        return f"process {rank} on {self.hosts[rank]}"
-
-
-def _bounded(ask: Callable[[], T]) -> T | None:
-    """What a question to the store gives; None if it does not answer: over a cut cable its client waits for ever."""
-    found: list[T] = []
-
-    def try_it() -> None:
-        with suppress(dist.DistError, RuntimeError):
-            found.append(ask())
-
-    asking = Thread(target=try_it, daemon=True)
-    asking.start()
-    asking.join(ANSWER_S + 1)
-    return found[0] if found else None
-
-
-def call_roll(processes: int, timeout_s: int) -> RollCall:
-    """Waits until every process has said its name.
+def wait_for_ranks(world_size: int, timeout_s: int) -> Membership:
+    """Registers this rank and waits until all ranks have joined.
 
     Raises:
-        RunEnvironmentError: naming those that did not come within the time and, where it is known, their machines.
+        RunEnvironmentError: if ranks do not join within the timeout; it names them and, where known, their nodes.
     """
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     except (KeyError, ValueError):
         raise RunEnvironmentError(
-            "MASTER_ADDR, MASTER_PORT", f"do not say where the {processes} processes of WORLD_SIZE meet",
-            "start them with `nesso-tune launch`, torchrun or `accelerate launch`",
+            "MASTER_ADDR, MASTER_PORT", f"are not set, but WORLD_SIZE is {world_size}",
+            "start the run with `nesso-tune launch`, torchrun or `accelerate launch`",
         ) from None  # fmt: skip
-    launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = _rank() == 0 and not launchers
-    store = open_store(address, port, _rank(), processes, timeout_s, serves=serves)
-    own = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    own.set(f"here/{_rank()}", socket.gethostname())
-    missing = absent(own, "here", processes, timeout_s)
+    launcher_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = _rank() == 0 and not launcher_store
+    root = connect_store(address, port, _rank(), world_size, timeout_s, is_master=is_master)
+    store = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", root)
+    store.set(f"host/{_rank()}", socket.gethostname())
+    missing = missing_ranks(store, "host", world_size, timeout_s)
     if missing:
-        nobody = not_come(machines_of(missing), timeout_s)
-        nobody.speaks = _rank() == min(set(range(processes)) - set(missing))
-        raise nobody
-    return RollCall(own, [own.get(f"here/{rank}").decode() for rank in range(processes)], launchers)
+        error = did_not_join(nodes_of(missing), timeout_s)
+        error.speaks = _rank() == min(set(range(world_size)) - set(missing))
+        raise error
+    return Membership(store, [store.get(f"host/{rank}").decode() for rank in range(world_size)], launcher_store)
 
 
-def open_store(address: str, port: int, rank: int, members: int, timeout_s: int, *, serves: bool) -> dist.Store:
-    """The store at an address, which one member serves.
+class Membership:
+    """The ranks of a run and the store that they share.
+
+    Attributes:
+        store: served by the launcher or by rank 0.
+        hosts: host name of each rank.
+        launcher_store: whether the launcher serves the store; otherwise the store is lost with rank 0.
+    """
+
+    def __init__(self, store: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
+        self.store, self.hosts, self.launcher_store = store, tuple(hosts), launcher_store
+        self._polls = self._groups = 0
+
+    def new_group_store(self) -> dist.Store:
+        """A namespace of the store for one more process group: each run of a chain has its own group."""
+        self._groups += 1
+        return dist.PrefixStore(f"group/{self._groups}", self.store)
+
+    def unresponsive_ranks(self) -> list[int] | None:
+        """After a failure, the ranks that do not respond; None if the store does not respond."""
+        self._polls += 1
+        key = f"alive/{self._polls}"
+
+        def poll() -> list[int]:
+            self.store.set(f"{key}/{_rank()}", "")
+            return missing_ranks(self.store, key, len(self.hosts), RESPONSE_TIMEOUT_S)
+
+        return _with_timeout(poll)
+
+    def claim_message(self, message: str) -> bool | None:
+        """Whether this rank prints an error that other ranks may have too; None if the store does not respond.
+
+        Rank 0 has precedence. The rank is also marked as ended by an error of its own.
+        """
+        key = f"printed/{hashlib.sha256(message.encode()).hexdigest()}"
+
+        def claim() -> bool:
+            self.store.set(f"ended/{_rank()}", "")
+            if _rank() != 0:
+                time.sleep(RANK0_HEAD_START_S)
+            return bool(self.store.add(key, 1) == 1)
+
+        return _with_timeout(claim)
+
+    def have_reported(self, ranks: Sequence[int]) -> bool:
+        """Whether lost ranks ended with an error of their own."""
+        return bool(_with_timeout(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
+
+    @property
+    def store_host(self) -> str:
+        """The process that serves the store, for errors."""
+        return f"the launcher on {os.environ['MASTER_ADDR']}" if self.launcher_store else self.describe(0)
+
+    def describe(self, rank: int) -> str:
+        """A rank and its host, for errors."""
+        return f"rank {rank} on {self.hosts[rank]}"
+
+
+def _with_timeout(query: Callable[[], T]) -> T | None:
+    """The result of a query to the store; None if it fails or takes too long, as without a network connection."""
+    results: list[T] = []
+
+    def run() -> None:
+        with suppress(dist.DistError, RuntimeError):
+            results.append(query())
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(RESPONSE_TIMEOUT_S + 1)
+    return results[0] if results else None
+
+
+def connect_store(
+    address: str, port: int, rank: int, world_size: int, timeout_s: int, *, is_master: bool
+) -> dist.Store:
+    """Connects to the TCP store at an address, or serves it.
 
     Raises:
-        RunEnvironmentError: if it cannot be reached, or something else has its port.
+        RunEnvironmentError: if the store cannot be reached, or the port is in use.
     """
-    limit = timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     try:
-        return dist.TCPStore(address, port, members, serves, limit, wait_for_workers=False)
+        return dist.TCPStore(address, port, world_size, is_master, timeout, wait_for_workers=False)
     except (dist.DistError, RuntimeError) as error:
         if "EADDRINUSE" in str(error):
             raise RunEnvironmentError(
                 f"{address}:{port}", "is in use",
-                "give torchrun another --master_port, accelerate another --main_process_port",
+                "set another port: --master_port of torchrun, --main_process_port of accelerate",
             ) from None  # fmt: skip
-        unreached = RunEnvironmentError(
-            f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (number {rank})",
-            "see whether the first machine's part runs, and whether a firewall or another network stands between",
+        unreachable = RunEnvironmentError(
+            f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (rank {rank})",
+            "check that the process on the first node is running, and that no firewall blocks the port",
         )  # fmt: skip
-        unreached.speaks = None if "TORCHELASTIC_RUN_ID" in os.environ else True
-        raise unreached from None
+        unreachable.speaks = None if "TORCHELASTIC_RUN_ID" in os.environ else True
+        raise unreachable from None
 
 
-def absent(store: dist.Store, key: str, processes: int, timeout_s: float) -> list[int]:
-    """The processes that have not written their key when the time is up."""
-    until = time.monotonic() + timeout_s
-    keys = [f"{key}/{rank}" for rank in range(processes)]
-    while not store.check(keys) and time.monotonic() < until:
+def missing_ranks(store: dist.Store, key: str, world_size: int, timeout_s: float) -> list[int]:
+    """The ranks that have not set `key/<rank>` within the timeout."""
+    deadline = time.monotonic() + timeout_s
+    keys = [f"{key}/{rank}" for rank in range(world_size)]
+    while not store.check(keys) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [rank for rank in range(processes) if not store.check([keys[rank]])]
+    return [rank for rank in range(world_size) if not store.check([keys[rank]])]
 
 
-def not_come(machines: Sequence[str], timeout_s: int) -> RunEnvironmentError:
-    """The error that names those for which the others have waited."""
-    remedy = "see whether it is up and its part was started"
-    return RunEnvironmentError(Problem(machine, f"did not come within {timeout_s} s", remedy) for machine in machines)
+def did_not_join(nodes: Sequence[str], timeout_s: int) -> RunEnvironmentError:
+    """The error that names the nodes that did not join within the timeout."""
+    remedy = "check that the node is up and its process was launched"
+    return RunEnvironmentError(Problem(node, f"did not join within {timeout_s} s", remedy) for node in nodes)
 
 
-def machine_name(number: int, nodes: Sequence[str]) -> str:
-    """A machine as Slurm calls it, else by its number."""
-    return nodes[number] if number < len(nodes) else f"machine {number}"
-
-
-def machines_of(ranks: Sequence[int]) -> list[str]:
-    """The machines of processes that never said their names: as Slurm calls them, else by number."""
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    nodes = slurm_nodes()
-    found: dict[int, list[int]] = {}
+def nodes_of(ranks: Sequence[int]) -> list[str]:
+    """The nodes of ranks that never joined, with these ranks in parentheses."""
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    names = slurm_node_names()
+    by_node: dict[int, list[int]] = {}
     for rank in ranks:
-        found.setdefault(rank // each, []).append(rank)
-    return [f"{machine_name(node, nodes)} (process {', '.join(map(str, of))})" for node, of in found.items()]
+        by_node.setdefault(rank // ranks_per_node, []).append(rank)
+    return [f"{node_name(node, names)} (rank {', '.join(map(str, of_node))})" for node, of_node in by_node.items()]
 
 
-def slurm_nodes() -> list[str]:
-    """Names of the job's machines, in the order of their numbers; empty outside Slurm."""
-    packed = os.environ.get("SLURM_JOB_NODELIST")
-    if not packed or shutil.which("scontrol") is None:
+def node_name(number: int, names: Sequence[str]) -> str:
+    """The name of a node in Slurm; outside Slurm its number."""
+    return names[number] if number < len(names) else f"node {number}"
+
+
+def slurm_node_names() -> list[str]:
+    """Host names of the job's nodes, in the order of their numbers; empty outside Slurm."""
+    node_list = os.environ.get("SLURM_JOB_NODELIST")
+    if not node_list or shutil.which("scontrol") is None:
         return []
-    said = subprocess.run(["scontrol", "show", "hostnames", packed], capture_output=True, text=True, check=False)
-    return said.stdout.split()
+    done = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=False)
+    return done.stdout.split()
 
 
 def _rank() -> int:

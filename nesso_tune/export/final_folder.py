@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.distributed.process_group import is_first
+from nesso_tune.distributed.process_group import is_main_process
 from nesso_tune.files import fsync
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
@@ -37,7 +37,7 @@ def gather_final_model(
         section, chat, seed: as given to `load_model`.
     """
     state = weights_of(trained)
-    if section.adapter is None or not is_first():
+    if section.adapter is None or not is_main_process():
         return model, state
     fresh = load_model(section, chat, seed)
     adapted = adapt(fresh, section, chat.new_ids, seed, merging=True)

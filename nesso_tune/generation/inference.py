@@ -24,7 +24,7 @@ from nesso_tune.chat.tokenizer import encoder_of
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.errors import ModelError, first_line
 from nesso_tune.hub import base_folder, is_hub_id
-from nesso_tune.model.forward import generation_of
+from nesso_tune.model.forward import choose_generation_mode
 
 Say = Callable[[str], None]
 UNBOUNDED = 1 << 30  # context of a model that states none
@@ -44,7 +44,7 @@ class Talker:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._uses_cache = generation_of(model) != "uncached"
+        self._uses_cache = choose_generation_mode(model) != "uncached"
 
     def answer(
         self,

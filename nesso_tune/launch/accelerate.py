@@ -22,8 +22,8 @@ from accelerate.commands import launch as accelerate
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from nesso_tune.distributed.membership import absent, machine_name, not_come, open_store, slurm_nodes
-from nesso_tune.distributed.preemption import LAUNCHED
+from nesso_tune.distributed.membership import connect_store, did_not_join, missing_ranks, node_name, slurm_node_names
+from nesso_tune.distributed.preemption import LAUNCHED_VARIABLE
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
 from nesso_tune.logs import print_notes
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the only supported command of accelerate
     logging.disable(logging.ERROR)  # of torch's launcher, in this process; errors are printed below
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED_VARIABLE] = "1"
     accelerate.default_config_file = os.devnull  # ignore the user's configuration file
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # Slurm jobs ignore USR1: Slurm sends it to all processes
@@ -100,12 +100,12 @@ def _wait_for_machines(arguments: Namespace) -> dist.Store | None:
         return None
     rank, port = int(arguments.machine_rank), int(arguments.main_process_port) + 1
     timeout_s = int(dict(pair.split("=") for pair in arguments.rdzv_conf.split(",") if pair).get("timeout", 1800))
-    store = open_store(arguments.main_process_ip, port, rank, num_machines, timeout_s, serves=rank == 0)
+    store = connect_store(arguments.main_process_ip, port, rank, num_machines, timeout_s, is_master=rank == 0)
     store.set(f"machine/{rank}", "")
-    missing = absent(store, "machine", num_machines, timeout_s)
+    missing = missing_ranks(store, "machine", num_machines, timeout_s)
     if missing:
-        nodes = slurm_nodes()
-        raise not_come([machine_name(i, nodes) for i in missing], timeout_s)
+        nodes = slurm_node_names()
+        raise did_not_join([node_name(i, nodes) for i in missing], timeout_s)
     return store
 
 
@@ -116,7 +116,7 @@ def _code(error: ChildFailedError) -> int:
         if code < 0 and code != -signal.SIGTERM:  # the launcher terminates the remaining processes with it
             name = signal.Signals(-code).name
             problem = Problem(
-                f"process {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, DEFAULT_HINT)
+                f"rank {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, DEFAULT_HINT)
             )
             print_notes(str(problem))
     exited = [code for code in codes.values() if code > 0]

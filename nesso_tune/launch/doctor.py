@@ -22,7 +22,7 @@ from accelerate.utils import gather_object
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 
-from nesso_tune.distributed.process_group import come_together, contact, from_first, world_size
+from nesso_tune.distributed.process_group import broadcast_from_rank0, init_process_group, report_lost_ranks, world_size
 from nesso_tune.errors import Problem
 from nesso_tune.files import format_bytes
 from nesso_tune.model.attention import choose_attention
@@ -177,11 +177,11 @@ def measure_communication(
     Raises:
         RunEnvironmentError: if a process did not join or is lost.
     """
-    come_together(timeout_s)
-    with contact():
+    init_process_group(timeout_s)
+    with report_lost_ranks():
         machines = gather_object([machine])
         reduce_s = _median_time(dist.all_reduce)
-        reduce_s = from_first(reduce_s)
+        reduce_s = broadcast_from_rank0(reduce_s)
         links = _links(machines)
     n = world_size()
     rate = 2 * (n - 1) / n * MESSAGE_SIZE * 4 / reduce_s / 1e9  # of each link in a ring all-reduce
@@ -230,7 +230,9 @@ def _links(machines: Sequence[MachineReport]) -> list[tuple[str, float]]:
     for peer in peers:
         took = _median_time(partial(_ping_pong, rank, peer)) if rank in (0, peer) else None
         dist.barrier()
-        links.append((f"{machines[peer].host} (process {peer})", 2 * MESSAGE_SIZE * 4 / from_first(took) / 1e9))
+        links.append(
+            (f"{machines[peer].host} (process {peer})", 2 * MESSAGE_SIZE * 4 / broadcast_from_rank0(took) / 1e9)
+        )
     return links
 
 

@@ -1,6 +1,6 @@
-"""The base model, its adapters and its head."""
+"""Base models: loading, attention, the LM head, the forward path, and adapters."""
 
 import logging
 
-# peft imports bitsandbytes where it is installed, which then misses a faster kernel of its own that is not used here
+# peft imports bitsandbytes if it is installed, which then warns about a missing CPU kernel that is not used here
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -1,10 +1,12 @@
-"""Attention by document: packed rows never meet each other, in whatever kernel computes.
+"""Document attention: varlen attention without padding or dense masks.
 
-A row of tokens comes with its `Segments`: runs of tokens that attend causally within themselves and see nothing else.
-That is how packed documents are kept apart, and how the chosen and the rejected answer of a pair share their prompt.
-Nothing is padded and no mask is made. The attention is registered with transformers under a name of its own; a model
-that does not hand the segments on to it, or mixes tokens in another way, is found out by `isolates` and trained
-with transformers' own attention and masks instead.
+A batch is one row of tokens. Its `AttentionSpans` say which tokens attend to each other: each span is causal, and no
+token attends outside of its span. This isolates the documents of a packed row, and lets the chosen and the rejected
+answer of a preference pair share their prompt.
+
+The attention functions are registered with transformers' `AttentionInterface`. Some models cannot use them: they do not
+forward the spans to their attention layers, or mix tokens in another way, such as convolution. `isolates_documents`
+detects them, and they train with transformers' own attention and masks instead.
 """
 
 from __future__ import annotations
@@ -26,202 +28,233 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from nesso_tune.errors import RecipeError
 
 Kernel = Literal["flash", "sdpa", "eager"]
-# Registered below. transformers takes what has "flash" in its name for one of its own kernels.
-BY_DOCUMENT = {"flash": "nesso_by_document_varlen", "sdpa": "nesso_by_document_by_run"}
-FLASH_TYPES = (torch.bfloat16, torch.float16)
-FLASH_ATTN = find_spec("flash_attn") is not None  # asked once: a layer asks for every row
-FLASH_HEAD = 256  # widest head of the flash kernels
-# How far hidden states may be off, as a share of the largest: rounding stays far below, a leak is far above.
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Names in AttentionInterface, registered below. transformers treats names that contain "flash" as its own kernels.
+DOCUMENT_ATTENTION = {"flash": "nesso_document_varlen", "sdpa": "nesso_document_per_span"}
+FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_MAX_HEAD_DIM = 256
+# Tolerance of the isolation probe, relative to the largest hidden state: above rounding errors, far below any leak.
+ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Which tokens of a row attend to each other.
+class AttentionSpans:
+    """The spans of a row: tokens of a span attend causally to each other, and to no other token.
 
     Attributes:
-        lengths: tokens of each run.
-        bounds: int32, where each run begins, and the end of the last.
-        positions: of each token of the row in its run, [1, row].
-        gather: which tokens of the row the runs are made of, [sum of lengths]; None where they are the row itself.
-        back: where in the runs each token of the row has its result, [row]; None likewise.
+        lengths: number of tokens of each span.
+        cu_seqlens: cumulative span lengths as varlen kernels take them, int32, [spans + 1].
+        position_ids: position of each token within its span, [1, row].
+        gather_indices: row index of each token of the concatenated spans, [sum of lengths]; None if the spans are the
+            row itself.
+        restore_indices: index in the concatenated spans of each token of the row, [row]; None likewise.
     """
 
     lengths: tuple[int, ...]
-    bounds: Tensor
-    positions: Tensor
-    gather: Tensor | None = None
-    back: Tensor | None = None
+    cu_seqlens: Tensor
+    position_ids: Tensor
+    gather_indices: Tensor | None = None
+    restore_indices: Tensor | None = None
 
     @classmethod
-    def of_documents(cls, lengths: Sequence[int]) -> Segments:
-        """Documents laid end to end."""
-        own = tuple(length for length in lengths if length)
-        return cls(own, _bounds(own), torch.cat([torch.arange(length) for length in own])[None])
+    def from_documents(cls, lengths: Sequence[int]) -> AttentionSpans:
+        """Spans of concatenated documents of these lengths; empty documents are skipped."""
+        spans = tuple(length for length in lengths if length)
+        return cls(spans, _cu_seqlens(spans), torch.cat([torch.arange(length) for length in spans])[None])
 
     @classmethod
-    def of_pairs(cls, parts: Sequence[tuple[int, int, int]]) -> Segments:
-        """Pairs laid end to end, each as prompt, chosen and rejected answer of these lengths.
+    def from_pairs(cls, sizes: Sequence[tuple[int, int, int]]) -> AttentionSpans:
+        """Spans of concatenated preference pairs, given as (prompt, chosen, rejected) lengths.
 
-        Both answers follow the one prompt: the runs are [prompt, chosen] and [prompt, rejected].
+        The row holds each prompt once. Its spans are [prompt, chosen] and [prompt, rejected].
         """
-        gather, back, positions, start, ran = [], [], [], 0, 0
-        for prompt, chosen, rejected in parts:
+        gather, restore, positions, row_start, span_start = [], [], [], 0, 0
+        for prompt, chosen, rejected in sizes:
             first, whole = prompt + chosen, prompt + chosen + rejected
-            shared, own = torch.arange(start, start + prompt), torch.arange(start + first, start + whole)
-            gather += [torch.arange(start, start + first), shared, own]
-            back += [torch.arange(ran, ran + first), torch.arange(ran + first + prompt, ran + whole + prompt)]
+            prompt_indices = torch.arange(row_start, row_start + prompt)
+            rejected_indices = torch.arange(row_start + first, row_start + whole)
+            gather += [torch.arange(row_start, row_start + first), prompt_indices, rejected_indices]
+            restore += [
+                torch.arange(span_start, span_start + first),
+                torch.arange(span_start + first + prompt, span_start + whole + prompt),
+            ]
             positions += [torch.arange(first), torch.arange(prompt, prompt + rejected)]
-            start, ran = start + whole, ran + whole + prompt
-        lengths = tuple(n for prompt, chosen, rejected in parts for n in (prompt + chosen, prompt + rejected))
-        return cls(lengths, _bounds(lengths), torch.cat(positions)[None], torch.cat(gather), torch.cat(back))
+            row_start, span_start = row_start + whole, span_start + whole + prompt
+        lengths = tuple(n for prompt, chosen, rejected in sizes for n in (prompt + chosen, prompt + rejected))
+        return cls(lengths, _cu_seqlens(lengths), torch.cat(positions)[None], torch.cat(gather), torch.cat(restore))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
-        """The same on a device."""
-        tensors = {name: getattr(self, name) for name in ("bounds", "positions", "gather", "back")}
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionSpans:
+        """Returns a copy on `device`."""
+        names = ("cu_seqlens", "position_ids", "gather_indices", "restore_indices")
+        tensors = {name: getattr(self, name) for name in names}
         moved = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None}
         return replace(self, **moved)
 
 
-def _bounds(lengths: Sequence[int]) -> Tensor:
+def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def choose_attention(wanted: str) -> Kernel:
-    """The kernel for `model.attention`; `auto` takes flash on GPUs that have it, else sdpa.
+def choose_attention(setting: str) -> Kernel:
+    """Returns the kernel for `model.attention`; `auto` is flash on GPUs that support it, otherwise sdpa.
 
     Raises:
-        RecipeError: if flash is asked for and cannot run here.
+        RecipeError: if the setting is flash and it cannot run on this machine.
     """
     can_flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if wanted == "flash" and not can_flash:
+    if setting == "flash" and not can_flash:
         missing = "this GPU is older than Ampere" if torch.cuda.is_available() else "there is no GPU"
         raise RecipeError("model.attention", f"flash cannot run: {missing}", "set attention: auto")
-    if wanted == "auto":
+    if setting == "auto":
         return "flash" if can_flash else "sdpa"
-    return wanted  # type: ignore[return-value]
+    return setting  # type: ignore[return-value]
 
 
-def attends_by_document(model: PreTrainedModel) -> bool:
-    """Whether a model's attention is ours."""
-    return model.config.get_text_config()._attn_implementation in BY_DOCUMENT.values()
-
-
-def kernel_in_words(model: PreTrainedModel, dtype: str) -> str:
-    """The attention that a model trains with, as a run records it; `dtype` is what it computes in."""
-    used = model.config.get_text_config()._attn_implementation
-    if not attends_by_document(model):
-        return f"{used}, with masks"
-    if used == BY_DOCUMENT["flash"] and dtype == "bfloat16":
-        return f"{'flash-attn' if FLASH_ATTN else 'flash of torch'}, by document"
-    return "sdpa, by document"
-
-
-def attend_by_document(model: PreTrainedModel, kernel: Kernel) -> bool:
-    """Makes a model attend by document if it can; otherwise it stays as it is.
+def enable_document_attention(model: PreTrainedModel, kernel: Kernel) -> bool:
+    """Switches a model to document attention if it supports it; otherwise the model stays unchanged.
 
     Args:
         model: neither wrapped nor sharded.
-        kernel: what computes; `eager` never does.
+        kernel: the kernel to use; `eager` has no document attention.
 
     Returns:
-        Whether it does.
+        Whether the model now uses document attention.
     """
     before = model.config._attn_implementation
     if kernel == "eager" or not model._can_set_attn_implementation():
         return False
-    model.set_attn_implementation(BY_DOCUMENT[kernel])
-    if isolates(model):
+    model.set_attn_implementation(DOCUMENT_ATTENTION[kernel])
+    if isolates_documents(model):
         return True
     model.set_attn_implementation(before)
     return False
 
 
-@torch.no_grad()
-def isolates(model: PreTrainedModel) -> bool:
-    """Whether packed documents, and answers that share a prompt, compute what they compute alone.
+def uses_document_attention(model: PreTrainedModel) -> bool:
+    """Whether document attention is enabled in a model."""
+    return model.config.get_text_config()._attn_implementation in DOCUMENT_ATTENTION.values()
 
-    Asked of the model itself, with a handful of tokens.
+
+def attention_description(model: PreTrainedModel, dtype: str) -> str:
+    """Describes the attention of a model for the run's manifest; `dtype` is the compute precision."""
+    used = model.config.get_text_config()._attn_implementation
+    if not uses_document_attention(model):
+        return f"{used}, with masks"
+    if used == DOCUMENT_ATTENTION["flash"] and dtype == "bfloat16":
+        return f"{'flash-attn' if FLASH_ATTN_INSTALLED else 'flash of torch'}, by document"
+    return "sdpa, by document"
+
+
+@torch.no_grad()
+def isolates_documents(model: PreTrainedModel) -> bool:
+    """Whether a model with document attention computes the same hidden states for packed and for separate documents.
+
+    Probes the model with a few tokens: two packed documents, and a pair of answers that share a prompt.
     """
     training, device = model.training, next(model.parameters()).device
-    rows = min(model.get_input_embeddings().weight.shape[0], 97)
-    one, two, three = (torch.arange(at, at + n, device=device)[None] % rows for at, n in ((3, 7), (41, 5), (60, 6)))
+    vocabulary = min(model.get_input_embeddings().weight.shape[0], 97)
+    a, b, c = (torch.arange(at, at + n, device=device)[None] % vocabulary for at, n in ((3, 7), (41, 5), (60, 6)))
     model.eval()
     try:
-        alone = [
+        separate = [
             model.base_model(input_ids=ids, use_cache=False)[0][0]
-            for ids in (one, two, torch.cat([one, two], 1), torch.cat([one, three], 1))
+            for ids in (a, b, torch.cat([a, b], 1), torch.cat([a, c], 1))
         ]
-        documents = through(model, torch.cat([one, two], 1), Segments.of_documents([7, 5]).to(device))
-        pair = through(model, torch.cat([one, two, three], 1), Segments.of_pairs([(7, 5, 6)]).to(device))
-    except Exception:  # it takes no segments, or we not its options, or its base is no base
+        documents = last_hidden_states(model, torch.cat([a, b], 1), AttentionSpans.from_documents([7, 5]).to(device))
+        pair = last_hidden_states(model, torch.cat([a, b, c], 1), AttentionSpans.from_pairs([(7, 5, 6)]).to(device))
+    except Exception:  # the model rejects `attention_spans`, or passes options that we do not support
         return False
     finally:
         model.train(training)
-    wanted = torch.cat([*alone[:2], alone[2], alone[3][7:]])
-    allowed = CLOSE.get(wanted.dtype, 1e-3) * float(wanted.abs().max())
-    return bool((torch.cat([documents[0], pair[0]]) - wanted).abs().max() <= allowed)
+    expected = torch.cat([*separate[:2], separate[2], separate[3][7:]])
+    tolerance = ISOLATION_TOLERANCE.get(expected.dtype, 1e-3) * float(expected.abs().max())
+    return bool((torch.cat([documents[0], pair[0]]) - expected).abs().max() <= tolerance)
 
 
-def through(model: PreTrainedModel, ids: Tensor, segments: Segments) -> Tensor:
-    """Last hidden states of a row of tokens, [1, row, width]."""
-    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device)  # or transformers makes one of [row, row]
+def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, spans: AttentionSpans) -> Tensor:
+    """Last hidden states of a row of tokens under document attention, [1, row, hidden size]."""
+    no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # prevents a mask of [row, row]
     hidden: Tensor = model.base_model(
-        input_ids=ids, position_ids=segments.positions, attention_mask=no_mask, use_cache=False, segments=segments
-    ).last_hidden_state
+        input_ids=input_ids, position_ids=spans.position_ids, attention_mask=no_mask, use_cache=False,
+        attention_spans=spans,
+    ).last_hidden_state  # fmt: skip
     return hidden
 
 
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, flash: bool,
-    segments: Segments | None = None, dropout: float = 0.0, scaling: float | None = None,
+    attention_spans: AttentionSpans | None = None, dropout: float = 0.0, scaling: float | None = None,
     sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """What transformers calls in every layer; queries are [1, heads, row, width], the result [1, row, heads, width].
+    """The attention function that transformers calls in every layer.
 
-    Without segments (a generation, say) it is transformers' own sdpa with its masks.
+    Without spans, as in generation, it is transformers' own sdpa with its masks.
+
+    Shapes:
+        query: [1, heads, row, head dim]; key and value may have fewer heads (GQA).
+        result: [1, row, heads, head dim].
 
     Raises:
-        NotImplementedError: for what no kernel here does: capped scores, sinks, learned biases.
+        NotImplementedError: for logit soft-capping, attention sinks and learned position biases.
     """
-    if segments is None:
+    spans = attention_spans
+    if spans is None:
         options |= {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window}
         result, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result, None
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("attention by document knows no caps, sinks or biases")
+        raise NotImplementedError("document attention does not support soft-capping, sinks or position biases")
     device = query.device.type
-    # rotary embeddings are float32, and so are queries and keys after them: flash kernels want what is computed in
-    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    q, k, v = (tensor.transpose(1, 2)[0].to(precision) for tensor in (query, key, value))  # [row, heads, width]
-    if segments.gather is not None:
-        q, k, v = (tensor.index_select(0, segments.gather) for tensor in (q, k, v))
-    fits = precision in FLASH_TYPES and query.shape[-1] <= FLASH_HEAD and query.is_cuda
-    if flash and fits and not dropout:
-        result = _flash(q, k, v, segments, scaling, sliding_window)
+    # rotary embeddings are float32, and with them queries and keys: flash kernels need the autocast precision
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    q, k, v = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))  # [row, heads, head dim]
+    if spans.gather_indices is not None:
+        q, k, v = (tensor.index_select(0, spans.gather_indices) for tensor in (q, k, v))
+    supported = dtype in FLASH_DTYPES and query.shape[-1] <= FLASH_MAX_HEAD_DIM and query.is_cuda
+    if flash and supported and not dropout:
+        result = _flash(q, k, v, spans, scaling, sliding_window)
     else:
-        result = _run_by_run(q, k, v, segments, scaling, dropout, sliding_window)
-    if segments.back is not None:
-        result = result.index_select(0, segments.back)
+        result = _sdpa_per_span(q, k, v, spans, scaling, dropout, sliding_window)
+    if spans.restore_indices is not None:
+        result = result.index_select(0, spans.restore_indices)
     return result[None], None
 
 
-def _run_by_run(
-    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float | None, dropout: float, window: int | None
+def _flash(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scaling: float | None, window: int | None) -> Tensor:
+    """One varlen kernel for all spans: flash-attn if it is installed, otherwise torch's."""
+    longest, cu_seqlens = max(spans.lengths), spans.cu_seqlens
+    window_size = (-1 if window is None else window - 1, 0)  # tokens to the left and to the right
+    result: Tensor
+    if FLASH_ATTN_INSTALLED:
+        from flash_attn import flash_attn_varlen_func
+
+        result = flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=True,
+            window_size=window_size,
+        )  # fmt: skip
+        return result
+    result = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window_size,
+                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
+    return result
+
+
+def _sdpa_per_span(
+    q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scaling: float | None, dropout: float, window: int | None
 ) -> Tensor:
-    parts = (tensor.split(segments.lengths) for tensor in (q, k, v))
+    """One call of scaled_dot_product_attention for each span."""
+    parts = (tensor.split(spans.lengths) for tensor in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     results = []
-    for run in zip(*parts, strict=True):
-        length = len(run[0])
-        own_q, own_k, own_v = (part.transpose(0, 1)[None] for part in run)
-        narrow = window is not None and window < length
+    for span in zip(*parts, strict=True):
+        length = len(span[0])
+        span_q, span_k, span_v = (part.transpose(0, 1)[None] for part in span)
+        windowed = window is not None and window < length
         out = functional.scaled_dot_product_attention(
-            own_q,
-            own_k,
-            own_v,
-            attn_mask=_band(length, window, q.device) if narrow and window else None,
-            is_causal=not narrow,
+            span_q,
+            span_k,
+            span_v,
+            attn_mask=_sliding_window_mask(length, window, q.device) if windowed and window else None,
+            is_causal=not windowed,
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=grouped,
@@ -230,29 +263,13 @@ def _run_by_run(
     return torch.cat(results)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """What a token sees under a sliding window: itself and the `window - 1` before it; [length, length]."""
+def _sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """Causal mask of a sliding window: each token and the `window - 1` before it, [length, length]."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, scaling: float | None, window: int | None) -> Tensor:
-    longest, bounds = max(segments.lengths), segments.bounds
-    sees = (-1 if window is None else window - 1, 0)  # tokens to the left and to the right
-    result: Tensor
-    if FLASH_ATTN:
-        from flash_attn import flash_attn_varlen_func
-
-        result = flash_attn_varlen_func(
-            q, k, v, bounds, bounds, longest, longest, softmax_scale=scaling, causal=True, window_size=sees
-        )
-        return result
-    result = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=sees,
-                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
-    return result
-
-
-# Not traced where layers are compiled: what it does depends on the lengths of every row.
-_apart: Any = torch.compiler.disable(_attention)
-for _kernel, _name in BY_DOCUMENT.items():
-    AttentionInterface.register(_name, partial(_apart, flash=_kernel == "flash"))
+# Not traced by torch.compile: the computation depends on the lengths of each row.
+_untraced_attention: Any = torch.compiler.disable(_attention)
+for _kernel, _name in DOCUMENT_ATTENTION.items():
+    AttentionInterface.register(_name, partial(_untraced_attention, flash=_kernel == "flash"))
     AttentionMaskInterface.register(_name, sdpa_mask)

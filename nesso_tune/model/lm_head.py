@@ -1,11 +1,12 @@
 """The LM head on supervised positions only.
 
-With a vocabulary of 128k the logits of a whole batch are the largest tensor of a training step, and about half of a
-chat's positions are not learned. This head scores the learned ones, in chunks, and answers in the form that TRL's
-trainers ask their models for (`fused_lm_head=True`). Rows of `Segments` go through the model without padding.
+With a vocabulary of 128k, the logits of a whole batch are the largest tensor of a training step, although about half of
+the positions of chat data are not supervised. `attach_supervised_head` gives a model a head that computes, in chunks,
+the log-probabilities of the supervised tokens only. It returns the output that TRL's trainers expect of a model called
+with `fused_lm_head=True`.
 
-Some models do more between hidden states and logits than one product. Which head a model is trained with, and in which
-batches, is its `ForwardPath`; `model/forward.py` chooses it.
+Some models compute more between hidden states and logits than one matrix product. A model's `ForwardPath` says which
+head and which form of batches reproduce its own forward; `choose_forward_path` in `forward.py` finds it.
 """
 
 from __future__ import annotations
@@ -24,44 +25,46 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from nesso_tune.model.attention import Segments, through
+from nesso_tune.model.attention import AttentionSpans, last_hidden_states
 from nesso_tune.planning.memory import HEAD_CHUNK_BACKWARD, HEAD_CHUNK_FORWARD
 
-Generation = Literal["batch", "alone", "uncached"]
-Figures = tuple[float, float]  # mean loss of some tokens: on the path that was tried, and by the model's own forward
+IGNORE_INDEX = -100
+GenerationMode = Literal["batch", "alone", "uncached"]
+LossPair = tuple[float, float]  # mean loss of the same tokens on the rejected path and by the model's own forward
 
 
 @dataclass(frozen=True)
 class ForwardPath:
-    """How a model is trained so that it computes what its own forward computes for each document alone.
+    """How a model trains so that it computes what its own forward computes for each document alone.
 
     Attributes:
-        head: `supervised` is the head of this module; `trl` the one that TRL attaches, which knows some models that cap
-            or scale their logits; `own` takes the logits of the model's own forward.
-        by_document: the model attends by document, so that batches need no padding.
-        packs: without `by_document`, documents of a row are kept apart by `position_ids` that restart.
-        padding: how rows of unequal length are padded to the right: with an attention mask, without one, or not at all
-            (each row goes through the model by itself).
-        positions: tokens that the model has learned positions for; None if there is no such limit.
-        generation: how greedy answers are those of the model's own forward: prompts padded to the left in a batch, each
-            prompt alone, or each alone and without a cache.
-        head_figures: of the `supervised` head, where it is not the one that is used.
-        packing_figures: of packed documents, where they are not kept apart.
+        head: `supervised` is the head of this module; `trl` is TRL's fused head, which supports some models that cap or
+            scale their logits; `own` uses the logits of the model's own forward.
+        padding_free: whether the model supports document attention, so that batches need no padding.
+        packs_by_position_ids: whether the model, without document attention, isolates the documents of a packed row by
+            `position_ids` that restart.
+        padding: right padding of rows of unequal length: with an attention mask (`mask`), without one (`none`), or no
+            padding, one forward call for each row (`alone`).
+        max_positions: number of learned position embeddings; None without such a limit.
+        generation: how greedy answers equal those of the model's own forward: prompts left-padded in a batch (`batch`),
+            one prompt at a time (`alone`), or one prompt at a time without a KV cache (`uncached`).
+        head_losses: losses that show the error of the `supervised` head, if another head is used.
+        packing_losses: losses that show the error of packing, if packing is not supported.
     """
 
     head: Literal["supervised", "trl", "own"] = "supervised"
-    by_document: bool = False
-    packs: bool = True
+    padding_free: bool = False
+    packs_by_position_ids: bool = True
     padding: Literal["mask", "none", "alone"] = "mask"
-    positions: int | None = None
-    generation: Generation = "batch"
-    head_figures: Figures | None = None
-    packing_figures: Figures | None = None
+    max_positions: int | None = None
+    generation: GenerationMode = "batch"
+    head_losses: LossPair | None = None
+    packing_losses: LossPair | None = None
 
     @property
-    def keeps_documents_apart(self) -> bool:
-        """Whether packed rows can be trained on."""
-        return self.by_document or self.packs
+    def supports_packing(self) -> bool:
+        """Whether the model can train on packed rows."""
+        return self.padding_free or self.packs_by_position_ids
 
 
 def forward_path(model: PreTrainedModel) -> ForwardPath:
@@ -70,192 +73,203 @@ def forward_path(model: PreTrainedModel) -> ForwardPath:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A batch of sequences as one row of tokens, none of them padding.
+class PackedRow:
+    """A batch of sequences as one row of tokens without padding.
 
     Attributes:
-        ids: [1, row].
-        segments: how the row is made up.
-        before: [learned] where in the row the hidden state stands that each learned token is predicted from, in the
-            order of the labels of the batch.
+        input_ids: [1, row].
+        spans: which tokens attend to each other.
+        logits_to_keep: row index of the hidden state that predicts each supervised token, in the order of the labels of
+            the batch, [supervised].
     """
 
-    ids: Tensor
-    segments: Segments
-    before: Tensor
+    input_ids: Tensor
+    spans: AttentionSpans
+    logits_to_keep: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Row:
-        """The same on a device."""
-        return Row(
-            self.ids.to(device, non_blocking=non_blocking),
-            self.segments.to(device, non_blocking),
-            self.before.to(device, non_blocking=non_blocking),
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedRow:
+        """Returns a copy on `device`."""
+        return PackedRow(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.spans.to(device, non_blocking),
+            self.logits_to_keep.to(device, non_blocking=non_blocking),
         )
 
 
 def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
-    """Gives `model` the head of its path instead of the one that TRL attached; `generate` is untouched.
+    """Replaces the fused head that TRL attached to a model by the head of its path; `generate` is unaffected.
 
-    With `row=`, a `Row` of the same sequences as `labels`, the model computes on that row alone.
+    Called with `fused_lm_head=True`, the model takes `labels` and returns a `FusedCausalLMOutput`. With `packed_row=`,
+    a `PackedRow` of the same sequences as `labels`, it computes on that row alone.
 
     Args:
-        model: attends by document, if rows are to be given.
-        path: the model's own by default.
+        model: must use document attention to be called with `packed_row`.
+        path: the model's own path by default.
     """
     path = path or forward_path(model)
     if path.head == "trl":
         return
-    scored = _own_scores if path.head == "own" else _head_scores
-    whole_forward = types.MethodType(type(model).forward, model)
+    log_probs_of = _from_model_logits if path.head == "own" else _from_hidden_states
+    plain_forward = types.MethodType(type(model).forward, model)
 
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return whole_forward(*args, **kwargs)
-        labels, row = kwargs.pop("labels"), kwargs.pop("row", None)
+            return plain_forward(*args, **kwargs)
+        labels, row = kwargs.pop("labels"), kwargs.pop("packed_row", None)
         targets = labels[:, 1:]
-        mask = targets != -100
+        mask = targets != IGNORE_INDEX
         if row is not None:
-            learned = through(self, row.ids, row.segments)[0].index_select(0, row.before)
-            return spread(*score(learned, self.get_output_embeddings(), targets[mask]), mask)
-        batches = _alone(kwargs) if path.padding == "alone" else [kwargs]
+            hidden = last_hidden_states(self, row.input_ids, row.spans)[0].index_select(0, row.logits_to_keep)
+            return fused_output(*token_log_probs(hidden, self.get_output_embeddings(), targets[mask]), mask)
+        batches = _split_rows(kwargs) if path.padding == "alone" else [kwargs]
         if path.padding == "none":
             kwargs.pop("attention_mask", None)
-        parts, start = [], 0
+        results, start = [], 0
         for batch in batches:
             rows, length = batch["input_ids"].shape
             part = slice(start, start + rows)
-            parts.append(scored(self, batch, targets[part, : length - 1], mask[part, : length - 1]))
+            results.append(log_probs_of(self, batch, targets[part, : length - 1], mask[part, : length - 1]))
             start += rows
-        log_probs, top1 = (torch.cat(found) for found in zip(*parts, strict=True))
-        return spread(log_probs, top1, mask)
+        log_probs, is_top1 = (torch.cat(parts) for parts in zip(*results, strict=True))
+        return fused_output(log_probs, is_top1, mask)
 
-    # `generate` reads which arguments a model takes from the signature
+    # `generate` reads the supported arguments of a model from the signature
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
 
 
-def own_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """What plain transformers computes, [batch, length, vocabulary]; nothing is cached."""
+def plain_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Logits of the model's own forward, [batch, length, vocabulary], without a KV cache."""
     forward = type(model).forward
-    taken = inspect.signature(forward).parameters
-    # a router's balance is no part of the loss
-    off = {name: False for name in ("use_cache", "output_router_logits") if name in taken}
-    own = {name: value for name, value in batch.items() if name not in ("use_cache", "output_router_logits")}
-    logits: Tensor = forward(model, **own, **off).logits
+    supported = inspect.signature(forward).parameters
+    # the load-balancing loss of a router is not part of our loss
+    disabled = {name: False for name in ("use_cache", "output_router_logits") if name in supported}
+    inputs = {name: value for name, value in batch.items() if name not in ("use_cache", "output_router_logits")}
+    logits: Tensor = forward(model, **inputs, **disabled).logits
     return logits
 
 
-def _own_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the learned tokens from the model's own logits, and whether each was the likeliest."""
-    logits, wanted = own_logits(model, batch)[:, :-1][mask], targets[mask]
+def _from_model_logits(
+    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the supervised tokens from the model's own logits, and whether each is the top-1 token."""
+    logits, wanted = plain_logits(model, batch)[:, :-1][mask], targets[mask]
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, wanted[:, None]).squeeze(-1)
     return log_probs, logits.detach().argmax(dim=-1) == wanted
 
 
-def _head_scores(model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _from_hidden_states(
+    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor]:
     """The same from the last hidden states and the output embeddings."""
     hidden = model.base_model(**batch | {"use_cache": False}).last_hidden_state[:, :-1][mask]
-    return score(hidden, model.get_output_embeddings(), targets[mask])
+    return token_log_probs(hidden, model.get_output_embeddings(), targets[mask])
 
 
-def _alone(batch: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each row of a batch that is padded to the right by itself, without its padding."""
+def _split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Splits a right-padded batch into batches of one row without padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(dim=1).tolist()
     return [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)]
 
 
-def score(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens, each from the hidden state before it.
+def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of target tokens, computed in chunks of logits.
 
     Args:
-        hidden: [learned, width].
-        head: the LM head.
-        targets: the tokens, [learned].
+        hidden: the hidden state before each target, [supervised, hidden size].
+        head: the LM head; its parameters may be sharded.
+        targets: token ids, [supervised].
 
     Returns:
-        Log-probabilities in float32, and whether each token was the likeliest, both [learned]; only the first carries
+        Log-probabilities in float32, and whether each target is the top-1 token, both [supervised]. Only the first has
         a gradient.
     """
-    own = (head.weight, getattr(head, "bias", None))  # peft's wrapper of a head has no bias
+    parameters = (head.weight, getattr(head, "bias", None))  # peft's wrapper of a head has no bias
     weight: Tensor
     bias: Tensor | None
-    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in own)
+    weight, bias = (p.full_tensor() if isinstance(p, DTensor) else p for p in parameters)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        found: tuple[Tensor, Tensor] = _LogProbs.apply(hidden, weight, bias, targets)
-    return found
+        result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, weight, bias, targets)
+    return result
 
 
-def spread(log_probs: Tensor, top1: Tensor, mask: Tensor) -> FusedCausalLMOutput:
-    """Scores at the places of a mask, [batch, length - 1]; zero elsewhere.
+def fused_output(log_probs: Tensor, is_top1: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+    """Scatters results to the positions of a mask, [batch, length - 1], as TRL's trainers expect them; zero elsewhere.
 
-    Entropy and mean logit, which TRL's DPO reads only to report them, are not computed: they are 0.
+    Entropy and mean logits are 0: TRL's DPO trainer only reports them, so they are not computed.
     """
 
-    def placed(values: Tensor) -> Tensor:
-        # masked_scatter keeps the graph connected when no position is learned
+    def scattered(values: Tensor) -> Tensor:
+        # masked_scatter keeps the autograd graph connected if no position is supervised
         return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
-    nothing = torch.zeros((), device=mask.device).expand(mask.shape)
+    zeros = torch.zeros((), device=mask.device).expand(mask.shape)
     return FusedCausalLMOutput(
-        log_probs=placed(log_probs), entropy=nothing, mean_logits=nothing, is_top1=placed(top1), label_mask=mask
+        log_probs=scattered(log_probs), entropy=zeros, mean_logits=zeros, is_top1=scattered(is_top1), label_mask=mask
     )
 
 
-class _LogProbs(torch.autograd.Function):
-    """log softmax(rows @ weight.T + bias) at the wanted tokens; logits exist for one chunk of rows at a time.
+class _TokenLogProbs(torch.autograd.Function):
+    """log_softmax(hidden @ weight.T + bias) at the target tokens, with the logits of one chunk in memory at a time.
 
-    The backward pass computes them again: d log p_t / d logits = onehot(t) - softmax. Products are in the precision
-    of `rows`, sums over the vocabulary in float32; the weight comes, and its gradient goes, in the weight's precision.
+    The backward pass recomputes the logits: d log p_t / d logits = onehot(t) - softmax. Matrix products use the
+    precision of `hidden`, sums over the vocabulary float32. The gradient of the weight has the precision of the weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        cast, own_bias = (None if tensor is None else tensor.to(rows.dtype) for tensor in (weight, bias))
-        assert cast is not None
-        log_probs = torch.empty(rows.shape[0], device=rows.device)
-        top1 = torch.empty_like(wanted, dtype=torch.bool)
-        for part in _parts(rows, weight, HEAD_CHUNK_FORWARD):
-            logits = functional.linear(rows[part], cast, own_bias)
-            top1[part] = logits.max(dim=-1).indices == wanted[part]
-            all_of_them = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            log_probs[part] = all_of_them.gather(-1, wanted[part, None]).squeeze(-1)
-            del logits, all_of_them  # or they would be held while the next chunk is computed
-        ctx.save_for_backward(rows, weight, cast, own_bias, wanted, log_probs)
-        ctx.mark_non_differentiable(top1)
-        return log_probs, top1
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Returns log-probabilities and whether each target is the top-1 token, both [supervised]."""
+        cast_weight, cast_bias = (None if tensor is None else tensor.to(hidden.dtype) for tensor in (weight, bias))
+        assert cast_weight is not None
+        log_probs = torch.empty(hidden.shape[0], device=hidden.device)
+        is_top1 = torch.empty_like(targets, dtype=torch.bool)
+        for chunk in _chunks(hidden, weight, HEAD_CHUNK_FORWARD):
+            logits = functional.linear(hidden[chunk], cast_weight, cast_bias)
+            is_top1[chunk] = logits.max(dim=-1).indices == targets[chunk]
+            all_log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            log_probs[chunk] = all_log_probs.gather(-1, targets[chunk, None]).squeeze(-1)
+            del logits, all_log_probs  # freed before the next chunk is computed
+        ctx.save_for_backward(hidden, weight, cast_weight, cast_bias, targets, log_probs)
+        ctx.mark_non_differentiable(is_top1)
+        return log_probs, is_top1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        rows, weight, cast, bias, wanted, log_probs = ctx.saved_tensors
-        needs_rows, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        to_rows = torch.empty_like(rows) if needs_rows else None
-        to_weight: Tensor | None = None
-        to_bias = torch.zeros(weight.shape[0], device=weight.device) if needs_bias else None
+        """Returns the gradients of hidden states, weight and bias; `grad` is [supervised]."""
+        hidden, weight, cast_weight, cast_bias, targets, log_probs = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight: Tensor | None = None
+        grad_bias = torch.zeros(weight.shape[0], device=weight.device) if needs_bias else None
         scale = -grad[:, None]
-        for part in _parts(rows, weight, HEAD_CHUNK_BACKWARD):
-            slope = torch.softmax(functional.linear(rows[part], cast, bias), dim=-1)
-            # the wanted token's own, which may be almost 1, is known in float32: 1 is taken off before it is rounded
-            slope.scatter_(-1, wanted[part, None], torch.expm1(log_probs[part, None]).to(slope.dtype))
-            if to_rows is not None:
-                to_rows[part] = (slope @ cast) * scale[part]
+        for chunk in _chunks(hidden, weight, HEAD_CHUNK_BACKWARD):
+            slope = torch.softmax(
+                functional.linear(hidden[chunk], cast_weight, cast_bias), dim=-1
+            )  # becomes p - onehot
+            # p - 1 of a target with p close to 1 is computed in float32: rounding p first would lose it
+            slope.scatter_(-1, targets[chunk, None], torch.expm1(log_probs[chunk, None]).to(slope.dtype))
+            if grad_hidden is not None:
+                grad_hidden[chunk] = (slope @ cast_weight) * scale[chunk]
             if needs_weight:
-                share = slope.T @ (rows[part] * scale[part]).to(rows.dtype)
-                to_weight = share.to(weight.dtype) if to_weight is None else to_weight.add_(share)
-            if to_bias is not None:
-                to_bias += (slope * scale[part]).sum(dim=0)
+                share = slope.T @ (hidden[chunk] * scale[chunk]).to(hidden.dtype)
+                grad_weight = share.to(weight.dtype) if grad_weight is None else grad_weight.add_(share)
+            if grad_bias is not None:
+                grad_bias += (slope * scale[chunk]).sum(dim=0)
             del slope
-        if needs_weight and to_weight is None:
-            to_weight = torch.zeros_like(weight)
-        return to_rows, to_weight, to_bias, None
+        if needs_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight)
+        return grad_hidden, grad_weight, grad_bias, None
 
 
-def _parts(rows: Tensor, weight: Tensor, most: dict[str, int]) -> Iterator[slice]:
-    """Parts of equal size, none of more logits than `most` says for the device."""
-    count = rows.shape[0]
-    parts = max(1, math.ceil(count * weight.shape[0] / most.get(rows.device.type, most["cuda"])))
-    size = max(1, math.ceil(count / parts))
+def _chunks(hidden: Tensor, weight: Tensor, max_logits: dict[str, int]) -> Iterator[slice]:
+    """Slices of equal size, each with at most `max_logits` logits of the device."""
+    count = hidden.shape[0]
+    chunks = max(1, math.ceil(count * weight.shape[0] / max_logits.get(hidden.device.type, max_logits["cuda"])))
+    size = max(1, math.ceil(count / chunks))
     return (slice(start, start + size) for start in range(0, count, size))

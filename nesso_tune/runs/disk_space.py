@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nesso_tune.distributed.process_group import is_first
+from nesso_tune.distributed.process_group import is_main_process
 from nesso_tune.errors import RunEnvironmentError, is_full
 from nesso_tune.files import format_bytes
 from nesso_tune.planning.plan import Plan
@@ -93,7 +93,7 @@ class Room:
         except Exception as error:
             if not is_full(error):
                 raise
-            if is_first():  # the others may still be writing there
+            if is_main_process():  # the others may still be writing there
                 remove_staging(self.run)
             need = f"a checkpoint needs {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}"
             what = f"{need}, {format_bytes(self.free())} are free"

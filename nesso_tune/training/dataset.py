@@ -14,8 +14,8 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.packing import RowStream
-from nesso_tune.model.attention import Segments
-from nesso_tune.model.lm_head import Row
+from nesso_tune.model.attention import AttentionSpans
+from nesso_tune.model.lm_head import PackedRow
 from nesso_tune.training.grouped_metrics import Groups
 
 
@@ -92,9 +92,9 @@ class ConversationCollator:
         lengths = [n for row in rows for n in row["seq_lengths"]]
         length = self.length * len(rows) if self.length else int(tokens)
         batch = {name: tensor[None] for name, tensor in self._laid(rows, length).items()}
-        segments = Segments.of_documents([*lengths, length - int(tokens)])
+        segments = AttentionSpans.from_documents([*lengths, length - int(tokens)])
         before = (batch["labels"][0, 1:] != IGNORE_INDEX).nonzero().flatten()
-        return {**batch, "row": Row(batch["input_ids"], segments, before), "tokens": tokens}
+        return {**batch, "packed_row": PackedRow(batch["input_ids"], segments, before), "tokens": tokens}
 
     def _laid(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
         """The documents of some rows end to end, [length]."""
@@ -135,7 +135,7 @@ class PairCollator:
         batch["entries"] = torch.tensor([row["pair"] for row in rows])
         batch["tokens"] = torch.tensor(sum(map(pair_tokens, rows)))
         if self.by_document:
-            batch["row"] = one_row(rows)
+            batch["packed_row"] = one_row(rows)
         return batch
 
 
@@ -148,7 +148,7 @@ def pair_tokens(row: dict[str, Any]) -> int:
     return sum(len(row[part]) for part in PARTS)
 
 
-def one_row(rows: Sequence[dict[str, Any]]) -> Row:
+def one_row(rows: Sequence[dict[str, Any]]) -> PackedRow:
     """Pairs as one row; its learned tokens are in the order of TRL's batch: all chosen answers, then all rejected."""
     ids = torch.tensor([token for row in rows for part in PARTS for token in row[part]])[None]
     sizes = [tuple(len(row[part]) for part in PARTS) for row in rows]
@@ -160,4 +160,4 @@ def one_row(rows: Sequence[dict[str, Any]]) -> Row:
         before["rejected"].append(torch.cat([torch.tensor([asked]), torch.arange(end, end + rejected - 1)]))
         start = end + rejected
     order = torch.cat([*before["chosen"], *before["rejected"]])
-    return Row(ids, Segments.of_pairs(sizes), order)  # type: ignore[arg-type]
+    return PackedRow(ids, AttentionSpans.from_pairs(sizes), order)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nesso_tune.data.packing import Rows
 from nesso_tune.data.privacy import Privacy
-from nesso_tune.distributed.process_group import from_first, is_first
+from nesso_tune.distributed.process_group import broadcast_from_rank0, is_main_process
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.generation.answers import Answer, Prompt, answer, choose_prompts, length_ratios, measure
 from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
@@ -89,7 +89,7 @@ class Evaluator:
         """
         if begins:
             self._ask_parent(trainer)
-        self.parent = from_first(self._noted() if trainer.is_world_process_zero() else {})
+        self.parent = broadcast_from_rank0(self._noted() if trainer.is_world_process_zero() else {})
 
     def _ask_parent(self, trainer: Any) -> None:
         was_training = trainer.model.training
@@ -223,7 +223,7 @@ def take_best(trainer: Any) -> None:
         raise NumericalError(KEY, f"{best.metric} was not a number at any evaluation", "choose another metric")
     if best.step != step:
         folder = Path(trainer.args.output_dir) / f"{PREFIX}{best.step}"
-        if (why := from_first(_why_unusable(folder) if is_first() else None)) is not None:
+        if (why := broadcast_from_rank0(_why_unusable(folder) if is_main_process() else None)) is not None:
             raise RunEnvironmentError(
                 str(folder), f"holds the best {best.metric} and cannot be used: {why}",
                 f"restore it, or take the last weights: {KEY}: null with --allow-changes {KEY}",
@@ -231,7 +231,9 @@ def take_best(trainer: Any) -> None:
         trainer._load_from_checkpoint(str(folder))
     line = {"step": step, "event": "best", "metric": best.metric, "value": best.value, "taken": best.step}
     log = trainer.track.log
-    if is_first() and line not in read_metrics(log.path):  # a session that was killed after it may have written it
+    if is_main_process() and line not in read_metrics(
+        log.path
+    ):  # a session that was killed after it may have written it
         log.write(line)
 
 

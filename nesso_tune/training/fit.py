@@ -22,8 +22,8 @@ from trl import DPOConfig, SFTConfig
 from nesso_tune.data.packing import sequential_rows
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
-from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
-from nesso_tune.distributed.process_group import from_first
+from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
+from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import Preempted, RunEnvironmentError
 from nesso_tune.logs import print_notes
 from nesso_tune.model.adapters import adapt
@@ -258,8 +258,8 @@ def _collator(
     """
     path = forward_path(model)
     if recipe.method == "dpo":
-        return PairCollator(pad_id, groups, path.by_document)
-    return ConversationCollator(pad_id, groups, path.by_document, length, path.packs)
+        return PairCollator(pad_id, groups, path.padding_free)
+    return ConversationCollator(pad_id, groups, path.padding_free, length, path.packs_by_position_ids)
 
 
 def _evaluator(
@@ -282,8 +282,8 @@ def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopR
     Raises:
         Preempted: if a signal asked to stop; a checkpoint of that step is saved.
     """
-    trainer.add_callback(stop := StopWhenAsked(trainer, request, plan.steps))
-    request.wait_for_steps()
+    trainer.add_callback(stop := PreemptionCallback(trainer, request, plan.steps))
+    request.begin_training()
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     best = trainer.track.best
     ended = best is not None and best.out_of_patience  # maybe at the step at which it was asked to stop
@@ -327,7 +327,7 @@ class _Beginning(TrainerCallback):
         parts = [sequential_rows(data.stream.documents, data.stream.records, None), data.validation]
         parts = [part for part in parts if len(part)]
         key = reference_key(recipe, self._facts, parts) if first else ""
-        reference: dpo.Reference | None = from_first(cached_reference(key) if first else None)
+        reference: dpo.Reference | None = broadcast_from_rank0(cached_reference(key) if first else None)
         cached, pairs = reference is not None, sum(map(len, parts))
         if first:
             said = f"{pairs:,} pairs are scored already" if cached else f"scoring {pairs:,} pairs, once"

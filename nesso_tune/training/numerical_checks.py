@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nesso_tune.distributed.process_group import from_first
+from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import NumericalError
 from nesso_tune.logs import print_notes
 from nesso_tune.runs.checkpoint import checkpoints
@@ -136,7 +136,7 @@ class Guard:
             entries = self._order.entries(positions)[:NAMED]
             documents = self._order.stream.documents
             found = [(documents.location(entry), documents.public_location(entry)) for entry in entries]
-        return list(from_first(found))
+        return list(broadcast_from_rank0(found))
 
 
 def _shown(rows: Sequence[Row]) -> list[str]:

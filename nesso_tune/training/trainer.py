@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from nesso_tune.distributed.process_group import from_first
+from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.model.loading import not_compiled
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs import checkpoint as ckpt
@@ -174,7 +174,7 @@ class TrackedTrainer(_Base):
             metrics = self.track.evaluate(self)
         self.model.train(was_training)
         self.track.log.write({"step": self.state.global_step, **metrics})
-        check_evaluation(self, from_first(metrics))
+        check_evaluation(self, broadcast_from_rank0(metrics))
         self.track.alarms.look({"step": self.state.global_step, **metrics})
         numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
@@ -190,7 +190,7 @@ class TrackedTrainer(_Base):
         best, step = self.track.best, self.state.global_step
         if best is None:
             return
-        if best.note(step, from_first(metrics)):
+        if best.note(step, broadcast_from_rank0(metrics)):
             self.control.should_save = True
         if best.out_of_patience and step < self.track.plan.steps:
             self.control.should_save = self.control.should_training_stop = True

@@ -204,7 +204,7 @@ def _way(one: Outcome) -> str:
         return "refused" if not one.refused.startswith("FAILED") else "fails"
     path = one.path
     head = {"supervised": "head", "trl": "TRL's head", "own": "own forward"}[path.head]
-    rows = "by document" if path.by_document else "packed with masks" if path.packs else "unpacked"
+    rows = "by document" if path.padding_free else "packed with masks" if path.packs_by_position_ids else "unpacked"
     padding = {"mask": "", "none": ", no mask", "alone": ", row by row"}[path.padding]
     return f"{head}, {rows}{padding}"
 

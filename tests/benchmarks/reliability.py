@@ -25,7 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from nesso_tune.data.prepare import prepare_data
-from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
+from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
 from nesso_tune.model.loading import load_model
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
@@ -56,7 +56,7 @@ class InTurn(TrainerCallback):
 
     def __init__(self) -> None:
         self.times: dict[bool, list[float]] = {True: [], False: []}
-        self._look, self._note, self._ask = Guard.lets_pass, Guard.note, StopWhenAsked.on_step_end
+        self._look, self._note, self._ask = Guard.lets_pass, Guard.note, PreemptionCallback.on_step_end
         self._began = 0.0
 
     def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
@@ -64,7 +64,7 @@ class InTurn(TrainerCallback):
         self.whole = state.global_step // BLOCK % 2 == 0
         Guard.lets_pass = self._look if self.whole else lambda *_: True  # type: ignore[method-assign]
         Guard.note = self._note if self.whole else lambda *_: None  # type: ignore[method-assign]
-        StopWhenAsked.on_step_end = self._ask if self.whole else lambda *a, **_: a[3]  # type: ignore[method-assign]
+        PreemptionCallback.on_step_end = self._ask if self.whole else lambda *a, **_: a[3]  # type: ignore[method-assign]
         self._began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **_):  # type: ignore[no-untyped-def]
@@ -74,7 +74,7 @@ class InTurn(TrainerCallback):
 
     def restore(self) -> None:
         """Puts everything back."""
-        Guard.lets_pass, Guard.note, StopWhenAsked.on_step_end = self._look, self._note, self._ask  # type: ignore[method-assign]
+        Guard.lets_pass, Guard.note, PreemptionCallback.on_step_end = self._look, self._note, self._ask  # type: ignore[method-assign]
 
 
 def plain(trainer, folder: Path, number: int) -> None:  # type: ignore[no-untyped-def]

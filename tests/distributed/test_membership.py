@@ -1,4 +1,4 @@
-"""Processes that do not come, or are lost, are named: in time, once, with exit code 5."""
+"""Ranks that do not join or are lost are named once, within the timeout, with exit code 5."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from nesso_tune.distributed.membership import machines_of
+from nesso_tune.distributed.membership import nodes_of
 from tests.support.processes import Forked
 from tests.support.runs import ROOT, command, lonely, recipe, several, thorough, write_recipe
 from tests.test_kill import environment_of, when_at, workers
@@ -19,7 +19,7 @@ SHARED = {"micro_batch_size": 1, "global_batch_size": 2}
 
 @pytest.fixture
 def path(tmp_path, talks):
-    """A recipe of many steps that waits five seconds for others."""
+    """A recipe with many steps and a timeout of five seconds."""
     some = recipe(
         "sft", tmp_path / "run", [talks], train={**SHARED, "max_steps": 2000}, checkpoint={"every_steps": 3},
         evaluation=None, distributed={"fsdp": "none", "timeout_s": 5},
@@ -27,20 +27,20 @@ def path(tmp_path, talks):
     return write_recipe(tmp_path / "r.yaml", some)
 
 
-def test_a_process_that_does_not_come_is_named_in_time(path, port):
+def test_a_rank_that_does_not_join_is_named_within_the_timeout(path, port):
     began = time.monotonic()
     done = command("train", path, **lonely(0, port))
     assert done.returncode == 5
     assert done.stderr.endswith(
-        "machine 1 (process 1): did not come within 5 s; see whether it is up and its part was started\n"
+        "node 1 (rank 1): did not join within 5 s; check that the node is up and its process was launched\n"
     )
-    assert time.monotonic() - began < 120, "the libraries load slowly on a busy machine; else it waits for 1800 s"
+    assert time.monotonic() - began < 120, "libraries load slowly on a busy machine; the default timeout is 1800 s"
 
 
-def test_a_first_machine_that_cannot_be_reached(path, port):
+def test_an_unreachable_first_node(path, port):
     done = command("train", path, **lonely(1, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (number 1)" in done.stderr
+    assert f"127.0.0.1:{port}: cannot be reached from {socket.gethostname()} (rank 1)" in done.stderr
 
 
 def test_a_port_in_use(path, port):
@@ -49,12 +49,12 @@ def test_a_port_in_use(path, port):
         holder.listen()
         done = command("train", path, **lonely(0, port))
     assert done.returncode == 5
-    assert f"127.0.0.1:{port}: is in use; give torchrun another --master_port" in done.stderr
+    assert f"127.0.0.1:{port}: is in use; set another port: --master_port of torchrun" in done.stderr
 
 
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # the first one dies under a launcher, below
-def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, victim):
-    """Without a launcher that would end the others: what is left must see it by itself."""
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=thorough), 1])  # rank 0 is killed under a launcher below
+def test_a_killed_rank_is_named_by_a_remaining_one(path, tmp_path, port, victim):
+    """Without a launcher, which would end the other ranks: the remaining rank must detect the loss."""
     both = [Forked("train", path, CUDA_VISIBLE_DEVICES="", **{**lonely(rank, port), "LOCAL_RANK": str(rank)})
             for rank in range(2)]  # fmt: skip
     when_at(both[0], tmp_path / "run", 3, None)
@@ -63,10 +63,10 @@ def test_the_process_that_died_is_named_by_one_that_lives(path, tmp_path, port, 
     said = both[1 - victim].stderr
     assert said.count("lost contact with") == 1
     machine = socket.gethostname()
-    assert f"process {1 - victim} on {machine}: lost contact with process {victim} on {machine} (" in said
+    assert f"rank {1 - victim} on {machine}: lost contact with rank {victim} on {machine} (" in said
 
 
-def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
+def test_under_a_launcher_one_remaining_rank_names_a_killed_one(path, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--rdzv_backend=c10d",
                 "--rdzv_endpoint=localhost:0", "-m", "nesso_tune", "train", path]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
@@ -78,27 +78,27 @@ def test_under_a_launcher_the_message_comes_from_one_that_lives(path, tmp_path):
     os.kill(first, signal.SIGKILL)
     _, said = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert said.count("lost contact with process 0 on ") == 1
+    assert said.count("lost contact with rank 0 on ") == 1
 
 
-def test_what_one_process_finds_is_said_once_by_it(path):
+def test_an_error_of_one_rank_is_printed_once(path):
     done = several("train", path, module="tests.support.failing")
     assert done.returncode != 0
     assert done.stderr.count("the disk is full: a checkpoint needs") == 1
     assert "lost contact" not in done.stderr
 
 
-def test_processes_that_are_told_no_meeting_point(path):
+def test_a_missing_master_address(path):
     done = command("train", path, WORLD_SIZE="2", RANK="0")
     assert done.returncode == 5
-    assert "MASTER_ADDR, MASTER_PORT: do not say where the 2 processes of WORLD_SIZE meet" in done.stderr
+    assert "MASTER_ADDR, MASTER_PORT: are not set, but WORLD_SIZE is 2" in done.stderr
 
 
-def test_missing_machines_are_called_as_slurm_calls_them(monkeypatch, tmp_path):
+def test_missing_nodes_have_their_slurm_names(monkeypatch, tmp_path):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert machines_of([2, 3, 5]) == ["machine 1 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["node 1 (rank 2, 3)", "node 2 (rank 5)"]
     (fake := tmp_path / "scontrol").write_text("#!/bin/sh\necho lrdn01; echo lrdn02\n")
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "lrdn[01-02]")
-    assert machines_of([2, 3, 5]) == ["lrdn02 (process 2, 3)", "machine 2 (process 5)"]
+    assert nodes_of([2, 3, 5]) == ["lrdn02 (rank 2, 3)", "node 2 (rank 5)"]

@@ -1,4 +1,4 @@
-"""Several processes give what one gives: FSDP2 on gloo, the same rows in the same steps, files that either reads."""
+"""Several processes give the results of one: FSDP2 and DDP on gloo, the same rows per step, compatible checkpoints."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from tests.support.runs import BASE, metrics, recipe, several, steps, thorough, 
 
 
 def base_of(folder, tied):
-    """A base with (random) weights of its own, its embeddings tied to the head or not."""
+    """A base with random weights on disk, with tied or untied embeddings."""
     shutil.copytree(BASE, folder)
     config = LlamaConfig.from_pretrained(folder)
     config.tie_word_embeddings = tied
@@ -24,7 +24,7 @@ def base_of(folder, tied):
     return {"base": str(folder), "random_init": False}
 
 
-# name: method, processes, rows of a process at a time and sections of both recipes; "tied": of a base made for it
+# name: method, processes, micro_batch_size, `distributed` section, tied embeddings of a new base, other sections
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
@@ -47,7 +47,7 @@ CASES = {
 }
 
 
-# each part of them is in another case too
+# run by hand: other cases cover their parts
 BY_HAND = ("sft", "dpo", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four",
            "sft, adapter, untied, shards on four", "dpo, on four", "dpo, DDP",
            "dpo, adapter", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
@@ -90,7 +90,7 @@ def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, pro
         torch.testing.assert_close(b[name], a[name], rtol=0, atol=1e-4)
     check_files(one / "checkpoint-4", both / "checkpoint-4", sharing, processes)
     shares = {json.loads(file.read_text())["supervised_tokens"] for file in both.glob("checkpoint-4/counters-*.json")}
-    assert len(shares) == processes, "the processes learn from different numbers of tokens"
+    assert len(shares) == processes, "ranks have different numbers of supervised tokens"
 
 
 def check_gradients(one, several):
@@ -102,7 +102,7 @@ def check_gradients(one, several):
 
 
 def check_files(alone, checkpoint, sharing, processes):
-    """Canonical names, whole or in shards."""
+    """Checkpoints have canonical names, full or sharded."""
     weights = set(load_file(alone / "model.safetensors"))
     if sharing is SHARDS:
         shards = sorted(checkpoint.glob("shard-*.safetensors"))
@@ -113,8 +113,8 @@ def check_files(alone, checkpoint, sharing, processes):
         assert set(load_file(checkpoint / "model.safetensors")) == weights
 
 
-def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
-    """SFT, then DPO from its result, in one command: the second forms a process group of its own."""
+def test_a_chain_on_two_processes_equals_that_on_one(tmp_path, talks, pairs):
+    """SFT, then DPO from its result, in one command: each run has its own process group."""
     for name, accumulated in (("one", 2), ("two", 1)):
         batch = {"micro_batch_size": 2, "max_steps": 2, "gradient_accumulation_steps": accumulated}
         sft = recipe("sft", tmp_path / name / "sft", [talks], distributed=FULL, train=batch, evaluation=None)
@@ -130,13 +130,13 @@ def test_a_chain_on_two_processes_is_that_on_one(tmp_path, talks, pairs):
         assert done.returncode == 0, done.stderr[-3000:]
     for method in ("sft", "dpo"):
         assert steps(tmp_path / "two" / method) == pytest.approx(steps(tmp_path / "one" / method), abs=1e-5)
-    shutil.rmtree(tmp_path / "two" / "sft" / "final")  # as if it had been killed; on one process it would go on with 2
+    shutil.rmtree(tmp_path / "two" / "sft" / "final")  # as if killed; one process would continue with 2
     with pytest.raises(RecipeError, match=r"the global batch changed \(4 -> 2\)"):
         train(load_recipe(paths[0]))
 
 
-def test_bfloat16_rounds_no_log_probabilities_and_no_sums_of_gradients(tmp_path, pairs):
-    """Accelerate's own policy would: answers were off by 0.2, one step's loss by 0.005."""
+def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pairs):
+    """accelerate's mixed-precision policy does: log-probabilities differ by 0.2, the loss by 0.005."""
     batch = {"micro_batch_size": 4, "global_batch_size": 8, "max_steps": 1, "gradient_accumulation_steps": None}
     for name in ("one", "two"):
         some = recipe("dpo", tmp_path / name, [pairs], distributed=FULL, train=batch, evaluation=None,
@@ -154,8 +154,8 @@ def test_bfloat16_rounds_no_log_probabilities_and_no_sums_of_gradients(tmp_path,
     assert {weight.dtype for weight in masters.values()} == {torch.float32}
 
 
-def test_full_shard_that_would_quietly_be_something_else_stops(tmp_path, talks):
-    """Without the promotion accelerate falls back to DDP on CPU: the run must not go on as if nothing were."""
+def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
+    """Without FSDP on CPU, accelerate silently falls back to DDP: the run must stop."""
     batch = {"micro_batch_size": 2, "global_batch_size": 8}
     some = recipe("sft", tmp_path / "run", [talks], distributed={"fsdp": "full_shard"}, train=batch)
     done = several("train", write_recipe(tmp_path / "some.yaml", some), module="nesso_tune")

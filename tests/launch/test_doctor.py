@@ -87,7 +87,7 @@ def test_a_process_that_does_not_come_is_named_in_time(port):
     """As for `train`: see tests/training/test_rollcall.py."""
     done = doctor("--timeout", "3", **lonely(0, port))
     assert done.returncode == 5
-    assert "machine 1 (process 1): did not come within 3 s; see whether it is up" in done.stderr
+    assert "node 1 (rank 1): did not join within 3 s; check that the node is up" in done.stderr
 
 
 def test_the_machine_that_differs_is_named_once():

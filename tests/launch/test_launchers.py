@@ -92,5 +92,5 @@ def test_a_configuration_of_accelerates_own(tmp_path, talks, version, sharding, 
         assert done.returncode == 0, done.stderr[-3000:]
         return
     assert done.returncode != 0
-    assert f"accelerate's configuration: says {says}, the recipe distributed.fsdp: " in done.stderr
-    assert done.stderr.count("make the two equal, or leave it to the recipe") == 1
+    assert f"accelerate's configuration: sets {says}, the recipe distributed.fsdp: " in done.stderr
+    assert done.stderr.count("make the two equal, or remove it from the configuration") == 1

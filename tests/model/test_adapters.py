@@ -1,4 +1,4 @@
-"""LoRA, DoRA and LoRA over 4 bits: what is trained, what is not, what is merged, and where none can stand."""
+"""LoRA, DoRA and QLoRA: trained and frozen weights, merging, unsupported models."""
 
 import copy
 import sys
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export.final_folder import gather_final_model
-from nesso_tune.model.adapters import adapt, check_adapter, quantise, round_weights
+from nesso_tune.model.adapters import adapt, check_adapter, fake_quantise, quantise
 from nesso_tune.planning.memory import adapter_parameters
 from nesso_tune.planning.shapes import shape_of
 from nesso_tune.recipes.sections import LoraSection, ModelSection
@@ -21,7 +21,7 @@ from tests.support.runs import command, main_here, write_recipe
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_trained_and_what_is_not(tmp_path, kind, tied):
+def test_trained_and_frozen_weights(tmp_path, kind, tied):
     plain, held, model, chat = adapted(base_in(tmp_path, tied), kind)
     assert chat.new_ids == [2, 3]
     width, tables = plain.config.hidden_size, 1 if tied else 2
@@ -36,15 +36,15 @@ def test_what_is_trained_and_what_is_not(tmp_path, kind, tied):
     final, state = gather_final_model(held, held, model, chat, seed=1)
     for table in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
         changed = (state[table] != plain.state_dict()[table]).any(dim=1).nonzero().flatten().tolist()
-        assert changed == chat.new_ids, "the new rows, and no other"
-    assert set(state) == {name for name, _ in plain.named_parameters()}, "a plain model, with nothing of peft"
+        assert changed == chat.new_ids, "only the rows of new tokens"
+    assert set(state) == {name for name, _ in plain.named_parameters()}, "a plain model, without peft"
     assert not hasattr(final.config, "quantization_config")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
-    """To rounding: in float32 that of sums in another order, in bfloat16 that of the computation itself."""
+    """Up to rounding: of the summation order in float32, of the computation itself in bfloat16."""
     plain, held, model, chat = adapted(base_in(tmp_path), kind, dtype)
     start = logits(held, dtype)
     learn(held, dtype)
@@ -54,7 +54,7 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
     exact, within = logits(final), 1e-5 if dtype == "float32" else 0.03
     assert apart(exact, trained) < within
     assert apart(logits(final.to(getattr(torch, dtype))), trained) < within
-    if kind == "qlora":  # merged into the base before its quantisation it would be another model
+    if kind == "qlora":  # merging into the unquantised base gives another model
         adapt(plain, model.model_copy(update={"adapter": LoraSection(r=4)}), chat.new_ids, seed=1)
         plain.load_state_dict(weights_of(held), strict=False)
         assert apart(logits(plain), trained) > max(0.04, 2 * apart(exact, trained))
@@ -62,10 +62,10 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_starts_from_its_base_and_so_does_it_end_without_the_adapter(tmp_path, kind, tied):
+def test_without_the_adapter_the_model_is_its_base_before_and_after_training(tmp_path, kind, tied):
     plain, held, *_ = adapted(base_in(tmp_path, tied), kind)
     if kind == "qlora":
-        round_weights(plain, torch.float32)
+        fake_quantise(plain, torch.float32)
     base = logits(plain)
     torch.testing.assert_close(logits(held), base, rtol=0, atol=1e-5)
     learn(held.train())
@@ -91,13 +91,13 @@ REFUSED = {
     "a block that is not there": ("llama", "lora", ["layers.9.self_attn.q_proj"], "no layer `layers.9"),
     "half a name": ("llama", "dora", "proj", "no layer `proj`"),
     "the head": ("llama", "lora", ["q_proj", "lm_head"], "the head's own weights"),
-    "what peft does not know": ("mamba", "dora", "all-linear", "peft cannot adapt MambaForCausalLM"),
+    "a layer that peft does not support": ("mamba", "dora", "all-linear", "peft cannot adapt MambaForCausalLM"),
     "nothing to quantise": ("gpt2", "qlora", "all-linear", "finds no linear layers in GPT2LMHeadModel"),
 }
 
 
 @pytest.mark.parametrize(("architecture", "kind", "targets", "says"), REFUSED.values(), ids=REFUSED)
-def test_where_no_adapter_can_stand(architecture, kind, targets, says):
+def test_unsupported_target_modules_are_refused(architecture, kind, targets, says):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2} if architecture == "gpt2" else TINY
     some = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, vocab_size=64, **sizes))
     section = ModelSection(base="b", adapter=LoraSection(type=kind, target_modules=targets))
@@ -106,8 +106,8 @@ def test_where_no_adapter_can_stand(architecture, kind, targets, says):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_layers_of_other_kinds_have_adapters_too(kind):
-    """GPT-2 holds its matrices the other way round."""
+def test_conv1d_layers_have_adapters_too(kind):
+    """GPT-2 stores its weight matrices transposed."""
     some = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2))
     view = adapt(some, ModelSection(base="b", adapter=LoraSection(type=kind)), [2, 3], seed=0)
     rows = ROWS.clamp(max=63)
@@ -120,8 +120,8 @@ def test_layers_of_other_kinds_have_adapters_too(kind):
     torch.testing.assert_close(view.merge_and_unload()(rows).logits, trained, rtol=0, atol=1e-4)
 
 
-def test_four_bits_compute_alike_whether_they_train_or_evaluate(tmp_path):
-    """On CPUs with AVX512-BF16 bitsandbytes would evaluate with other weights, and train on without gradients."""
+def test_4_bit_layers_compute_the_same_in_training_and_evaluation(tmp_path):
+    """On CPUs with AVX512-BF16, bitsandbytes evaluates with other weights, and then trains without gradients."""
     _, held, *_ = adapted(base_in(tmp_path), "qlora")
     learn(held)
     gradients = []
@@ -136,11 +136,11 @@ def test_four_bits_compute_alike_whether_they_train_or_evaluate(tmp_path):
     assert all(gradient.any() for gradient in gradients[1])
 
 
-def test_four_bits_are_the_same_at_every_start(tmp_path):
+def test_quantisation_is_deterministic(tmp_path):
     _, one, *_ = adapted(base_in(tmp_path), "qlora")
     _, other, *_ = adapted(base_in(tmp_path), "qlora")
     packed = [p for p in one.parameters() if p.dtype == torch.uint8]
-    assert len(packed) == 7 * one.config.num_hidden_layers, "every linear layer but the head"
+    assert len(packed) == 7 * one.config.num_hidden_layers, "every linear layer except the head"
     for mine, others in zip(packed, (p for p in other.parameters() if p.dtype == torch.uint8), strict=True):
         assert torch.equal(mine, others)
         assert mine.quant_state.nested, "with double quantisation"
@@ -151,20 +151,20 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "n
          "intermediate_size": 64}  # fmt: skip
 
 
-def test_biases_are_kept_in_four_bits():
+def test_4_bit_layers_keep_their_biases():
     config = AutoConfig.for_model("qwen2", vocab_size=64, **SIZES)
     some = AutoModelForCausalLM.from_config(config)
     for name, parameter in some.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
     plain = copy.deepcopy(some)
-    round_weights(plain, torch.float32)
+    fake_quantise(plain, torch.float32)
     quantise(some, torch.float32)
     rows = ROWS.clamp(max=63)
     torch.testing.assert_close(some.eval()(rows).logits, plain.eval()(rows).logits, rtol=0, atol=1e-5)
 
 
-def test_without_bitsandbytes_it_says_what_to_install(tmp_path, talks, monkeypatch, capsys):
+def test_missing_bitsandbytes_is_an_error_with_an_install_command(tmp_path, talks, monkeypatch, capsys):
     some = of(base_in(tmp_path), "qlora", "sft", tmp_path / "run", talks)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     code, out, err = main_here(capsys, "train", write_recipe(tmp_path / "r.yaml", some))
@@ -174,7 +174,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path, talks, monkeypat
     check_adapter(None)
 
 
-def test_a_device_that_it_cannot_use_is_named(monkeypatch):
+def test_an_unsupported_device_is_named(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("Configured CUDA binary not found at libbitsandbytes_cuda999.so")
 
@@ -183,7 +183,7 @@ def test_a_device_that_it_cannot_use_is_named(monkeypatch):
         check_adapter(LoraSection(type="qlora"))
 
 
-def test_four_bits_on_several_processes_are_refused_at_once(tmp_path, talks, capsys):
+def test_qlora_on_several_processes_is_refused(tmp_path, talks, capsys):
     for sharing in ("none", "auto"):
         some = of(base_in(tmp_path), "qlora", "sft", tmp_path / "run", talks, distributed={"fsdp": sharing})
         path = write_recipe(tmp_path / "r.yaml", some)
@@ -193,4 +193,4 @@ def test_four_bits_on_several_processes_are_refused_at_once(tmp_path, talks, cap
     done = command("train", path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     assert done.returncode == RecipeError.exit_code
     assert "qlora runs in one process" in done.stderr
-    assert not (tmp_path / "run").exists(), "before anything was begun"
+    assert not (tmp_path / "run").exists(), "before the run begins"

@@ -1,6 +1,6 @@
-"""The path that a model is trained on computes what its own forward computes for each document alone.
+"""The forward path of a model computes what its own forward computes for each document alone.
 
-All architectures of transformers, in whole runs: tests/benchmarks/architectures.py, by hand; docs/architectures.md.
+tests/benchmarks/architectures.py runs all architectures of transformers; results: docs/architectures.md.
 """
 
 import json
@@ -15,8 +15,8 @@ from trl.trainer.utils import add_fused_lm_head
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import forward as module
-from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily, small_copy
-from nesso_tune.model.lm_head import attach_supervised_head, own_logits
+from nesso_tune.model.forward import FUSED_HEAD_OUTPUTS, choose_forward_path, generate_greedily, small_copy
+from nesso_tune.model.lm_head import attach_supervised_head, plain_logits
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import read_data
 from nesso_tune.training.dataset import ConversationCollator
@@ -28,7 +28,7 @@ from tests.support.runs import metrics, recipe, thorough
 
 GROUPS = Groups(("it",), ("",))
 LENGTHS = (9, 4, 7, 12, 5)
-# Faulty before a model was asked: another head than its own, or documents that leak into each other. And some at ease.
+# (head, padding-free, supports packing): architectures with wrong losses without the probe, and some common ones.
 KINDS = {
     "llama": ("supervised", True, True), "gpt2": ("supervised", True, True), "gemma2": ("trl", False, True),
     "bert": ("own", False, False), "roberta": ("own", False, False), "modernbert-decoder": ("own", False, True),
@@ -44,7 +44,7 @@ def config_class(name):
 
 
 def rows(together):
-    """Conversations of some tokens each, a part of them learned: in packed rows, or one a row."""
+    """Conversations of a few tokens, some of them supervised: packed, or one per row."""
     generator = torch.Generator().manual_seed(1)
     out = []
     for group in ((0, 1), (2, 3), (4,)) if together else ((i,) for i in range(len(LENGTHS))):
@@ -58,20 +58,20 @@ def rows(together):
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
     model = tiny(config_class(kind))
-    path = choose_forward(model, "sdpa", kind)
-    assert (path.head, path.by_document, path.keeps_documents_apart) == KINDS[kind]
-    some = rows(together=path.keeps_documents_apart)
+    path = choose_forward_path(model, "sdpa", kind)
+    assert (path.head, path.padding_free, path.supports_packing) == KINDS[kind]
+    some = rows(together=path.supports_packing)
     before = model.config._attn_implementation
-    if path.by_document:
+    if path.padding_free:
         model.set_attn_implementation("sdpa")
     wanted = mean_loss(model, some)
     theirs = torch.autograd.grad(wanted, list(model.parameters()), allow_unused=True)
     model.set_attn_implementation(before)
 
     if path.head == "trl":
-        add_fused_lm_head(model, outputs=FIELDS)
+        add_fused_lm_head(model, outputs=FUSED_HEAD_OUTPUTS)
     attach_supervised_head(model)
-    collate = ConversationCollator(0, GROUPS, path.by_document, packs=path.packs)
+    collate = ConversationCollator(0, GROUPS, path.padding_free, packs=path.packs_by_position_ids)
     batch = {name: tensor for name, tensor in collate(some).items() if name not in ("group_ids", "tokens")}
     out = model(**batch, fused_lm_head=True)
     loss = -out.log_probs.sum() / out.label_mask.sum()
@@ -84,33 +84,33 @@ def test_loss_and_gradients_of_a_batch_are_those_of_each_document_alone(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "rwkv", "recurrent_gemma", "xlstm"])
-def test_answers_do_not_depend_on_the_prompts_beside_them(kind):
+def test_answers_do_not_depend_on_the_other_prompts_of_the_batch(kind):
     model = tiny(config_class(kind))
-    path = choose_forward(model, "sdpa", kind)
+    path = choose_forward_path(model, "sdpa", kind)
     assert (path.generation == "batch") == (kind == "llama")
     prompts = [list(range(5, 5 + length)) for length in (5, 9, 14)]
     model.generation_config.eos_token_id = None
     written = generate_greedily(model, prompts, path.generation, 3, pad=0, end=None)
     for prompt, answer in zip(prompts, written, strict=True):
         for token in answer:
-            assert int(own_logits(model, {"input_ids": torch.tensor([prompt])})[0, -1].argmax()) == token
+            assert int(plain_logits(model, {"input_ids": torch.tensor([prompt])})[0, -1].argmax()) == token
             prompt = [*prompt, token]
 
 
-def test_figures_say_by_how_much_a_path_is_off():
-    path = choose_forward(tiny(config_class("modernbert-decoder")), "sdpa", "base")
-    tried, own = path.head_figures
+def test_losses_show_the_error_of_a_rejected_path():
+    path = choose_forward_path(tiny(config_class("modernbert-decoder")), "sdpa", "base")
+    tried, own = path.head_losses
     assert abs(tried - own) > 0.1
-    path = choose_forward(tiny(config_class("bloom")), "sdpa", "base")
-    packed, alone = path.packing_figures
+    path = choose_forward_path(tiny(config_class("bloom")), "sdpa", "base")
+    packed, alone = path.packing_losses
     assert abs(packed - alone) > 0.01
 
 
-def test_a_model_that_sees_what_it_should_predict_is_refused_with_both_figures():
+def test_a_model_that_is_not_causal_is_refused_with_both_losses():
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = config_class("bert")(vocab_size=97, **sizes)
     with pytest.raises(ModelError, match=r'loss of 6 tokens [\d.]+ with text after them, [\d.]+ without\).*"is_decode'):
-        choose_forward(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
+        choose_forward_path(AutoModelForCausalLM.from_config(config), "sdpa", "model.base b")
 
 
 def llama(**options):
@@ -120,13 +120,13 @@ def llama(**options):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes | options))
 
 
-def test_the_copy_is_small_and_the_model_as_before():
+def test_the_copy_is_small_and_the_model_unchanged():
     model = llama(vocab_size=20_000, num_hidden_layers=9).train()
     state, random = {name: p.clone() for name, p in model.state_dict().items()}, torch.get_rng_state()
     small = small_copy(model)
     assert sum(p.numel() for p in small.parameters()) < 0.05 * sum(p.numel() for p in model.parameters())
     assert len(small.model.layers) == 2
-    choose_forward(model, "eager", "base")
+    choose_forward_path(model, "eager", "base")
     assert model.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, state[name]) for name, p in model.state_dict().items())
@@ -140,10 +140,10 @@ def test_the_copy_has_a_layer_of_every_kind():
     config = AutoConfig.for_model("lfm2", **sizes, num_hidden_layers=6, layer_types=kinds, intermediate_size=48)
     model = AutoModelForCausalLM.from_config(config)
     assert len(small_copy(model).model.layers) == 4
-    assert not choose_forward(model, "sdpa", "base").keeps_documents_apart
+    assert not choose_forward_path(model, "sdpa", "base").supports_packing
 
 
-def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
+def test_soft_capping_is_detected_even_if_the_logits_are_small(monkeypatch):
     model = llama(num_hidden_layers=1, initializer_range=1e-3)
     plain = type(model).forward
 
@@ -152,12 +152,12 @@ def test_a_cap_shows_though_the_base_s_own_logits_are_small(monkeypatch):
         out.logits = 30 * torch.tanh(out.logits / 30)
         return out
 
-    monkeypatch.setattr(module, "_CHOSEN", {})
+    monkeypatch.setattr(module, "_PATHS", {})
     monkeypatch.setattr(type(model), "forward", capped)
-    assert choose_forward(model, "sdpa", "base").head == "own"
+    assert choose_forward_path(model, "sdpa", "base").head == "own"
 
 
-def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
+def test_a_base_that_does_not_support_packing_trains_unpacked_and_resumes(tmp_path):
     said, base = [], tiny(config_class("lfm2"))
     found = outcome(base, tmp_path, packing=True, say=said.append)
     assert found.right, found
@@ -165,7 +165,7 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
     assert "one conversation a row, 6 rows an epoch instead of 2" in line
     some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
     assert read_data(run, "manifest.json")["unpacked"]
-    assert not train(some).trained, "the same command finds it finished"
+    assert not train(some).trained, "the run is finished"
     (before,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
     for folder in ("final", "checkpoint-2"):
         shutil.rmtree(run / folder)
@@ -176,8 +176,8 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tied, method):
-    """Padding is the end token: torch gives the input row of `padding_idx` no gradient."""
+def test_the_end_token_is_trained_in_a_second_stage(tmp_path, monkeypatch, tied, method):
+    """The padding token is the end token, and torch gives the embedding row of `padding_idx` no gradient."""
     base = tiny(config_class("llama"))
     if tied:
         base.config.tie_word_embeddings = True
@@ -201,7 +201,7 @@ def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tie
 
     monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", watched)
     train(some)
-    assert seen["padding"] is None, "tied or not, the input side has its gradient"
+    assert seen["padding"] is None, "the embedding row has a gradient, tied or not"
     assert seen["rows"][0].any()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / some.output_dir / "final")
     assert again.config.pad_token_id == end
@@ -209,7 +209,7 @@ def test_the_end_token_s_row_learns_in_a_second_stage(tmp_path, monkeypatch, tie
 
 @thorough
 @pytest.mark.parametrize("kind", ["modernbert-decoder", "bert", "roberta", "qwen3_5_text", "bloom", "falcon_h1"])
-def test_whole_runs_of_bases_that_were_faulty(tmp_path, kind):
+def test_whole_runs_of_difficult_architectures(tmp_path, kind):
     assert outcome(tiny(config_class(kind)), tmp_path, packing=True).right
 
 

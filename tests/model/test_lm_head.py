@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from nesso_tune.model import lm_head as module
-from nesso_tune.model.attention import Segments, attend_by_document
-from nesso_tune.model.lm_head import Row, attach_supervised_head, score, spread
+from nesso_tune.model.attention import AttentionSpans, enable_document_attention
+from nesso_tune.model.lm_head import PackedRow, attach_supervised_head, fused_output, token_log_probs
 
 VOCABULARY, WIDTH = 53, 16
 
@@ -41,7 +41,7 @@ def test_log_probs_and_gradients_equal_those_over_all_logits(bias, weights):
     hidden.grad = None
     head.zero_grad()
 
-    log_probs, top1 = score(hidden, head, targets)
+    log_probs, top1 = token_log_probs(hidden, head, targets)
     (-log_probs * of_each).sum().backward()
     torch.testing.assert_close(-log_probs.double(), wanted, rtol=1e-6, atol=1e-7)
     assert torch.equal(top1, head(hidden).argmax(-1) == targets)
@@ -49,23 +49,23 @@ def test_log_probs_and_gradients_equal_those_over_all_logits(bias, weights):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_in_bfloat16_a_token_that_is_almost_certain_keeps_its_slope():
-    """softmax - 1 of such a token is lost if the softmax is rounded before the 1 is taken off."""
+def test_in_bfloat16_a_token_with_probability_close_to_1_has_a_gradient():
+    """p - 1 is lost if p is rounded before the subtraction."""
     hidden = torch.zeros(1, WIDTH, requires_grad=True)
     head = torch.nn.Linear(WIDTH, VOCABULARY, bias=True)
     with torch.no_grad():
         head.bias.zero_()[5] = 12.0  # probability 0.9997
     with torch.autocast("cpu", torch.bfloat16):
-        log_probs, _ = score(hidden, head, torch.tensor([5]))
+        log_probs, _ = token_log_probs(hidden, head, torch.tensor([5]))
     (-log_probs.sum()).backward()
     others = 1 - functional.softmax(head.bias.detach().double(), -1)[5]
     assert float(head.bias.grad[5]) == pytest.approx(-float(others), rel=0.02)
 
 
-def test_a_batch_without_labels_is_a_zero_with_a_gradient():
+def test_a_batch_without_supervised_tokens_has_zero_loss_and_a_gradient():
     hidden, head, _ = example(dtype=torch.float32)
     mask = torch.zeros(2, 11, dtype=torch.bool)
-    out = spread(*score(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
+    out = fused_output(*token_log_probs(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
     out.log_probs.sum().backward()
     assert float(out.log_probs.detach().sum()) == 0.0
     assert not hidden.grad.any()
@@ -79,7 +79,7 @@ def tiny(**options):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_attached_head_equals_trls_own(tied):
+def test_the_attached_head_equals_that_of_trl(tied):
     ours, theirs = tiny(tie_word_embeddings=tied), tiny(tie_word_embeddings=tied)
     attach_supervised_head(ours)
     add_fused_lm_head(theirs, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
@@ -107,26 +107,26 @@ def test_without_the_flag_the_model_is_unchanged():
 LENGTHS = [9, 4, 12, 1, 6]
 
 
-def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_document():
-    """In float32, to 1e-6 of the loss and of every gradient's norm."""
+def test_loss_and_gradients_of_a_packed_row_equal_those_of_each_document_alone():
+    """In float32, to 1e-6 of the loss and of the norm of each gradient."""
     ours, plain = tiny(tie_word_embeddings=True), tiny(tie_word_embeddings=True)
-    assert attend_by_document(ours, "sdpa")
+    assert enable_document_attention(ours, "sdpa")
     attach_supervised_head(ours)
     torch.manual_seed(1)
     documents = [torch.randint(0, VOCABULARY, (length,)) for length in LENGTHS]
     labels = [ids.masked_fill(torch.rand(len(ids)) < 0.4, -100) for ids in documents]
-    learned = sum(int((own[1:] != -100).sum()) for own in labels)
+    supervised = sum(int((own[1:] != -100).sum()) for own in labels)
     wanted = sum(
         functional.cross_entropy(plain(input_ids=ids[None]).logits[0, :-1], own[1:], reduction="sum")
         for ids, own in zip(documents, labels, strict=True) if len(ids) > 1
-    ) / learned  # fmt: skip
+    ) / supervised  # fmt: skip
     wanted.backward()
 
     for own in labels:
         own[0] = -100
     ids, targets = torch.cat(documents)[None], torch.cat(labels)[None]
-    row = Row(ids, Segments.of_documents(LENGTHS), (targets[0, 1:] != -100).nonzero().flatten())
-    loss = -ours(labels=targets, row=row, fused_lm_head=True).log_probs.sum() / learned
+    row = PackedRow(ids, AttentionSpans.from_documents(LENGTHS), (targets[0, 1:] != -100).nonzero().flatten())
+    loss = -ours(labels=targets, packed_row=row, fused_lm_head=True).log_probs.sum() / supervised
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-6)
     for (name, ours_p), plain_p in zip(ours.named_parameters(), plain.parameters(), strict=True):
@@ -136,25 +136,25 @@ def test_a_packed_rows_loss_and_gradients_are_those_of_all_logits_of_each_docume
 
 MEASURE = """
 import resource, sys, torch
-from nesso_tune.model.lm_head import score
-vocabulary, width, learned = 32_000, 16, int(sys.argv[1])
+from nesso_tune.model.lm_head import token_log_probs
+vocabulary, width, supervised = 32_000, 16, int(sys.argv[1])
 torch.set_num_threads(1)
-head, hidden = torch.nn.Linear(width, vocabulary, bias=False), torch.randn(learned, width, requires_grad=True)
+head, hidden = torch.nn.Linear(width, vocabulary, bias=False), torch.randn(supervised, width, requires_grad=True)
 head.weight.grad = torch.zeros_like(head.weight)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 with torch.autocast("cpu", torch.bfloat16):
-    log_probs, _ = score(hidden, head, torch.randint(0, vocabulary, (learned,)))
+    log_probs, _ = token_log_probs(hidden, head, torch.randint(0, vocabulary, (supervised,)))
 log_probs.sum().backward()
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
 def test_memory_does_not_grow_with_logits_of_the_whole_batch():
-    """Four times the tokens need no more memory: both numbers fill whole chunks, whose size is what the CPU needs."""
+    """Four times the tokens need no more memory; both counts fill whole chunks."""
     used = {}
-    for learned in (2096, 8384):
-        done = subprocess.run([sys.executable, "-c", MEASURE, str(learned)], capture_output=True, text=True, check=True)
-        used[learned] = int(done.stdout)
-    logits = 32_000 * 2  # bytes of a token's, in bfloat16
+    for tokens in (2096, 8384):
+        done = subprocess.run([sys.executable, "-c", MEASURE, str(tokens)], capture_output=True, text=True, check=True)
+        used[tokens] = int(done.stdout)
+    logits = 32_000 * 2  # bytes per token in bfloat16
     assert used[8384] - used[2096] < (8384 - 2096) * logits / 8
-    assert used[8384] < 8384 * logits, "all together less than the logits alone"
+    assert used[8384] < 8384 * logits, "less than the logits alone"

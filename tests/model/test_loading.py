@@ -1,4 +1,4 @@
-"""Weights are never random by accident, the vocabulary fits, and new tokens start from related ones."""
+"""Loading: weights, vocabulary, rows of new tokens, token ids, base hash, compilation."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from nesso_tune import RunEnvironmentError
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import loading
-from nesso_tune.model.attention import attends_by_document, kernel_in_words
+from nesso_tune.model.attention import attention_description, uses_document_attention
 from nesso_tune.model.lm_head import forward_path
 from nesso_tune.model.loading import base_hash, load_model
 from nesso_tune.planning.plan import DataVolume
@@ -28,7 +28,7 @@ from tests.support.runs import recipe, steps
 
 @pytest.fixture
 def trained(tmp_path, base):
-    """A folder with weights, as a hub model has them (bfloat16 on disk); `tied` and `rows` may be changed."""
+    """Creates a folder with bfloat16 weights, as hub models have."""
 
     def make(tied=True, rows=None):
         folder = tmp_path / "trained"
@@ -49,12 +49,12 @@ def load(folder, random_init=False, **chat):
     return load_model(section, tokenizer, seed=1), tokenizer
 
 
-def test_a_base_without_weights_is_an_error_unless_random_weights_are_asked_for(base):
+def test_a_base_without_weights_is_an_error_unless_random_init_is_set(base):
     with pytest.raises(ModelError, match="random_init"):
         load(base)
     model, _ = load(base, random_init=True)
     again, _ = load(base, random_init=True)
-    assert torch.equal(model.lm_head.weight, again.lm_head.weight), "the seed decides"
+    assert torch.equal(model.lm_head.weight, again.lm_head.weight), "the seed determines the weights"
 
 
 def test_master_weights_are_float32(trained):
@@ -79,12 +79,12 @@ def test_new_and_renamed_rows_start_from_the_mean_of_related_rows(trained, tied,
     assert torch.equal(model.get_input_embeddings().weight[untouched], plain.get_input_embeddings().weight[untouched])
 
 
-def test_tokenizer_and_model_that_do_not_fit_are_an_error_with_both_numbers(trained):
-    with pytest.raises(ModelError, match=r"1,823 tokens, the model 1,000 rows"):
+def test_a_tokenizer_larger_than_the_model_is_an_error_with_both_sizes(trained):
+    with pytest.raises(ModelError, match=r"1,823 tokens, the model 1,000 embedding rows"):
         load(trained(rows=1000))
 
 
-def test_more_rows_than_tokens_are_fine(trained):
+def test_more_embedding_rows_than_tokens_are_allowed(trained):
     model, _ = load(trained(rows=2048))
     assert model.get_input_embeddings().weight.shape[0] == 2048
 
@@ -113,18 +113,18 @@ def test_damaged_weights_are_an_error(trained, damage):
         load(folder)
 
 
-def test_generation_stops_at_the_templates_end_and_at_the_bases_own(trained):
+def test_generation_stops_at_the_end_tokens_of_template_and_base(trained):
     model, tokenizer = load(trained())
     assert model.generation_config.eos_token_id[0] == tokenizer.eos_id
     assert 1 in model.generation_config.eos_token_id, "<|end_of_text|> of the base"
     assert model.generation_config.pad_token_id == tokenizer.pad_id == tokenizer.eos_id
     assert model.generation_config.max_length == model.config.max_position_embeddings
-    assert model.generation_config.max_new_tokens is None, "it would be a ceiling for servers and evaluations"
+    assert model.generation_config.max_new_tokens is None, "servers and evaluations would use it as an upper limit"
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_padding_tokens_row_has_a_gradient(trained, tied):
-    """The template's end token is padding too, and what a second stage starts from says so."""
+    """The padding token is the end token, and the base of a second stage names it in its config."""
     folder = trained(tied)
     first, tokenizer = load(folder)
     first.save_pretrained(folder)
@@ -132,7 +132,7 @@ def test_the_padding_tokens_row_has_a_gradient(trained, tied):
     model, _ = load(folder)
     embedding, end = model.get_input_embeddings(), tokenizer.eos_id
     hidden = model.base_model(input_ids=torch.tensor([[5, end, 7]])).last_hidden_state
-    (grad,) = torch.autograd.grad(hidden[0, -1].sum(), embedding.weight)  # of the input side alone
+    (grad,) = torch.autograd.grad(hidden[0, -1].sum(), embedding.weight)  # of the embedding alone
     assert grad[end].norm() > 0.1 * grad[5].norm() > 0
 
 
@@ -154,8 +154,8 @@ def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_pa
     assert model.generation_config.pad_token_id == tokenizer.pad_id
 
 
-def test_a_model_whose_padding_row_is_zeroed_on_loading_names_no_padding(base, tmp_path):
-    """transformers zeroes it for youtu whatever the files hold, and here it is the row of the end token."""
+def test_a_model_with_a_padding_row_zeroed_on_loading_has_no_padding_id(base, tmp_path):
+    """transformers zeroes it for youtu whatever the files contain; with us it is the row of the end token."""
     tiny(YoutuConfig).save_pretrained(tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{base}/{name}", tmp_path / "base" / name)
@@ -180,7 +180,7 @@ def test_an_adapter_in_the_folder_is_an_error_that_names_it(trained, whole):
 
 
 @pytest.mark.parametrize("scaling", [1.0, 4.0])
-def test_a_hybrid_without_experts_needs_no_router(base, tmp_path, scaling):
+def test_a_hybrid_model_without_experts_needs_no_router(base, tmp_path, scaling):
     sizes = {"vocab_size": 1823, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
              "shared_intermediate_size": 96, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}  # fmt: skip
     config = AutoConfig.for_model(
@@ -192,8 +192,8 @@ def test_a_hybrid_without_experts_needs_no_router(base, tmp_path, scaling):
         shutil.copy(f"{base}/{name}", tmp_path / name)
     model, _ = load(tmp_path, random_init=True)
     answer = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, eos_token_id=None)
-    assert answer.shape == (1, 5), "its own forward would look for a router"
-    assert not forward_path(model).keeps_documents_apart
+    assert answer.shape == (1, 5), "its own forward would need a router"
+    assert not forward_path(model).supports_packing
 
 
 def test_flash_without_a_gpu_is_an_error(base):
@@ -212,13 +212,13 @@ def test_base_hash_follows_the_content(trained):
     assert base_hash(section) != before
 
 
-def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
-    from nesso_tune.smoke import build_standin, shrunk
+def test_auto_is_eager_if_a_model_supports_nothing_else(base, tmp_path):
+    from nesso_tune.smoke import build_tiny_model, tiny_config
 
     folder = tmp_path / "base"
     folder.mkdir()
     gptj = {"model_type": "gptj", "n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 128}
-    assert build_standin(folder, shrunk(gptj, 1900)) == "gptj"
+    assert build_tiny_model(folder, tiny_config(gptj, 1900)) == "gptj"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(f"{base}/{name}", folder / name)
     section = ModelSection(base=str(folder))
@@ -226,24 +226,24 @@ def test_auto_takes_eager_where_a_model_knows_no_other(base, tmp_path):
     assert model.config._attn_implementation == "eager"
     wanted = section.model_copy(update={"attention": "sdpa"})
     chat = chat_tokenizer(wanted, ChatSection())
-    with pytest.raises(RecipeError, match="has no sdpa attention; set attention: auto or eager"):
+    with pytest.raises(RecipeError, match="does not support sdpa attention; set attention: auto or eager"):
         load_model(wanted, chat, 1)
 
 
-def test_a_base_that_scales_its_logits_is_trained_in_batches(base, tmp_path):
-    """Its head stays TRL's, and so does what a run says of its attention."""
-    assert attends_by_document(load(base, random_init=True)[0])
+def test_a_base_that_scales_its_logits_trains_with_padding(base, tmp_path):
+    """It uses TRL's head and transformers' attention."""
+    assert uses_document_attention(load(base, random_init=True)[0])
     folder = tmp_path / "granite"
     shutil.copytree(base, folder)
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "granite", "logits_scaling": 8.0}
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load(folder, random_init=True)
-    assert not attends_by_document(model)
-    assert kernel_in_words(model, "float32") == "sdpa, with masks"
+    assert not uses_document_attention(model)
+    assert attention_description(model, "float32") == "sdpa, with masks"
 
 
-def test_a_file_of_the_hubs_cache_that_is_not_what_the_hub_has_is_named(tmp_path, whole_base):
-    """The cache calls a large file by its hash."""
+def test_a_damaged_file_in_the_hubs_cache_is_named(tmp_path, whole_base):
+    """The cache names large files by their SHA-256."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     shutil.copytree(whole_base, snapshot)
     blobs.mkdir()
@@ -255,14 +255,14 @@ def test_a_file_of_the_hubs_cache_that_is_not_what_the_hub_has_is_named(tmp_path
     section = ModelSection(base=str(snapshot))
     assert base_hash(section) == base_hash(ModelSection(base=whole_base))
     blob.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
-    with pytest.raises(ModelError, match=r"model\.safetensors was damaged in the hub's cache; remove .*/blobs/"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged in the hub's cache; remove .*/blobs/"):
         base_hash(section)
 
 
 ZAGREUS = ModelShape(128_256, 960, 2560, 32, 15, 5, 64, tied=True, context=4096)
 
 
-def test_losses_are_those_of_a_run_that_is_not_compiled_and_a_resume_is_exact(tmp_path, talks, monkeypatch):
+def test_compilation_does_not_change_losses_and_a_resume_is_exact(tmp_path, talks, monkeypatch):
     lengths = set()
     compute = ConversationTrainer.compute_loss
 
@@ -276,7 +276,7 @@ def test_losses_are_those_of_a_run_that_is_not_compiled_and_a_resume_is_exact(tm
         train(recipe("sft", tmp_path / name, [talks], train={"torch_compile": compiled}))
         if not compiled:
             lengths.clear()
-    assert lengths == {2 * 128}, "rows are filled up to one length"
+    assert lengths == {2 * 128}, "all rows have one length"
     assert steps(tmp_path / "compiled") == pytest.approx(steps(tmp_path / "plain"), rel=1e-5)
     whole = steps(tmp_path / "compiled", "eval_loss")
     assert whole == pytest.approx(steps(tmp_path / "plain", "eval_loss"), rel=1e-5)
@@ -290,14 +290,14 @@ def test_losses_are_those_of_a_run_that_is_not_compiled_and_a_resume_is_exact(tm
     assert json.loads((tmp_path / "compiled" / "manifest.json").read_text())["torch_compile"] is True
 
 
-def test_without_a_compiler_it_is_said(monkeypatch):
+def test_a_missing_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(loading.shutil, "which", lambda _: None)
     assert not loading.can_compile()
     with pytest.raises(RunEnvironmentError, match=r"no C\+\+ compiler is installed"):
         loading.compile_layers(None)
 
 
-def test_auto_compiles_where_a_cpu_has_much_to_do(tmp_path):
+def test_auto_compiles_long_runs_on_a_cpu(tmp_path):
     def compiled(volume=None, shape=ZAGREUS, **train):
         some = recipe("sft", tmp_path, ["a"], train={"max_steps": None, "num_epochs": 1.0, **train},
                       data={"sequence_len": 1024})  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config, quantise
-from nesso_tune.model.attention import Segments, attend_by_document, through
+from nesso_tune.model.attention import AttentionSpans, enable_document_attention, last_hidden_states
 from nesso_tune.planning.advice import ROOMY
 from nesso_tune.planning.hardware import GIB, TABLE, Gpu, find_gpu
 from nesso_tune.planning.memory import (
@@ -45,7 +45,7 @@ def kept(config, layers, tokens, bfloat16, adapter=None):
     """Bytes that autograd keeps of a forward pass, weights aside."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config | {"num_hidden_layers": layers})).train()
-    assert attend_by_document(model, "sdpa")
+    assert enable_document_attention(model, "sdpa")
     if adapter is not None:
         dtype = "bfloat16" if bfloat16 else "float32"
         adapt(model, ModelSection(base="b", dtype=dtype, adapter=adapter), [], seed=0)
@@ -60,8 +60,8 @@ def kept(config, layers, tokens, bfloat16, adapter=None):
 
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-        segments = Segments.of_documents([tokens // 2, tokens // 2])
-        through(model, torch.ones(1, tokens, dtype=torch.long), segments)
+        segments = AttentionSpans.from_documents([tokens // 2, tokens // 2])
+        last_hidden_states(model, torch.ones(1, tokens, dtype=torch.long), segments)
     return sum(storage.nbytes() for storage in seen.values())
 
 

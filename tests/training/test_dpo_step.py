@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from nesso_tune.model.attention import Segments, attend_by_document
-from nesso_tune.model.lm_head import Row, attach_supervised_head
+from nesso_tune.model.attention import AttentionSpans, enable_document_attention
+from nesso_tune.model.lm_head import PackedRow, attach_supervised_head
 from nesso_tune.recipes.rules import SMOOTHED_LOSSES, SORTED_LOSSES
 from nesso_tune.recipes.schema import LossName
 from nesso_tune.training import dpo
@@ -76,7 +76,7 @@ def pairs():
 def by_rows(model):
     """The same weights, by document and with the head on learned positions."""
     ours = deepcopy(model)
-    assert attend_by_document(ours, "sdpa")
+    assert enable_document_attention(ours, "sdpa")
     attach_supervised_head(ours)
     return ours
 
@@ -233,7 +233,9 @@ def test_log_probs_are_those_of_each_answer_alone():
     batch = PairCollator(0, GROUPS)(pairs())
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     with torch.no_grad():
-        got = ours(input_ids=batch["input_ids"], labels=labels, row=batch["row"], fused_lm_head=True).log_probs
+        got = ours(
+            input_ids=batch["input_ids"], labels=labels, packed_row=batch["packed_row"], fused_lm_head=True
+        ).log_probs
     for i, pair in enumerate(pairs()):
         for side, name in ((i, "chosen_ids"), (i + len(SIZES), "rejected_ids")):
             ids = torch.tensor([pair["prompt_ids"] + pair[name]])
@@ -246,12 +248,12 @@ def test_log_probs_are_those_of_each_answer_alone():
 
 
 MUTANTS = {
-    "the rejected answer sees the chosen one": lambda sizes: Segments.of_documents([sum(size) for size in sizes]),
-    "the rejected answer does not see the prompt": lambda sizes: Segments.of_documents(
+    "the rejected answer sees the chosen one": lambda sizes: AttentionSpans.from_documents([*map(sum, sizes)]),
+    "the rejected answer does not see the prompt": lambda sizes: AttentionSpans.from_documents(
         [n for p, c, r in sizes for n in (p + c, r)]
     ),
-    "positions run on": lambda sizes: Segments(**{
-        **vars(Segments.of_pairs(sizes)), "positions": torch.arange(sum(map(sum, sizes)))[None]
+    "positions run on": lambda sizes: AttentionSpans(**{
+        **vars(AttentionSpans.from_pairs(sizes)), "position_ids": torch.arange(sum(map(sum, sizes)))[None]
     }),
 }  # fmt: skip
 
@@ -261,22 +263,26 @@ def test_a_leak_would_be_seen(mutant):
     ours = by_rows(net())
     batch = PairCollator(0, GROUPS)(pairs())
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    row = batch["row"]
+    row = batch["packed_row"]
     with torch.no_grad():
         right, wrong = (
-            ours(input_ids=batch["input_ids"], labels=labels, row=one, fused_lm_head=True).log_probs
-            for one in (row, Row(row.ids, mutant(SIZES), row.before))
+            ours(input_ids=batch["input_ids"], labels=labels, packed_row=one, fused_lm_head=True).log_probs
+            for one in (row, PackedRow(row.input_ids, mutant(SIZES), row.logits_to_keep))
         )
     assert float((right - wrong).abs().max()) > 1e-2
 
 
 def test_a_pairs_row_holds_each_prompt_once():
-    row = PairCollator(0, GROUPS)(pairs())["row"]
-    assert row.ids.shape == (1, sum(map(sum, SIZES)))
-    assert row.segments.lengths == (12, 8, 3, 8, 13, 13, 9, 8)
-    assert row.segments.positions[0, :15].tolist() == [*range(12), 5, 6, 7]
-    assert row.before[:7].tolist() == [4, 5, 6, 7, 8, 9, 10], "the chosen answer is predicted from the prompt on"
-    assert row.before[18:21].tolist() == [4, 12, 13], "and the rejected one from the same last token of the prompt"
+    row = PairCollator(0, GROUPS)(pairs())["packed_row"]
+    assert row.input_ids.shape == (1, sum(map(sum, SIZES)))
+    assert row.spans.lengths == (12, 8, 3, 8, 13, 13, 9, 8)
+    assert row.spans.position_ids[0, :15].tolist() == [*range(12), 5, 6, 7]
+    assert row.logits_to_keep[:7].tolist() == [4, 5, 6, 7, 8, 9, 10], (
+        "the chosen answer is predicted from the prompt on"
+    )
+    assert row.logits_to_keep[18:21].tolist() == [4, 12, 13], (
+        "and the rejected one from the same last token of the prompt"
+    )
 
 
 @pytest.mark.parametrize("micro", [1, 2, 5])

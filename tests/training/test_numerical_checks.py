@@ -228,7 +228,7 @@ def test_a_base_that_holds_nan_is_refused(tmp_path, talks, whole_base):
     weights[name].view(-1)[7] = math.inf
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     some = recipe("sft", tmp_path / "run", [talks], model={"base": str(base), "random_init": False})
-    with pytest.raises(ModelError, match=f"{name} holds NaN or infinity"):
+    with pytest.raises(ModelError, match=f"{name} contains NaN or infinity"):
         train(some)
 
 
