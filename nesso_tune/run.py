@@ -44,7 +44,7 @@ from nesso_tune.runs.disk_space import Room
 from nesso_tune.runs.metrics_log import read_metrics
 from nesso_tune.runs.provenance import check_same_run, moved_in_words, other_environment, run_facts
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
-from nesso_tune.training.evaluation import in_words
+from nesso_tune.training.evaluation import best_summary
 from nesso_tune.training.fit import check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
 
@@ -196,7 +196,7 @@ def _train(
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
         metrics, best = last_metrics(run.metrics), trainer.track.best
-        chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
+        chosen = [] if best is None else best_summary(best, trainer.state.global_step, plan.steps)
         for text in chosen:
             say(text)
         if is_first():

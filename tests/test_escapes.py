@@ -8,7 +8,7 @@ import pytest
 
 from nesso_tune import logs
 from nesso_tune.cli.chat import chat
-from nesso_tune.generation.inference import Talker
+from nesso_tune.generation.inference import ChatModel
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms, Reading
 from tests.support.runs import ROOT, main_here, recipe, write_recipe
@@ -116,9 +116,9 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
             say(f"uno\n\tdue {EVIL}{call}")
         return f"uno\n\tdue {EVIL}{call}"
 
-    monkeypatch.setattr(Talker, "answer", answer)
-    monkeypatch.setattr(Talker, "room", lambda self, *_: 10_000)
-    monkeypatch.setattr("nesso_tune.generation.inference.load_talker", lambda model: Talker(None, None))
+    monkeypatch.setattr(ChatModel, "answer", answer)
+    monkeypatch.setattr(ChatModel, "room", lambda self, *_: 10_000)
+    monkeypatch.setattr("nesso_tune.generation.inference.load_chat_model", lambda model: ChatModel(None, None))
     asked, lines = [], iter(["ciao", "", "/history", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or next(lines))
     prompt = None if talking else "Ciao"

@@ -17,7 +17,7 @@ from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
 from nesso_tune.data.convert import Tool
 from nesso_tune.data.languages import detect_language
 from nesso_tune.errors import RecipeError
-from nesso_tune.generation.inference import Sampling, Talker
+from nesso_tune.generation.inference import ChatModel, Sampling
 from nesso_tune.logs import print_text, visible
 from nesso_tune.recipes.builtin import flag_path
 
@@ -45,7 +45,7 @@ class Dialogue:
         turns: what has been said, without the system message.
     """
 
-    talker: Talker
+    talker: ChatModel
     sampling: Sampling
     system: str | None = None
     tools: tuple[Tool, ...] = ()
@@ -170,14 +170,14 @@ def chat(
 ) -> None:
     """Talk to a model."""
     from nesso_tune.data.convert import read_tool_file
-    from nesso_tune.generation.inference import Sampling, load_talker
+    from nesso_tune.generation.inference import Sampling, load_chat_model
 
     if top_p < 1 and temperature == 0:
         raise RecipeError("--top-p", "has no effect on greedy answers", "set --temperature above 0, or remove it")
     if prompt is not None and not prompt.strip():
         raise RecipeError("--prompt", "is empty", "give it a text, or leave it out to talk")
     offered = read_tool_file(tools) if tools is not None else ()
-    talker = load_talker(model)
+    talker = load_chat_model(model)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     dialogue = Dialogue(talker, sampling, system, offered, language)
     if prompt is not None:

@@ -62,7 +62,7 @@ class StopRequest:
 class StopWhenAsked(TrainerCallback):
     """Agrees with all processes after each step whether to stop, so that none waits for one that is gone.
 
-    Added after `Pace`, whose flags it overrides. `stopped_at` is the step of the checkpoint, if it stopped.
+    Added after `IntervalCallback`, whose flags it overrides. `stopped_at` is the step of the checkpoint, if it stopped.
     """
 
     def __init__(self, trainer: Any, request: StopRequest, total_steps: int) -> None:

@@ -45,7 +45,7 @@ class Prompt:
     private: bool = False
 
 
-def choose_prompts(rows: Rows, count: int) -> list[Prompt]:
+def select_prompts(rows: Rows, count: int) -> list[Prompt]:
     """`count` prompts of the entries in `rows`, as evenly as possible over the languages, in a fixed order.
 
     Those of a language are taken from its sources in turn.
@@ -99,7 +99,7 @@ LEAST = 12
 BLOCK, COPIES, STRETCH = 64, 3, 24  # tokens of the longest block, how often it comes, and tokens of a loop at least
 
 
-def language_told(text: str) -> str:
+def detected_language(text: str) -> str:
     """The language of an answer's prose; `und` where it is too short to tell, or holds none.
 
     Code, calls of tools and addresses are left out, and fewer than 12 letters are not told.
@@ -118,14 +118,14 @@ def in_language(text: str, language: str, expected: str) -> bool | None:
             data's own answer is told to be in.
         expected: the data's own answer.
     """
-    wanted = language_told(expected) if language == UNKNOWN_LANGUAGE else language
+    wanted = detected_language(expected) if language == UNKNOWN_LANGUAGE else language
     if wanted not in CANDIDATES or wanted == NO_LANGUAGE:  # the detector could never say so
         return None
-    told = language_told(text)
+    told = detected_language(text)
     return None if told == UNKNOWN_LANGUAGE else told == wanted
 
 
-def ends_in_a_loop(ids: Sequence[int]) -> bool:
+def ends_in_loop(ids: Sequence[int]) -> bool:
     """Whether the last tokens of an answer repeat one block.
 
     So it is if for some length p of at most 64 tokens the last max(3 * p, 24) tokens have period p: each equals the one
@@ -220,7 +220,7 @@ def _up_to(end: int | None, ids: list[int]) -> list[int]:
 Figure = Callable[[Answer], "float | bool | None"]  # of one answer; None if it says nothing
 
 
-def measure(answers: Sequence[Answer], prefix: str = "", sources: Sequence[str] = ()) -> dict[str, float]:
+def answer_metrics(answers: Sequence[Answer], prefix: str = "", sources: Sequence[str] = ()) -> dict[str, float]:
     """Means over answers: whole, by language (`name/it`), and by source (`name/source/NAME`).
 
     `answers`: how many there are. `stop_rate`: share that ended with the end token; `expected_stop_rate`: share whose
@@ -228,7 +228,7 @@ def measure(answers: Sequence[Answer], prefix: str = "", sources: Sequence[str] 
     In preference data also `closer_to_chosen`: share that is more alike to the chosen than to the rejected answer, by
     characters. `language_fidelity`: share in the language of their prompt, of the `answers_told` of which it can be
     told (see `traits.in_language`); absent where there are none. `repetition_rate`: share that ends in a loop (see
-    `traits.ends_in_a_loop`). `answer_tokens` and `expected_tokens`: length of the answers, and of the data's.
+    `traits.ends_in_loop`). `answer_tokens` and `expected_tokens`: length of the answers, and of the data's.
 
     Args:
         answers: what is measured.
@@ -240,7 +240,7 @@ def measure(answers: Sequence[Answer], prefix: str = "", sources: Sequence[str] 
         "expected_stop_rate": lambda a: a.expected_stops,
         "exact_match": lambda a: a.text == a.expected,
         "language_fidelity": lambda a: a.in_language,
-        "repetition_rate": lambda a: ends_in_a_loop(a.ids),
+        "repetition_rate": lambda a: ends_in_loop(a.ids),
         "answer_tokens": lambda a: len(a.ids),
         "expected_tokens": lambda a: a.expected_tokens,
     }
@@ -271,7 +271,7 @@ def length_ratios(metrics: Mapping[str, float], parent: Mapping[str, float], pre
     """`answer_length_ratio`, whole and by part: mean length of the answers, over that of the parent's to these prompts.
 
     Args:
-        metrics: what `measure` gave, with this prefix.
+        metrics: what `answer_metrics` gave, with this prefix.
         parent: what it gave for the parent's answers, without a prefix.
     """
     before = f"{prefix}answer_tokens"

@@ -39,7 +39,7 @@ class Sampling:
     top_p: float = 1.0
 
 
-class Talker:
+class ChatModel:
     """A model and its tokenizer, ready to answer."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,7 +104,7 @@ class _Streamer(TextStreamer):
         self._say(text)
 
 
-def load_talker(model: str) -> Talker:
+def load_chat_model(model: str) -> ChatModel:
     """Loads a model folder, a run directory (its `final/`), or a hub id.
 
     Raises:
@@ -132,4 +132,4 @@ def load_talker(model: str) -> Talker:
     if tokenizer.chat_template is None:
         raise ModelError(where, "has no chat template: it is a base model", "train it on conversations first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Talker(weights.to(device).eval(), tokenizer)
+    return ChatModel(weights.to(device).eval(), tokenizer)

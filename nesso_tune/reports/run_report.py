@@ -11,7 +11,7 @@ from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.reports.html import shown
 from nesso_tune.runs.metrics_log import read_metrics
-from nesso_tune.training.alarms import alarms_of
+from nesso_tune.training.alarms import alarm_events
 
 Line = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -121,7 +121,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: Mapping[str, Any])
     """Writes report.html into a run directory, from its metrics.jsonl; private sources are not named."""
     lines = read_metrics(run / "metrics.jsonl")
     plots = [svg for title, names in PLOTS.items() if (svg := plot(title, names, lines))]
-    alarms = _rows(alarms_of(lines), ("step", "alarm", "said"))
+    alarms = _rows(alarm_events(lines), ("step", "alarm", "said"))
     answers = [line for line in lines if line.get("event") == "answer"]
     last = [line for line in answers if line["step"] == answers[-1]["step"]]
     body = [

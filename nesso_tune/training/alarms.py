@@ -216,7 +216,7 @@ class Alarms:
             yield Reading("answers_shrink", figure, ratio, least / GROWTH, least, f"{what}; {HOLD}", enough)
 
 
-def alarms_of(lines: Iterable[Line]) -> list[Line]:
+def alarm_events(lines: Iterable[Line]) -> list[Line]:
     """The lines of alarms among those of metrics.jsonl."""
     return [line for line in lines if line.get("event") == EVENT]
 

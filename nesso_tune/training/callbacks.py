@@ -18,7 +18,7 @@ from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.layout import PROFILE
 
 
-class Pace(TrainerCallback):
+class IntervalCallback(TrainerCallback):
     """Sets the trainer's flags after each optimizer step."""
 
     def __init__(self, plan: Plan) -> None:
@@ -107,11 +107,12 @@ class ProgressBar(TrainerCallback):
 WARM_UP, STEPS = 5, 3  # steps of a session that are let pass, and that are recorded
 
 
-class Profile(TrainerCallback):
+class ProfilerCallback(TrainerCallback):
     """Records some steps of this session on the first process; a short session is recorded as far as it goes.
 
-    Added after `Pace`: a recording ends with the step after which something else than training comes. The trace is in
-    Chrome's format, gzipped: `<output_dir>/profile/steps-6-8.json.gz`. Nothing that is computed depends on it.
+    Added after `IntervalCallback`: a recording ends with the step after which something else than training comes. The
+    trace is in Chrome's format, gzipped: `<output_dir>/profile/steps-6-8.json.gz`. Nothing that is computed depends on
+    it.
     """
 
     def __init__(self, trainer: Any, run: Path, total_steps: int) -> None:

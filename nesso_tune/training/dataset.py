@@ -19,7 +19,7 @@ from nesso_tune.model.lm_head import Row
 from nesso_tune.training.grouped_metrics import Groups
 
 
-class RunOrder(Dataset):
+class RunDataset(Dataset):
     """Row `i` is the i-th row of the run, through all epochs.
 
     Accelerate deals micro batches to the processes in turn, so that optimizer step `s` consists of the rows
@@ -53,7 +53,7 @@ class RunOrder(Dataset):
 
 Batch = dict[str, Any]
 CountedBatch = tuple[Batch, bool]  # False: computed only so that all processes take part
-OURS = ("group_ids", "tokens", "entries")  # columns of a batch that no model takes
+NON_MODEL_KEYS = ("group_ids", "tokens", "entries")  # columns of a batch that no model takes
 
 
 @dataclass(frozen=True)

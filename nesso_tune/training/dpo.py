@@ -15,10 +15,10 @@ from trl import DPOTrainer
 from nesso_tune.chat.encoding import IGNORED
 from nesso_tune.errors import NumericalError
 from nesso_tune.recipes.rules import SORTED_LOSSES
-from nesso_tune.training.dataset import OURS, Batch, CountedBatch
+from nesso_tune.training.dataset import NON_MODEL_KEYS, Batch, CountedBatch
 from nesso_tune.training.fsdp import drops_at_random
-from nesso_tune.training.grouped_metrics import Figures, Groups, Tally
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups, MetricSpec
+from nesso_tune.training.trainer import BaseTrainer
 
 METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
            "logps/rejected")  # fmt: skip
@@ -27,7 +27,7 @@ SFT_LOSS, PREFERENCE_LOSS = "loss_sft", "loss_preference"  # the term by itself;
 Reference = dict[int, tuple[float, float]]  # pair -> log-probability of its chosen and rejected answer
 
 
-class PairTrainer(TrackedTrainer, DPOTrainer):
+class PairTrainer(BaseTrainer, DPOTrainer):
     """The loss of an optimizer step is TRL's loss of all its pairs, however they are split.
 
     Its terms are means over the pairs of the step; `sft` is a mean over the tokens of their chosen answers. TRL takes
@@ -70,7 +70,7 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The loss of a micro batch, so that its mean over the step's micro batches and processes is the step's."""
-        own = {name: inputs.pop(name) for name in OURS}
+        own = {name: inputs.pop(name) for name in NON_MODEL_KEYS}
         inputs |= self.reference_of(own["entries"])
         seen: list[Any] = []
 
@@ -84,7 +84,7 @@ class PairTrainer(TrackedTrainer, DPOTrainer):
             self._assert_policy_is_reference(outputs.log_probs, inputs)
         # each step counts alike in the mean of several
         each_token = None if num_items_in_batch is None else 1 / num_items_in_batch.double()
-        add_pair_losses(self, track.tally, outputs, inputs, own["group_ids"], preference, each_token)
+        add_dpo_metrics(self, track.tally, outputs, inputs, own["group_ids"], preference, each_token)
         track.tokens += int(own["tokens"])
         track.supervised_tokens += int(inputs["completion_mask"].sum())
         if num_items_in_batch is None:
@@ -147,21 +147,21 @@ def sft_weight(trainer: PairTrainer) -> float:
     return float(trainer.loss_weights[trainer.loss_types.index(SFT)])
 
 
-def pair_figures(losses: Mapping[Any, float]) -> Figures:
+def dpo_metrics(losses: Mapping[Any, float]) -> MetricSpec:
     """What is reported of a loss: itself, its two kinds of terms where it has an sft term, and the metrics."""
     of_pairs, weight = any(name != SFT for name in losses), losses.get(SFT)
     metrics = ("token_accuracy", *METRICS, "logps/chosen_shift")
     whole = frozenset({"loss", PREFERENCE_LOSS} if any(name in SORTED_LOSSES for name in losses) else ())
     if weight is None:
-        return Figures(("loss", *metrics), whole=whole)
+        return MetricSpec(("loss", *metrics), whole=whole)
     parts = {PREFERENCE_LOSS: 1.0, SFT_LOSS: weight} if of_pairs else {SFT_LOSS: weight}
-    return Figures((*parts, *metrics), {"loss": parts}, whole)
+    return MetricSpec((*parts, *metrics), {"loss": parts}, whole)
 
 
 @torch.no_grad()
-def add_pair_losses(
+def add_dpo_metrics(
     trainer: PairTrainer,
-    tally: Tally,
+    tally: GroupedMetrics,
     outputs: Any,
     inputs: dict[str, Any],
     group_ids: Tensor,
@@ -174,7 +174,7 @@ def add_pair_losses(
 
     Args:
         trainer: its settings decide.
-        tally: of the `pair_figures` of its loss.
+        tally: of the `dpo_metrics` of its loss.
         outputs, inputs: of the model.
         group_ids: of each pair.
         preference: the pairs' `preference_loss`, where it is known.
@@ -196,7 +196,7 @@ def add_pair_losses(
 
 def _add_preference_loss(
     trainer: PairTrainer,
-    tally: Tally,
+    tally: GroupedMetrics,
     outputs: Any,
     inputs: dict[str, Any],
     group_ids: Tensor,
@@ -275,7 +275,7 @@ SETTINGS = ("beta", "ld_alpha", "label_smoothing", "f_divergence_type", "f_alpha
 def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The model's outputs on a batch of the collator, its inputs on the device, and what is ours of them."""
     inputs = send_to_device(batch, trainer.accelerator.device)
-    own = {name: inputs.pop(name) for name in OURS}
+    own = {name: inputs.pop(name) for name in NON_MODEL_KEYS}
     asked = {name: value for name, value in inputs.items() if name != "completion_mask"}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
     with trainer.compute_loss_context_manager():
@@ -284,16 +284,16 @@ def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[Any, dict[str, Any]
 
 
 @torch.no_grad()
-def evaluate_pairs(trainer: PairTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
-    """Loss and metrics over batches of pairs, whole and by group. `batches` as in `sft.evaluate_loss`.
+def evaluate_dpo(trainer: PairTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
+    """Loss and metrics over batches of pairs, whole and by group. `batches` as in `sft.evaluate_sft`.
 
     The loss is that of all pairs as one step: means over all pairs and all tokens of their chosen answers. A loss that
     sorts pairs is the mean over batches, weighted by their pairs.
     """
-    tally = Tally(trainer.track.tally.figures, groups, trainer.accelerator.device)
+    tally = GroupedMetrics(trainer.track.tally.figures, groups, trainer.accelerator.device)
     for batch, counted in batches:
         outputs, inputs, own = score_pairs(trainer, batch)
         if counted:
             inputs |= trainer.reference_of(own["entries"])
-            add_pair_losses(trainer, tally, outputs, inputs, own["group_ids"])
+            add_dpo_metrics(trainer, tally, outputs, inputs, own["group_ids"])
     return {f"eval_{name}": value for name, value in tally.means(trainer.sum_over_processes).items()}

@@ -15,16 +15,16 @@ from nesso_tune.data.packing import Rows
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.process_group import from_first, is_first
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
-from nesso_tune.generation.answers import Answer, Prompt, answer, choose_prompts, length_ratios, measure
+from nesso_tune.generation.answers import Answer, Prompt, answer, answer_metrics, length_ratios, select_prompts
 from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import PREFIX, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.dataset import Collator, CountedBatch
-from nesso_tune.training.grouped_metrics import Figures, Groups
+from nesso_tune.training.grouped_metrics import Groups, MetricSpec
 
-LossOver = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]
+EvaluateLoss = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]
 SHOWN = 8  # answers that are written out at each evaluation
 PARENT = "parent"  # the event of the line with the figures of the parent's answers
 
@@ -34,7 +34,7 @@ class Evaluator:
     """Measures a trainer's model. Called by the trainer at its intervals and at the end.
 
     Attributes:
-        section: what to measure.
+        section: what to answer_metrics.
         rows: validation rows.
         train_rows: rows of epoch 0, for prompts that were trained on.
         collate: rows to a batch.
@@ -45,7 +45,7 @@ class Evaluator:
         total_steps: the step at which the training prompts are answered.
         sources: names of the sources that `rows` come from (`train_rows`, where nothing is held out), for the figures
             by source; none if empty.
-        parent: figures of the parent's answers to the same prompts, in DPO; see `meet_parent`.
+        parent: figures of the parent's answers to the same prompts, in DPO; see `load_parent_metrics`.
     """
 
     section: EvaluationSection
@@ -53,7 +53,7 @@ class Evaluator:
     train_rows: Rows
     collate: Collator
     micro_batch: int
-    loss_over: LossOver
+    loss_over: EvaluateLoss
     tokenizer: PreTrainedTokenizerBase
     log: MetricsLog
     total_steps: int
@@ -63,7 +63,7 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         asked = self.rows if len(self.rows) else self.train_rows
-        self.prompts = choose_prompts(asked, self.section.samples)
+        self.prompts = select_prompts(asked, self.section.samples)
 
     def __call__(self, trainer: Any) -> dict[str, Any]:
         """Metrics by name, ready for a line of metrics.jsonl."""
@@ -73,15 +73,15 @@ class Evaluator:
         prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
         answers = self._answers(trainer, self.prompts)
         self._show([one for one in answers if not one.prompt.private][:SHOWN], trainer.state.global_step)
-        metrics |= measure(answers, prefix, self.sources)
+        metrics |= answer_metrics(answers, prefix, self.sources)
         metrics |= length_ratios(metrics, self.parent, prefix)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
-            known = choose_prompts(self.train_rows, self.section.train_samples)
+            known = select_prompts(self.train_rows, self.section.train_samples)
             same = self.train_rows.documents is self.rows.documents or not len(self.rows)
-            metrics |= measure(self._answers(trainer, known), "train_", self.sources if same else ())
+            metrics |= answer_metrics(self._answers(trainer, known), "train_", self.sources if same else ())
         return metrics
 
-    def meet_parent(self, trainer: Any, begins: bool) -> None:
+    def load_parent_metrics(self, trainer: Any, begins: bool) -> None:
         """Takes the figures of the parent, the model that training starts from; all processes call this.
 
         Where a run begins the parent is asked, and a line of metrics.jsonl keeps the figures; later they are read back.
@@ -98,7 +98,7 @@ class Evaluator:
         trainer.model.train(was_training)
         if answers:
             allowed = {"max_new_tokens": self.section.max_new_tokens}
-            self.log.write({"step": 0, "event": PARENT, **allowed, **measure(answers, sources=self.sources)})
+            self.log.write({"step": 0, "event": PARENT, **allowed, **answer_metrics(answers, sources=self.sources)})
 
     def _noted(self) -> dict[str, Any]:
         asked = {"event": PARENT, "answers": len(self.prompts), "max_new_tokens": self.section.max_new_tokens}
@@ -133,7 +133,7 @@ KEY = "train.best_metric"
 
 
 @dataclass
-class Best:
+class BestCheckpoint:
     """The best evaluation of a run so far. Every process holds the same: all are told the first one's metrics.
 
     Attributes:
@@ -181,7 +181,7 @@ class Best:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
 
 
-def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
+def best_checkpoint_for(recipe: Recipe, figures: MetricSpec, validation: Rows) -> BestCheckpoint | None:
     """What a recipe wants to be kept; None if it takes the last weights.
 
     Args:
@@ -208,10 +208,10 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
         of_source = divided and metric.startswith(f"{whole}{OF_SOURCE}")  # which there are shows the first evaluation
         if (whole if of_source else metric) not in measured:
             raise RecipeError(KEY, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
-    return Best(metric, recipe.train.early_stopping_patience)
+    return BestCheckpoint(metric, recipe.train.early_stopping_patience)
 
 
-def take_best(trainer: Any) -> None:
+def load_best_weights(trainer: Any) -> None:
     """Puts the weights of the best evaluation into the trained model and notes it in metrics.jsonl. All call this.
 
     Raises:
@@ -235,7 +235,7 @@ def take_best(trainer: Any) -> None:
         log.write(line)
 
 
-def in_words(best: Best, step: int, steps: int) -> list[str]:
+def best_summary(best: BestCheckpoint, step: int, steps: int) -> list[str]:
     """What a person should know at the end.
 
     Args:
@@ -250,7 +250,7 @@ def in_words(best: Best, step: int, steps: int) -> list[str]:
     return [*([early] if step < steps else []), taken]
 
 
-def _most(best: Best) -> str:
+def _most(best: BestCheckpoint) -> str:
     return "highest" if better(best.metric) == "higher" else "lowest"
 
 

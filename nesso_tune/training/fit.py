@@ -36,12 +36,12 @@ from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.callbacks import Pace, Profile, ProgressBar
-from nesso_tune.training.dataset import Collator, ConversationCollator, PairCollator, RunOrder
-from nesso_tune.training.evaluation import Evaluator, LossOver, best_of, take_best
+from nesso_tune.training.callbacks import IntervalCallback, ProfilerCallback, ProgressBar
+from nesso_tune.training.dataset import Collator, ConversationCollator, PairCollator, RunDataset
+from nesso_tune.training.evaluation import EvaluateLoss, Evaluator, best_checkpoint_for, load_best_weights
 from nesso_tune.training.fsdp import check_sharded, fsdp_arguments
-from nesso_tune.training.grouped_metrics import Figures, Groups, Tally
-from nesso_tune.training.numerical_checks import Guard
+from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups, MetricSpec
+from nesso_tune.training.numerical_checks import SpikeGuard
 from nesso_tune.training.reference import (
     cache_reference,
     cached_reference,
@@ -50,7 +50,7 @@ from nesso_tune.training.reference import (
     reference_key,
     save_reference,
 )
-from nesso_tune.training.throughput import Operations, Throughput
+from nesso_tune.training.throughput import Throughput, TrainingFlops
 from nesso_tune.training.trainer import Track
 
 
@@ -176,7 +176,7 @@ def fit(
     trainer = _trainer(model, data, recipe, plan, run, facts, room)
     trainer.add_callback(_Beginning(trainer, data, run, facts, recipe))
     if recipe.train.profile:
-        trainer.add_callback(Profile(trainer, run.path, plan.steps))
+        trainer.add_callback(ProfilerCallback(trainer, run.path, plan.steps))
     _train_until_asked(trainer, plan, run, request)
     model.config.pad_token_id = pad_id  # transformers had put the tokenizer's there, whatever the model does with it
     return trainer
@@ -197,7 +197,7 @@ def _trainer(
     collate = _collator(
         model, recipe, data.chat.pad_id, groups, recipe.data.sequence_len if plan.torch_compile else None
     )
-    best, operations = best_of(recipe, figures, data.validation), _adapted(model, recipe, data.chat.new_ids)
+    best, operations = best_checkpoint_for(recipe, figures, data.validation), _adapted(model, recipe, data.chat.new_ids)
     config = model.config.get_text_config()
     coefficient = getattr(config, "router_aux_loss_coef", None)
     trainer: Trainer = kind(
@@ -206,7 +206,7 @@ def _trainer(
         data_collator=collate,
         train_dataset=_sample(data),
         processing_class=data.tokenizer,
-        callbacks=[Pace(plan), ProgressBar(Path(recipe.output_dir).name)],
+        callbacks=[IntervalCallback(plan), ProgressBar(Path(recipe.output_dir).name)],
     )
     if coefficient is not None:  # TRL writes the one of its arguments there
         config.router_aux_loss_coef = coefficient
@@ -214,12 +214,12 @@ def _trainer(
     attach_supervised_head(model)
     if plan.torch_compile:
         compile_layers(model)
-    log, order = MetricsLog(run.metrics, trainer.is_world_process_zero()), RunOrder(data.stream, plan.rows_seen)
+    log, order = MetricsLog(run.metrics, trainer.is_world_process_zero()), RunDataset(data.stream, plan.rows_seen)
     trainer.track = Track(
         plan=plan,
         order=order,
-        tally=Tally(figures, groups, trainer.args.device),
-        guard=Guard(recipe.train.on_spike, order, log),
+        tally=GroupedMetrics(figures, groups, trainer.args.device),
+        guard=SpikeGuard(recipe.train.on_spike, order, log),
         log=log,
         alarms=Alarms(log, recipe.method, plan.steps, looks=trainer.is_world_process_zero()),
         evaluate=_evaluator(model, recipe, data, plan, loss_over, log),
@@ -233,20 +233,20 @@ def _trainer(
     return trainer
 
 
-def _adapted(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> Operations:
+def _adapted(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> TrainingFlops:
     """Puts the recipe's adapter, if it has one, into the model; the operations that training it takes."""
-    operations = Operations.of(model)
+    operations = TrainingFlops.of(model)
     if recipe.model.adapter is None:
         return operations
     adapt(model, recipe.model, new_ids, recipe.seed)
     return operations.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def _method(recipe: Recipe) -> tuple[Any, Figures, Any, Any]:
+def _method(recipe: Recipe) -> tuple[Any, MetricSpec, Any, Any]:
     """Trainer, what is reported of its training, evaluation and arguments of SFT or DPO."""
     if isinstance(recipe, SFTRecipe):
-        return sft.ConversationTrainer, sft.FIGURES, sft.evaluate_loss, sft_arguments
-    return dpo.PairTrainer, dpo.pair_figures(recipe.dpo.loss), dpo.evaluate_pairs, dpo_arguments
+        return sft.ConversationTrainer, sft.FIGURES, sft.evaluate_sft, sft_arguments
+    return dpo.PairTrainer, dpo.dpo_metrics(recipe.dpo.loss), dpo.evaluate_dpo, dpo_arguments
 
 
 def _collator(
@@ -263,7 +263,7 @@ def _collator(
 
 
 def _evaluator(
-    model: PreTrainedModel, recipe: Recipe, data: PreparedData, plan: Plan, loss_over: LossOver, log: MetricsLog
+    model: PreTrainedModel, recipe: Recipe, data: PreparedData, plan: Plan, loss_over: EvaluateLoss, log: MetricsLog
 ) -> Evaluator | None:
     if recipe.evaluation is None:
         return None
@@ -291,7 +291,7 @@ def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopR
         trainer.track.log.write({"step": stop.stopped_at, "event": "preempted"})
         raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")
     if best is not None:
-        take_best(trainer)
+        load_best_weights(trainer)
 
 
 class _Beginning(TrainerCallback):
@@ -316,7 +316,7 @@ class _Beginning(TrainerCallback):
         if isinstance(trainer, dpo.PairTrainer) and isinstance(self._recipe, DPORecipe):
             trainer.reference = self._reference(trainer, self._recipe)
             if isinstance(track.evaluate, Evaluator):
-                track.evaluate.meet_parent(trainer, begins=self._run.checkpoint is None)
+                track.evaluate.load_parent_metrics(trainer, begins=self._run.checkpoint is None)
         track.alarms.recall(self._run.metrics)
         track.throughput.begin(trainer)
 
@@ -346,5 +346,5 @@ class _Beginning(TrainerCallback):
 
 
 def _sample(data: PreparedData) -> datasets.Dataset:
-    """One row, for what TRL's constructors look at; the rows themselves come from `RunOrder`."""
+    """One row, for what TRL's constructors look at; the rows themselves come from `RunDataset`."""
     return datasets.Dataset.from_list([data.train[0]])

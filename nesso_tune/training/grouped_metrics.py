@@ -46,7 +46,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Figures:
+class MetricSpec:
     """What a tally reports.
 
     Attributes:
@@ -65,14 +65,14 @@ class Figures:
         return (*self.sums, *self.means)
 
 
-class Tally:
+class GroupedMetrics:
     """Weighted means by name and group.
 
     Every value is added with a weight (tokens or pairs); a mean over the whole is the mean of all that was added, so
     the parts always add up to the whole.
     """
 
-    def __init__(self, figures: Figures, groups: Groups, device: torch.device | str = "cpu") -> None:
+    def __init__(self, figures: MetricSpec, groups: Groups, device: torch.device | str = "cpu") -> None:
         self.figures, self.names, self.groups = figures, figures.means, groups
         self._sums = torch.zeros(len(self.names), len(groups), 2, dtype=torch.float64, device=device)
 

@@ -23,8 +23,8 @@ from nesso_tune.errors import NumericalError
 from nesso_tune.logs import print_notes
 from nesso_tune.runs.checkpoint import checkpoints
 from nesso_tune.runs.metrics_log import MetricsLog
-from nesso_tune.training.dataset import RunOrder
-from nesso_tune.training.state_dict import State, canonical
+from nesso_tune.training.dataset import RunDataset
+from nesso_tune.training.state_dict import State, canonical_name
 
 WINDOW, ENOUGH, DEVIATIONS = 128, 32, 6.0  # steps that are remembered, that must be, and how far is too far
 LEAST = {"loss": 0.05, "grad_norm": 0.1}  # deviations below which nothing is called a leap: nats, and log of the norm
@@ -33,10 +33,10 @@ Place = tuple[int, int]  # process and micro batch of a step
 Row = tuple[str, str]  # where a row stands, and what others may read of that
 
 
-class Guard:
+class SpikeGuard:
     """Decides before each update whether it is made. All processes decide alike: they have seen the same numbers."""
 
-    def __init__(self, on_spike: str, order: RunOrder, log: MetricsLog) -> None:
+    def __init__(self, on_spike: str, order: RunDataset, log: MetricsLog) -> None:
         self._on_spike, self._order, self._log = on_spike, order, log
         self._losses: list[Tensor] = []  # of this process's micro batches in this step
         self._usual = {name: deque[float](maxlen=WINDOW) for name in LEAST}
@@ -45,7 +45,7 @@ class Guard:
         """Takes the loss of one micro batch, as a share of the step's; nothing waits for the device."""
         self._losses.append(loss.detach().double())
 
-    def lets_pass(self, trainer: Any, norm: float) -> bool:
+    def allows_update(self, trainer: Any, norm: float) -> bool:
         """Whether the update of this step is made.
 
         Args:
@@ -213,13 +213,13 @@ def check_final(state: State, dtype: str, step: int) -> None:
 
 def _weights(trainer: Any) -> Named:
     named = trainer.model_wrapped.named_parameters()
-    return [(canonical(name), weight.detach()) for name, weight in named if weight.requires_grad]
+    return [(canonical_name(name), weight.detach()) for name, weight in named if weight.requires_grad]
 
 
 def _moments(trainer: Any) -> Named:
     state = trainer.optimizer.optimizer.state
     return [
-        (f"{moment} of {canonical(name)}", value)
+        (f"{moment} of {canonical_name(name)}", value)
         for name, weight in trainer.model_wrapped.named_parameters()
         for moment, value in state.get(weight, {}).items()
         if isinstance(value, Tensor)

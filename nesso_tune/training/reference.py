@@ -28,7 +28,7 @@ from nesso_tune.runs.checkpoint import as_environment_error
 from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
-FILE = "reference.safetensors"
+REFERENCE_FILE = "reference.safetensors"
 KIND, CACHED = "reference", 2  # its place in the cache, and the version of what is there
 CALLED = "the reference of these pairs"
 
@@ -47,7 +47,7 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
     """
     rows: Sequence[dict[str, Any]] = ConcatDataset(parts)  # type: ignore[arg-type, assignment]
     sizes = [int(size) for part in parts for size in part.documents.lengths[part.entries]]
-    batches = in_batches(sizes, trainer.args.per_device_train_batch_size)
+    batches = length_sorted_batches(sizes, trainer.args.per_device_train_batch_size)
     world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     scored: list[tuple[int, float, float]] = []
     trainer.model.eval()
@@ -67,7 +67,7 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
     return {pair: (better, worse) for pair, better, worse in everyone}
 
 
-def in_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
+def length_sorted_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
     """Rows of these sizes in batches, long ones first: none has more tokens than a micro batch of training may have."""
     ordered = sorted(range(len(sizes)), key=lambda row: -sizes[row])
     most = sum(sizes[row] for row in ordered[:micro_batch])
@@ -130,11 +130,11 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     """Keeps the reference beside the checkpoints: after a resume the model is no longer what the run started from."""
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
-    staging = run / f".{FILE}.partial"
+    staging = run / f".{REFERENCE_FILE}.partial"
     with as_environment_error(staging):
         save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
     sync(staging)
-    staging.replace(run / FILE)
+    staging.replace(run / REFERENCE_FILE)
 
 
 def load_reference(run: Path, fingerprint: str) -> Reference:
@@ -145,18 +145,18 @@ def load_reference(run: Path, fingerprint: str) -> Reference:
     """
     remedy = "start anew with --overwrite"
     try:
-        with safe_open(run / FILE, framework="pt") as file:
+        with safe_open(run / REFERENCE_FILE, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                raise RunEnvironmentError(str(run / FILE), "belongs to other data or another base", remedy)
+                raise RunEnvironmentError(str(run / REFERENCE_FILE), "belongs to other data or another base", remedy)
             tensors = {name: file.get_tensor(name) for name in ("pairs", "log_probs")}
             if (file.metadata() or {}).get("sha256") != _hash_of(tensors):
-                raise RunEnvironmentError(str(run / FILE), "is damaged", remedy)
+                raise RunEnvironmentError(str(run / REFERENCE_FILE), "is damaged", remedy)
     except OSError:
-        raise RunEnvironmentError(str(run / FILE), "is missing", remedy) from None
+        raise RunEnvironmentError(str(run / REFERENCE_FILE), "is missing", remedy) from None
     except Exception as error:
         if isinstance(error, RunEnvironmentError):
             raise
-        raise RunEnvironmentError(str(run / FILE), "is damaged", remedy) from None
+        raise RunEnvironmentError(str(run / REFERENCE_FILE), "is damaged", remedy) from None
     pairs, values = (tensors[name].tolist() for name in ("pairs", "log_probs"))
     return {pair: (better, worse) for pair, (better, worse) in zip(pairs, values, strict=True)}
 

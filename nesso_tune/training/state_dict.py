@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from nesso_tune.errors import RunEnvironmentError, first_line
 
 
-def random_states() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators in this process."""
     name, keys, position, has_gauss, gauss = np.random.get_state()
     states: dict[str, Any] = {
@@ -39,8 +39,8 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def set_random_states(states: dict[str, Any]) -> None:
-    """Restores what `random_states` gave."""
+def set_rng_state(states: dict[str, Any]) -> None:
+    """Restores what `get_rng_state` gave."""
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, normal = states["numpy"]
@@ -63,7 +63,7 @@ SHARDS = "shard-*.safetensors"
 State = dict[str, Tensor]
 
 
-def weights_of(model: nn.Module, whole: bool = True) -> State:
+def get_weights(model: nn.Module, whole: bool = True) -> State:
     """The trained weights: gathered on the CPU of the main process (elsewhere empty), or each process's shards."""
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)
@@ -79,14 +79,14 @@ def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
     """
     tied = ties(model)
     repeated = {name for names in tied for name in names[1:]}
-    frozen = {canonical(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {canonical_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     full = state | {name: state[names[0]] for names in tied for name in names[1:] if names[0] in state}
     options = StateDictOptions(full_state_dict=whole, strict=False)
     result = set_model_state_dict(model, full, options=options)
     _check(set(result.missing_keys) - repeated - frozen, set(result.unexpected_keys))
 
 
-def moments_of(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
+def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
     """The optimizer's moments and step counts, gathered on the CPU of the main process, or each process's shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -100,8 +100,8 @@ def moments_of(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> St
     }
 
 
-def set_moments(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
-    """Sets what `moments_of` gave."""
+def set_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
+    """Sets what `get_optimizer_state` gave."""
     options = StateDictOptions(full_state_dict=whole)
     groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
     state: dict[str, State] = {}
@@ -116,7 +116,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     The files are those of torch's distributed checkpoints in their safetensors form; every process calls this.
     """
-    state = weights_of(model, whole=False) | moments_of(model, optimizer, whole=False)
+    state = get_weights(model, whole=False) | get_optimizer_state(model, optimizer, whole=False)
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer)
@@ -127,7 +127,7 @@ def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         ) from None
 
 
-def shards_of(rank: int) -> str:
+def shard_pattern(rank: int) -> str:
     """Pattern of the files that one process wrote."""
     return f"shard-{rank + 1:05d}-*.safetensors"
 
@@ -144,25 +144,25 @@ def load_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None 
         RunEnvironmentError: if tensors are missing.
     """
     # asking an optimizer that has not stepped makes it create its moments, which then are filled
-    state = weights_of(model, whole=False) if optimizer is None else moments_of(model, optimizer, whole=False)
+    state = get_weights(model, whole=False) if optimizer is None else get_optimizer_state(model, optimizer, whole=False)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     _check(set(state) - set(reader.read_metadata().state_dict_metadata), set())
     dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     if optimizer is None:
         set_weights(model, state, whole=False)
     else:
-        set_moments(model, optimizer, state, whole=False)
+        set_optimizer_state(model, optimizer, state, whole=False)
 
 
 def ties(model: nn.Module) -> list[list[str]]:
     """Groups of names that are one tensor, as the model itself declares them."""
     by_tensor: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(canonical(name))
+        by_tensor.setdefault(id(parameter), []).append(canonical_name(name))
     return [names for names in by_tensor.values() if len(names) > 1]
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """A parameter's name without what wrappers put into it."""
     for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")

@@ -16,11 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nesso_tune.planning.hardware import bf16_peak
 
-SQUARES = "squared_lengths"  # of a batch: the sum of its documents' squared lengths
+SQUARED_LENGTHS = "squared_lengths"  # of a batch: the sum of its documents' squared lengths
 
 
 @dataclass(frozen=True)
-class Operations:
+class TrainingFlops:
     """Floating-point operations that training a model takes, by what they grow with.
 
     After Chowdhery et al., 2022 (PaLM, arXiv:2204.02311, appendix B): a weight that is multiplied takes 2 for each
@@ -47,7 +47,7 @@ class Operations:
     square: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Operations:
+    def of(cls, model: PreTrainedModel) -> TrainingFlops:
         """Those of a whole model, before an adapter is put into it."""
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         blocks = sum(_multiplied(module) for module in model.modules() if module is not head)
@@ -55,7 +55,7 @@ class Operations:
         head_dim = head_dim or (_size(config, "hidden_size") // heads if heads else 0)
         return cls(6 * blocks, 6 * _multiplied(head), 12 * layers * heads * head_dim / 2)
 
-    def under_adapter(self, trained: int) -> Operations:
+    def under_adapter(self, trained: int) -> TrainingFlops:
         """The same where `trained` weights of an adapter learn and all others are frozen."""
         return replace(self, token=self.token * 4 / 6 + 6 * trained, supervised=self.supervised * 4 / 6)
 
@@ -76,16 +76,16 @@ def _multiplied(module: nn.Module | None) -> int:
 
 
 @dataclass(frozen=True)
-class WithSquares:
+class AttentionCostCollator:
     """A collator that also says how much attention a batch takes, for `Throughput.add`."""
 
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(rows), SQUARES: sum(map(squares_of, rows))}
+        return {**self.collate(rows), SQUARED_LENGTHS: sum(map(squared_lengths, rows))}
 
 
-def squares_of(row: Mapping[str, Any]) -> int:
+def squared_lengths(row: Mapping[str, Any]) -> int:
     """Twice the pairs of tokens of which one attends to the other: squared lengths of the documents in a row.
 
     Of a preference pair, both answers with the prompt before them, less the prompt's own that is in both.
@@ -102,7 +102,7 @@ class Throughput:
     Evaluating, saving and profiling are no time of training: they are added to `paused`.
     """
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: TrainingFlops) -> None:
         self._operations, self._peak = operations, device_peak()
         self.paused = 0.0  # seconds
         self._tokens_before = self._supervised_before = 0  # of all processes, at the last line
@@ -114,7 +114,7 @@ class Throughput:
         self._restart(int(tokens), int(supervised))
 
     def add(self, squares: int) -> None:
-        """Takes a micro batch, by what `squares_of` says of its rows."""
+        """Takes a micro batch, by what `squared_lengths` says of its rows."""
         self._squares += squares
 
     def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -176,7 +176,7 @@ def _counts(trainer: Any) -> torch.Tensor:
 
 
 def device_peak() -> float | None:
-    """Operations a second that this process's device does at most, dense in bfloat16; None where it is not known."""
+    """TrainingFlops a second that this process's device does at most, dense in bfloat16; None where it is not known."""
     teraflops = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if teraflops is None else teraflops * 1e12
 

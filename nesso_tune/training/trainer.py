@@ -32,13 +32,13 @@ from nesso_tune.runs.layout import delete_earlier
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training import state_dict
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.dataset import RunOrder
-from nesso_tune.training.evaluation import Best
+from nesso_tune.training.dataset import RunDataset
+from nesso_tune.training.evaluation import BestCheckpoint
 from nesso_tune.training.fsdp import set_precision, tied_tables_together
-from nesso_tune.training.grouped_metrics import Tally
-from nesso_tune.training.numerical_checks import Guard, check_evaluation, check_trained
-from nesso_tune.training.state_dict import random_states, set_random_states
-from nesso_tune.training.throughput import SQUARES, Throughput, WithSquares
+from nesso_tune.training.grouped_metrics import GroupedMetrics
+from nesso_tune.training.numerical_checks import SpikeGuard, check_evaluation, check_trained
+from nesso_tune.training.state_dict import get_rng_state, set_rng_state
+from nesso_tune.training.throughput import SQUARED_LENGTHS, AttentionCostCollator, Throughput
 
 Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
 
@@ -48,13 +48,13 @@ class Track:
     """What a run's trainer needs to know beyond TRL's arguments, and what it counts."""
 
     plan: Plan
-    order: RunOrder
-    tally: Tally
-    guard: Guard
+    order: RunDataset
+    tally: GroupedMetrics
+    guard: SpikeGuard
     log: MetricsLog
     alarms: Alarms
     evaluate: Evaluate | None
-    best: Best | None  # None: the last weights are taken
+    best: BestCheckpoint | None  # None: the last weights are taken
     throughput: Throughput
     room: Room
     keep: int
@@ -78,7 +78,7 @@ class Track:
 _Base: Any = object
 
 
-class TrackedTrainer(_Base):
+class BaseTrainer(_Base):
     """Mixed into TRL's trainers, before them. `track` is set before training starts."""
 
     track: Track
@@ -94,7 +94,7 @@ class TrackedTrainer(_Base):
             self.track.order,
             batch_size=self.args.per_device_train_batch_size,
             shuffle=False,
-            collate_fn=WithSquares(self.data_collator),
+            collate_fn=AttentionCostCollator(self.data_collator),
             num_workers=0,
         )
         return self.accelerator.prepare(loader)
@@ -137,14 +137,14 @@ class TrackedTrainer(_Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A micro batch; its share of the step's loss is noted for the look before the update."""
-        self.track.throughput.add(inputs.pop(SQUARES))
+        self.track.throughput.add(inputs.pop(SQUARED_LENGTHS))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.track.guard.note(loss)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not self.track.guard.lets_pass(self, float(norm)):
+        if not self.track.guard.allows_update(self, float(norm)):
             for parameter in model.parameters():
                 parameter.grad = None  # the optimizer passes over what has none: no update, and no decay either
         return norm
@@ -207,7 +207,7 @@ class TrackedTrainer(_Base):
             writer.begin()
         self.accelerator.wait_for_everyone()
         rank, counts = self.accelerator.process_index, self._counters()
-        writer.data(f"rng-{rank}.json", random_states())
+        writer.data(f"rng-{rank}.json", get_rng_state())
         writer.data(f"counters-{rank}.json", counts)
         self._save_tensors(writer)
         if main:
@@ -233,15 +233,15 @@ class TrackedTrainer(_Base):
         wrapped, optimizer = self.model_wrapped, self.optimizer.optimizer
         if self.track.in_shards:
             state_dict.save_shards(writer.staging, wrapped, optimizer)
-            writer.adopt(state_dict.shards_of(self.accelerator.process_index))
+            writer.adopt(state_dict.shard_pattern(self.accelerator.process_index))
             return
-        moments = state_dict.moments_of(
+        moments = state_dict.get_optimizer_state(
             wrapped, optimizer
         )  # first: the larger file is hashed while the other is written
         if self.accelerator.is_main_process:
             writer.tensors(ckpt.MOMENTS, moments)
         del moments  # never both in memory
-        weights = state_dict.weights_of(wrapped)
+        weights = state_dict.get_weights(wrapped)
         if self.accelerator.is_main_process:
             writer.tensors(ckpt.WEIGHTS, weights)
 
@@ -270,9 +270,12 @@ class TrackedTrainer(_Base):
         if state_dict.is_sharded(folder):
             state_dict.load_shards(folder, self.model_wrapped, optimizer)
         else:
-            state_dict.set_moments(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
+            state_dict.set_optimizer_state(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
         self._set_schedule(self.state.global_step)
-        counts, track = own_share(folder, self.accelerator.process_index, self.accelerator.num_processes), self.track
+        counts, track = (
+            counters_for_rank(folder, self.accelerator.process_index, self.accelerator.num_processes),
+            self.track,
+        )
         track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
         track.seconds = counts["seconds"]
         track.tally.restore(counts["tally"])
@@ -288,7 +291,7 @@ class TrackedTrainer(_Base):
             return
         folder, rank = Path(checkpoint), self.accelerator.process_index
         if processes_of(folder) == self.accelerator.num_processes:
-            set_random_states(ckpt.read_data(folder, f"rng-{rank}.json"))
+            set_rng_state(ckpt.read_data(folder, f"rng-{rank}.json"))
         else:  # no state belongs to this process: another one, but the same at every such resume
             set_seed(self.args.seed + 1_000_003 * self.state.global_step + rank)
 
@@ -298,7 +301,7 @@ def processes_of(checkpoint: Path) -> int:
     return len(list(checkpoint.glob("counters-*.json")))
 
 
-def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
+def counters_for_rank(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
     """The counters that a process goes on with: its own, or, at another number of processes, all on the first one."""
     written = processes_of(checkpoint)
     each = [ckpt.read_data(checkpoint, f"counters-{i}.json") for i in range(written)]

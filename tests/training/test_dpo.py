@@ -14,7 +14,7 @@ from nesso_tune import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.run import train
 from nesso_tune.training import dpo, fit
 from nesso_tune.training.dpo import answer_log_probs
-from nesso_tune.training.numerical_checks import Guard
+from nesso_tune.training.numerical_checks import SpikeGuard
 from nesso_tune.training.reference import load_reference
 from tests.support.runs import metrics, recipe, steps
 
@@ -61,13 +61,13 @@ def test_figures_by_language(tmp_path, pairs):
 def optimised(monkeypatch):
     """The losses of all optimizer steps of a test, each as the sum of what was derived."""
     seen = []
-    original = Guard.lets_pass
+    original = SpikeGuard.allows_update
 
     def watched(self, trainer, norm):
         seen.append(sum(map(float, self._losses)))
         return original(self, trainer, norm)
 
-    monkeypatch.setattr(Guard, "lets_pass", watched)
+    monkeypatch.setattr(SpikeGuard, "allows_update", watched)
     return seen
 
 

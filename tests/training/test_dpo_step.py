@@ -19,7 +19,7 @@ from nesso_tune.recipes.rules import SMOOTHED_LOSSES, SORTED_LOSSES
 from nesso_tune.recipes.schema import LossName
 from nesso_tune.training import dpo
 from nesso_tune.training.dataset import PairCollator
-from nesso_tune.training.grouped_metrics import Groups, Tally
+from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups
 from tests.support.runs import BASE
 
 VOCABULARY = 61
@@ -127,7 +127,7 @@ def ours_and_theirs(trl, settings, split=(0, 4), rows=True):
     theirs.backward()
     given = zip(inputs["ref_chosen_logps"].tolist(), inputs["ref_rejected_logps"].tolist(), strict=True)
     trainer.reference = dict(enumerate(given))
-    tally = Tally(dpo.pair_figures(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
+    tally = GroupedMetrics(dpo.dpo_metrics(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
     trainer.track = SimpleNamespace(tally=tally, tokens=0, supervised_tokens=0)
     trainer.state.global_step = 1
     batches = [PairCollator(0, GROUPS, by_document=rows)(pairs()[start:end]) for start, end in pairwise(split)]
@@ -281,10 +281,10 @@ def test_a_pairs_row_holds_each_prompt_once():
 
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_reference_batches_hold_all_pairs_and_no_more_tokens_than_a_micro_batch(micro):
-    from nesso_tune.training.reference import in_batches
+    from nesso_tune.training.reference import length_sorted_batches
 
     sizes = [sum(SIZES[i % 3]) + i for i in range(17)]
-    batches = in_batches(sizes, micro)
+    batches = length_sorted_batches(sizes, micro)
     assert sorted(row for batch in batches for row in batch) == list(range(17))
     most = sum(sorted(sizes, reverse=True)[:micro])
     assert all(sum(sizes[row] for row in batch) <= most for batch in batches)

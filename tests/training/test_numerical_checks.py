@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from nesso_tune import ModelError, NumericalError
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
-from nesso_tune.training.callbacks import Pace
+from nesso_tune.training.callbacks import IntervalCallback
 from nesso_tune.training.dpo import PairTrainer
 from nesso_tune.training.evaluation import Evaluator
-from nesso_tune.training.numerical_checks import DEVIATIONS, ENOUGH, WINDOW, Guard, check_final
+from nesso_tune.training.numerical_checks import DEVIATIONS, ENOUGH, WINDOW, SpikeGuard, check_final
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, metrics, recipe, several, steps, thorough, write_recipe
 
@@ -191,7 +191,7 @@ def test_a_spike_that_should_stop_the_run_stops_it(tmp_path, talks, poison):
 
 def leaps(values):
     """Steps at which a guard sees a leap of the loss, the norm being constant."""
-    guard = Guard("warn", None, None)
+    guard = SpikeGuard("warn", None, None)
     return [i for i, value in enumerate(values) if "loss" in guard._leaps({"loss": value, "grad_norm": 1.0})]
 
 
@@ -243,7 +243,7 @@ def test_nothing_is_written_as_a_number_that_is_none(tmp_path):
 @pytest.fixture
 def poison_file(monkeypatch):
     """Puts a value into the last row of the first trained weight, or of a moment of it, after a step."""
-    original, at = Pace.on_step_end, {}
+    original, at = IntervalCallback.on_step_end, {}
 
     def poisoned(self, args, state, control, model=None, optimizer=None, **more):
         if state.global_step == at.get("step"):
@@ -252,7 +252,7 @@ def poison_file(monkeypatch):
             found[-1] = at["value"]
         return original(self, args, state, control, model=model, optimizer=optimizer, **more)
 
-    monkeypatch.setattr(Pace, "on_step_end", poisoned)
+    monkeypatch.setattr(IntervalCallback, "on_step_end", poisoned)
     return lambda step, value=0.0, moment=None: at.update(step=step, value=value, moment=moment)
 
 
