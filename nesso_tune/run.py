@@ -195,17 +195,17 @@ def _train(
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = whole_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
-        metrics, best = last_metrics(run.metrics), trainer.track.best
+        metrics, best = last_metrics(run.metrics), trainer.run_state.best
         chosen = [] if best is None else best_summary(best, trainer.state.global_step, plan.steps)
         for text in chosen:
             say(text)
         if is_first():
             check_final(state, recipe.model.dtype, trainer.state.global_step)
-            trained = plan.trained(ended := trainer.state.global_step, trainer.track.epochs_at(ended))
+            trained = plan.trained(ended := trainer.state.global_step, trainer.epochs_at(ended))
             card = model_card(recipe, trained, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, trained, data.report)
-            write_end(run, {} if best is None else {"best": best.state()})
+            write_end(run, {} if best is None else {"best": best.state_dict()})
     asked = any(gather_object([request.asked]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 

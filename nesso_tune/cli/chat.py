@@ -56,7 +56,7 @@ class Dialogue:
         """The model's answer to one more turn, kept with it. What no longer fits into its context is left out."""
         self.turns.append(turn)
         try:
-            answer = self.talker.answer(self._fitting(), self.sampling, self._language(), say=write, tools=self.tools)
+            answer = self.talker.generate(self._fitting(), self.sampling, self._language(), say=write, tools=self.tools)
         except BaseException:  # an interrupted answer leaves the conversation as it was
             self.turns.pop()
             raise
@@ -72,7 +72,7 @@ class Dialogue:
         system = [Message("system", self.system)] if self.system is not None else []
         turns = list(self.turns)
         language, wanted = self._language(), self.sampling.max_new_tokens
-        while len(turns) > 1 and self.talker.room([*system, *turns], language, self.tools) < wanted:
+        while len(turns) > 1 and self.talker.remaining_context([*system, *turns], language, self.tools) < wanted:
             later = [i for i, turn in enumerate(turns) if i and turn.role == "user"]
             if not later:
                 break

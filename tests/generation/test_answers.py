@@ -11,7 +11,7 @@ from nesso_tune.generation.answers import (
     answer_metrics,
     detected_language,
     ends_in_loop,
-    in_language,
+    is_in_language,
     length_ratios,
     select_prompts,
 )
@@ -104,13 +104,13 @@ def sources(write_rows, chats):
     ],
 )
 def test_the_language_of_an_answer(text, language, wanted):
-    assert in_language(text, language, ROME["it"]) is wanted
+    assert is_in_language(text, language, ROME["it"]) is wanted
 
 
 def test_where_a_row_names_no_language_the_datas_answer_does():
-    assert in_language(ROME["it"], "und", "Il cielo è azzurro.") is True
-    assert in_language(ROME["en"], "und", "Il cielo è azzurro.") is False
-    assert in_language(ROME["en"], "und", "42") is None
+    assert is_in_language(ROME["it"], "und", "Il cielo è azzurro.") is True
+    assert is_in_language(ROME["en"], "und", "Il cielo è azzurro.") is False
+    assert is_in_language(ROME["en"], "und", "42") is None
     assert detected_language("\ud800 42") == "und"
 
 

@@ -17,7 +17,7 @@ from nesso_tune.model.attention import Segments, attend_by_document
 from nesso_tune.model.lm_head import Row, attach_supervised_head
 from nesso_tune.recipes.rules import SMOOTHED_LOSSES, SORTED_LOSSES
 from nesso_tune.recipes.schema import LossName
-from nesso_tune.training import dpo
+from nesso_tune.training import dpo, losses
 from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups
 from tests.support.runs import BASE
@@ -87,7 +87,7 @@ def reference(inputs, ld_alpha=None):
     logits = net(seed=7)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     mask = inputs["completion_mask"][:, 1:]
     log_probs = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1) * mask
-    chosen, rejected = dpo.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
+    chosen, rejected = losses.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
     return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
@@ -128,7 +128,7 @@ def ours_and_theirs(trl, settings, split=(0, 4), rows=True):
     given = zip(inputs["ref_chosen_logps"].tolist(), inputs["ref_rejected_logps"].tolist(), strict=True)
     trainer.reference = dict(enumerate(given))
     tally = GroupedMetrics(dpo.dpo_metrics(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
-    trainer.track = SimpleNamespace(tally=tally, tokens=0, supervised_tokens=0)
+    trainer.run_state = SimpleNamespace(metrics=tally, tokens=0, supervised_tokens=0)
     trainer.state.global_step = 1
     batches = [PairCollator(0, GROUPS, by_document=rows)(pairs()[start:end]) for start, end in pairwise(split)]
     items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
@@ -156,7 +156,7 @@ def test_loss_gradients_and_metrics_are_trls(trl, settings):
     assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
     check_gradients(both)
     means, reported = both.tally.means(), both.trainer._metrics["train"]
-    for name in dpo.METRICS:
+    for name in dpo.PAIR_METRICS:
         assert means[name] == pytest.approx(reported[name][0], rel=1e-5, abs=1e-6), name
     assert means["token_accuracy"] == pytest.approx(reported["mean_token_accuracy"][0], abs=1e-6)
     assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6), "what is reported is what is optimised"
@@ -190,9 +190,9 @@ def test_every_loss_is_a_mean_over_pairs_or_known_to_be_none(trl, name):
         outputs = ours(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
                        fused_lm_head=True)  # fmt: skip
         whole = DPOTrainer._compute_loss(trainer, lambda **_: outputs, dict(inputs), False)
-        alone = [dpo.group_loss(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
+        alone = [losses.preference_loss_of_rows(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
     separable = float(torch.stack(alone).mean()) == pytest.approx(float(whole), rel=1e-6)
-    assert separable == (name not in (*SORTED_LOSSES, dpo.SFT))
+    assert separable == (name not in (*SORTED_LOSSES, losses.SFT))
 
 
 def closed_form(name, policy, given, beta):
