@@ -80,7 +80,7 @@ def documents_of(some, file, steps):
     return [
         [
             rows[int(place(entry).rsplit(":", 1)[1]) - 1]
-            for entry in order.entries(range(step * size, (step + 1) * size))
+            for entry in order.records(range(step * size, (step + 1) * size))
         ]
         for step in range(steps)
     ]
