@@ -45,7 +45,7 @@ from nesso_tune.runs.disk_space import Room
 from nesso_tune.runs.metrics_log import read_metrics
 from nesso_tune.runs.provenance import check_same_run, moved_in_words, other_environment, run_facts
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
-from nesso_tune.training.evaluation import in_words
+from nesso_tune.training.evaluation import best_summary
 from nesso_tune.training.fit import check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
 
@@ -198,17 +198,17 @@ def _train(
         trainer = fit(model, data, recipe, plan, run, facts, room, request)
         bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
-        metrics, best = last_metrics(run.metrics), trainer.track.best
-        chosen = [] if best is None else in_words(best, trainer.state.global_step, plan.steps)
+        metrics, best = last_metrics(run.metrics), trainer.run_state.best
+        chosen = [] if best is None else best_summary(best, trainer.state.global_step, plan.steps)
         for text in chosen:
             say(text)
         if is_main_process():
             check_final(state, recipe.model.dtype, trainer.state.global_step)
-            trained = plan.trained(ended := trainer.state.global_step, trainer.track.epochs_at(ended))
+            trained = plan.trained(ended := trainer.state.global_step, trainer.epochs_at(ended))
             card = model_card(recipe, trained, data.report, metrics, chosen)
             save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
             write_report(run.path, recipe, trained, data.report)
-            write_end(run, {} if best is None else {"best": best.state()})
+            write_end(run, {} if best is None else {"best": best.state_dict()})
     asked = any(gather_object([request.signal_name]))  # which also waits for all
     return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
 

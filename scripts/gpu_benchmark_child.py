@@ -23,7 +23,7 @@ from nesso_tune import load_recipe, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.training.dataset import pair_tokens
-from nesso_tune.training.throughput import Operations, device_peak, peak_memory, squares_of
+from nesso_tune.training.throughput import TrainingFlops, device_peak, peak_memory, squared_lengths
 
 ON_GPU = torch.cuda.is_available()
 
@@ -49,7 +49,7 @@ def setup(size: Size, work: Path) -> dict[str, Any]:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(base)
     chat.save(base)  # both sides then start with the same embeddings of the chat tokens
-    operations = Operations.of(model)
+    operations = TrainingFlops.of(model)
     return {
         "gpu": torch.cuda.get_device_name() if ON_GPU else "CPU",
         "peak": device_peak(),
@@ -66,7 +66,7 @@ def steps(size: Size, method: str, work: Path) -> list[list[dict[str, Any]]]:
     return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
-def workload(rows: list[dict[str, Any]], operations: Operations) -> dict[str, float]:
+def workload(rows: list[dict[str, Any]], operations: TrainingFlops) -> dict[str, float]:
     """Rows, tokens and operations of a step, the same for both sides."""
     if "labels" in rows[0]:
         tokens = sum(len(row["input_ids"]) for row in rows)
@@ -74,7 +74,7 @@ def workload(rows: list[dict[str, Any]], operations: Operations) -> dict[str, fl
     else:
         tokens = sum(map(pair_tokens, rows))
         supervised = sum(len(row[name]) for row in rows for name in ("chosen_ids", "rejected_ids"))
-    squares = sum(map(squares_of, rows))
+    squares = sum(map(squared_lengths, rows))
     needed = operations.token * tokens + operations.supervised * supervised + operations.square * squares
     return {"rows": len(rows), "tokens": tokens, "supervised_tokens": supervised, "operations": needed}
 

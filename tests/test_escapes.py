@@ -8,9 +8,9 @@ import pytest
 
 from nesso_tune import logs
 from nesso_tune.cli.chat import chat
-from nesso_tune.generation.inference import Talker
+from nesso_tune.generation.inference import ChatModel
 from nesso_tune.runs.metrics_log import MetricsLog
-from nesso_tune.training.alarms import Alarms, Reading
+from nesso_tune.training.alarms import Alarms, Measurement
 from tests.support.runs import ROOT, main_here, recipe, write_recipe
 
 PACKAGE = ROOT / "nesso_tune"
@@ -116,9 +116,9 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
             say(f"uno\n\tdue {EVIL}{call}")
         return f"uno\n\tdue {EVIL}{call}"
 
-    monkeypatch.setattr(Talker, "answer", answer)
-    monkeypatch.setattr(Talker, "room", lambda self, *_: 10_000)
-    monkeypatch.setattr("nesso_tune.generation.inference.load_talker", lambda model: Talker(None, None))
+    monkeypatch.setattr(ChatModel, "generate", answer)
+    monkeypatch.setattr(ChatModel, "remaining_context", lambda self, *_: 10_000)
+    monkeypatch.setattr("nesso_tune.generation.inference.load_chat_model", lambda model: ChatModel(None, None))
     asked, lines = [], iter(["ciao", "", "/history", ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or next(lines))
     prompt = None if talking else "Ciao"
@@ -130,10 +130,10 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
 
 
 def test_alarms_and_bars(tmp_path, capsys, monkeypatch):
-    alarms = Alarms(MetricsLog(tmp_path / "m.jsonl", writes=True), "sft", 9, looks=True)
-    reading = Reading("alarm", "figure", 1.0, 0.5, 0.1, f"said {EVIL}")
-    monkeypatch.setattr(alarms, "begun_by", lambda line: [reading])
-    alarms.look({"step": 1})
+    alarms = Alarms(MetricsLog(tmp_path / "m.jsonl", writes=True), "sft", 9, enabled=True)
+    reading = Measurement("alarm", "figure", 1.0, 0.5, 0.1, f"said {EVIL}")
+    monkeypatch.setattr(alarms, "started_by", lambda line: [reading])
+    alarms.check({"step": 1})
     assert is_tame(capsys.readouterr().err)
 
 

@@ -130,7 +130,7 @@ def test_only_the_recipe_of_a_run_names_what_is_private(tmp_path, secret, talks,
         with_nan(patch, ConversationTrainer, 4)
         code, _, said = started(patch, capsys, "train", path, *flags)
     assert code == 6, said
-    assert "; its rows: " in said, "the terminal names the rows"
+    assert "; rows: " in said, "the terminal names the rows"
     assert leaks(run) == ["recipe.yaml"]
     (wrong,) = [line for line in metrics(run) if line.get("event") == "not_finite"]
     assert len(wrong["rows"]) == 8

@@ -21,7 +21,7 @@ from nesso_tune.logs import print_text, visible
 from nesso_tune.recipes.builtin import flag_path
 
 if TYPE_CHECKING:
-    from nesso_tune.generation.inference import Sampling, Talker
+    from nesso_tune.generation.inference import ChatModel, Sampling
 
 Read = Callable[[str], str]  # shows a prompt and returns a line; raises EOFError at the end of the input
 Write = Callable[[str], None]  # writes a piece of text without changes
@@ -53,7 +53,7 @@ def chat(
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling: cumulative probability.")] = 1.0,
 ) -> None:
     """Chat with a model."""
-    from nesso_tune.generation.inference import Sampling, load_talker
+    from nesso_tune.generation.inference import Sampling, load_chat_model
 
     if top_p < 1 and temperature == 0:
         raise RecipeError("--top-p", "has no effect on greedy decoding", "set --temperature above 0, or remove it")
@@ -61,7 +61,7 @@ def chat(
         raise RecipeError("--prompt", "is empty", "give a text, or omit the option for an interactive chat")
     available_tools = read_tool_file(tools) if tools is not None else ()
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    session = ChatSession(load_talker(model), sampling, system, available_tools, language)
+    session = ChatSession(load_chat_model(model), sampling, system, available_tools, language)
     if prompt is not None:
         prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # under an ASCII locale
         print_text(session.send(Message("user", prompt)) + "\n")
@@ -87,7 +87,7 @@ class ChatSession:
         messages: the conversation so far, without the system message.
     """
 
-    model: Talker
+    model: ChatModel
     sampling: Sampling
     system: str | None = None
     tools: tuple[Tool, ...] = ()
@@ -103,7 +103,7 @@ class ChatSession:
         """
         self.messages.append(message)
         try:
-            answer = self.model.answer(
+            answer = self.model.generate(
                 self._in_context(), self.sampling, self._language(), say=stream, tools=self.tools
             )
         except BaseException:  # an interrupted answer leaves the conversation unchanged
@@ -133,7 +133,7 @@ class ChatSession:
         """The system message and the last turns that fit into the context, starting with a user turn."""
         system, messages = self._system_message(), list(self.messages)
         language, needed = self._language(), self.sampling.max_new_tokens
-        while len(messages) > 1 and self.model.room([*system, *messages], language, self.tools) < needed:
+        while len(messages) > 1 and self.model.remaining_context([*system, *messages], language, self.tools) < needed:
             user_turns = [i for i, message in enumerate(messages) if i and message.role == "user"]
             if not user_turns:
                 break

@@ -20,7 +20,7 @@ from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ModelSection
 from nesso_tune.runs.checkpoint import as_environment_error, put_in_place, readable
-from nesso_tune.training.state_dict import State, set_weights, weights_of
+from nesso_tune.training.state_dict import State, get_weights, set_weights
 
 
 def gather_final_model(
@@ -36,14 +36,14 @@ def gather_final_model(
         model: the same model without its wrapper.
         section, chat, seed: as given to `load_model`.
     """
-    state = weights_of(trained)
+    state = get_weights(trained)
     if section.adapter is None or not is_main_process():
         return model, state
     fresh = load_model(section, chat, seed)
     adapted = adapt(fresh, section, chat.new_ids, seed, merging=True)
     set_weights(fresh, state)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
-    return merged, weights_of(merged.requires_grad_(True))  # frozen weights would be left out
+    return merged, get_weights(merged.requires_grad_(True))  # frozen weights would be left out
 
 
 def final_bytes(model: PreTrainedModel, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""Talking to a finished model, with the same rendering of turns that it was trained on."""
+"""Chat inference with a trained model, with the same rendering of conversations as in training."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from nesso_tune.hub import base_folder, is_hub_id
 from nesso_tune.model.forward import choose_generation_mode
 
 Say = Callable[[str], None]
-UNBOUNDED = 1 << 30  # context of a model that states none
+UNLIMITED_CONTEXT = 1 << 30  # tokens; for models whose config has no maximum
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: greedily at temperature 0."""
+    """Sampling parameters; temperature 0 means greedy decoding."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
 
 
-class Talker:
-    """A model and its tokenizer, ready to answer."""
+class ChatModel:
+    """A model and its tokenizer, ready to generate answers."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._uses_cache = choose_generation_mode(model) != "uncached"
 
-    def answer(
+    def generate(
         self,
         messages: Sequence[Message],
         sampling: Sampling = Sampling(),
@@ -57,11 +57,11 @@ class Talker:
         """The model's next turn.
 
         Args:
-            messages: the conversation so far; its last turn is the user's.
-            sampling: how to draw it.
-            language: chooses among default system messages by language.
-            say: called with each piece of text as it is written.
-            tools: what it may call.
+            messages: the conversation so far, ending with a user or tool turn.
+            sampling: sampling parameters.
+            language: code that selects the default system message.
+            say: called with each piece of text as it is generated.
+            tools: tools that the model may call.
         """
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
         limits = {"max_new_tokens": sampling.max_new_tokens, "use_cache": self._uses_cache}
@@ -76,39 +76,29 @@ class Talker:
         )
         return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
-    def room(self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]] = ()) -> int:
-        """Tokens that the model's context leaves for an answer."""
-        context = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
+    def remaining_context(
+        self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> int:
+        """Number of tokens that the model's context leaves for an answer."""
+        context = getattr(self._model.config, "max_position_embeddings", None) or UNLIMITED_CONTEXT
         return int(context) - len(self._prompt_ids(messages, language, tools))
 
     def _prompt_ids(self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]]) -> list[int]:
-        """By segments where the model carries its template's spec: typed control tokens then stay plain text."""
+        """Encodes by segments if the model has a template spec: control tokens in a message then stay plain text."""
         if CHAT_KEY in self._tokenizer.init_kwargs:
             return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [{"role": message.role, "content": message.content} for message in messages]
         template = self._tokenizer.get_chat_template(tools=list(tools) or None)
-        asked = {"messages": turns, "tools": list(tools) or None, "add_generation_prompt": True}
-        text = render_jinja(template, {**self._tokenizer.special_tokens_map, **asked}, self._tokenizer.name_or_path)
+        variables = {"messages": turns, "tools": list(tools) or None, "add_generation_prompt": True}
+        text = render_jinja(template, {**self._tokenizer.special_tokens_map, **variables}, self._tokenizer.name_or_path)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-class _Streamer(TextStreamer):
-    """Passes finished words on."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._say = say
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by transformers."""
-        self._say(text)
-
-
-def load_talker(model: str) -> Talker:
-    """Loads a model folder, a run directory (its `final/`), or a hub id.
+def load_chat_model(model: str) -> ChatModel:
+    """Loads a model folder, the `final/` of a run directory, or a hub model.
 
     Raises:
-        ModelError: if there is none, or if it has no chat template.
+        ModelError: if there is no such model, or it has no chat template.
     """
     folder, here = Path(model), Path(model).exists()
     if (folder / "final").is_dir():
@@ -127,9 +117,21 @@ def load_talker(model: str) -> Talker:
         weights = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False
         )
-    except Exception as error:  # transformers raises many kinds for a damaged folder
+    except Exception as error:  # transformers raises many types for a damaged folder
         raise ModelError(where, f"cannot be loaded ({first_line(error)})", "check the folder") from None
     if tokenizer.chat_template is None:
         raise ModelError(where, "has no chat template: it is a base model", "train it on conversations first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Talker(weights.to(device).eval(), tokenizer)
+    return ChatModel(weights.to(device).eval(), tokenizer)
+
+
+class _Streamer(TextStreamer):
+    """Passes finished words to `say`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._say = say
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called by transformers."""
+        self._say(text)

@@ -13,7 +13,7 @@ from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.reports.html import render
 from nesso_tune.reports.plots import line_plot
 from nesso_tune.runs.metrics_log import read_metrics
-from nesso_tune.training.alarms import alarms_of
+from nesso_tune.training.alarms import alarm_events
 
 PLOTS = {  # title: metrics, each with its breakdown by language
     "Loss": ("loss",),
@@ -49,7 +49,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: DataReport) -> Pat
         run_name=run.name,
         title=Path(recipe.output_dir).name,
         summary=_summary(recipe, plan, data),
-        alarms=_cells(alarms_of(lines), ("step", "alarm", "said")),
+        alarms=_cells(alarm_events(lines), ("step", "alarm", "said")),
         plots=[plot for plot in plots if plot],
         languages=[
             (code, f"{stats.rows:,}", f"{stats.tokens:,}", f"{stats.supervised_tokens:,}")

@@ -1,9 +1,9 @@
-"""Alarms: the run goes on, but what comes out of it may be worse than what went in, and a team must see it.
+"""Alarms: warnings that training degrades the model although the run continues.
 
-An alarm begins when a figure is beyond its limit twice in a row, or at the end of the run: what passes by the next look
-is a phase of learning. It is said once, and again only if all its figures had come back in between. What is usual is
-taken from the parent's answers (DPO), or from the best that the run itself has reached (SFT). All that is known comes
-from the lines of metrics.jsonl, so that a run that is continued neither repeats an alarm nor loses one.
+An alarm starts when a metric is beyond its limit at two consecutive evaluations or log lines, or at the end of the run;
+a single value may be a phase of training. It is reported once, and again only if all its metrics recovered in between.
+The baseline is the parent's answers (DPO) or the best value that the run has reached (SFT). The state depends only on
+the lines of `metrics.jsonl`, so a resumed run neither repeats nor loses an alarm.
 """
 
 from __future__ import annotations
@@ -18,232 +18,250 @@ from typing import Any
 from nesso_tune.generation.answers import SOURCE
 from nesso_tune.logs import print_notes
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
-from nesso_tune.training.evaluation import PARENT
+from nesso_tune.training.evaluation import EARLY_STOPPED, PARENT
 
 Line = Mapping[str, Any]
-EVENT, EARLY_STOPPED = "alarm", "early_stopped"
-# Nats a token: each token of the chosen answers is a tenth less likely than under the reference, an answer of 200
-# tokens e^-20 times as likely. Margins that come from the rejected answers leave it near 0; displaced likelihood
-# (arXiv:2410.08847) goes on falling, so the limit need not be tight.
-CHOSEN_SHIFT = -0.1
-KEPT = 0.75  # of the usual share of good answers: with 8 prompts 6 of 8 are still no alarm
-MANY = 4  # answers below which a share says nothing
-CHANGED = 2  # answers that must have become worse
-LUCK = 1  # and as many more where the best of several evaluations is what they are compared with
-SOUND = 0.5  # share of good answers that a run must have reached before it can fall
-END = 2 / 3  # what SFT should reach by its end where the data does not say: fewer than half good is an alarm
-# Longer by half than the parent's answers and than the chosen ones, or shorter than both by as much: a change that the
-# pairs show is what they teach.
-GROWTH = 1.5
-ROUNDING = 1e-9
-HOLD = "lower train.learning_rate, raise dpo.beta, or add or raise the sft term (dpo.loss: {sigmoid: 1.0, sft: 0.2})"
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of the answers that is watched.
-
-    Attributes:
-        alarm: its name.
-        figure: of the evaluation.
-        of: the figure that counts the answers.
-        good: whether the answers that it counts are the good ones.
-        target: the figure that says how many can be good at all; None where all can.
-        what: what these answers do.
-        earlier, end: what to do in SFT where it was better before, and where it never was.
-    """
-
-    alarm: str
-    figure: str
-    of: str
-    good: bool
-    target: str | None
-    what: str
-    earlier: str
-    end: str
-
-
-SHARES = (
-    Share(
-        "stop_rate_falls", "stop_rate", "answers", True, "expected_stop_rate", "end by themselves",
-        "lower train.learning_rate, or train for fewer epochs",
-        "look whether end tokens are learned (nesso-tune preview; data.train_on_eos), or train longer",
-    ),
-    Share(
-        "language_fidelity_falls", "language_fidelity", "answers_told", True, None,
-        "are in the language of their prompt",
-        "look at the rows that came last, or give this language a larger share (data.mixture)",
-        "give this language more rows (data.mixture), and look whether its rows are answered in it",
-    ),
-    Share(
-        "repetition_rises", "repetition_rate", "answers", False, None, "end in a loop",
-        "lower train.learning_rate, or train for fewer epochs",
-        "train longer, and look for rows that repeat themselves",
-    ),
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A figure of a line beside its limit.
-
-    Attributes:
-        alarm, figure: names of the alarm and of the figure.
-        value, limit, usual: the figure, what it must not pass, and where it usually is, on the other side of the limit.
-        said: what is wrong; what to do.
-        enough: whether enough answers changed to say so.
-    """
-
-    alarm: str
-    figure: str
-    value: float
-    limit: float
-    usual: float
-    said: str
-    enough: bool = True
-
-    def is_beyond(self) -> bool:
-        """Whether it is where it should not be."""
-        return self.enough and self._past(self.limit)
-
-    def is_back(self) -> bool:
-        """Whether an alarm ends: half of the way back, so that it does not come and go with every line."""
-        return not self._past((self.limit + self.usual) / 2)
-
-    def _past(self, limit: float) -> bool:
-        return (self.value - limit) * math.copysign(1.0, self.limit - self.usual) > ROUNDING
+EVENT = "alarm"
+# In nats/token: each token of the chosen answers is 10 % less likely than under the reference, and an answer of 200
+# tokens e^-20 times as likely. If the margin comes from the rejected answers, the shift stays near 0; with likelihood
+# displacement (arXiv:2410.08847) it keeps falling, so the limit need not be tight.
+MIN_CHOSEN_SHIFT = -0.1
+MIN_SHARE_KEPT = 0.75  # of the baseline share of good answers: 6 of 8 prompts raise no alarm
+MIN_ANSWERS = 4  # with fewer answers, no share is checked
+MIN_ANSWERS_LOST = 2  # good answers that must have been lost
+BEST_OF_SEVERAL = 1  # additional ones if the baseline is the best of several evaluations
+MIN_SFT_BASELINE = 0.5  # share of good answers that an SFT run must have reached before it can fall
+SFT_FINAL_SHARE = 2 / 3  # share expected at the end of SFT: fewer than half good answers raise an alarm
+# Answers are too long if they exceed both the parent's and the chosen answers by this factor, and too short likewise.
+# Growth towards the chosen answers is what the pairs teach.
+MAX_LENGTH_FACTOR = 1.5
+TOLERANCE = 1e-9
+DPO_REMEDY = (
+    "lower train.learning_rate, raise dpo.beta, or add or raise the sft term (dpo.loss: {sigmoid: 1.0, sft: 0.2})"
+)
 
 
 class Alarms:
-    """Looks at every line of a run. Only the process that writes metrics.jsonl looks."""
+    """Checks each line of `metrics.jsonl`.
 
-    def __init__(self, log: MetricsLog, method: str, total_steps: int, looks: bool) -> None:
-        self._log, self._method, self._total, self._looks = log, method, total_steps, looks
+    Args:
+        log: gets one line per alarm.
+        method: `sft` or `dpo`.
+        total_steps: of the plan.
+        enabled: only on the process that writes `metrics.jsonl`.
+    """
+
+    def __init__(self, log: MetricsLog, method: str, total_steps: int, enabled: bool) -> None:
+        self._log, self._method, self._total_steps, self._enabled = log, method, total_steps, enabled
         self._parent: Line = {}
-        self._evaluation: Line = {}  # the last one
-        self._over = False
-        self._best: dict[str, float] = {}  # share of good answers, by figure
-        self._noticed: set[tuple[str, str]] = set()  # alarm and figure that was beyond its limit at the last look
-        self._lasting: dict[str, set[str]] = defaultdict(set)  # figures by alarm
+        self._last_evaluation: Line = {}
+        self._run_ended = False
+        self._best: dict[str, float] = {}  # best share of good answers, by metric
+        self._beyond: set[tuple[str, str]] = set()  # (alarm, metric) beyond its limit at the last line that has it
+        self._active: dict[str, set[str]] = defaultdict(set)  # metrics by alarm
 
-    def recall(self, metrics: Path) -> None:
-        """Takes up where the lines of metrics.jsonl end; nothing is said or written."""
-        for line in read_metrics(metrics) if self._looks and metrics.exists() else ():
-            self.begun_by(line)
+    def replay(self, metrics: Path) -> None:
+        """Restores the state from `metrics.jsonl` without reporting anything."""
+        for line in read_metrics(metrics) if self._enabled and metrics.exists() else ():
+            self.started_by(line)
 
-    def look(self, line: Line) -> None:
-        """Says and writes which alarms begin with a line that was just written."""
-        for one in self.begun_by(line) if self._looks else ():
-            event = {"alarm": one.alarm, "figure": one.figure, "value": one.value, "limit": one.limit, "said": one.said}
-            self._log.write({"step": line["step"], "event": EVENT, **event})
-            print_notes(f"alarm at step {line['step']}: {one.alarm}: {one.said}")
+    def check(self, line: Line) -> None:
+        """Logs and prints the alarms that start with a line just written."""
+        for one in self.started_by(line) if self._enabled else ():
+            event = {"alarm": one.alarm, "figure": one.metric, "value": one.value, "limit": one.limit}
+            self._log.write({"step": line["step"], "event": EVENT, **event, "said": one.message})
+            print_notes(f"alarm at step {line['step']}: {one.alarm}: {one.message}")
 
-    def begun_by(self, line: Line) -> list[Reading]:
-        """The alarms that begin with a line; of each, the first of its figures that make it begin."""
+    def started_by(self, line: Line) -> list[Measurement]:
+        """The alarms that start with a line, each with its first metric beyond the limit. Updates the state."""
         if line.get("event") == PARENT:
             self._parent = line
-        if line.get("event") == EARLY_STOPPED:  # the evaluation before it was the end
-            self._over, line = True, self._evaluation
+        if line.get("event") == EARLY_STOPPED:  # the last evaluation was the final one
+            self._run_ended, line = True, self._last_evaluation
         if "event" in line:
             return []
         if any(name in line for name in ("answers", "train_answers")):
-            self._evaluation = line
-        self._over |= line.get("step") == self._total
-        found: dict[str, Reading] = {}
-        before = {alarm for alarm, figures in self._lasting.items() if figures}
-        for reading in self._readings({name: value for name, value in line.items() if _is_number(value)}):
-            alarm, figure = reading.alarm, reading.figure
-            if reading.is_beyond():
-                if (alarm, figure) in self._noticed or self._over:
-                    self._lasting[alarm].add(figure)
-                    found.setdefault(alarm, reading)
-                self._noticed.add((alarm, figure))
+            self._last_evaluation = line
+        self._run_ended |= line.get("step") == self._total_steps
+        found: dict[str, Measurement] = {}
+        active_before = {alarm for alarm, metrics in self._active.items() if metrics}
+        for one in self._measurements({name: value for name, value in line.items() if _is_finite(value)}):
+            alarm, metric = one.alarm, one.metric
+            if one.is_beyond():
+                if (alarm, metric) in self._beyond or self._run_ended:
+                    self._active[alarm].add(metric)
+                    found.setdefault(alarm, one)
+                self._beyond.add((alarm, metric))
                 continue
-            self._noticed.discard((alarm, figure))
-            if reading.is_back():
-                self._lasting[alarm].discard(figure)
-        return [reading for alarm, reading in found.items() if alarm not in before]
+            self._beyond.discard((alarm, metric))
+            if one.has_recovered():
+                self._active[alarm].discard(metric)
+        return [one for alarm, one in found.items() if alarm not in active_before]
 
-    def _readings(self, line: Line) -> Iterator[Reading]:
+    def _measurements(self, line: Line) -> Iterator[Measurement]:
         if self._method == "dpo":
-            yield from _chosen(line)
+            yield from _chosen_shifts(line)
         prefix = next((prefix for prefix in ("", "train_") if f"{prefix}answers" in line), None)
         if prefix is None:  # no answers
             return
         for share in SHARES:
-            for part in _parts(line, f"{prefix}{share.figure}"):
-                yield from self._share(share, line, prefix, part)
-        for part in _parts(line, f"{prefix}answer_length_ratio"):
-            yield from self._length(line, prefix, part)
+            for suffix in _suffixes(line, f"{prefix}{share.metric}"):
+                yield from self._share(share, line, prefix, suffix)
+        for suffix in _suffixes(line, f"{prefix}answer_length_ratio"):
+            yield from self._length(line, prefix, suffix)
 
-    def _share(self, share: Share, line: Line, prefix: str, part: str) -> Iterator[Reading]:
-        figure = f"{prefix}{share.figure}{part}"
-        value, answers = line[figure], line[f"{prefix}{share.of}{part}"]
-        good, usual, beside, remedy, changed = _good(share, value), 0.0, "", HOLD, CHANGED
-        reach = line[f"{prefix}{share.target}{part}"] if share.target else 1.0
+    def _share(self, share: Share, line: Line, prefix: str, suffix: str) -> Iterator[Measurement]:
+        metric = f"{prefix}{share.metric}{suffix}"
+        value, answers = line[metric], line[f"{prefix}{share.count}{suffix}"]
+        good, baseline, compared, remedy, min_lost = _good(share, value), 0.0, "", DPO_REMEDY, MIN_ANSWERS_LOST
+        reachable = line[f"{prefix}{share.reachable}{suffix}"] if share.reachable else 1.0
         if self._method == "dpo":
-            if (parents := self._parent.get(f"{share.figure}{part}")) is not None:
-                usual, beside = min(_good(share, parents), reach), f"of the parent's {parents:.0%}"
+            if (parent := self._parent.get(f"{share.metric}{suffix}")) is not None:
+                baseline, compared = min(_good(share, parent), reachable), f"of the parent's {parent:.0%}"
         else:
-            best = self._best.get(figure, 0.0)
-            self._best[figure] = max(best, good)
-            if best >= SOUND:
-                usual, beside, remedy = min(best, reach), f"{_good(share, best):.0%} did before", share.earlier
-                changed += LUCK
-            end = reach if share.target else END
-            if self._over and end > usual:
-                usual, beside, remedy, changed = end, "and the run is over", share.end, CHANGED
-        said = f"{value:.0%} of the answers{_named(part)} {share.what}, {beside}; {remedy}"
-        limit, enough = KEPT * usual, answers >= MANY and (usual - good) * answers >= changed - ROUNDING
-        if usual > 0:
-            yield Reading(share.alarm, figure, value, _good(share, limit), _good(share, usual), said, enough)
+            best = self._best.get(metric, 0.0)
+            self._best[metric] = max(best, good)
+            if best >= MIN_SFT_BASELINE:
+                baseline, remedy = min(best, reachable), share.remedy_fallen
+                compared = f"{_good(share, best):.0%} at an earlier evaluation"
+                min_lost += BEST_OF_SEVERAL
+            final = reachable if share.reachable else SFT_FINAL_SHARE
+            if self._run_ended and final > baseline:
+                baseline, compared = final, "at the end of the run"
+                remedy, min_lost = share.remedy_low, MIN_ANSWERS_LOST
+        message = f"{value:.0%} of the answers{_in_brackets(suffix)} {share.predicate}, {compared}; {remedy}"
+        limit = MIN_SHARE_KEPT * baseline
+        enough = answers >= MIN_ANSWERS and (baseline - good) * answers >= min_lost - TOLERANCE
+        if baseline > 0:
+            yield Measurement(
+                share.alarm, metric, value, _good(share, limit), _good(share, baseline), message, enough
+            )  # fmt: skip
 
-    def _length(self, line: Line, prefix: str, part: str) -> Iterator[Reading]:
-        figure = f"{prefix}answer_length_ratio{part}"
-        ratio, stopped = line[figure], line.get(f"{prefix}stop_rate{part}", math.nan)
-        if not self._parent.get(f"answer_tokens{part}"):
+    def _length(self, line: Line, prefix: str, suffix: str) -> Iterator[Measurement]:
+        metric = f"{prefix}answer_length_ratio{suffix}"
+        ratio, stop_rate = line[metric], line.get(f"{prefix}stop_rate{suffix}", math.nan)
+        if not self._parent.get(f"answer_tokens{suffix}"):
             return
-        chosen = line[f"{prefix}expected_tokens{part}"] / self._parent[f"answer_tokens{part}"]
+        chosen = line[f"{prefix}expected_tokens{suffix}"] / self._parent[f"answer_tokens{suffix}"]
         what = (
-            f"the answers{_named(part)} are {ratio:.2g} times as long as the parent's, the chosen ones {chosen:.2g} "
-            f"times, and {stopped:.0%} of them end by themselves"
+            f"the answers{_in_brackets(suffix)} are {ratio:.2g} times as long as the parent's (chosen answers: "
+            f"{chosen:.2g} times), and {stop_rate:.0%} of them end with the end token"
         )
-        enough = line[f"{prefix}answers{part}"] >= MANY
-        most, least = max(1.0, chosen), min(1.0, chosen)
+        enough = line[f"{prefix}answers{suffix}"] >= MIN_ANSWERS
+        longer, shorter = max(1.0, chosen), min(1.0, chosen)
         remedy = "set dpo.ld_alpha: 0.5, raise dpo.beta, or lower train.learning_rate"
-        yield Reading("answers_grow", figure, ratio, GROWTH * most, most, f"{what}; {remedy}", enough)
-        if least > 0:
-            yield Reading("answers_shrink", figure, ratio, least / GROWTH, least, f"{what}; {HOLD}", enough)
+        limit = MAX_LENGTH_FACTOR * longer
+        yield Measurement("answers_grow", metric, ratio, limit, longer, f"{what}; {remedy}", enough)
+        if shorter > 0:
+            limit = shorter / MAX_LENGTH_FACTOR
+            yield Measurement("answers_shrink", metric, ratio, limit, shorter, f"{what}; {DPO_REMEDY}", enough)
 
 
-def alarms_of(lines: Iterable[Line]) -> list[Line]:
-    """The lines of alarms among those of metrics.jsonl."""
+@dataclass(frozen=True)
+class Measurement:
+    """A metric of a line and its limit.
+
+    Attributes:
+        alarm: name of the alarm.
+        metric: name of the metric.
+        value: of the metric.
+        limit: the value must not pass it.
+        baseline: the expected value, on the other side of the limit.
+        message: what is wrong; what to do.
+        enough: whether there are enough answers for an alarm.
+    """
+
+    alarm: str
+    metric: str
+    value: float
+    limit: float
+    baseline: float
+    message: str
+    enough: bool = True
+
+    def is_beyond(self) -> bool:
+        """Whether the value is beyond the limit."""
+        return self.enough and self._passes(self.limit)
+
+    def has_recovered(self) -> bool:
+        """Whether an active alarm ends: halfway back to the baseline (hysteresis)."""
+        return not self._passes((self.limit + self.baseline) / 2)
+
+    def _passes(self, limit: float) -> bool:
+        return (self.value - limit) * math.copysign(1.0, self.limit - self.baseline) > TOLERANCE
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of the answers that is checked.
+
+    Attributes:
+        alarm: name of the alarm.
+        metric: name of the metric.
+        count: the metric that counts the answers.
+        counts_good: whether the metric is the share of good answers; otherwise of bad ones.
+        reachable: the metric with the share that can be good at all; None for all.
+        predicate: what the counted answers do, for the message.
+        remedy_fallen, remedy_low: what to do in SFT if the share was better before, and if it never was good.
+    """
+
+    alarm: str
+    metric: str
+    count: str
+    counts_good: bool
+    reachable: str | None
+    predicate: str
+    remedy_fallen: str
+    remedy_low: str
+
+
+SHARES = (
+    Share(
+        "stop_rate_falls", "stop_rate", "answers", True, "expected_stop_rate", "end with the end token",
+        "lower train.learning_rate, or train for fewer epochs",
+        "check that end tokens are supervised (nesso-tune preview; data.train_on_eos), or train longer",
+    ),
+    Share(
+        "language_fidelity_falls", "language_fidelity", "answers_told", True, None,
+        "are in the language of their prompt",
+        "inspect the rows trained on last, or give this language a larger share (data.mixture)",
+        "give this language more rows (data.mixture), and check that its rows have answers in it",
+    ),
+    Share(
+        "repetition_rises", "repetition_rate", "answers", False, None, "end in a loop",
+        "lower train.learning_rate, or train for fewer epochs",
+        "train longer, and check the data for rows that repeat themselves",
+    ),
+)  # fmt: skip
+
+
+def alarm_events(lines: Iterable[Line]) -> list[Line]:
+    """The lines of `metrics.jsonl` that are alarms."""
     return [line for line in lines if line.get("event") == EVENT]
 
 
-def _chosen(line: Line) -> Iterator[Reading]:
-    for figure, where in (("logps/chosen_shift", ""), ("eval_logps/chosen_shift", " of the held-out pairs")):
-        if figure in line:
-            shift = line[figure]
-            less = f"less likely than under the reference, by {-shift:.2g} nats a token"
-            said = f"the chosen answers{where} are {less}; {HOLD}"
-            yield Reading("chosen_falls", figure, shift, CHOSEN_SHIFT, 0.0, said)
+def _chosen_shifts(line: Line) -> Iterator[Measurement]:
+    for metric, where in (("logps/chosen_shift", ""), ("eval_logps/chosen_shift", " of the validation pairs")):
+        if metric in line:
+            shift = line[metric]
+            what = f"the chosen answers{where} are {-shift:.2g} nats/token less likely than under the reference"
+            yield Measurement("chosen_falls", metric, shift, MIN_CHOSEN_SHIFT, 0.0, f"{what}; {DPO_REMEDY}")
 
 
 def _good(share: Share, value: float) -> float:
-    """The share of good answers, from the figure; and the figure, from the share of good answers."""
-    return value if share.good else 1 - value
+    """Converts the metric to the share of good answers, and back."""
+    return value if share.counts_good else 1 - value
 
 
-def _parts(line: Line, name: str) -> list[str]:
-    """What stands behind the name: nothing for the whole, then `/it` and the like; sources are not watched."""
+def _suffixes(line: Line, name: str) -> list[str]:
+    """Suffixes of a metric in a line: empty for all answers, `/it` and the like; sources are not checked."""
     found = [key.removeprefix(name) for key in line if key == name or key.startswith(f"{name}/")]
-    return [part for part in found if not part.startswith(f"/{SOURCE}")]
+    return [suffix for suffix in found if not suffix.startswith(f"/{SOURCE}")]
 
 
-def _named(part: str) -> str:
-    return f" ({part.removeprefix('/')})" if part else ""
+def _in_brackets(suffix: str) -> str:
+    return f" ({suffix.removeprefix('/')})" if suffix else ""
 
 
-def _is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,10 +1,9 @@
-"""When a run logs, evaluates and saves: the plan's intervals, and always at the end."""
+"""Callbacks of the trainer: when to log, evaluate and save, the progress bar, and the profiler."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nesso_tune.logs import print_notes, visible
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.layout import PROFILE
+from nesso_tune.training.throughput import Throughput
+
+PROGRESS_METRICS = (
+    "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
+    "eval_rewards/accuracies", "closer_to_chosen",
+)  # fmt: skip
+PROFILE_WARMUP_STEPS, PROFILE_STEPS = 5, 3
 
 
-class Pace(TrainerCallback):
-    """Sets the trainer's flags after each optimizer step."""
+class IntervalCallback(TrainerCallback):
+    """Requests logging, evaluation and saving at the plan's intervals, and always at the last step."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -27,27 +33,21 @@ class Pace(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Called by the trainer; the first step is logged too."""
+        """Sets the flags of the trainer; the first step is logged too."""
         plan, step = self._plan, state.global_step
         last = step == plan.total_steps
-        control.should_log = last or step == 1 or _due(step, plan.log_every)
-        control.should_evaluate = plan.evaluate_every is not None and (last or _due(step, plan.evaluate_every))
-        control.should_save = last or _due(step, plan.save_every)
+        control.should_log = last or step == 1 or _is_due(step, plan.log_every)
+        control.should_evaluate = plan.evaluate_every is not None and (last or _is_due(step, plan.evaluate_every))
+        control.should_save = last or _is_due(step, plan.save_every)
         return control
 
 
-def _due(step: int, every: int | None) -> bool:
+def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-KEYS = (
-    "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
-    "eval_rewards/accuracies", "closer_to_chosen",
-)  # fmt: skip
-
-
 class ProgressBar(TrainerCallback):
-    """Writes to stderr, on the main process only."""
+    """Shows the progress on stderr, on the main process only: a bar in a terminal, else lines."""
 
     def __init__(self, name: str) -> None:
         self._name = visible(name)
@@ -56,7 +56,7 @@ class ProgressBar(TrainerCallback):
         self._task = TaskID(0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer."""
+        """Opens the bar."""
         if not state.is_world_process_zero or not self._console.is_terminal:
             return
         columns = (
@@ -70,14 +70,19 @@ class ProgressBar(TrainerCallback):
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer."""
+        """Advances the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
-        """Called by the trainer with a log line."""
+        """Shows loss, learning rate and speed."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         numbers = f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tok/s"
@@ -85,78 +90,82 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, numbers=numbers)
         else:
-            self._say(f"{self._name} step {state.global_step}/{state.max_steps}  {numbers}")
+            self._print(f"{self._name} step {state.global_step}/{state.max_steps}  {numbers}")
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
     ) -> None:
-        """Called by the trainer with an evaluation's metrics."""
+        """Shows the main metrics of an evaluation."""
         if state.is_world_process_zero and metrics:
-            shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in KEYS if key in metrics)
-            self._say(f"{self._name} step {state.global_step}/{state.max_steps}  {shown}")
+            shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in PROGRESS_METRICS if key in metrics)
+            self._print(f"{self._name} step {state.global_step}/{state.max_steps}  {shown}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer."""
+        """Closes the bar."""
         if self._bar is not None:
             self._bar.stop()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         (self._bar.console if self._bar is not None else self._console).print(visible(text), soft_wrap=True)
 
 
-WARM_UP, STEPS = 5, 3  # steps of a session that are let pass, and that are recorded
+class ProfilerCallback(TrainerCallback):
+    """Profiles some steps of this session on the main process, after a few warm-up steps if there are enough.
 
+    Must be added after `IntervalCallback`: profiling ends before an evaluation or a save. The trace is in Chrome's
+    format, gzipped: `<output_dir>/profile/steps-6-8.json.gz`. Profiling changes no result.
 
-class Profile(TrainerCallback):
-    """Records some steps of this session on the first process; a short session is recorded as far as it goes.
-
-    Added after `Pace`: a recording ends with the step after which something else than training comes. The trace is in
-    Chrome's format, gzipped: `<output_dir>/profile/steps-6-8.json.gz`. Nothing that is computed depends on it.
+    Args:
+        run: the run directory.
+        total_steps: of the run.
+        throughput: must not count the time that starting and writing the profile takes.
     """
 
-    def __init__(self, trainer: Any, run: Path, total_steps: int) -> None:
-        self._trainer, self._folder, self._total = trainer, run / PROFILE, total_steps
+    def __init__(self, run: Path, total_steps: int, throughput: Throughput) -> None:
+        self._folder, self._total_steps, self._throughput = run / PROFILE, total_steps, throughput
         self._first = self._last = 0
-        self._recording: Any = None
+        self._profiler: profile | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer: chooses the steps."""
-        left = self._total - state.global_step
+        """Chooses the steps to profile."""
+        left = self._total_steps - state.global_step
         if left > 0 and state.is_world_process_zero:
-            self._first = state.global_step + min(WARM_UP, left - 1) + 1
-            self._last = min(self._first + STEPS - 1, self._total)
+            self._first = state.global_step + min(PROFILE_WARMUP_STEPS, left - 1) + 1
+            self._last = min(self._first + PROFILE_STEPS - 1, self._total_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer, before the first micro batch of a step."""
+        """Starts the profiler before the first micro batch of the first step to profile."""
         if state.global_step + 1 == self._first:
-            began = time.monotonic()
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its own lines say when it starts and stops
-            self._recording = profile(record_shapes=True)  # of the CPU, and of the GPU where there is one
-            self._recording.start()
-            self._trainer.track.throughput.paused += time.monotonic() - began
+            with self._throughput.paused():
+                os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # hides Kineto's own start and stop messages
+                self._profiler = profile(record_shapes=True)  # of the CPU, and of the GPU if there is one
+                self._profiler.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer, after the update."""
+        """Writes the trace after the last step to profile, or before an interruption."""
         interrupted = control.should_evaluate or control.should_save or control.should_training_stop
-        if self._recording is not None and (state.global_step == self._last or interrupted):
-            self._write(state.global_step)
+        if self._profiler is not None and (state.global_step == self._last or interrupted):
+            self._write(self._profiler, state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Called by the trainer; a run may end before the last step that was to be recorded."""
-        if self._recording is not None:
-            self._write(state.global_step)
+        """Writes the trace of a run that ended before the last step to profile."""
+        if self._profiler is not None:
+            self._write(self._profiler, state.global_step)
 
-    def _write(self, last: int) -> None:
-        began, recording = time.monotonic(), self._recording
-        self._recording = None
-        recording.stop()
-        self._folder.mkdir(exist_ok=True)
-        file = self._folder / f"steps-{self._first}-{last}.json.gz"
-        staging = file.with_name(f".{file.name}")
-        recording.export_chrome_trace(str(staging))
-        staging.replace(file)
-        self._trainer.track.throughput.paused += time.monotonic() - began
-        said = (
+    def _write(self, profiler: profile, last: int) -> None:
+        with self._throughput.paused():
+            self._profiler = None
+            profiler.stop()
+            self._folder.mkdir(exist_ok=True)
+            file = self._folder / f"steps-{self._first}-{last}.json.gz"
+            staging = file.with_name(f".{file.name}")
+            profiler.export_chrome_trace(str(staging))
+            staging.replace(file)
+        print_notes(
             f"profile of steps {self._first} to {last}: {file} (open it in https://ui.perfetto.dev or chrome://tracing)"
         )
-        print_notes(said)

@@ -1,4 +1,4 @@
-"""The rows of a run as torch and accelerate see them: one flat sequence, as long as the run."""
+"""The data set of a run and its collators: one sequence of rows through all epochs, as torch and accelerate see it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,21 @@ from nesso_tune.model.attention import AttentionSpans
 from nesso_tune.model.lm_head import PackedRow
 from nesso_tune.training.grouped_metrics import Groups
 
+Batch = dict[str, Any]
+CountedBatch = tuple[Batch, bool]  # False: a repeated batch that only keeps all processes in step
+NON_MODEL_KEYS = ("group_ids", "tokens", "entries")  # keys of a batch that are not arguments of the model
+PAIR_PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-class RunOrder(Dataset):
-    """Row `i` is the i-th row of the run, through all epochs.
 
-    Accelerate deals micro batches to the processes in turn, so that optimizer step `s` consists of the rows
-    `s * global_batch` to `(s + 1) * global_batch` at any number of processes.
+class RunDataset(Dataset):
+    """All rows of a run, through all epochs, in training order.
+
+    Accelerate distributes micro batches over the processes round-robin, so optimizer step `s` has the rows
+    `s * global_batch` to `(s + 1) * global_batch` whatever the number of processes.
+
+    Args:
+        stream: the rows of all epochs.
+        rows: number of rows of the run.
     """
 
     def __init__(self, stream: RowStream, rows: int) -> None:
@@ -35,8 +44,8 @@ class RunOrder(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         return self.stream[position]
 
-    def entries(self, positions: Iterable[int]) -> list[int]:
-        """The conversations or pairs in some rows of the run, by their number in the documents."""
+    def records(self, positions: Iterable[int]) -> list[int]:
+        """Indices of the conversations or pairs in some rows."""
         found: list[int] = []
         for position in positions:
             epoch, row = self.stream.locate(position)
@@ -44,33 +53,29 @@ class RunOrder(Dataset):
         return found
 
     def epoch_at(self, position: int) -> float:
-        """Epochs seen when `position` rows have been seen."""
+        """Epochs completed after `position` rows."""
         if position == 0:
             return 0.0
         epoch, row = self.stream.locate(position - 1)
         return epoch + (row + 1) / len(self.stream.epoch(epoch))
 
 
-Batch = dict[str, Any]
-CountedBatch = tuple[Batch, bool]  # False: computed only so that all processes take part
-OURS = ("group_ids", "tokens", "entries")  # columns of a batch that no model takes
-
-
 @dataclass(frozen=True)
 class ConversationCollator:
-    """Packed rows to one row of all their tokens, end to end; or, with masks, to a batch [rows, length].
+    """Collates packed rows.
 
-    The first token of every document has no label: it would be predicted from another document. `group_ids` says for
-    every token which language and source its document is of.
+    With `by_document`, a batch is one row of all tokens, [1, tokens], without padding. Otherwise it is padded,
+    [rows, length]. The first token of every document has no label, because it would be predicted from the document
+    before it. `group_ids` has the group of every token.
 
     Attributes:
-        pad_id: fills what is longer than its documents; that is one more document, which teaches nothing.
+        pad_id: token id of the padding; padding is one more document, without supervised tokens.
         groups: languages and sources.
-        by_document: the model attends by document. Without, documents are told apart by `position_ids` that restart
-            at 0, and by the absence of an attention mask.
-        length: tokens that every row is filled up to; None: no more than needed.
-        packs: the model keeps documents apart that are told apart so. Without, a row is one document, padded to the
-            right, with an attention mask.
+        by_document: the model's attention takes `AttentionSpans`. Otherwise `position_ids` that restart at 0
+            separate documents, without an attention mask.
+        length: number of tokens that every row is padded to; None for no more than needed.
+        packs: the model separates documents by such `position_ids`. Otherwise a row must have a single document; it
+            is padded on the right, with an attention mask.
     """
 
     pad_id: int
@@ -83,45 +88,50 @@ class ConversationCollator:
         tokens = torch.tensor(sum(len(row["input_ids"]) for row in rows))
         if not self.by_document:
             length = self.length or max(len(row["input_ids"]) for row in rows)
-            parts = [self._laid([row], length) for row in rows]
-            batch = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+            padded = [self._concatenate([row], length) for row in rows]
+            batch = {name: torch.stack([row[name] for row in padded]) for name in padded[0]}
             if not self.packs:
-                batch["attention_mask"] = _real(rows, length)
+                batch["attention_mask"] = _attention_mask(rows, length)
                 del batch["position_ids"]
             return {**batch, "tokens": tokens}
         lengths = [n for row in rows for n in row["seq_lengths"]]
         length = self.length * len(rows) if self.length else int(tokens)
-        batch = {name: tensor[None] for name, tensor in self._laid(rows, length).items()}
+        batch = {name: tensor[None] for name, tensor in self._concatenate(rows, length).items()}
         segments = AttentionSpans.from_documents([*lengths, length - int(tokens)])
         before = (batch["labels"][0, 1:] != IGNORE_INDEX).nonzero().flatten()
         return {**batch, "packed_row": PackedRow(batch["input_ids"], segments, before), "tokens": tokens}
 
-    def _laid(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
-        """The documents of some rows end to end, [length]."""
+    def _concatenate(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
+        """The documents of some rows end to end, padded; each tensor is [length]."""
         lengths = [n for row in rows for n in row["seq_lengths"]]
         lengths.append(length - sum(lengths))
         positions = np.concatenate([np.arange(n) for n in lengths])
-        groups = [self.groups.number(*of) for row in rows for of in zip(row["languages"], row["sources"], strict=True)]
-        laid = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORE_INDEX)}
-        for name, array in laid.items():
-            own = [token for row in rows for token in row[name]]
-            array[: len(own)] = own
-        laid["labels"][positions == 0] = IGNORE_INDEX
-        laid |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
-        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in laid.items()}
+        groups = [self.groups.index(*of) for row in rows for of in zip(row["languages"], row["sources"], strict=True)]
+        arrays = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORE_INDEX)}
+        for name, array in arrays.items():
+            values = [value for row in rows for value in row[name]]
+            array[: len(values)] = values
+        arrays["labels"][positions == 0] = IGNORE_INDEX
+        arrays |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
+        return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
-def _real(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
-    """1 where a row of one document has a token, 0 where it is padding; [rows, length]."""
+def _attention_mask(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
+    """1 for tokens and 0 for padding, [rows, length]; each row must have a single document."""
     assert all(len(row["seq_lengths"]) == 1 for row in rows), "this model cannot keep packed documents apart"
     return (torch.arange(length) < torch.tensor([len(row["input_ids"]) for row in rows])[:, None]).long()
 
 
 class PairCollator:
-    """Preference pairs to TRL's batch [chosen … rejected …, length], and the same as one row without padding.
+    """Collates preference pairs to TRL's batch [chosen ..., rejected ...; length].
 
-    In the row every pair is its prompt, its chosen and its rejected answer: the prompt stands there once for both.
-    `group_ids` says for every pair which language and source it is of.
+    With `by_document`, the batch also has `row`, the same pairs as one row without padding, in which each prompt occurs
+    once, followed by its chosen and its rejected answer. `group_ids` has the group of every pair.
+
+    Args:
+        pad_id: token id of the padding.
+        groups: languages and sources.
+        by_document: the model's attention takes `AttentionSpans`.
     """
 
     def __init__(self, pad_id: int, groups: Groups, by_document: bool = True) -> None:
@@ -130,34 +140,34 @@ class PairCollator:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
         batch: Batch = self._padded(list(rows))
-        groups = [self.groups.number(row["languages"][0], row["sources"][0]) for row in rows]
+        groups = [self.groups.index(row["languages"][0], row["sources"][0]) for row in rows]
         batch["group_ids"] = torch.tensor(groups)
         batch["entries"] = torch.tensor([row["pair"] for row in rows])
         batch["tokens"] = torch.tensor(sum(map(pair_tokens, rows)))
         if self.by_document:
-            batch["packed_row"] = one_row(rows)
+            batch["packed_row"] = _pairs_as_row(rows)
         return batch
 
 
 Collator = ConversationCollator | PairCollator
-PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 def pair_tokens(row: dict[str, Any]) -> int:
-    """Tokens of a pair, its prompt counted once."""
-    return sum(len(row[part]) for part in PARTS)
+    """Number of tokens of a pair; its prompt counts once."""
+    return sum(len(row[part]) for part in PAIR_PARTS)
 
 
-def one_row(rows: Sequence[dict[str, Any]]) -> PackedRow:
-    """Pairs as one row; its learned tokens are in the order of TRL's batch: all chosen answers, then all rejected."""
-    ids = torch.tensor([token for row in rows for part in PARTS for token in row[part]])[None]
-    sizes = [tuple(len(row[part]) for part in PARTS) for row in rows]
-    before: dict[str, list[Tensor]] = {"chosen": [], "rejected": []}
+def _pairs_as_row(rows: Sequence[dict[str, Any]]) -> PackedRow:
+    """Pairs as one row. Its supervised tokens are in TRL's order: all chosen answers, then all rejected ones."""
+    ids = torch.tensor([token for row in rows for part in PAIR_PARTS for token in row[part]])[None]
+    sizes = [tuple(len(row[part]) for part in PAIR_PARTS) for row in rows]
+    before_chosen: list[Tensor] = []
+    before_rejected: list[Tensor] = []
     start = 0
     for prompt, chosen, rejected in sizes:
-        asked, end = start + prompt - 1, start + prompt + chosen  # the last token of the prompt precedes both answers
-        before["chosen"].append(torch.arange(asked, asked + chosen))
-        before["rejected"].append(torch.cat([torch.tensor([asked]), torch.arange(end, end + rejected - 1)]))
+        last, end = start + prompt - 1, start + prompt + chosen  # both answers follow the last token of the prompt
+        before_chosen.append(torch.arange(last, last + chosen))
+        before_rejected.append(torch.cat([torch.tensor([last]), torch.arange(end, end + rejected - 1)]))
         start = end + rejected
-    order = torch.cat([*before["chosen"], *before["rejected"]])
-    return PackedRow(ids, AttentionSpans.from_pairs(sizes), order)  # type: ignore[arg-type]
+    before = torch.cat([*before_chosen, *before_rejected])
+    return PackedRow(ids, AttentionSpans.from_pairs(sizes), before)  # type: ignore[arg-type]

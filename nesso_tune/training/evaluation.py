@@ -1,4 +1,4 @@
-"""What is measured while a run trains: loss on the validation rows, and answers to prompts."""
+"""Evaluation during training: loss on the validation rows, generated answers, the best checkpoint, early stopping."""
 
 from __future__ import annotations
 
@@ -9,43 +9,52 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
 from nesso_tune.data.packing import Rows
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.process_group import broadcast_from_rank0, is_main_process
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
-from nesso_tune.generation.answers import Answer, Prompt, answer, choose_prompts, length_ratios, measure
+from nesso_tune.generation.answers import (
+    Answer,
+    Prompt,
+    answer_metrics,
+    generate_answers,
+    length_ratios,
+    select_prompts,
+)
 from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import PREFIX, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.dataset import Collator, CountedBatch
-from nesso_tune.training.grouped_metrics import Figures, Groups
+from nesso_tune.training.grouped_metrics import Groups, MetricSpec
 
-LossOver = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]
-SHOWN = 8  # answers that are written out at each evaluation
-PARENT = "parent"  # the event of the line with the figures of the parent's answers
+EvaluateLoss = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]  # of SFT or DPO; takes its trainer
+LOGGED_ANSWERS = 8  # per evaluation
+PARENT, EARLY_STOPPED = "parent", "early_stopped"  # events of metrics.jsonl
+BEST_METRIC = "train.best_metric"
 
 
 @dataclass
 class Evaluator:
-    """Measures a trainer's model. Called by the trainer at its intervals and at the end.
+    """Evaluates the model of a trainer: loss on the validation rows, and metrics of generated answers.
 
     Attributes:
-        section: what to measure.
+        section: the recipe's settings.
         rows: validation rows.
-        train_rows: rows of epoch 0, for prompts that were trained on.
+        train_rows: training rows of epoch 0, for training prompts.
         collate: rows to a batch.
-        micro_batch: rows of a batch.
-        loss_over: the method's loss and metrics over batches.
-        tokenizer: chat-ready.
-        log: where the answers are written.
-        total_steps: the step at which the training prompts are answered.
-        sources: names of the sources that `rows` come from (`train_rows`, where nothing is held out), for the figures
-            by source; none if empty.
-        parent: figures of the parent's answers to the same prompts, in DPO; see `meet_parent`.
+        micro_batch: rows per batch.
+        evaluate_loss: loss and metrics over batches, of the training method.
+        tokenizer: decodes answers.
+        log: gets the answers that may be shown.
+        total_steps: the step at which training prompts are answered too.
+        sources: names of the sources of `rows` (of `train_rows`, without validation rows) for metrics by source; empty
+            for none.
+        parent: metrics of the parent's answers to the same prompts, in DPO; see `load_parent_metrics`.
+        prompts: those that are answered at every evaluation.
     """
 
     section: EvaluationSection
@@ -53,7 +62,7 @@ class Evaluator:
     train_rows: Rows
     collate: Collator
     micro_batch: int
-    loss_over: LossOver
+    evaluate_loss: EvaluateLoss
     tokenizer: PreTrainedTokenizerBase
     log: MetricsLog
     total_steps: int
@@ -62,86 +71,89 @@ class Evaluator:
     prompts: list[Prompt] = field(init=False)
 
     def __post_init__(self) -> None:
-        asked = self.rows if len(self.rows) else self.train_rows
-        self.prompts = choose_prompts(asked, self.section.samples)
+        rows = self.rows if len(self.rows) else self.train_rows
+        self.prompts = select_prompts(rows, self.section.samples)
 
-    def __call__(self, trainer: Any) -> dict[str, Any]:
-        """Metrics by name, ready for a line of metrics.jsonl."""
+    def __call__(self, trainer: Trainer) -> dict[str, Any]:
+        """The metrics of the current step, for a line of `metrics.jsonl`. Every process must call this."""
         metrics: dict[str, Any] = {}
         if len(self.rows):
-            metrics |= self.loss_over(trainer, self._batches(trainer), self.collate.groups)
-        prefix = "" if len(self.rows) else "train_"  # without held-out rows the prompts are those of training
-        answers = self._answers(trainer, self.prompts)
-        self._show([one for one in answers if not one.prompt.private][:SHOWN], trainer.state.global_step)
-        metrics |= measure(answers, prefix, self.sources)
+            metrics |= self.evaluate_loss(trainer, self._batches(trainer), self.collate.groups)
+        prefix = "" if len(self.rows) else "train_"  # without validation rows, the prompts are training prompts
+        answers = self._generate(trainer, self.prompts)
+        self._log_answers(answers, trainer.state.global_step)
+        metrics |= answer_metrics(answers, prefix, self.sources)
         metrics |= length_ratios(metrics, self.parent, prefix)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
-            known = choose_prompts(self.train_rows, self.section.train_samples)
-            same = self.train_rows.documents is self.rows.documents or not len(self.rows)
-            metrics |= measure(self._answers(trainer, known), "train_", self.sources if same else ())
+            prompts = select_prompts(self.train_rows, self.section.train_samples)
+            same_sources = self.train_rows.documents is self.rows.documents or not len(self.rows)
+            answers = self._generate(trainer, prompts)
+            metrics |= answer_metrics(answers, "train_", self.sources if same_sources else ())
         return metrics
 
-    def meet_parent(self, trainer: Any, begins: bool) -> None:
-        """Takes the figures of the parent, the model that training starts from; all processes call this.
+    def load_parent_metrics(self, trainer: Trainer, generate: bool) -> None:
+        """Sets `parent`, the metrics of the model that training starts from. Every process must call this.
 
-        Where a run begins the parent is asked, and a line of metrics.jsonl keeps the figures; later they are read back.
-        If other prompts were asked then, or other lengths allowed, there are none.
+        `parent` stays empty if `metrics.jsonl` has no metrics of the same prompts and answer length.
+
+        Args:
+            trainer: its model is the parent if `generate` is set.
+            generate: a new run: generate the parent's answers and write their metrics to `metrics.jsonl`.
         """
-        if begins:
-            self._ask_parent(trainer)
-        self.parent = broadcast_from_rank0(self._noted() if trainer.is_world_process_zero() else {})
+        if generate:
+            self._evaluate_parent(trainer)
+        self.parent = broadcast_from_rank0(self._read_parent_metrics() if trainer.is_world_process_zero() else {})
 
-    def _ask_parent(self, trainer: Any) -> None:
+    def _evaluate_parent(self, trainer: Trainer) -> None:
         was_training = trainer.model.training
         trainer.model.eval()
-        answers = self._answers(trainer, self.prompts)
+        answers = self._generate(trainer, self.prompts)
         trainer.model.train(was_training)
         if answers:
-            allowed = {"max_new_tokens": self.section.max_new_tokens}
-            self.log.write({"step": 0, "event": PARENT, **allowed, **measure(answers, sources=self.sources)})
+            settings = {"max_new_tokens": self.section.max_new_tokens}
+            metrics = answer_metrics(answers, sources=self.sources)
+            self.log.write({"step": 0, "event": PARENT, **settings, **metrics})
 
-    def _noted(self) -> dict[str, Any]:
-        asked = {"event": PARENT, "answers": len(self.prompts), "max_new_tokens": self.section.max_new_tokens}
+    def _read_parent_metrics(self) -> dict[str, Any]:
+        wanted = {"event": PARENT, "answers": len(self.prompts), "max_new_tokens": self.section.max_new_tokens}
         lines = read_metrics(self.log.path) if self.log.path.exists() else []
-        return next((line for line in lines if asked.items() <= line.items()), {})
+        return next((line for line in lines if wanted.items() <= line.items()), {})
 
-    def _batches(self, trainer: Any) -> list[CountedBatch]:
-        """This process's share of the validation rows, filled up to what the others have."""
+    def _batches(self, trainer: Trainer) -> list[CountedBatch]:
+        """This process's batches of the validation rows, as many on every process; repeated ones do not count."""
         size = self.micro_batch
         batches = [list(range(i, min(i + size, len(self.rows)))) for i in range(0, len(self.rows), size)]
-        world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-        mine = [(min(i + rank, len(batches) - 1), i + rank < len(batches)) for i in range(0, len(batches), world)]
-        return [(self.collate([self.rows[row] for row in batches[i]]), counted) for i, counted in mine]
+        world_size, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+        own = [(min(i + rank, len(batches) - 1), i + rank < len(batches)) for i in range(0, len(batches), world_size)]
+        return [(self.collate([self.rows[row] for row in batches[i]]), counted) for i, counted in own]
 
-    def _answers(self, trainer: Any, prompts: list[Prompt]) -> list[Answer]:
+    def _generate(self, trainer: Trainer, prompts: list[Prompt]) -> list[Answer]:
         if not prompts:
             return []
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         autocast = trainer.compute_loss_context_manager()
-        return answer(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
+        return generate_answers(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
 
-    def _show(self, answers: list[Answer], step: int) -> None:
-        """Writes answers to prompts that may be shown out, a line of metrics.jsonl each."""
-        for one in answers:
-            question = self.tokenizer.decode(one.prompt.ids, skip_special_tokens=True)
-            line = {"language": one.prompt.language, "prompt": question, "answer": one.text}
-            line |= {"expected": one.expected, "stopped": one.stopped}
+    def _log_answers(self, answers: list[Answer], step: int) -> None:
+        """Writes the first answers to prompts that are not private to `metrics.jsonl`."""
+        public = [answer for answer in answers if not answer.prompt.private]
+        for answer in public[:LOGGED_ANSWERS]:
+            prompt = self.tokenizer.decode(answer.prompt.ids, skip_special_tokens=True)
+            line = {"language": answer.prompt.language, "prompt": prompt, "answer": answer.text}
+            line |= {"expected": answer.expected, "stopped": answer.stopped}
             self.log.write({"step": step, "event": "answer", **line})
 
 
-KEY = "train.best_metric"
-
-
 @dataclass
-class Best:
-    """The best evaluation of a run so far. Every process holds the same: all are told the first one's metrics.
+class BestCheckpoint:
+    """The best evaluation of a run so far, equal on every process.
 
     Attributes:
-        metric: name of the metric that decides.
-        patience: evaluations without improvement after which the run ends; None for never.
+        metric: name of the metric to compare.
+        patience: number of evaluations without improvement after which the run stops early; None for never.
         step: of the best evaluation; None before the first.
-        value: of the metric there.
-        waited: evaluations since then.
+        value: of the metric at this step.
+        waited: number of evaluations since then.
     """
 
     metric: str
@@ -152,17 +164,18 @@ class Best:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether the run ends here, however many steps its plan has left."""
+        """Whether the run stops early."""
         return self.patience is not None and self.waited >= self.patience
 
-    def note(self, step: int, metrics: Mapping[str, Any]) -> bool:
-        """Takes an evaluation; whether it is better than all before. An equal one is not, nor is NaN or infinity.
+    def update(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Adds an evaluation and returns whether it is the best so far. Ties, NaN and infinity are no improvement.
 
         Raises:
-            RecipeError: if the metric was not measured, with those that were.
+            RecipeError: if the evaluation has no such metric.
         """
         if self.metric not in metrics:
-            raise RecipeError(KEY, f"`{self.metric}` is not measured", did_you_mean(self.metric, sorted(metrics)))
+            remedy = did_you_mean(self.metric, sorted(metrics))
+            raise RecipeError(BEST_METRIC, f"`{self.metric}` is not measured", remedy)
         value = float(metrics[self.metric])
         sign = 1 if better(self.metric) == "higher" else -1
         if not math.isfinite(value) or (self.value is not None and sign * value <= sign * self.value):
@@ -171,26 +184,26 @@ class Best:
         self.step, self.value, self.waited = step, value, 0
         return True
 
-    def state(self) -> dict[str, Any]:
-        """All of it as plain data, exact."""
+    def state_dict(self) -> dict[str, Any]:
+        """All attributes as plain data, exact."""
         return asdict(self)
 
-    def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Takes back what `state` gave; of another metric nothing, so that the search begins anew."""
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restores what `state_dict` returned. The state of another metric is ignored."""
         if state and state["metric"] == self.metric:
             self.step, self.value, self.waited = state["step"], state["value"], state["waited"]
 
 
-def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
-    """What a recipe wants to be kept; None if it takes the last weights.
+def best_checkpoint_for(recipe: Recipe, spec: MetricSpec, validation: Rows) -> BestCheckpoint | None:
+    """The empty `BestCheckpoint` of a recipe; None if the run keeps its last weights.
 
     Args:
-        recipe: says the metric and the patience.
-        figures: what is measured on held-out rows, without `eval_`.
-        validation: the held-out rows.
+        recipe: has the metric and the patience.
+        spec: metrics of the validation rows, without `eval_`.
+        validation: the validation rows.
 
     Raises:
-        RecipeError: if the metric would be measured on held-out rows and will not be.
+        RecipeError: if a metric of validation rows will not be measured.
     """
     if recipe.train.best_metric is None:
         return None
@@ -199,66 +212,70 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
     if whole in HELD_OUT:
         languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.records)})
         if not languages:
-            raise RecipeError(KEY, f"`{metric}` is not measured: no row is held out", "raise data.validation_size")
-        parts = ["", *(f"/{code}" for code in languages)]
+            raise RecipeError(
+                BEST_METRIC, f"`{metric}` is not measured: there are no validation rows", "raise data.validation_size"
+            )
+        suffixes = ["", *(f"/{code}" for code in languages)]
         measured = [
-            f"eval_{name}{part}" for name in figures.names for part in (parts[:1] if name in figures.whole else parts)
+            f"eval_{name}{suffix}"
+            for name in spec.names
+            for suffix in (suffixes[:1] if name in spec.ungrouped else suffixes)
         ]
-        divided = whole.removeprefix("eval_") not in figures.whole
-        of_source = divided and metric.startswith(f"{whole}{OF_SOURCE}")  # which there are shows the first evaluation
+        grouped = whole.removeprefix("eval_") not in spec.ungrouped
+        # whether this source has validation rows is known at the first evaluation
+        of_source = grouped and metric.startswith(f"{whole}{OF_SOURCE}")
         if (whole if of_source else metric) not in measured:
-            raise RecipeError(KEY, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
-    return Best(metric, recipe.train.early_stopping_patience)
+            raise RecipeError(BEST_METRIC, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
+    return BestCheckpoint(metric, recipe.train.early_stopping_patience)
 
 
-def take_best(trainer: Any) -> None:
-    """Puts the weights of the best evaluation into the trained model and notes it in metrics.jsonl. All call this.
+def load_best_weights(trainer: Trainer, best: BestCheckpoint, log: MetricsLog) -> None:
+    """Loads the weights of the best evaluation into the model and logs its step. Every process must call this.
 
     Raises:
-        NumericalError: if the metric never was a number.
-        RunEnvironmentError: if the checkpoint that holds them is missing or damaged.
+        NumericalError: if the metric was never finite.
+        RunEnvironmentError: if the checkpoint is missing or damaged.
     """
-    best, step = trainer.track.best, trainer.state.global_step
+    step = trainer.state.global_step
     if best.step is None:
-        raise NumericalError(KEY, f"{best.metric} was not a number at any evaluation", "choose another metric")
+        raise NumericalError(
+            BEST_METRIC, f"{best.metric} was not finite at any evaluation", "choose another metric"
+        )  # fmt: skip
     if best.step != step:
         folder = Path(trainer.args.output_dir) / f"{PREFIX}{best.step}"
         if (why := broadcast_from_rank0(_why_unusable(folder) if is_main_process() else None)) is not None:
             raise RunEnvironmentError(
-                str(folder), f"holds the best {best.metric} and cannot be used: {why}",
-                f"restore it, or take the last weights: {KEY}: null with --allow-changes {KEY}",
+                str(folder), f"has the best {best.metric} but cannot be used: {why}",
+                f"restore it, or keep the last weights: {BEST_METRIC}: null with --allow-changes {BEST_METRIC}",
             )  # fmt: skip
         trainer._load_from_checkpoint(str(folder))
     line = {"step": step, "event": "best", "metric": best.metric, "value": best.value, "taken": best.step}
-    log = trainer.track.log
     if is_main_process() and line not in read_metrics(
         log.path
-    ):  # a session that was killed after it may have written it
+    ):  # an earlier session may have been killed after writing it
         log.write(line)
 
 
-def in_words(best: Best, step: int, steps: int) -> list[str]:
-    """What a person should know at the end.
+def best_summary(best: BestCheckpoint, step: int, total_steps: int) -> list[str]:
+    """Lines for the end of a run: whether it stopped early, and which weights `final/` has.
 
     Args:
-        best: where the search ended.
-        step, steps: where the run ended, and where its plan does.
+        best: the best evaluation.
+        step: the last step of the run.
+        total_steps: of its plan.
     """
     early = (
-        f"stopped early at step {step:,} of {steps:,}: no better {best.metric} in {best.waited} evaluation(s) "
+        f"stopped early at step {step:,} of {total_steps:,}: no better {best.metric} in {best.waited} evaluation(s) "
         f"(train.early_stopping_patience)"
     )
-    taken = f"final/ holds the weights of step {best.step:,}: {best.metric} {best.value:.4g} is the {_most(best)}"
-    return [*([early] if step < steps else []), taken]
-
-
-def _most(best: Best) -> str:
-    return "highest" if better(best.metric) == "higher" else "lowest"
+    extreme = "highest" if better(best.metric) == "higher" else "lowest"
+    taken = f"final/ holds the weights of step {best.step:,}: {best.metric} {best.value:.4g} is the {extreme}"
+    return [*([early] if step < total_steps else []), taken]
 
 
 def _why_unusable(checkpoint: Path) -> str | None:
     try:
         read_manifest(checkpoint)
-    except ValueError as why:
-        return str(why)
+    except ValueError as error:
+        return str(error)
     return None

@@ -1,4 +1,4 @@
-"""How several processes share a model: FSDP2 FULL_SHARD through accelerate, and what it cannot do."""
+"""FSDP2 FULL_SHARD through accelerate: its arguments, precision, checks and workarounds."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 
 
 def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any]:
-    """Arguments of transformers' trainers: every transformer block is one unit, gathered for its turn, freed after it.
+    """FSDP arguments of transformers' trainers: each transformer block is one unit.
 
     Raises:
-        RecipeError: if this model cannot be trained so.
+        RecipeError: if this model cannot be trained with FSDP.
     """
     blocks = sorted(model._no_split_modules or [])
-    there = {type(module).__name__ for module in model.modules()}
+    classes = {type(module).__name__ for module in model.modules()}
     problems = []
-    if not there & set(blocks):
-        problems.append(Problem("distributed.fsdp", f"{type(model).__name__} does not name its transformer blocks",
+    if not classes & set(blocks):
+        problems.append(Problem("distributed.fsdp", f"{type(model).__name__} does not declare its transformer blocks",
                                 "set distributed.fsdp: none"))  # fmt: skip
-    if checkpointing and drops_at_random(model):
-        # torch's wrapper, as accelerate calls it, does not restore the state of the random numbers
+    if checkpointing and has_dropout(model):
+        # accelerate uses torch's checkpoint wrapper without preserving the random state
         problems.append(Problem("train.gradient_checkpointing",
-                                "would draw other dropout masks when it computes a block again under full_shard",
-                                "set it to false, or the dropout to 0"))  # fmt: skip
+                                "would use different dropout masks in the recomputation under full_shard",
+                                "set it to false, or set the dropout to 0"))  # fmt: skip
     if problems:
         raise RecipeError(problems)
     return {
@@ -41,23 +41,24 @@ def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any
             "version": 2,
             "reshard_after_forward": True,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-            "transformer_layer_cls_to_wrap": [block for block in blocks if block in there],
-            "state_dict_type": "FULL_STATE_DICT",  # checkpoints are ours, see `state.py`
+            "transformer_layer_cls_to_wrap": [block for block in blocks if block in classes],
+            "state_dict_type": "FULL_STATE_DICT",  # unused: `checkpoint.py` writes the checkpoints
             "activation_checkpointing": checkpointing,
         },
     }
 
 
-def drops_at_random(model: PreTrainedModel) -> bool:
-    """Whether something in the model is dropped at random."""
+def has_dropout(model: PreTrainedModel) -> bool:
+    """Whether the model has dropout with a probability above 0."""
     layers = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return layers or bool(getattr(model.config.get_text_config(), "attention_dropout", 0.0))
 
 
-def set_precision(trainer: Any) -> None:
-    """Blocks compute in bfloat16; gradients are summed over the processes, and losses come out, in float32.
+def set_precision(trainer: Trainer) -> None:
+    """With bfloat16: blocks compute in bfloat16, but gradients are reduced and outputs returned in float32.
 
-    Accelerate's own policy would round all three: log-probabilities of whole answers then are off by up to 0.5.
+    Accelerate's default policy uses bfloat16 for all three, with errors of up to 0.5 in the log-probabilities of whole
+    answers.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is not None and trainer.args.bf16:
@@ -65,24 +66,24 @@ def set_precision(trainer: Any) -> None:
 
 
 def check_sharded(model: nn.Module) -> None:
-    """Makes sure that what was asked for is what runs.
+    """Checks that the model is sharded.
 
     Raises:
-        RunEnvironmentError: if no weight is spread over the processes.
+        RunEnvironmentError: if no parameter is sharded.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise RunEnvironmentError(
-            "distributed.fsdp", "full_shard was asked for, but the weights are not sharded on these devices",
+            "distributed.fsdp", "full_shard is set, but the weights are not sharded on these devices",
             "set distributed.fsdp: none, or use GPUs",
         )  # fmt: skip
 
 
 @contextmanager
-def tied_tables_together(model: PreTrainedModel) -> Iterator[None]:
-    """While FSDP is set up, hides an embedding and a head that are tied under peft's trainable rows.
+def keep_tied_embeddings_together(model: PreTrainedModel) -> Iterator[None]:
+    """Hides a tied embedding and head with PEFT's trainable tokens while accelerate sets up FSDP.
 
-    Accelerate compares their weights to see the tie, but peft computes `weight` anew whenever it is read: the two
-    would land in two units, which FSDP refuses. Unseen, both stay in the unit of the whole model.
+    Accelerate compares their weights to detect the tie, but PEFT computes `weight` on each access, so the two would be
+    wrapped as separate units, which FSDP refuses. Hidden, both stay in the root unit.
     """
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     if not all(isinstance(table, TrainableTokensWrapper) for table in tables):

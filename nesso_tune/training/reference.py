@@ -1,13 +1,14 @@
-"""The frozen reference of DPO: the log-probabilities under the weights that the run starts from, computed once.
+"""The frozen reference of DPO: log-probabilities of all pairs under the initial weights, computed once.
 
-They stand in the cache, for later runs of the same pairs from the same weights, and in the run directory, since after a
-resume the model is no longer what the run started from.
+They are kept in the cache, for later runs with the same pairs and weights, and in the run directory, because the model
+of a resumed run is no longer the reference.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,75 +21,128 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset
 
 from nesso_tune import cache
-from nesso_tune.data.packing import Rows
+from nesso_tune.data.packing import Rows, sequential_rows
+from nesso_tune.data.prepare import PreparedData
+from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.files import fsync
+from nesso_tune.logs import print_notes
 from nesso_tune.recipes.schema import DPORecipe
 from nesso_tune.runs.checkpoint import as_environment_error
+from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training.dataset import PairCollator
-from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
+from nesso_tune.training.dpo import PairTrainer, Reference, score_pairs
+from nesso_tune.training.grouped_metrics import Groups
+from nesso_tune.training.losses import answer_log_probs
 
-FILE = "reference.safetensors"
-KIND, CACHED = "reference", 2  # its place in the cache, and the version of what is there
-CALLED = "the reference of these pairs"
+REFERENCE_FILE = "reference.safetensors"
+CACHE_KIND, CACHE_VERSION = "reference", 2
+DESCRIPTION = "the reference of these pairs"
+
+
+def prepare_reference(
+    trainer: PairTrainer, data: PreparedData, recipe: DPORecipe, run: RunDir, facts: Mapping[str, Any]
+) -> Reference:
+    """Loads the reference of a resumed run; for a new run, takes it from the cache or computes it.
+
+    Every process must call this. A new run writes a line to `metrics.jsonl`.
+
+    Args:
+        trainer: its model is the reference if the run is new.
+        data: the pairs to train on and to validate on.
+        recipe: has the settings that the log-probabilities depend on.
+        run: the run directory, where the reference is kept.
+        facts: provenance of the run.
+
+    Raises:
+        NumericalError: if log-probabilities are not finite.
+        RunEnvironmentError: if the reference of a resumed run is missing, damaged, or of other data or another base.
+    """
+    if run.checkpoint is not None:
+        return load_reference(run.path, facts["start"])
+    start, is_main = time.monotonic(), trainer.is_world_process_zero()
+    parts = [sequential_rows(data.stream.documents, data.stream.records, None), data.validation]
+    parts = [part for part in parts if len(part)]
+    key = reference_key(recipe, facts, parts) if is_main else ""
+    reference: Reference | None = broadcast_from_rank0(cached_reference(key) if is_main else None)
+    cached, pairs = reference is not None, sum(map(len, parts))
+    if is_main:
+        print_notes(f"reference: {pairs:,} pairs, {'from the cache' if cached else 'computing log-probabilities once'}")
+    if reference is None:
+        groups = Groups.of(*(part.documents for part in parts))
+        collate = PairCollator(data.chat.pad_id, groups, trainer.data_collator.by_document)
+        reference = compute_reference(trainer, parts, collate)
+    if is_main:
+        if not cached:
+            cache_reference(key, reference)
+        save_reference(run.path, reference, facts["start"])
+    seconds = round(time.monotonic() - start, 3)
+    trainer.metrics_log.write({"step": 0, "event": "reference", "pairs": pairs, "cached": cached, "seconds": seconds})
+    return reference
 
 
 @torch.no_grad()
 def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: PairCollator) -> Reference:
-    """Scores every pair with the model as it is now; the processes share the pairs.
+    """Computes the log-probabilities of all pairs under the current model. Every process must call this.
 
-    Pairs of like length stand in one batch. Every process computes the same number of batches, as a sharded model
-    needs all of them to take part.
+    Batches have pairs of similar length. The processes share the batches, and each computes the same number of them,
+    because a sharded model needs all processes.
 
     Args:
-        trainer: its model is scored, as it is wrapped.
-        parts: pairs to train on and pairs held out.
+        trainer: its wrapped model is used.
+        parts: pairs to train on and pairs to validate on.
         collate: pairs to a batch.
+
+    Raises:
+        NumericalError: if log-probabilities are not finite.
     """
     rows: Sequence[dict[str, Any]] = ConcatDataset(parts)  # type: ignore[arg-type, assignment]
     sizes = [int(size) for part in parts for size in part.documents.lengths[part.records]]
-    batches = in_batches(sizes, trainer.args.per_device_train_batch_size)
-    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
-    scored: list[tuple[int, float, float]] = []
+    batches = length_sorted_batches(sizes, trainer.args.per_device_train_batch_size)
+    world_size, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    own: list[tuple[int, float, float]] = []
     trainer.model.eval()
-    for i in range(-(-len(batches) // world)):
-        some = [rows[row] for row in batches[min(i * world + rank, len(batches) - 1)]]
-        outputs, inputs, own = score_pairs(trainer, collate(some))
-        sums = answer_log_probs(outputs.log_probs, inputs["completion_mask"], trainer.ld_alpha)
-        chosen, rejected = sums.float().cpu().chunk(2)
-        scored += zip(own["entries"].tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+    for i in range(-(-len(batches) // world_size)):
+        batch = batches[min(i * world_size + rank, len(batches) - 1)]
+        scored, pairs = score_pairs(trainer, collate([rows[row] for row in batch]))
+        log_probs = answer_log_probs(scored.outputs.log_probs, scored.inputs["completion_mask"], trainer.ld_alpha)
+        chosen, rejected = log_probs.float().cpu().chunk(2)
+        own += zip(pairs.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
     trainer.model.train()
-    everyone = gather_object(scored) if world > 1 else scored
-    if wrong := sorted({pair for pair, *sums in everyone if not all(map(math.isfinite, sums))}):
+    everything = gather_object(own) if world_size > 1 else own
+    if wrong := sorted({pair for pair, *values in everything if not all(map(math.isfinite, values))}):
         raise NumericalError(
             "reference", f"log-probabilities of {len(wrong)} of {len(rows)} pairs are not finite (first: {wrong[0]})",
-            "see whether the base answers sensibly (nesso-tune chat), or set model.dtype: float32",
+            "check the answers of the base model (nesso-tune chat), or set model.dtype: float32",
         )  # fmt: skip
-    return {pair: (better, worse) for pair, better, worse in everyone}
+    return {pair: (chosen, rejected) for pair, chosen, rejected in everything}
 
 
-def in_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
-    """Rows of these sizes in batches, long ones first: none has more tokens than a micro batch of training may have."""
+def length_sorted_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
+    """Batches of row indices, long rows first. None has more tokens than the `micro_batch` longest rows together."""
     ordered = sorted(range(len(sizes)), key=lambda row: -sizes[row])
-    most = sum(sizes[row] for row in ordered[:micro_batch])
+    max_tokens = sum(sizes[row] for row in ordered[:micro_batch])
     batches: list[list[int]] = []
-    room = 0
+    left = 0  # tokens that still fit into the last batch
     for row in ordered:
-        if sizes[row] > room:
+        if sizes[row] > left:
             batches.append([])
-            room = most
+            left = max_tokens
         batches[-1].append(row)
-        room -= sizes[row]
+        left -= sizes[row]
     return batches
 
 
 def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[Rows]) -> str:
-    """Hash of everything that decides the log-probabilities: the model, how it computes, and the pairs' token ids.
+    """Hash of everything that the log-probabilities depend on: model, numerics, and the token ids of the pairs.
 
-    `facts` are those of the run's manifest.
+    Args:
+        recipe: has the settings.
+        facts: provenance of the run, as in its manifest.
+        parts: the pairs.
     """
     model = recipe.model
-    what = [
+    settings = [
         *(facts[name] for name in ("base", "tokenizer", "attention", "device", "versions")),
         recipe.seed if model.random_init else None,
         model.adapter.type if model.adapter is not None else None,
@@ -101,25 +155,25 @@ def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[R
             digest.update(f"{part.first_pair + entry} {[len(ids) for ids in lengths]}".encode())
             for ids in lengths:
                 digest.update(ids.tobytes())
-    return cache.key_of([CACHED, *what, digest.hexdigest()])
+    return cache.key_of([CACHE_VERSION, *settings, digest.hexdigest()])
 
 
 def cached_reference(key: str) -> Reference | None:
-    """The reference of this key that an earlier run left in the cache, if it is there and whole."""
-    return cache.load(KIND, key, _opened, CALLED)
+    """The reference of this key in the cache; None if it is missing or damaged."""
+    return cache.load(CACHE_KIND, key, _open, DESCRIPTION)
 
 
 def cache_reference(key: str, reference: Reference) -> None:
-    """Leaves a reference for later runs."""
+    """Writes a reference to the cache."""
 
     def build(staging: Path) -> dict[str, Any]:
         save_reference(staging, reference, key)
         return {"pairs": len(reference)}
 
-    cache.get_or_build(KIND, key, build, _opened, CALLED)
+    cache.get_or_build(CACHE_KIND, key, build, _open, DESCRIPTION)
 
 
-def _opened(folder: Path, _: dict[str, Any]) -> Reference:
+def _open(folder: Path, _: dict[str, Any]) -> Reference:
     try:
         return load_reference(folder, folder.name)
     except RunEnvironmentError as error:
@@ -127,38 +181,38 @@ def _opened(folder: Path, _: dict[str, Any]) -> Reference:
 
 
 def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
-    """Keeps the reference beside the checkpoints: after a resume the model is no longer what the run started from."""
+    """Writes `reference.safetensors` into a folder, with a fingerprint of what it belongs to."""
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
-    staging = run / f".{FILE}.partial"
+    staging = run / f".{REFERENCE_FILE}.partial"
     with as_environment_error(staging):
         save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
     fsync(staging)
-    staging.replace(run / FILE)
+    staging.replace(run / REFERENCE_FILE)
 
 
 def load_reference(run: Path, fingerprint: str) -> Reference:
-    """What `save_reference` kept.
+    """Reads what `save_reference` wrote.
 
     Raises:
         RunEnvironmentError: if it is missing, damaged, or of other data or another base.
     """
     remedy = "start anew with --overwrite"
     try:
-        with safe_open(run / FILE, framework="pt") as file:
+        with safe_open(run / REFERENCE_FILE, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:
-                raise RunEnvironmentError(str(run / FILE), "belongs to other data or another base", remedy)
+                raise RunEnvironmentError(str(run / REFERENCE_FILE), "belongs to other data or another base", remedy)
             tensors = {name: file.get_tensor(name) for name in ("pairs", "log_probs")}
             if (file.metadata() or {}).get("sha256") != _hash_of(tensors):
-                raise RunEnvironmentError(str(run / FILE), "is damaged", remedy)
+                raise RunEnvironmentError(str(run / REFERENCE_FILE), "is damaged", remedy)
     except OSError:
-        raise RunEnvironmentError(str(run / FILE), "is missing", remedy) from None
+        raise RunEnvironmentError(str(run / REFERENCE_FILE), "is missing", remedy) from None
     except Exception as error:
         if isinstance(error, RunEnvironmentError):
             raise
-        raise RunEnvironmentError(str(run / FILE), "is damaged", remedy) from None
+        raise RunEnvironmentError(str(run / REFERENCE_FILE), "is damaged", remedy) from None
     pairs, values = (tensors[name].tolist() for name in ("pairs", "log_probs"))
-    return {pair: (better, worse) for pair, (better, worse) in zip(pairs, values, strict=True)}
+    return {pair: (chosen, rejected) for pair, (chosen, rejected) in zip(pairs, values, strict=True)}
 
 
 def _hash_of(tensors: dict[str, Tensor]) -> str:

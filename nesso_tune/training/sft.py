@@ -10,51 +10,62 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from trl import SFTTrainer
 
-from nesso_tune.training.dataset import OURS, CountedBatch
-from nesso_tune.training.grouped_metrics import Figures, Groups, Tally
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.dataset import NON_MODEL_KEYS, CountedBatch
+from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups, MetricSpec
+from nesso_tune.training.losses import nll_loss
+from nesso_tune.training.trainer import BaseTrainer
 
-FIGURES = Figures(("loss", "token_accuracy"))
+SFT_METRICS = MetricSpec(("loss", "token_accuracy"))
 
 
-class ConversationTrainer(TrackedTrainer, SFTTrainer):
-    """The loss is the sum over the supervised tokens of the whole global batch, divided by their number."""
+class ConversationTrainer(BaseTrainer, SFTTrainer):
+    """The loss is the sum over the supervised tokens of the global batch, divided by their number."""
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """TRL's loss (`loss_type="nll"`) without its per-batch synchronisation; sums by group go to the tally."""
-        own = {name: inputs.pop(name) for name in OURS if name in inputs}
+        """TRL's loss (`loss_type="nll"`) without its synchronisation per micro batch; metrics go to the run state."""
+        extra = {name: inputs.pop(name) for name in NON_MODEL_KEYS if name in inputs}
         outputs = model(**inputs, fused_lm_head=True)
-        add_token_losses(self.track.tally, outputs, own["group_ids"])
-        self.track.tokens += int(own["tokens"])
-        self.track.supervised_tokens += int(outputs.label_mask.sum())
-        # `num_items_in_batch` counts all processes, and the gradients are averaged over them
-        return -outputs.log_probs.sum() / num_items_in_batch * self.accelerator.num_processes
+        state = self.run_state
+        add_sft_metrics(state.metrics, outputs, extra["group_ids"])
+        state.tokens += int(extra["tokens"])
+        state.supervised_tokens += int(outputs.label_mask.sum())
+        # `num_items_in_batch` counts all processes, and gradients are averaged over them
+        return nll_loss(outputs.log_probs, num_items_in_batch, self.accelerator.num_processes)
 
 
 @torch.no_grad()
-def add_token_losses(tally: Tally, outputs: Any, group_ids: Tensor) -> None:
-    """Adds the negative log-likelihood and accuracy of every supervised token to a tally, by group."""
-    mask = outputs.label_mask
-    groups, losses = group_ids[:, 1:][mask], -outputs.log_probs[mask]
-    ones = torch.ones_like(losses)
-    tally.add("loss", groups, losses, ones)
-    tally.add("token_accuracy", groups, outputs.is_top1[mask].float(), ones)
+def evaluate_sft(trainer: ConversationTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
+    """Loss and accuracy per supervised token over batches, in total, by language and by source.
 
-
-@torch.no_grad()
-def evaluate_loss(trainer: ConversationTrainer, batches: Iterable[CountedBatch], groups: Groups) -> dict[str, float]:
-    """Token-weighted loss and accuracy over batches, whole, by language and by source.
-
-    `batches` are those of this process, as many as every other has; one that is not counted only keeps step.
+    Args:
+        trainer: its model is evaluated.
+        batches: of this process; the number of batches must be equal on all processes.
+        groups: of the batches.
     """
-    tally = Tally(FIGURES, groups, trainer.accelerator.device)
+    metrics = GroupedMetrics(SFT_METRICS, groups, trainer.accelerator.device)
     for batch, counted in batches:
         inputs = send_to_device(batch, trainer.accelerator.device)
-        own = {name: inputs.pop(name) for name in OURS if name in inputs}
+        extra = {name: inputs.pop(name) for name in NON_MODEL_KEYS if name in inputs}
         with trainer.compute_loss_context_manager():
             outputs = trainer.model_wrapped(**inputs, fused_lm_head=True)
         if counted:
-            add_token_losses(tally, outputs, own["group_ids"])
-    return {f"eval_{name}": value for name, value in tally.means(trainer.sum_over_processes).items()}
+            add_sft_metrics(metrics, outputs, extra["group_ids"])
+    return {f"eval_{name}": value for name, value in metrics.means(trainer.sum_over_processes).items()}
+
+
+@torch.no_grad()
+def add_sft_metrics(metrics: GroupedMetrics, outputs: Any, group_ids: Tensor) -> None:
+    """Adds loss and accuracy of every supervised token.
+
+    Args:
+        metrics: of `SFT_METRICS`.
+        outputs: of the model on a batch.
+        group_ids: group of each token, [rows, length].
+    """
+    mask = outputs.label_mask
+    groups, losses = group_ids[:, 1:][mask], -outputs.log_probs[mask]
+    ones = torch.ones_like(losses)
+    metrics.add("loss", groups, losses, ones)
+    metrics.add("token_accuracy", groups, outputs.is_top1[mask].float(), ones)

@@ -1,4 +1,8 @@
-"""The states of all random generators, as plain data."""
+"""State dicts of a checkpoint: trained weights, optimizer state and random states, independent of wrappers.
+
+Names are those of the unwrapped model, and tied weights occur once. A state dict is either whole, gathered on the CPU
+of the main process, or sharded, as each process holds it.
+"""
 
 from __future__ import annotations
 
@@ -25,74 +29,43 @@ from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
 
-
-def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's and torch's generators in this process."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()
-    states: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr,attr-defined]
-        "torch": _text(torch.get_rng_state()),
-    }
-    if torch.cuda.is_available():
-        states["cuda"] = _text(torch.cuda.get_rng_state())
-    return states
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Restores what `random_states` gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, normal = states["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, normal))
-    torch.set_rng_state(_tensor(states["torch"]))
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_tensor(states["cuda"]))
-
-
-def _text(state: torch.Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _tensor(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-SEPARATOR = "|"  # no parameter name has one
+SEPARATOR = "|"  # between parameter and moment; parameter names do not contain it
 SHARDS = "shard-*.safetensors"
 State = dict[str, Tensor]
 
 
-def weights_of(model: nn.Module, whole: bool = True) -> State:
-    """The trained weights: gathered on the CPU of the main process (elsewhere empty), or each process's shards."""
+def get_weights(model: nn.Module, whole: bool = True) -> State:
+    """The trained weights: whole on the main process (empty on the others), or this process's shards."""
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)
-    repeated = {name for names in ties(model) for name in names[1:]}
+    repeated = {name for names in _tied_names(model) for name in names[1:]}
     return {name: value.contiguous() for name, value in state.items() if name not in repeated}
 
 
 def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
-    """Sets the trained weights; `state` must hold each of them, tied ones once.
+    """Sets the trained weights. `state` must have each of them, and tied ones once.
 
     Raises:
-        RunEnvironmentError: if weights are missing or unknown.
+        RunEnvironmentError: if weights are missing or unexpected.
     """
-    tied = ties(model)
+    tied = _tied_names(model)
     repeated = {name for names in tied for name in names[1:]}
-    frozen = {canonical(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    frozen = {canonical_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
     full = state | {name: state[names[0]] for names in tied for name in names[1:] if names[0] in state}
     options = StateDictOptions(full_state_dict=whole, strict=False)
     result = set_model_state_dict(model, full, options=options)
-    _check(set(result.missing_keys) - repeated - frozen, set(result.unexpected_keys))
+    _check_names(set(result.missing_keys) - repeated - frozen, set(result.unexpected_keys))
 
 
-def moments_of(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
-    """The optimizer's moments and step counts, gathered on the CPU of the main process, or each process's shards."""
+def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
+    """Moments and step counts of the optimizer as `PARAMETER|MOMENT`: whole or sharded, as in `get_weights`."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after an evaluation weights may still be whole, and the optimizer knows their shards
+            module.reshard()  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
-    state = get_optimizer_state_dict(model, optimizer, options=options).get("state", {})  # the first process has it
+    state = get_optimizer_state_dict(model, optimizer, options=options).get(
+        "state", {}
+    )  # empty except on the main process
     return {
         f"{name}{SEPARATOR}{moment}": value.contiguous()
         for name, moments in state.items()
@@ -100,8 +73,8 @@ def moments_of(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> St
     }
 
 
-def set_moments(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
-    """Sets what `moments_of` gave."""
+def set_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
+    """Sets the moments and step counts from `get_optimizer_state`."""
     options = StateDictOptions(full_state_dict=whole)
     groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
     state: dict[str, State] = {}
@@ -112,67 +85,102 @@ def set_moments(model: nn.Module, optimizer: Optimizer, tensors: State, whole: b
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Writes weights and moments, each process its own shards into a safetensors file of its own.
+    """Writes weights and optimizer state as a torch distributed checkpoint in safetensors format.
 
-    The files are those of torch's distributed checkpoints in their safetensors form; every process calls this.
+    Every process must call this, and writes a file of its own shards.
+
+    Raises:
+        RunEnvironmentError: if a file cannot be written.
     """
-    state = weights_of(model, whole=False) | moments_of(model, optimizer, whole=False)
+    state = get_weights(model, whole=False) | get_optimizer_state(model, optimizer, whole=False)
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]
         raise RunEnvironmentError(
-            str(folder), f"cannot be written ({first_line(cause)})", "see to the disk; finished checkpoints are intact"
+            str(folder), f"cannot be written ({first_line(cause)})", "check the disk; finished checkpoints are intact"
         ) from None
 
 
-def shards_of(rank: int) -> str:
-    """Pattern of the files that one process wrote."""
+def shard_pattern(rank: int) -> str:
+    """Glob pattern of the files that a process writes."""
     return f"shard-{rank + 1:05d}-*.safetensors"
 
 
 def is_sharded(checkpoint: Path) -> bool:
-    """Whether a checkpoint's tensors were written by `save_shards`."""
+    """Whether a checkpoint was written by `save_shards`."""
     return any(checkpoint.glob(SHARDS))
 
 
 def load_shards(checkpoint: Path, model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Sets the weights or, with an optimizer, its moments from shards; any number of processes reads them.
+    """Loads the weights or, with an optimizer, its state from shards, with any number of processes.
 
     Raises:
         RunEnvironmentError: if tensors are missing.
     """
-    # asking an optimizer that has not stepped makes it create its moments, which then are filled
-    state = weights_of(model, whole=False) if optimizer is None else moments_of(model, optimizer, whole=False)
+    # the state dict of an optimizer without steps creates the moments, which are then overwritten
+    state = get_weights(model, whole=False) if optimizer is None else get_optimizer_state(model, optimizer, whole=False)
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
-    _check(set(state) - set(reader.read_metadata().state_dict_metadata), set())
+    _check_names(set(state) - set(reader.read_metadata().state_dict_metadata), set())
     dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     if optimizer is None:
         set_weights(model, state, whole=False)
     else:
-        set_moments(model, optimizer, state, whole=False)
+        set_optimizer_state(model, optimizer, state, whole=False)
 
 
-def ties(model: nn.Module) -> list[list[str]]:
-    """Groups of names that are one tensor, as the model itself declares them."""
+def _tied_names(model: nn.Module) -> list[list[str]]:
+    """Groups of names of tied weights, in the order of the model's parameters."""
     by_tensor: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        by_tensor.setdefault(id(parameter), []).append(canonical(name))
+        by_tensor.setdefault(id(parameter), []).append(canonical_name(name))
     return [names for names in by_tensor.values() if len(names) > 1]
 
 
-def canonical(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
+def canonical_name(name: str) -> str:
+    """The name of a parameter in the unwrapped model."""
     for wrapper in ("_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
 
 
-def _check(missing: set[str], unknown: set[str]) -> None:
+def _check_names(missing: set[str], unknown: set[str]) -> None:
     wrong: list[Any] = sorted(missing | unknown)
     if wrong:
         raise RunEnvironmentError(
-            "checkpoint", f"its weights are not those of this model (first: {wrong[0]})",
+            "checkpoint", f"its tensors do not match this model (first: {wrong[0]})",
             "continue with the recipe that wrote it, or start anew with --overwrite",
         )  # fmt: skip
+
+
+def get_rng_state() -> dict[str, Any]:
+    """States of the random generators of Python, NumPy and torch in this process, as plain data."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, gauss],  # type: ignore[union-attr,attr-defined]
+        "torch": _to_base64(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _to_base64(torch.cuda.get_rng_state())
+    return states
+
+
+def set_rng_state(states: dict[str, Any]) -> None:
+    """Restores the states from `get_rng_state`."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, normal = states["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, normal))
+    torch.set_rng_state(_from_base64(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_base64(states["cuda"]))
+
+
+def _to_base64(state: torch.Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _from_base64(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

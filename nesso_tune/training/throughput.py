@@ -1,4 +1,4 @@
-"""How fast a run is, and how much memory it takes: measured from line to line, without waiting for the device."""
+"""Training speed, model FLOPs utilization and peak memory of each log line, measured without device synchronisation."""
 
 from __future__ import annotations
 
@@ -6,40 +6,132 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nesso_tune.planning.hardware import bf16_peak
+from nesso_tune.training.run_state import RunState
 
-SQUARES = "squared_lengths"  # of a batch: the sum of its documents' squared lengths
+SQUARED_LENGTHS = "squared_lengths"  # key of a batch: the sum of its squared document lengths
+
+
+class Throughput:
+    """Speed and memory since the last log line.
+
+    Args:
+        flops: of the model in training.
+        accelerator: gathers the measurements of all processes.
+        state: has the token counts of this process.
+    """
+
+    def __init__(self, flops: TrainingFlops, accelerator: Accelerator, state: RunState) -> None:
+        self._flops, self._accelerator, self._state = flops, accelerator, state
+        self._peak = device_peak()
+        self._paused_seconds = 0.0
+        self._last_tokens = self._last_supervised = 0  # of all processes, at the last line
+        self._restart(0, 0)
+
+    def start(self) -> None:
+        """Starts the measurement when training starts or resumes. Every process must call this."""
+        counts = torch.tensor(self._counts(), dtype=torch.float64, device=self._accelerator.device)
+        tokens, supervised = self._accelerator.reduce(counts, reduction="sum").tolist()
+        self._restart(int(tokens), int(supervised))
+
+    def add(self, squares: int) -> None:
+        """Adds the `squared_lengths` of a micro batch."""
+        self._squares += squares
+
+    def time_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields the same batches, and measures the time spent waiting for each."""
+        source = iter(batches)
+        while True:
+            start = time.monotonic()
+            try:
+                batch = next(source)
+            except StopIteration:
+                return
+            finally:
+                self._waited += time.monotonic() - start
+            yield batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time of a block, such as an evaluation or a save, from the training time."""
+        start = time.monotonic()
+        yield
+        self._paused_seconds += time.monotonic() - start
+
+    def measure(self) -> dict[str, int | float]:
+        """The metrics of a log line. The next line is measured from here. Every process must call this.
+
+        Returns:
+            `tokens`, `supervised_tokens`: of the whole run so far, over all processes.
+            `tokens_per_second`, `supervised_tokens_per_second`: since the last line, over all processes.
+            `mfu`: model FLOP/s per device over the dense bfloat16 peak of the device; only for known GPUs.
+            `peak_memory_gb`: in 10^9 bytes, since the process started, maximum over processes: memory allocated by
+            torch on a GPU, resident memory on a CPU.
+            `data_wait_share`: share of the training time since the last line that was spent waiting for batches,
+            maximum over processes.
+        """
+        busy = max(time.monotonic() - self._since - self._paused_seconds, 1e-9)
+        own = [*self._counts(), self._squares, self._waited, peak_memory()]
+        device = self._accelerator.device
+        each = self._accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).tolist()
+        tokens, supervised, squares = (int(sum(process[i] for process in each)) for i in range(3))
+        waited, memory = (max(process[i] for process in each) for i in (3, 4))
+        new_tokens, new_supervised = tokens - self._last_tokens, supervised - self._last_supervised
+        line: dict[str, int | float] = {
+            "tokens": tokens,
+            "supervised_tokens": supervised,
+            "tokens_per_second": round(new_tokens / busy, 1),
+            "supervised_tokens_per_second": round(new_supervised / busy, 1),
+            "peak_memory_gb": round(memory / 1e9, 3),
+            "data_wait_share": round(min(waited / busy, 1.0), 4),
+        }
+        if self._peak is not None:
+            flops = self._flops
+            done = flops.token * new_tokens + flops.supervised * new_supervised + flops.square * squares
+            line["mfu"] = round(done / (busy * len(each) * self._peak), 4)
+        self._restart(tokens, supervised)
+        return line
+
+    def _restart(self, tokens: int, supervised: int) -> None:
+        self._since, self._paused_seconds = time.monotonic(), 0.0
+        self._last_tokens, self._last_supervised = tokens, supervised
+        self._squares, self._waited = 0, 0.0  # of this process
+
+    def _counts(self) -> list[int]:
+        return [self._state.tokens, self._state.supervised_tokens]
 
 
 @dataclass(frozen=True)
-class Operations:
-    """Floating-point operations that training a model takes, by what they grow with.
+class TrainingFlops:
+    """Model FLOPs of training.
 
-    After Chowdhery et al., 2022 (PaLM, arXiv:2204.02311, appendix B): a weight that is multiplied takes 2 for each
-    token in the forward pass and 4 in the backward pass, and attention 12 x layers x width x length for each token of
-    a document. Only what must be computed is counted:
+    After Chowdhery et al., 2022 (PaLM, arXiv:2204.02311, appendix B): each weight of a matrix multiplication takes 2
+    FLOPs per token in the forward pass and 4 in the backward pass; attention takes 12 x layers x width x length per
+    token of a document. Only necessary operations count:
 
         6 x (weights of the blocks) x tokens + 6 x (weights of the head) x supervised tokens
         + 12 x layers x width x (sum of squared document lengths) / 2
 
-    Documents of a packed row do not see each other, and no token sees what comes after it: hence the sum over
-    documents, and the half. A pair's prompt counts once for both answers. The head scores learned positions alone; an
-    embedding is looked up, not multiplied. Under an adapter the frozen weights have no gradient: 4 instead of 6 for
-    them, and 6 for the adapter's own. Padding, recomputation (gradient checkpointing), unpacking of quantised weights
-    and the optimizer are not counted.
+    Attention is causal and does not cross the documents of a packed row, hence the half and the sum over documents.
+    The prompt of a preference pair counts once for both answers. The head computes supervised positions only, and an
+    embedding is a lookup without FLOPs. With an adapter, frozen weights have no gradient: they take 4 FLOPs instead of
+    6, and the weights of the adapter take 6. Padding, recomputation (gradient checkpointing), dequantisation and the
+    optimizer do not count.
 
     Attributes:
-        token: for each token that is read.
-        supervised: for each supervised token, besides.
-        square: for each squared token of a document's length.
+        token: FLOPs per token.
+        supervised: additional FLOPs per supervised token.
+        square: FLOPs per squared token of document length.
     """
 
     token: float
@@ -47,48 +139,48 @@ class Operations:
     square: float
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Operations:
-        """Those of a whole model, before an adapter is put into it."""
+    def of(cls, model: PreTrainedModel) -> TrainingFlops:
+        """The FLOPs of full fine-tuning; call this before an adapter is added."""
         head, config = model.get_output_embeddings(), model.config.get_text_config()
         blocks = sum(_multiplied(module) for module in model.modules() if module is not head)
         heads, layers, head_dim = (_size(config, n) for n in ("num_attention_heads", "num_hidden_layers", "head_dim"))
         head_dim = head_dim or (_size(config, "hidden_size") // heads if heads else 0)
         return cls(6 * blocks, 6 * _multiplied(head), 12 * layers * heads * head_dim / 2)
 
-    def under_adapter(self, trained: int) -> Operations:
-        """The same where `trained` weights of an adapter learn and all others are frozen."""
+    def under_adapter(self, trained: int) -> TrainingFlops:
+        """The FLOPs of training `trained` adapter weights with all other weights frozen."""
         return replace(self, token=self.token * 4 / 6 + 6 * trained, supervised=self.supervised * 4 / 6)
 
 
 def _size(config: Any, name: str) -> int:
-    """A size of a configuration; 0 where it has none, or one for each layer."""
+    """A size of a configuration; 0 if it has none, or one per layer."""
     try:
         return getattr(config, name, None) or 0
-    except Exception:  # transformers' own, of a size that differs between layers
+    except Exception:  # raised by transformers for a size that differs between layers
         return 0
 
 
 def _multiplied(module: nn.Module | None) -> int:
-    """Weights of a linear layer; by its sizes, since quantised ones are packed."""
+    """Number of weights of a linear layer, from its shape: quantised weights are stored packed."""
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features
     return module.weight.numel() if isinstance(module, Conv1D) else 0
 
 
 @dataclass(frozen=True)
-class WithSquares:
-    """A collator that also says how much attention a batch takes, for `Throughput.add`."""
+class AttentionCostCollator:
+    """Wraps a collator and adds the `squared_lengths` of the rows to each batch, for `Throughput.add`."""
 
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(rows), SQUARES: sum(map(squares_of, rows))}
+        return {**self.collate(rows), SQUARED_LENGTHS: sum(map(squared_lengths, rows))}
 
 
-def squares_of(row: Mapping[str, Any]) -> int:
-    """Twice the pairs of tokens of which one attends to the other: squared lengths of the documents in a row.
+def squared_lengths(row: Mapping[str, Any]) -> int:
+    """Sum of the squared document lengths of a row: about twice the number of (query, key) pairs of causal attention.
 
-    Of a preference pair, both answers with the prompt before them, less the prompt's own that is in both.
+    For a preference pair: both answers with the prompt before them, minus the prompt, which is computed once.
     """
     if "seq_lengths" in row:
         return sum(int(length) ** 2 for length in row["seq_lengths"])
@@ -96,94 +188,15 @@ def squares_of(row: Mapping[str, Any]) -> int:
     return (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2
 
 
-class Throughput:
-    """What a log line says of speed and memory, counted since the line before it.
-
-    Evaluating, saving and profiling are no time of training: they are added to `paused`.
-    """
-
-    def __init__(self, operations: Operations) -> None:
-        self._operations, self._peak = operations, device_peak()
-        self.paused = 0.0  # seconds
-        self._tokens_before = self._supervised_before = 0  # of all processes, at the last line
-        self._restart(0, 0)
-
-    def begin(self, trainer: Any) -> None:
-        """Starts where training starts or goes on."""
-        tokens, supervised = trainer.sum_over_processes(_counts(trainer)).tolist()
-        self._restart(int(tokens), int(supervised))
-
-    def add(self, squares: int) -> None:
-        """Takes a micro batch, by what `squares_of` says of its rows."""
-        self._squares += squares
-
-    def timed(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches; the time until each is there is noted."""
-        source = iter(batches)
-        while True:
-            began = time.monotonic()
-            try:
-                batch = next(source)
-            except StopIteration:
-                return
-            finally:
-                self._waited += time.monotonic() - began
-            yield batch
-
-    def line(self, trainer: Any) -> dict[str, int | float]:
-        """The figures of a log line; the next one counts from here. Every process calls this.
-
-        Returns:
-            `tokens` and `supervised_tokens`: of the whole run so far, over all processes.
-            `tokens_per_second`, `supervised_tokens_per_second`: since the last line, over all processes.
-            `mfu`: operations a second of a device over its dense bfloat16 peak; only where the GPU is a known one.
-            `peak_memory_gb`: 10^9 bytes, the most since the process began, on the process that has most; what torch
-            allocated on a GPU, what is resident on a CPU.
-            `data_wait_share`: share of the time since the last line in which the process that waited longest waited
-            for its next batch.
-        """
-        busy = max(time.monotonic() - self._since - self.paused, 1e-9)
-        own = [*_counts(trainer).tolist(), self._squares, self._waited, peak_memory()]
-        device = trainer.accelerator.device
-        each = trainer.accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).tolist()
-        tokens, supervised, squares = (int(sum(process[i] for process in each)) for i in range(3))
-        waits, memory = (max(process[i] for process in each) for i in (3, 4))
-        read, learned = tokens - self._tokens_before, supervised - self._supervised_before
-        line: dict[str, int | float] = {
-            "tokens": tokens,
-            "supervised_tokens": supervised,
-            "tokens_per_second": round(read / busy, 1),
-            "supervised_tokens_per_second": round(learned / busy, 1),
-            "peak_memory_gb": round(memory / 1e9, 3),
-            "data_wait_share": round(min(waits / busy, 1.0), 4),
-        }
-        if self._peak is not None:
-            needed = self._operations
-            done = needed.token * read + needed.supervised * learned + needed.square * squares
-            line["mfu"] = round(done / (busy * len(each) * self._peak), 4)
-        self._restart(tokens, supervised)
-        return line
-
-    def _restart(self, tokens: int, supervised: int) -> None:
-        self._since, self.paused = time.monotonic(), 0.0
-        self._tokens_before, self._supervised_before = tokens, supervised
-        self._squares, self._waited = 0, 0.0  # of this process
-
-
-def _counts(trainer: Any) -> torch.Tensor:
-    """Tokens and supervised tokens of this process so far, [2]."""
-    return torch.tensor([trainer.track.tokens, trainer.track.supervised_tokens], dtype=torch.float64)
-
-
 def device_peak() -> float | None:
-    """Operations a second that this process's device does at most, dense in bfloat16; None where it is not known."""
+    """Dense bfloat16 peak of this process's device in FLOP/s; None if unknown."""
     teraflops = bf16_peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return None if teraflops is None else teraflops * 1e12
 
 
 def peak_memory() -> int:
-    """Bytes at the height of this process so far: allocated by torch on its GPU, else resident."""
+    """Peak memory of this process in bytes: allocated by torch on a GPU, else resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most  # Linux counts in KiB
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else 1024 * resident  # Linux reports KiB

@@ -1,313 +1,229 @@
-"""What SFT and DPO share of a trainer: every override of transformers' and TRL's trainers stands here.
+"""The trainer that SFT and DPO share: every override of a method of transformers' or TRL's trainers is here.
 
-Taken over from transformers: data order (`get_train_dataloader`), set-up of FSDP (`_prepare_for_training`), schedule
-(`create_scheduler`), checkpoints (`_save_checkpoint`, `_load_*`), evaluation (`evaluate`), what a log line holds
-(`log`), and the look at loss and gradient before an update (`training_step`, `_clip_grad_norm`); around its own are put
-the time that batches take (`get_batch_samples`) and the end of a run that has stopped early (`_run_epoch`). Taken over
-from TRL: telemetry, which is off.
+Overrides of transformers' `Trainer`: data order (`get_train_dataloader`), FSDP set-up (`_prepare_for_training`),
+learning-rate schedule (`create_scheduler`), checks of loss and gradient before an update (`training_step`,
+`_clip_grad_norm`), log lines (`log`), evaluation (`evaluate`), checkpoints (`_save_checkpoint`, `_load_*`), time spent
+waiting for data (`get_batch_samples`), and the end of a run that has stopped early (`_run_epoch`). Overrides of TRL's
+trainers: telemetry, which is off.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import Trainer, TrainerControl
 
 from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.model.loading import not_compiled
 from nesso_tune.planning.plan import Plan
-from nesso_tune.runs import checkpoint as ckpt
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.layout import delete_earlier
 from nesso_tune.runs.metrics_log import MetricsLog
-from nesso_tune.training import state_dict
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.dataset import RunOrder
-from nesso_tune.training.evaluation import Best
-from nesso_tune.training.fsdp import set_precision, tied_tables_together
-from nesso_tune.training.grouped_metrics import Tally
-from nesso_tune.training.numerical_checks import Guard, check_evaluation, check_trained
-from nesso_tune.training.state_dict import random_states, set_random_states
-from nesso_tune.training.throughput import SQUARES, Throughput, WithSquares
+from nesso_tune.training.checkpoint import Checkpointer, load_optimizer, load_rng_state, load_weights, read_run_state
+from nesso_tune.training.dataset import RunDataset
+from nesso_tune.training.evaluation import EARLY_STOPPED, Evaluator
+from nesso_tune.training.fsdp import keep_tied_embeddings_together, set_precision
+from nesso_tune.training.grouped_metrics import sum_over_processes
+from nesso_tune.training.numerical_checks import check_evaluation, check_trained
+from nesso_tune.training.run_state import RunState
+from nesso_tune.training.throughput import SQUARED_LENGTHS, AttentionCostCollator, Throughput
 
-Evaluate = Callable[[Any], dict[str, Any]]  # takes the trainer, returns metrics
 
+class BaseTrainer(Trainer):
+    """Goes before TRL's trainer among the bases of a trainer. `set_up` must be called before training starts."""
 
-@dataclass
-class Track:
-    """What a run's trainer needs to know beyond TRL's arguments, and what it counts."""
-
+    lr_scheduler: Any  # set by transformers
+    control: TrainerControl
     plan: Plan
-    order: RunOrder
-    tally: Tally
-    guard: Guard
-    log: MetricsLog
+    run_dataset: RunDataset
+    run_state: RunState
+    metrics_log: MetricsLog
     alarms: Alarms
-    evaluate: Evaluate | None
-    best: Best | None  # None: the last weights are taken
+    evaluator: Evaluator | None
     throughput: Throughput
-    room: Room
-    keep: int
-    in_shards: bool  # each process writes its own share of a checkpoint's tensors
-    facts: dict[str, Any]  # what a checkpoint's manifest records of the run
-    tokens: int = 0
-    supervised_tokens: int = 0
-    seconds: float = 0.0  # of earlier sessions
-    started: float = field(default_factory=time.monotonic)
+    checkpointer: Checkpointer
+
+    def set_up(
+        self,
+        *,
+        plan: Plan,
+        run_dataset: RunDataset,
+        run_state: RunState,
+        metrics_log: MetricsLog,
+        alarms: Alarms,
+        evaluator: Evaluator | None,
+        throughput: Throughput,
+        checkpointer: Checkpointer,
+    ) -> None:
+        """Gives the trainer what TRL's arguments do not cover.
+
+        Args:
+            plan: steps, batch sizes, learning-rate schedule and intervals.
+            run_dataset: all rows of the run, in order.
+            run_state: counters and running statistics that a checkpoint holds.
+            metrics_log: `metrics.jsonl`.
+            alarms: checked with each line of it.
+            evaluator: None if the run does not evaluate.
+            throughput: speed and memory of each log line.
+            checkpointer: saves checkpoints.
+        """
+        self.plan, self.run_dataset, self.run_state = plan, run_dataset, run_state
+        self.metrics_log, self.alarms, self.evaluator = metrics_log, alarms, evaluator
+        self.throughput, self.checkpointer = throughput, checkpointer
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, on every process."""
+        return sum_over_processes(self.accelerator, tensor)
 
     def epochs_at(self, step: int) -> float:
-        """Epochs of the rows that were seen when `step` steps were made."""
-        return self.order.epoch_at(step * self.plan.global_batch)
+        """Epochs trained after `step` optimizer steps."""
+        return self.run_dataset.epoch_at(step * self.plan.global_batch)
 
-    def elapsed(self) -> float:
-        """Seconds of training, earlier sessions included."""
-        return self.seconds + time.monotonic() - self.started
-
-
-# A mixin of transformers' Trainer: type checkers take its attributes for granted.
-_Base: Any = object
-
-
-class TrackedTrainer(_Base):
-    """Mixed into TRL's trainers, before them. `track` is set before training starts."""
-
-    track: Track
-    lr_scheduler: Any
-    control: Any
+    # Set-up
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent anywhere."""
+        """Sends nothing."""
 
     def get_train_dataloader(self) -> DataLoader:
-        """The run's rows in their order; accelerate deals them to the processes."""
+        """The rows of the run in order. Accelerate distributes the micro batches over the processes."""
         loader = DataLoader(
-            self.track.order,
+            self.run_dataset,
             batch_size=self.args.per_device_train_batch_size,
             shuffle=False,
-            collate_fn=WithSquares(self.data_collator),
+            collate_fn=AttentionCostCollator(self.data_collator),
             num_workers=0,
         )
         return self.accelerator.prepare(loader)
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro batches of a step; how long they are waited for is noted."""
-        return super().get_batch_samples(self.track.throughput.timed(epoch_iterator), num_batches, device)
+    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
+        set_precision(self)
+        with keep_tied_embeddings_together(self.model):
+            return super()._prepare_for_training(*arguments, **options)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
+        """The plan's learning-rate schedule, a function of the step."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.plan.multiplier)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Steps
 
     def _run_epoch(self, **options: Any) -> None:
-        """Nothing is left to train where an earlier session has stopped early."""
-        if self.track.best is not None and self.track.best.out_of_patience:
+        """Trains, unless an earlier session has stopped early."""
+        best = self.run_state.best
+        if best is not None and best.out_of_patience:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**options)
 
-    def _prepare_for_training(self, *arguments: Any, **options: Any) -> Any:
-        set_precision(self)
-        with tied_tables_together(self.model):
-            return super()._prepare_for_training(*arguments, **options)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """The plan's schedule, a function of the step."""
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.track.plan.multiplier)
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def _set_schedule(self, step: int) -> None:
-        """Puts the schedule where it stands after `step` optimizer steps."""
-        schedule = self.lr_scheduler
-        schedule.last_epoch, schedule._step_count = step, step + 1
-        factor = self.track.plan.multiplier(step)
-        schedule._last_lr = [base * factor for base in schedule.base_lrs]
-        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
-            group["lr"] = rate
-
-    def sum_over_processes(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
-        return self.accelerator.reduce(tensor.to(self.accelerator.device), reduction="sum")
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro batches of a step; the time spent waiting for them is measured."""
+        return super().get_batch_samples(self.throughput.time_batches(epoch_iterator), num_batches, device)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """A micro batch; its share of the step's loss is noted for the look before the update."""
-        self.track.throughput.add(inputs.pop(SQUARES))
+        """Forward and backward pass of a micro batch; its loss is kept for the check before the update."""
+        self.throughput.add(inputs.pop(SQUARED_LENGTHS))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.track.guard.note(loss)
+        self.run_state.spike_guard.add(loss)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not self.track.guard.lets_pass(self, float(norm)):
+        if not self.run_state.spike_guard.allows_update(self, float(norm)):
             for parameter in model.parameters():
-                parameter.grad = None  # the optimizer passes over what has none: no update, and no decay either
+                parameter.grad = None  # the optimizer skips parameters without one: no update and no weight decay
         return norm
 
+    # Logging and evaluation
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One line of metrics.jsonl for each logging step, and the same for the trackers."""
-        if "loss" not in logs:  # the closing summary of transformers repeats what the lines say
+        """Writes one line of `metrics.jsonl` per logging step, and sends it to the trackers."""
+        if "loss" not in logs:  # transformers' closing summary repeats earlier lines
             return
-        track = self.track
-        logs |= track.tally.means(self.sum_over_processes)  # over tokens (SFT) or pairs (DPO), by language
-        track.tally.reset()
-        logs |= track.throughput.line(self) | {"seconds": round(track.elapsed(), 3)}
-        began = time.monotonic()
-        # transformers counts the whole run as one epoch, and puts that into the line
-        self.state.epoch = round(track.epochs_at(self.state.global_step), 4)
-        super().log(logs, start_time)
-        track.log.write({"step": self.state.global_step, **logs})
-        track.alarms.look({"step": self.state.global_step, **logs})
-        track.throughput.paused += time.monotonic() - began
+        state = self.run_state
+        logs |= state.metrics.means(self.sum_over_processes)  # over tokens (SFT) or pairs (DPO), by language
+        state.metrics.reset()
+        logs |= self.throughput.measure() | {"seconds": round(state.seconds, 3)}
+        with self.throughput.paused():
+            # transformers counts the whole run as one epoch and writes that into the line
+            self.state.epoch = round(self.epochs_at(self.state.global_step), 4)
+            super().log(logs, start_time)
+            self.metrics_log.write({"step": self.state.global_step, **logs})
+            self.alarms.check({"step": self.state.global_step, **logs})
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss on the validation rows and answers to some prompts; one line of metrics.jsonl, and for the trackers."""
-        assert self.track.evaluate is not None  # the pace asks for none otherwise
-        began, was_training = time.monotonic(), self.model.training
-        self.model.eval()
-        with not_compiled():
-            metrics = self.track.evaluate(self)
-        self.model.train(was_training)
-        self.track.log.write({"step": self.state.global_step, **metrics})
-        check_evaluation(self, broadcast_from_rank0(metrics))
-        self.track.alarms.look({"step": self.state.global_step, **metrics})
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
-        # trackers listen to log lines, and sort them by the beginning of a name
-        tracked = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in numbers.items()}
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, tracked)
-        self._look_for_the_best(numbers)
-        self.track.throughput.paused += time.monotonic() - began
+        """Evaluates the model, writes one line of `metrics.jsonl` and sends it to the trackers."""
+        assert self.evaluator is not None  # `IntervalCallback` requests no evaluation otherwise
+        with self.throughput.paused():
+            was_training = self.model.training
+            self.model.eval()
+            with not_compiled():
+                metrics = self.evaluator(self)
+            self.model.train(was_training)
+            self.metrics_log.write({"step": self.state.global_step, **metrics})
+            check_evaluation(self, self.metrics_log, broadcast_from_rank0(metrics))
+            self.alarms.check({"step": self.state.global_step, **metrics})
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, numbers)
+            # trackers receive log lines and group metrics by the prefix of their names
+            tracked = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in numbers.items()}
+            self.control = self.callback_handler.on_log(self.args, self.state, self.control, tracked)
+            self._update_best(numbers)
         return numbers
 
-    def _look_for_the_best(self, metrics: dict[str, float]) -> None:
-        """Has the weights of a better evaluation saved, and ends the run when none was better for too long."""
-        best, step = self.track.best, self.state.global_step
+    def _update_best(self, metrics: dict[str, float]) -> None:
+        """Requests a checkpoint for a better evaluation, and the end of the run when patience is exhausted."""
+        best, step = self.run_state.best, self.state.global_step
         if best is None:
             return
-        if best.note(step, broadcast_from_rank0(metrics)):
+        if best.update(step, broadcast_from_rank0(metrics)):
             self.control.should_save = True
-        if best.out_of_patience and step < self.track.plan.steps:
+        if best.out_of_patience and step < self.plan.steps:
             self.control.should_save = self.control.should_training_stop = True
             found = {"metric": best.metric, "value": best.value, "best_step": best.step}
-            self.track.log.write({"step": step, "event": "early_stopped", **found})
-            self.track.alarms.look({"step": step, "event": "early_stopped"})
+            self.metrics_log.write({"step": step, "event": EARLY_STOPPED, **found})
+            self.alarms.check({"step": step, "event": EARLY_STOPPED})
+
+    # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        began, track, main = time.monotonic(), self.track, self.accelerator.is_main_process
-        check_trained(self)
-        writer = ckpt.CheckpointWriter(Path(self.args.output_dir), self.state.global_step)
-        if main:
-            track.room.check_save(self.state.global_step)
-            writer.begin()
-        self.accelerator.wait_for_everyone()
-        rank, counts = self.accelerator.process_index, self._counters()
-        writer.data(f"rng-{rank}.json", random_states())
-        writer.data(f"counters-{rank}.json", counts)
-        self._save_tensors(writer)
-        if main:
-            self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
-            writer.adopt(TRAINER_STATE_NAME)
-        noted = gather_object([(writer.note(), track.tokens, track.supervised_tokens)])
-        if main:
-            files = {name: facts for own, *_ in noted for name, facts in own.items()}
-            where = {
-                "step": self.state.global_step,
-                "epoch": track.epochs_at(self.state.global_step),
-                "tokens": sum(tokens for _, tokens, _ in noted),
-                "supervised_tokens": sum(supervised for *_, supervised in noted),
-                **({} if track.best is None else {"best": track.best.state()}),
-            }
-            written = writer.finish({**track.facts, **where}, files)
-            delete_earlier(Path(self.args.output_dir))
-            ckpt.prune(Path(self.args.output_dir), track.keep, written)
-        self.accelerator.wait_for_everyone()
-        track.throughput.paused += time.monotonic() - began
-
-    def _save_tensors(self, writer: ckpt.CheckpointWriter) -> None:
-        wrapped, optimizer = self.model_wrapped, self.optimizer.optimizer
-        if self.track.in_shards:
-            state_dict.save_shards(writer.staging, wrapped, optimizer)
-            writer.adopt(state_dict.shards_of(self.accelerator.process_index))
-            return
-        moments = state_dict.moments_of(
-            wrapped, optimizer
-        )  # first: the larger file is hashed while the other is written
-        if self.accelerator.is_main_process:
-            writer.tensors(ckpt.MOMENTS, moments)
-        del moments  # never both in memory
-        weights = state_dict.weights_of(wrapped)
-        if self.accelerator.is_main_process:
-            writer.tensors(ckpt.WEIGHTS, weights)
-
-    def _counters(self) -> dict[str, Any]:
-        track = self.track
-        return {
-            "tokens": track.tokens,
-            "supervised_tokens": track.supervised_tokens,
-            "seconds": track.elapsed(),
-            "tally": track.tally.state(),
-            "usual": track.guard.state(),
-            "best": None if track.best is None else track.best.state(),
-        }
+        with self.throughput.paused():
+            check_trained(self, self.metrics_log)
+            self.checkpointer.save(self, self.run_state, self.epochs_at(self.state.global_step))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        folder, model = Path(resume_from_checkpoint), model or self.model
-        if state_dict.is_sharded(folder):
-            state_dict.load_shards(folder, model)
-        else:
-            state_dict.set_weights(model, ckpt.read_tensors(folder, ckpt.WEIGHTS))
+        load_weights(Path(resume_from_checkpoint), model or self.model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also loads the run state, which transformers has no hook for."""
         if checkpoint is None:
             return
-        folder, optimizer = Path(checkpoint), self.optimizer.optimizer
-        if state_dict.is_sharded(folder):
-            state_dict.load_shards(folder, self.model_wrapped, optimizer)
-        else:
-            state_dict.set_moments(self.model_wrapped, optimizer, ckpt.read_tensors(folder, ckpt.MOMENTS))
+        folder = Path(checkpoint)
+        load_optimizer(folder, self.model_wrapped, self.optimizer.optimizer)
         self._set_schedule(self.state.global_step)
-        counts, track = own_share(folder, self.accelerator.process_index, self.accelerator.num_processes), self.track
-        track.tokens, track.supervised_tokens = counts["tokens"], counts["supervised_tokens"]
-        track.seconds = counts["seconds"]
-        track.tally.restore(counts["tally"])
-        track.guard.restore(counts.get("usual") or {})
-        if track.best is not None:
-            track.best.restore(counts.get("best"))
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.run_state.load_state_dict(read_run_state(folder, rank, world_size))
+
+    def _set_schedule(self, step: int) -> None:
+        """Puts the learning-rate schedule where it is after `step` optimizer steps."""
+        schedule = self.lr_scheduler
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        factor = self.plan.multiplier(step)
+        schedule._last_lr = [base * factor for base in schedule.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none: bfloat16 needs no scaling, so a file of that name is not ours."""
+        """Loads nothing: bfloat16 needs no loss scaling."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        folder, rank = Path(checkpoint), self.accelerator.process_index
-        if processes_of(folder) == self.accelerator.num_processes:
-            set_random_states(ckpt.read_data(folder, f"rng-{rank}.json"))
-        else:  # no state belongs to this process: another one, but the same at every such resume
-            set_seed(self.args.seed + 1_000_003 * self.state.global_step + rank)
-
-
-def processes_of(checkpoint: Path) -> int:
-    """How many processes wrote a checkpoint."""
-    return len(list(checkpoint.glob("counters-*.json")))
-
-
-def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
-    """The counters that a process goes on with: its own, or, at another number of processes, all on the first one."""
-    written = processes_of(checkpoint)
-    each = [ckpt.read_data(checkpoint, f"counters-{i}.json") for i in range(written)]
-    if written == processes:
-        return dict(each[rank])
-    names = ("tokens", "supervised_tokens")
-    whole = {name: sum(counts[name] for counts in each) if rank == 0 else 0 for name in names}
-    tallies = torch.tensor([counts["tally"] for counts in each], dtype=torch.float64).sum(dim=0)
-    tally = tallies if rank == 0 else torch.zeros_like(tallies)
-    seconds = max(counts["seconds"] for counts in each)
-    same = {name: each[0].get(name) for name in ("usual", "best")}  # on all processes
-    return {**whole, "seconds": seconds, "tally": tally.tolist(), **same}
+        if checkpoint is not None:
+            rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+            seed = self.args.seed + 1_000_003 * self.state.global_step
+            load_rng_state(Path(checkpoint), rank, world_size, seed)

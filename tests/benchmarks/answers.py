@@ -16,7 +16,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from nesso_tune.generation.answers import ends_in_a_loop, language_told
+from nesso_tune.generation.answers import detected_language, ends_in_loop
 
 BASE = Path(__file__).parent.parent.parent / "recipes" / "quickstart" / "base"
 FILES = ("sft_it", "sft_en", "sft_multiturn", "pref_it", "pref_en")
@@ -47,12 +47,12 @@ def main(folder: Path) -> None:
         for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             for column, language in KNOWN.get(row.pop("_source"), ()):
-                found = language_told(row.get(column) or "")
+                found = detected_language(row.get(column) or "")
                 told[language, "right" if found == language else "not" if found == "und" else "wrong"] += 1
             for text in texts(row):
                 ids, count = tokenizer.encode(text).ids, count + 1
                 for limit, found_there in looping.items():
-                    if ends_in_a_loop(ids[:limit]):
+                    if ends_in_loop(ids[:limit]):
                         found_there.append(tokenizer.decode(ids[:limit])[-100:])
     print(dict(sorted(told.items())))
     for limit, found_there in looping.items():

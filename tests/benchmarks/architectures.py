@@ -41,7 +41,7 @@ from nesso_tune.model import loading
 from nesso_tune.model.lm_head import ForwardPath, forward_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.run import train
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.trainer import BaseTrainer
 from tests.support.architectures import TOKENIZER, CannotBeBuilt, architectures, tiny
 from tests.support.runs import recipe
 
@@ -103,14 +103,14 @@ def outcome(
     """Trains the base, and compares; a refusal is an outcome too, unless it shall be raised."""
     some = _recipe(base, folder, packing)
     first: dict[str, Tensor] = {}
-    clip = TrackedTrainer._clip_grad_norm
+    clip = BaseTrainer._clip_grad_norm
 
     def kept(self: Any, model: Any) -> Any:
         if self.state.global_step == 0:
             first.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
         return clip(self, model)
 
-    TrackedTrainer._clip_grad_norm = kept  # type: ignore[method-assign]
+    BaseTrainer._clip_grad_norm = kept  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             train(some, say=say)
@@ -123,7 +123,7 @@ def outcome(
         traceback.print_exc()
         return Outcome(refused=f"FAILED {type(error).__name__}: {error}")
     finally:
-        TrackedTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
+        BaseTrainer._clip_grad_norm = clip  # type: ignore[method-assign]
 
 
 def _recipe(base: PreTrainedModel, folder: Path, packing: bool) -> Recipe:

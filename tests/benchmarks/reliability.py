@@ -33,7 +33,7 @@ from nesso_tune.runs.disk_space import Room
 from nesso_tune.runs.provenance import run_facts
 from nesso_tune.runs.run_directory import open_run, write_start
 from nesso_tune.training.fit import fit
-from nesso_tune.training.numerical_checks import Guard
+from nesso_tune.training.numerical_checks import SpikeGuard
 from tests.support.runs import BASE, recipe
 
 KEEP = 3  # checkpoints, on both sides
@@ -56,14 +56,14 @@ class InTurn(TrainerCallback):
 
     def __init__(self) -> None:
         self.times: dict[bool, list[float]] = {True: [], False: []}
-        self._look, self._note, self._ask = Guard.lets_pass, Guard.note, PreemptionCallback.on_step_end
+        self._look, self._note, self._ask = SpikeGuard.allows_update, SpikeGuard.add, PreemptionCallback.on_step_end
         self._began = 0.0
 
     def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
         """Called by the trainer."""
         self.whole = state.global_step // BLOCK % 2 == 0
-        Guard.lets_pass = self._look if self.whole else lambda *_: True  # type: ignore[method-assign]
-        Guard.note = self._note if self.whole else lambda *_: None  # type: ignore[method-assign]
+        SpikeGuard.allows_update = self._look if self.whole else lambda *_: True  # type: ignore[method-assign]
+        SpikeGuard.add = self._note if self.whole else lambda *_: None  # type: ignore[method-assign]
         PreemptionCallback.on_step_end = self._ask if self.whole else lambda *a, **_: a[3]  # type: ignore[method-assign]
         self._began = time.perf_counter()
 
@@ -74,7 +74,7 @@ class InTurn(TrainerCallback):
 
     def restore(self) -> None:
         """Puts everything back."""
-        Guard.lets_pass, Guard.note, PreemptionCallback.on_step_end = self._look, self._note, self._ask  # type: ignore[method-assign]
+        SpikeGuard.allows_update, SpikeGuard.add, PreemptionCallback.on_step_end = self._look, self._note, self._ask  # type: ignore[method-assign]
 
 
 def plain(trainer, folder: Path, number: int) -> None:  # type: ignore[no-untyped-def]
@@ -147,19 +147,19 @@ class measured:  # noqa: N801 - read as a word
     def __enter__(self) -> None:
         import nesso_tune.training.fit as module
 
-        self._made = module._train_until_asked
+        self._made = module._train
 
         def timed(trainer, *rest):  # type: ignore[no-untyped-def]
             added = trainer.add_callback
             trainer.add_callback = lambda one: (added(one), added(self._turn))
             self._made(trainer, *rest)
 
-        module._train_until_asked = timed
+        module._train = timed
 
     def __exit__(self, *_: object) -> None:
         import nesso_tune.training.fit as module
 
-        module._train_until_asked = self._made
+        module._train = self._made
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Scripted:
     def __init__(self, *answers, context=1000):
         self.answers, self.asked, self.context = list(answers), [], context
 
-    def answer(self, messages, sampling, language, say=None, tools=()):
+    def generate(self, messages, sampling, language, say=None, tools=()):
         self.asked.append((list(messages), language, tools))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
@@ -92,7 +92,7 @@ class Scripted:
             say(answer)
         return answer
 
-    def room(self, messages, language, tools=()):
+    def remaining_context(self, messages, language, tools=()):
         return self.context - 10 * len(messages)
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesso_tune import RecipeError, load_recipe
 from nesso_tune.run import train
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.trainer import BaseTrainer
 from tests.support.gradients import clip_and_save
 from tests.support.runs import BASE, metrics, recipe, several, steps, thorough, write_recipe
 
@@ -69,7 +69,7 @@ def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, pro
                       **{key: value for key, value in sections.items() if key == "dpo"})  # fmt: skip
         file = str(tmp_path / f"{name}.gradients")
         if name == "one":
-            monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", clip_and_save)
+            monkeypatch.setattr(BaseTrainer, "_clip_grad_norm", clip_and_save)
             monkeypatch.setenv("FIRST_GRADIENTS", file)
             train(some)
             continue

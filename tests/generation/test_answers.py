@@ -8,12 +8,12 @@ from nesso_tune import prepare_data
 from nesso_tune.generation.answers import (
     Answer,
     Prompt,
-    choose_prompts,
-    ends_in_a_loop,
-    in_language,
-    language_told,
+    answer_metrics,
+    detected_language,
+    ends_in_loop,
+    is_in_language,
     length_ratios,
-    measure,
+    select_prompts,
 )
 from nesso_tune.run import train
 from tests.support.runs import metrics, recipe
@@ -35,7 +35,7 @@ def test_figures_whole_and_by_language():
         answered("42", tokens=[5], expected="42", expected_tokens=1),
         answered(ROME["en"], "en", expected=ROME["en"], tokens=[7] * 24, expected_tokens=300, expected_stops=False),
     ]
-    found = measure(answers)
+    found = answer_metrics(answers)
     assert found == {
         "answers": 4, "answers/it": 3, "answers/en": 1,
         "answers_told": 3, "answers_told/it": 2, "answers_told/en": 1,
@@ -47,28 +47,28 @@ def test_figures_whole_and_by_language():
         "answer_tokens": 39 / 4, "answer_tokens/it": 5, "answer_tokens/en": 24,
         "expected_tokens": 317 / 4, "expected_tokens/it": 17 / 3, "expected_tokens/en": 300,
     }  # fmt: skip
-    assert measure(answers, "train_") == {f"train_{name}": value for name, value in found.items()}
-    assert measure([]) == {}
+    assert answer_metrics(answers, "train_") == {f"train_{name}": value for name, value in found.items()}
+    assert answer_metrics([]) == {}
 
 
 def test_pairs_are_also_compared_with_the_rejected_answer():
     two = [answered(text, rejected="Roma.") for text in (ROME["it"], "Roma!")]
-    assert measure(two)["closer_to_chosen"] == 1 / 2
+    assert answer_metrics(two)["closer_to_chosen"] == 1 / 2
 
 
 def test_figures_by_source_where_there_are_several():
     answers = [answered(ROME[code], source=i) for i, code in ((0, "it"), (0, "it"), (1, "en"))]
-    found = measure(answers, sources=("chats.jsonl", "hub/name"))
+    found = answer_metrics(answers, sources=("chats.jsonl", "hub/name"))
     assert found["language_fidelity/source/chats.jsonl"] == 1
     assert found["language_fidelity/source/hub/name"] == 0
     assert (found["answers/source/chats.jsonl"], found["answers/source/hub/name"]) == (2, 1)
-    alone = measure(answers[:2], sources=("chats.jsonl",))
+    alone = answer_metrics(answers[:2], sources=("chats.jsonl",))
     assert not [name for name in alone if "source" in name]
 
 
 def test_prompts_are_taken_from_languages_and_their_sources_in_turn(sources):
     some = recipe("sft", "unused", sources, data={"validation_size": 0, "packing": False})
-    prompts = choose_prompts(prepare_data(some).train, 6)
+    prompts = select_prompts(prepare_data(some).train, 6)
     assert [(prompt.language, prompt.source) for prompt in prompts] == [
         ("en", 0), ("it", 0), ("en", 0), ("it", 1), ("en", 0), ("it", 0)
     ]  # fmt: skip
@@ -104,18 +104,18 @@ def sources(write_rows, chats):
     ],
 )
 def test_the_language_of_an_answer(text, language, wanted):
-    assert in_language(text, language, ROME["it"]) is wanted
+    assert is_in_language(text, language, ROME["it"]) is wanted
 
 
 def test_where_a_row_names_no_language_the_datas_answer_does():
-    assert in_language(ROME["it"], "und", "Il cielo è azzurro.") is True
-    assert in_language(ROME["en"], "und", "Il cielo è azzurro.") is False
-    assert in_language(ROME["en"], "und", "42") is None
-    assert language_told("\ud800 42") == "und"
+    assert is_in_language(ROME["it"], "und", "Il cielo è azzurro.") is True
+    assert is_in_language(ROME["en"], "und", "Il cielo è azzurro.") is False
+    assert is_in_language(ROME["en"], "und", "42") is None
+    assert detected_language("\ud800 42") == "und"
 
 
 def test_fidelity_is_absent_where_no_answer_can_be_told():
-    found = measure([answered("42"), answered("")])
+    found = answer_metrics([answered("42"), answered("")])
     assert "language_fidelity" not in found
     assert found["answers_told"] == 0
 
@@ -139,7 +139,7 @@ def test_fidelity_is_absent_where_no_answer_can_be_told():
     ],
 )
 def test_what_a_loop_is(ids, wanted):
-    assert ends_in_a_loop(ids) is wanted
+    assert ends_in_loop(ids) is wanted
 
 
 def test_lengths_against_the_parents():

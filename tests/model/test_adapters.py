@@ -14,7 +14,7 @@ from nesso_tune.model.adapters import adapt, check_adapter, fake_quantise, quant
 from nesso_tune.planning.memory import adapter_parameters
 from nesso_tune.planning.shapes import shape_of
 from nesso_tune.recipes.sections import LoraSection, ModelSection
-from nesso_tune.training.state_dict import weights_of
+from nesso_tune.training.state_dict import get_weights
 from tests.support.adapters import KINDS, ROWS, adapted, apart, base_in, learn, logits, of, switch_off
 from tests.support.runs import command, main_here, write_recipe
 
@@ -56,7 +56,7 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
     assert apart(logits(final.to(getattr(torch, dtype))), trained) < within
     if kind == "qlora":  # merging into the unquantised base gives another model
         adapt(plain, model.model_copy(update={"adapter": LoraSection(r=4)}), chat.new_ids, seed=1)
-        plain.load_state_dict(weights_of(held), strict=False)
+        plain.load_state_dict(get_weights(held), strict=False)
         assert apart(logits(plain), trained) > max(0.04, 2 * apart(exact, trained))
 
 

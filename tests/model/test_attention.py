@@ -230,7 +230,7 @@ def test_a_padded_batch_of_packed_rows():
     assert batch["input_ids"][1, 11:].tolist() == [9] * 6
     assert batch["labels"][1, 11:].tolist() == [-100] * 6
     assert all(batch["labels"][0, start] == -100 for start in (0, 5, 14)), "predicted from another document"
-    assert batch["group_ids"][1, :11].tolist() == [GROUPS.number("it", "b")] * 11
+    assert batch["group_ids"][1, :11].tolist() == [GROUPS.index("it", "b")] * 11
     assert int(batch["tokens"]) == 28
 
 

@@ -21,7 +21,7 @@ from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import read_data
 from nesso_tune.training.dataset import ConversationCollator
 from nesso_tune.training.grouped_metrics import Groups
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.trainer import BaseTrainer
 from tests.benchmarks.architectures import QUESTIONS, _recipe, mean_loss, outcome
 from tests.support.architectures import VOCABULARY, tiny
 from tests.support.runs import metrics, recipe, thorough
@@ -192,14 +192,14 @@ def test_the_end_token_is_trained_in_a_second_stage(tmp_path, monkeypatch, tied,
         some = recipe("dpo", tmp_path / "dpo", [tmp_path / "pairs.jsonl"], model=some.model.model_dump(),
                       train={"max_steps": 1}, evaluation=None)  # fmt: skip
     seen = {}
-    clip = TrackedTrainer._clip_grad_norm
+    clip = BaseTrainer._clip_grad_norm
 
     def watched(self, model):
         seen.setdefault("rows", model.model.embed_tokens.weight.grad[[end, 0]].clone())
         seen.setdefault("padding", model.model.embed_tokens.padding_idx)
         return clip(self, model)
 
-    monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", watched)
+    monkeypatch.setattr(BaseTrainer, "_clip_grad_norm", watched)
     train(some)
     assert seen["padding"] is None, "the embedding row has a gradient, tied or not"
     assert seen["rows"][0].any()

@@ -13,7 +13,7 @@ from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
 from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_manifest
 from nesso_tune.training.sft import ConversationTrainer
-from nesso_tune.training.state_dict import random_states, set_random_states
+from nesso_tune.training.state_dict import get_rng_state, set_rng_state
 from tests.support.runs import main_here, metrics, recipe, several, steps, sums, write_recipe
 
 FILES = ["counters-0.json", MANIFEST, "model.safetensors", "optimizer.safetensors", "rng-0.json", "trainer_state.json"]
@@ -244,9 +244,9 @@ def test_random_states_survive_a_file():
 
     import numpy as np
 
-    states = json.loads(json.dumps(random_states()))
+    states = json.loads(json.dumps(get_rng_state()))
     drawn = [random.random(), np.random.rand(), float(torch.rand(1))]
-    set_random_states(states)
+    set_rng_state(states)
     assert [random.random(), np.random.rand(), float(torch.rand(1))] == drawn
 
 
@@ -284,12 +284,12 @@ def test_pruning_never_removes_what_was_written_last(tmp_path):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_reference_that_was_altered_is_refused(tmp_path, pairs, damage):
-    from nesso_tune.training.reference import FILE, load_reference, save_reference
+    from nesso_tune.training.reference import REFERENCE_FILE, load_reference, save_reference
 
     scores = {i: (-1.5 * i, -2.5 * i) for i in range(200)}
     save_reference(tmp_path, scores, "x")
     assert load_reference(tmp_path, "x") == scores
-    damaged(tmp_path / FILE, damage)
+    damaged(tmp_path / REFERENCE_FILE, damage)
     with pytest.raises(RunEnvironmentError, match=r"is missing|is damaged"):
         load_reference(tmp_path, "x")
 

@@ -10,7 +10,7 @@ import os
 from torch.distributed.tensor import DTensor
 
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
-from nesso_tune.training.callbacks import Pace
+from nesso_tune.training.callbacks import IntervalCallback
 from nesso_tune.training.sft import ConversationTrainer
 
 STEP, RANK = int(os.environ["NAN_AT_STEP"]), int(os.environ["NAN_AT_RANK"])
@@ -32,7 +32,7 @@ def nan_weight(self, args, state, control, model=None, **more):
 
 
 if os.environ.get("NAN_IN") == "weights":
-    on_step_end, Pace.on_step_end = Pace.on_step_end, nan_weight
+    on_step_end, IntervalCallback.on_step_end = IntervalCallback.on_step_end, nan_weight
 else:
     ConversationTrainer.compute_loss = nan_loss
 

@@ -7,11 +7,11 @@ import json
 import os
 
 import tests.support.fsdp_on_cpu  # noqa: F401 - promotes FSDP on CPU
-from nesso_tune.training.dataset import RunOrder
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.dataset import RunDataset
+from nesso_tune.training.trainer import BaseTrainer
 from tests.support.gradients import clip_and_save
 
-read = RunOrder.__getitem__
+read = RunDataset.__getitem__
 
 
 def logged_read(self, position):
@@ -21,7 +21,7 @@ def logged_read(self, position):
     return read(self, position)
 
 
-RunOrder.__getitem__, TrackedTrainer._clip_grad_norm = logged_read, clip_and_save
+RunDataset.__getitem__, BaseTrainer._clip_grad_norm = logged_read, clip_and_save
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nesso_tune.run import train
-from nesso_tune.training import fit
+from nesso_tune.training import reference as reference_module
 from tests.support.adapters import KINDS, base_in, of, switch_off
 from tests.support.runs import BASE, ROOT, metrics, recipe, steps, thorough, write_recipe
 from tests.test_kill import kill_at, start
@@ -54,13 +54,13 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path, talks, kind):
 @pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=thorough), "qlora"])
 def test_the_reference_of_dpo_is_the_base_with_the_adapter_off(tmp_path, pairs, kind, monkeypatch):
     """What is scored before the first step equals what the trained model scores without its adapter."""
-    original, seen = fit.compute_reference, []
+    original, seen = reference_module.compute_reference, []
 
     def noted(*arguments):
         seen.append((arguments, original(*arguments)))
         return seen[-1][1]
 
-    monkeypatch.setattr(fit, "compute_reference", noted)
+    monkeypatch.setattr(reference_module, "compute_reference", noted)
     train(of(base_in(tmp_path), kind, "dpo", tmp_path / "run", pairs, train={"learning_rate": 1e-2}))
     ((arguments, reference),) = seen
     policy = original(*arguments)

@@ -27,8 +27,8 @@ def numbered(method, *changes):
 
 def alarms(method, lines):
     """(step, alarm) of the alarms that lines of metrics.jsonl begin."""
-    looking = Alarms(MetricsLog(None, writes=False), method, LAST, looks=True)
-    return [(line["step"], one.alarm) for line in lines for one in looking.begun_by(line)]
+    looking = Alarms(MetricsLog(None, writes=False), method, LAST, enabled=True)
+    return [(line["step"], one.alarm) for line in lines for one in looking.started_by(line)]
 
 
 BAD = {
@@ -124,11 +124,11 @@ def test_a_run_that_is_continued_neither_repeats_an_alarm_nor_loses_one(tmp_path
         path = tmp_path / f"{step}.jsonl"
         for session in (range(step + 1), range(step + 1, len(lines))):
             log = MetricsLog(path, writes=True)
-            looking = Alarms(log, "dpo", LAST, looks=True)
-            looking.recall(path)
+            looking = Alarms(log, "dpo", LAST, enabled=True)
+            looking.replay(path)
             for i in session:
                 log.write(lines[i])
-                looking.look(lines[i])
+                looking.check(lines[i])
         written = [json.loads(text) for text in path.read_text().splitlines()]
         events = [line for line in written if line.get("event") == "alarm"]
         assert [(line["step"], line["alarm"]) for line in events] == wanted, step
@@ -139,9 +139,9 @@ def test_a_run_that_is_continued_neither_repeats_an_alarm_nor_loses_one(tmp_path
 
 
 def test_only_the_process_that_writes_looks(tmp_path, capsys):
-    silent = Alarms(MetricsLog(tmp_path / "metrics.jsonl", writes=False), "dpo", LAST, looks=False)
+    silent = Alarms(MetricsLog(tmp_path / "metrics.jsonl", writes=False), "dpo", LAST, enabled=False)
     for line in history():
-        silent.look(line)
+        silent.check(line)
     assert capsys.readouterr().err == ""
 
 

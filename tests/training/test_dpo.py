@@ -12,9 +12,10 @@ from safetensors.torch import load, load_file, save_file
 
 from nesso_tune import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.run import train
-from nesso_tune.training import dpo, fit
-from nesso_tune.training.dpo import answer_log_probs
-from nesso_tune.training.numerical_checks import Guard
+from nesso_tune.training import dpo
+from nesso_tune.training import reference as reference_module
+from nesso_tune.training.losses import answer_log_probs
+from nesso_tune.training.numerical_checks import SpikeGuard
 from nesso_tune.training.reference import load_reference
 from tests.support.runs import metrics, recipe, steps
 
@@ -33,7 +34,7 @@ def test_a_run_on_rows_has_the_numbers_of_a_run_on_padded_pairs(tmp_path, pairs)
         train(recipe("dpo", tmp_path / kernel, [pairs], model={"attention": kernel}, train=rates,
                      dpo={"loss": {"sigmoid": 1.0, "sft": 0.2}}))  # fmt: skip
     ours, padded = ([line for line in metrics(tmp_path / name) if "event" not in line] for name in ("auto", "eager"))
-    figures = ("loss", "loss/it", "loss_sft/it", "eval_loss", *dpo.METRICS, "logps/chosen_shift", "token_accuracy")
+    figures = ("loss", "loss/it", "loss_sft/it", "eval_loss", *dpo.PAIR_METRICS, "logps/chosen_shift", "token_accuracy")
     for mine, theirs in zip(ours, padded, strict=True):
         for name in (*figures, "grad_norm"):
             assert (name in mine) == (name in theirs), name
@@ -61,13 +62,13 @@ def test_figures_by_language(tmp_path, pairs):
 def optimised(monkeypatch):
     """The losses of all optimizer steps of a test, each as the sum of what was derived."""
     seen = []
-    original = Guard.lets_pass
+    original = SpikeGuard.allows_update
 
     def watched(self, trainer, norm):
         seen.append(sum(map(float, self._losses)))
         return original(self, trainer, norm)
 
-    monkeypatch.setattr(Guard, "lets_pass", watched)
+    monkeypatch.setattr(SpikeGuard, "allows_update", watched)
     return seen
 
 
@@ -154,7 +155,7 @@ def test_a_second_run_scores_nothing(tmp_path, pairs, monkeypatch):
     def never(*_):
         raise AssertionError("scored again")
 
-    monkeypatch.setattr(fit, "compute_reference", never)
+    monkeypatch.setattr(reference_module, "compute_reference", never)
     other = {"learning_rate": 5e-4, "max_steps": 20, "micro_batch_size": 4, "schedule": {"warmup_steps": 1}}
     train(recipe("dpo", tmp_path / "b", [pairs], train=other, dpo={"beta": 0.3, "loss": {"ipo": 1.0}}))
     assert scored(tmp_path / "b")
@@ -210,14 +211,14 @@ def test_a_changed_base_is_scored_anew_and_a_damaged_cache_is_not_trusted(tmp_pa
 
 
 def test_a_reference_of_another_model_is_refused(tmp_path, pairs, monkeypatch):
-    original = fit.compute_reference
+    original = reference_module.compute_reference
 
     def another(trainer, *rest):
         reference = original(trainer, *rest)
         return {pair: (better - 1.0, worse) for pair, (better, worse) in reference.items()}
 
-    monkeypatch.setattr(fit, "compute_reference", another)
-    with pytest.raises(NumericalError, match="differs from its reference"):
+    monkeypatch.setattr(reference_module, "compute_reference", another)
+    with pytest.raises(NumericalError, match="differs from the reference"):
         train(recipe("dpo", tmp_path / "run", [pairs]))
 
 

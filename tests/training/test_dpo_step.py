@@ -17,9 +17,9 @@ from nesso_tune.model.attention import AttentionSpans, enable_document_attention
 from nesso_tune.model.lm_head import PackedRow, attach_supervised_head
 from nesso_tune.recipes.rules import SMOOTHED_LOSSES, SORTED_LOSSES
 from nesso_tune.recipes.schema import LossName
-from nesso_tune.training import dpo
+from nesso_tune.training import dpo, losses
 from nesso_tune.training.dataset import PairCollator
-from nesso_tune.training.grouped_metrics import Groups, Tally
+from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups
 from tests.support.runs import BASE
 
 VOCABULARY = 61
@@ -87,7 +87,7 @@ def reference(inputs, ld_alpha=None):
     logits = net(seed=7)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     mask = inputs["completion_mask"][:, 1:]
     log_probs = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1) * mask
-    chosen, rejected = dpo.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
+    chosen, rejected = losses.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
     return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
@@ -127,8 +127,8 @@ def ours_and_theirs(trl, settings, split=(0, 4), rows=True):
     theirs.backward()
     given = zip(inputs["ref_chosen_logps"].tolist(), inputs["ref_rejected_logps"].tolist(), strict=True)
     trainer.reference = dict(enumerate(given))
-    tally = Tally(dpo.pair_figures(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
-    trainer.track = SimpleNamespace(tally=tally, tokens=0, supervised_tokens=0)
+    tally = GroupedMetrics(dpo.dpo_metrics(dict(zip(trainer.loss_types, trainer.loss_weights, strict=True))), GROUPS)
+    trainer.run_state = SimpleNamespace(metrics=tally, tokens=0, supervised_tokens=0)
     trainer.state.global_step = 1
     batches = [PairCollator(0, GROUPS, by_document=rows)(pairs()[start:end]) for start, end in pairwise(split)]
     items = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
@@ -156,7 +156,7 @@ def test_loss_gradients_and_metrics_are_trls(trl, settings):
     assert float(both.loss) == pytest.approx(float(both.theirs), rel=1e-6)
     check_gradients(both)
     means, reported = both.tally.means(), both.trainer._metrics["train"]
-    for name in dpo.METRICS:
+    for name in dpo.PAIR_METRICS:
         assert means[name] == pytest.approx(reported[name][0], rel=1e-5, abs=1e-6), name
     assert means["token_accuracy"] == pytest.approx(reported["mean_token_accuracy"][0], abs=1e-6)
     assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6), "what is reported is what is optimised"
@@ -190,9 +190,9 @@ def test_every_loss_is_a_mean_over_pairs_or_known_to_be_none(trl, name):
         outputs = ours(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
                        fused_lm_head=True)  # fmt: skip
         whole = DPOTrainer._compute_loss(trainer, lambda **_: outputs, dict(inputs), False)
-        alone = [dpo.group_loss(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
+        alone = [losses.preference_loss_of_rows(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
     separable = float(torch.stack(alone).mean()) == pytest.approx(float(whole), rel=1e-6)
-    assert separable == (name not in (*SORTED_LOSSES, dpo.SFT))
+    assert separable == (name not in (*SORTED_LOSSES, losses.SFT))
 
 
 def closed_form(name, policy, given, beta):
@@ -287,10 +287,10 @@ def test_a_pairs_row_holds_each_prompt_once():
 
 @pytest.mark.parametrize("micro", [1, 2, 5])
 def test_reference_batches_hold_all_pairs_and_no_more_tokens_than_a_micro_batch(micro):
-    from nesso_tune.training.reference import in_batches
+    from nesso_tune.training.reference import length_sorted_batches
 
     sizes = [sum(SIZES[i % 3]) + i for i in range(17)]
-    batches = in_batches(sizes, micro)
+    batches = length_sorted_batches(sizes, micro)
     assert sorted(row for batch in batches for row in batch) == list(range(17))
     most = sum(sorted(sizes, reverse=True)[:micro])
     assert all(sum(sizes[row] for row in batch) <= most for batch in batches)

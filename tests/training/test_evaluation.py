@@ -20,11 +20,11 @@ from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import MANIFEST, WEIGHTS, checkpoints, prune
 from nesso_tune.runs.disk_space import Room
 from nesso_tune.smoke import smoke_recipe
-from nesso_tune.training.evaluation import Best, best_of
-from nesso_tune.training.grouped_metrics import Figures
+from nesso_tune.training.checkpoint import read_run_state
+from nesso_tune.training.evaluation import BestCheckpoint, best_checkpoint_for
+from nesso_tune.training.grouped_metrics import MetricSpec
 from nesso_tune.training.sft import ConversationTrainer
-from nesso_tune.training.state_dict import load_shards, set_weights, weights_of
-from nesso_tune.training.trainer import own_share
+from nesso_tune.training.state_dict import get_weights, load_shards, set_weights
 from tests.support.recipe_texts import SFT, problem
 from tests.support.runs import (
     loaded,
@@ -61,34 +61,34 @@ def some_recipe(folder, rows, **train):
 )
 def test_which_one_is_the_best(metric, values, taken, waited):
     """Only a better one counts; the first of equals is taken. What goes through a file comes back."""
-    best = Best(metric)
+    best = BestCheckpoint(metric)
     for step, value in enumerate(values, start=1):
-        again = Best(metric)
-        again.restore(json.loads(json.dumps(best.state())))
+        again = BestCheckpoint(metric)
+        again.load_state_dict(json.loads(json.dumps(best.state_dict())))
         best = again
-        assert best.note(step, {metric: value, "answers": 1}) == (best.step == step)
+        assert best.update(step, {metric: value, "answers": 1}) == (best.step == step)
     assert (best.step, best.waited) == (taken, waited)
 
 
 def test_patience_and_another_metric():
-    best = Best("eval_loss", patience=2)
+    best = BestCheckpoint("eval_loss", patience=2)
     for step, loss in enumerate([1.0, 2.0], start=1):
-        best.note(step, {"eval_loss": loss})
+        best.update(step, {"eval_loss": loss})
         assert not best.out_of_patience
-    best.note(3, {"eval_loss": 3.0})
+    best.update(3, {"eval_loss": 3.0})
     assert best.out_of_patience
-    other = Best("stop_rate", patience=2)
-    other.restore(best.state())
+    other = BestCheckpoint("stop_rate", patience=2)
+    other.load_state_dict(best.state_dict())
     assert (other.step, other.value, other.waited) == (None, None, 0)
 
 
 def test_on_another_number_of_processes_it_is_the_same(tmp_path):
-    found = Best("eval_loss", 3, 20, 1.5, 1).state()
+    found = BestCheckpoint("eval_loss", 3, 20, 1.5, 1).state_dict()
     for rank in (0, 1):
         counts = {"tokens": 5, "supervised_tokens": 2, "seconds": 1.0, "tally": [[[1.0, 2.0]]], "best": found}
         (tmp_path / f"counters-{rank}.json").write_text(json.dumps(counts))
     for rank, processes in ((0, 2), (1, 2), (0, 1), (3, 4)):
-        assert own_share(tmp_path, rank, processes)["best"] == found
+        assert read_run_state(tmp_path, rank, processes)["best"] == found
 
 
 @pytest.mark.parametrize(
@@ -340,13 +340,13 @@ def test_asked_to_stop_at_the_step_at_which_it_ends_early(tmp_path, rows, whole,
 def test_the_best_checkpoint_damaged_is_said_with_a_way_on(tmp_path, rows, monkeypatch):
     some = overfitting(tmp_path / "run", rows)
     with monkeypatch.context() as patch:
-        patch.setattr("nesso_tune.training.fit.take_best", lambda _: (_ for _ in ()).throw(Stopped()))
+        patch.setattr("nesso_tune.training.fit.load_best_weights", lambda *_: (_ for _ in ()).throw(Stopped()))
         with pytest.raises(Stopped):
             train(some)
     newest, best = checkpoints(tmp_path / "run")
     shutil.copytree(best, tmp_path / "copy")
     (best / WEIGHTS).write_bytes((best / WEIGHTS).read_bytes()[:-5])
-    with pytest.raises(RunEnvironmentError, match=rf"{best.name}: holds the best eval_loss .* damaged; restore it, or"):
+    with pytest.raises(RunEnvironmentError, match=rf"{best.name}: has the best eval_loss .* damaged; restore it, or"):
         train(some)
     last = overfitting(tmp_path / "run", rows, train={"best_metric": None})
     assert train(last, allow_changes=("train.best_metric",)).trained, "what the message says"
@@ -366,7 +366,7 @@ def test_an_adapter_is_merged_as_it_was_at_its_best(tmp_path, rows, pairs, whole
     data, fresh = loaded(some)
     adapted = adapt(fresh, some.model, data.chat.new_ids, some.seed, merging=True)
     set_weights(fresh, weights(tmp_path / "run" / f"checkpoint-{line['taken']}"))
-    merged = weights_of(adapted.merge_and_unload().requires_grad_(True))
+    merged = get_weights(adapted.merge_and_unload().requires_grad_(True))
     assert same(weights(tmp_path / "run" / "final"), merged)
 
 
@@ -389,7 +389,7 @@ def test_two_processes_in_shards_decide_alike(tmp_path, rows, whole_base, adapte
     if adapter is None:
         _, model = loaded(some)
         load_shards(tmp_path / "run" / f"checkpoint-{lowest}", model)
-        assert same(weights(tmp_path / "run" / "final"), weights_of(model))
+        assert same(weights(tmp_path / "run" / "final"), get_weights(model))
     for line in metrics(tmp_path / "run"):
         if "tokens_per_second" in line:
             assert 0 <= line["data_wait_share"] <= 1
@@ -406,11 +406,11 @@ def test_a_metric_that_is_not_measured_ends_the_run_before_its_first_step(tmp_pa
     assert trained == []
     data, _ = loaded(some)
     none = Rows(data.validation.documents, data.validation.records[:0], data.validation.bounds[:1])
-    with pytest.raises(RecipeError, match=r"not measured: no row is held out; raise data\.validation_size"):
-        best_of(some, Figures(("loss",)), none)
+    with pytest.raises(RecipeError, match=r"not measured: there are no validation rows; raise data\.validation_size"):
+        best_checkpoint_for(some, MetricSpec(("loss",)), none)
     both = {"sources": [{"path": str(rows), "alias": name} for name in "ab"]}
     of_source = overfitting(tmp_path / "run", rows, train={"best_metric": "eval_loss/source/a"}, data=both)
-    best = best_of(of_source, Figures(("loss",)), data.validation)
+    best = best_checkpoint_for(of_source, MetricSpec(("loss",)), data.validation)
     assert best.metric == "eval_loss/source/a", "is seen when it is measured"
 
 
@@ -424,6 +424,6 @@ def test_a_metric_of_answers_that_is_not_measured_ends_it_at_the_first_evaluatio
 
 
 def test_never_a_number(tmp_path, rows, monkeypatch):
-    monkeypatch.setattr(Best, "note", lambda *_: False)
-    with pytest.raises(NumericalError, match="eval_loss was not a number at any evaluation"):
+    monkeypatch.setattr(BestCheckpoint, "update", lambda *_: False)
+    with pytest.raises(NumericalError, match="eval_loss was not finite at any evaluation"):
         train(overfitting(tmp_path / "run", rows, train={"max_steps": 2}))

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.training.fit import dpo_arguments, sft_arguments
+from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.fsdp import check_sharded, fsdp_arguments
 from tests.support.runs import recipe
 
@@ -35,7 +35,7 @@ def test_blocks_are_wrapped_by_the_models_own_class():
 
 
 def test_a_model_without_known_blocks_is_refused():
-    with pytest.raises(RecipeError, match=r"distributed.fsdp: NoBlocks does not name its transformer blocks; set dis"):
+    with pytest.raises(RecipeError, match=r"distributed.fsdp: NoBlocks does not declare its transformer blocks; set"):
         fsdp_arguments(NoBlocks(LlamaConfig(**SMALL)), checkpointing=False)
 
 
@@ -44,7 +44,7 @@ def test_a_model_without_known_blocks_is_refused():
         vocab_size=32, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.0, resid_pdrop=0.1, embd_pdrop=0.0))],
 )  # fmt: skip
 def test_blocks_that_drop_at_random_are_not_computed_twice(model):
-    with pytest.raises(RecipeError, match="other dropout masks"):
+    with pytest.raises(RecipeError, match="different dropout masks"):
         fsdp_arguments(model(), checkpointing=True)
     fsdp_arguments(model(), checkpointing=False)
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qw
 from nesso_tune import load_tokenizer
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.run import train
-from nesso_tune.training.dataset import RunOrder
+from nesso_tune.training.dataset import RunDataset
 from tests.support import independent_trainer as independent
 from tests.support.runs import BASE, metrics, recipe
 
@@ -72,7 +72,7 @@ def documents_of(some, file, steps):
     """The documents of each step of a run, as the product shuffles and packs them; the last step wraps around."""
     data = prepare_data(some)
     size = TRAIN["micro_batch_size"] * TRAIN["gradient_accumulation_steps"]
-    order = RunOrder(data.stream, steps * size)
+    order = RunDataset(data.stream, steps * size)
     assert len(data.stream.epoch(0)) * TRAIN["num_epochs"] % size, "the last batch goes beyond the last epoch"
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
     rows = [row.get("messages", row) for row in rows]
@@ -80,7 +80,7 @@ def documents_of(some, file, steps):
     return [
         [
             rows[int(place(entry).rsplit(":", 1)[1]) - 1]
-            for entry in order.entries(range(step * size, (step + 1) * size))
+            for entry in order.records(range(step * size, (step + 1) * size))
         ]
         for step in range(steps)
     ]

@@ -1,4 +1,4 @@
-"""NaN, infinity and leaps are seen before the update, on all processes, and the rows at fault are named."""
+"""NaN, infinity and spikes are detected before the update, on all processes, and the rows at fault are named."""
 
 import json
 import math
@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from nesso_tune import ModelError, NumericalError
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
-from nesso_tune.training.callbacks import Pace
+from nesso_tune.training.callbacks import IntervalCallback
 from nesso_tune.training.dpo import PairTrainer
 from nesso_tune.training.evaluation import Evaluator
-from nesso_tune.training.numerical_checks import DEVIATIONS, ENOUGH, WINDOW, Guard, check_final
+from nesso_tune.training.numerical_checks import DEVIATIONS, MIN_STEPS, WINDOW, SpikeGuard, check_final
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, metrics, recipe, several, steps, thorough, write_recipe
 
@@ -52,7 +52,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_update(tmp_path, requ
     code, _, said = main_here(capsys, "train", write_recipe(tmp_path / "r.yaml", some))
     assert code == 6
     assert "step 4: the loss is " in said
-    assert "nothing was updated" in said
+    assert "update not applied" in said
     assert "checkpoint-2 is intact" in said
     assert "Traceback" not in said
     assert checkpoints(tmp_path / "run")[0].name == "checkpoint-2"
@@ -76,7 +76,7 @@ def test_the_rows_that_are_named_are_those_that_were_trained(tmp_path, poison, w
     original, seen = ConversationTrainer.compute_loss, []
 
     def wrong(self, model, inputs, *arguments, **options):
-        english = self.track.tally.groups.languages.index("en")
+        english = self.run_state.metrics.groups.languages.index("en")
         bad = bool((inputs["group_ids"][:, :5] == english).any(dim=1).any())
         loss = original(self, model, inputs, *arguments, **options)
         seen.append(bad)
@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_finite_names_all_rows_of_its_step(tmp_path, talk
 
     monkeypatch.setattr(ConversationTrainer, "training_step", wrong)
     some = recipe("sft", tmp_path / "run", [talks], data={"packing": False}, train={"gradient_accumulation_steps": 3})
-    with pytest.raises(NumericalError, match=r"step 3: the gradient's norm is nan.*talks\.jsonl:\d+.* and 3 more"):
+    with pytest.raises(NumericalError, match=r"step 3: the gradient norm is nan.*talks\.jsonl:\d+.* and 3 more"):
         train(some)
     (event,) = [line for line in metrics(tmp_path / "run") if line.get("event") == "not_finite"]
     assert len(event["rows"]) == 6
@@ -142,26 +142,26 @@ def named(some, position):
     return list(map(stream.documents.place, stream.epoch(epoch).members(row)))
 
 
-LONG = {"max_steps": ENOUGH + 8, "learning_rate": 1e-4}
-QUIET = {"evaluation": None, "checkpoint": {"every_steps": ENOUGH + 2}}
+LONG = {"max_steps": MIN_STEPS + 8, "learning_rate": 1e-4}
+QUIET = {"evaluation": None, "checkpoint": {"every_steps": MIN_STEPS + 2}}
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_spike_is_said_and_the_run_goes_on(tmp_path, request, poison, capsys, method):
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")
-    poison(method, ENOUGH + 5, 20.0 if method == "sft" else 500.0)
+    poison(method, MIN_STEPS + 5, 20.0 if method == "sft" else 500.0)
     result = train(recipe(method, tmp_path / "run", [source], train=LONG, **QUIET))
     assert result.trained
     (event,) = [line for line in metrics(tmp_path / "run") if line.get("event") == "spike"]
-    assert (event["step"], event["action"]) == (ENOUGH + 5, "warn")
+    assert (event["step"], event["action"]) == (MIN_STEPS + 5, "warn")
     assert event["values"]["loss"] > event["limits"]["loss"]
     assert event["rows"][0].startswith(source)
-    assert f"step {ENOUGH + 5}: loss " in capsys.readouterr().err
+    assert f"step {MIN_STEPS + 5}: loss " in capsys.readouterr().err
 
 
 def test_a_skipped_spike_changes_no_weight_and_survives_a_resume(tmp_path, talks, poison):
     """The run that is continued knows what was usual before it stopped: it skips the same step."""
-    at = ENOUGH + 5
+    at = MIN_STEPS + 5
     sections = {"train": {**LONG, "on_spike": "skip"}, **QUIET, "checkpoint": {"every_steps": 1, "keep": 60}}
     poison("sft", at, 20.0)
     run = tmp_path / "run"
@@ -183,27 +183,28 @@ def test_a_skipped_spike_changes_no_weight_and_survives_a_resume(tmp_path, talks
 
 
 def test_a_spike_that_should_stop_the_run_stops_it(tmp_path, talks, poison):
-    poison("sft", ENOUGH + 5, 20.0)
+    poison("sft", MIN_STEPS + 5, 20.0)
     some = recipe("sft", tmp_path / "run", [talks], train={**LONG, "on_spike": "stop"}, **QUIET)
-    with pytest.raises(NumericalError, match=rf"step {ENOUGH + 5}: loss .* leaps .*checkpoint-{ENOUGH + 2} is intact"):
+    message = rf"step {MIN_STEPS + 5}: loss .* spike over .*checkpoint-{MIN_STEPS + 2} is intact"
+    with pytest.raises(NumericalError, match=message):
         train(some)
 
 
-def leaps(values):
-    """Steps at which a guard sees a leap of the loss, the norm being constant."""
-    guard = Guard("warn", None, None)
-    return [i for i, value in enumerate(values) if "loss" in guard._leaps({"loss": value, "grad_norm": 1.0})]
+def spikes(values):
+    """Steps at which a guard finds a spike of the loss, the norm being constant."""
+    guard = SpikeGuard("warn", None, None)
+    return [i for i, value in enumerate(values) if "loss" in guard._find_spikes({"loss": value, "grad_norm": 1.0})]
 
 
 def test_noise_and_a_falling_loss_are_no_spikes():
     noise = torch.Generator().manual_seed(0)
     falling = [5 * math.exp(-i / 400) + float(torch.randn(1, generator=noise)) * 0.2 for i in range(5000)]
-    assert leaps(falling) == []
-    assert leaps([0.001] * 200 + [0.04]) == [], "a model that knows its data by heart"
+    assert spikes(falling) == []
+    assert spikes([0.001] * 200 + [0.04]) == [], "a model that knows its data by heart"
 
 
 def test_a_level_that_stays_becomes_the_usual():
-    found = leaps([1.0] * 200 + [3.0] * 200)
+    found = spikes([1.0] * 200 + [3.0] * 200)
     assert found[0] == 200
     assert len(found) <= 4
 
@@ -214,8 +215,8 @@ def test_the_limit_is_mean_and_deviations_of_the_window():
     mean = sum(last) / WINDOW
     deviation = math.sqrt(sum((v - mean) ** 2 for v in last) / WINDOW)
     limit = mean + DEVIATIONS * deviation
-    assert leaps([*values, limit - 1e-6]) == []
-    assert leaps([*values, limit + 1e-6]) == [WINDOW + 20]
+    assert spikes([*values, limit - 1e-6]) == []
+    assert spikes([*values, limit + 1e-6]) == [WINDOW + 20]
 
 
 def test_a_base_that_holds_nan_is_refused(tmp_path, talks, whole_base):
@@ -243,7 +244,7 @@ def test_nothing_is_written_as_a_number_that_is_none(tmp_path):
 @pytest.fixture
 def poison_file(monkeypatch):
     """Puts a value into the last row of the first trained weight, or of a moment of it, after a step."""
-    original, at = Pace.on_step_end, {}
+    original, at = IntervalCallback.on_step_end, {}
 
     def poisoned(self, args, state, control, model=None, optimizer=None, **more):
         if state.global_step == at.get("step"):
@@ -252,7 +253,7 @@ def poison_file(monkeypatch):
             found[-1] = at["value"]
         return original(self, args, state, control, model=model, optimizer=optimizer, **more)
 
-    monkeypatch.setattr(Pace, "on_step_end", poisoned)
+    monkeypatch.setattr(IntervalCallback, "on_step_end", poisoned)
     return lambda step, value=0.0, moment=None: at.update(step=step, value=value, moment=moment)
 
 
@@ -265,7 +266,7 @@ def test_after_the_last_update(tmp_path, talks, capsys, evaluation):
     assert code == 6, said
     assert "step 1: " in said
     assert "values are not finite (first in model.embed_tokens.weight) after the update" in said
-    assert "nothing had been saved yet" in said
+    assert "no checkpoint was saved yet" in said
     (event,) = [line for line in metrics(tmp_path / "run") if line.get("event") == "not_finite"]
     assert event["values"]["model.embed_tokens.weight"] > 1000
     assert not list((tmp_path / "run").glob("checkpoint-*"))
@@ -311,7 +312,7 @@ def test_an_evaluation_that_is_not_finite(tmp_path, talks, capsys, monkeypatch):
     some = recipe("sft", tmp_path / "run", [talks], train={"best_metric": "eval_loss"})
     code, _, said = main_here(capsys, "train", write_recipe(tmp_path / "r.yaml", some))
     assert code == 6, said
-    assert "step 4: eval_loss is inf, of finite weights; look at the validation rows" in said
+    assert "step 4: eval_loss is inf, but the weights are finite; inspect the validation rows" in said
     assert "checkpoint-2 is intact" in said
     assert metrics(tmp_path / "run")[-1]["eval_loss"] == "inf"
     assert not (tmp_path / "run" / "final").exists()
@@ -321,7 +322,11 @@ def test_an_evaluation_that_is_not_finite(tmp_path, talks, capsys, monkeypatch):
     ("value", "dtype", "said"),
     [
         (math.nan, "float32", r"step 7: 2 values are not finite \(first in b\); final/ is not written"),
-        (3.4e38, "bfloat16", r"2 values are not finite \(first in b\) in bfloat16, which .*; set model.dtype: float32"),
+        (
+            3.4e38,
+            "bfloat16",
+            r"2 values are not finite \(first in b\) in bfloat16 because .*; set model.dtype: float32",
+        ),
         (3.4e38, "float32", None),
         (3.3e38, "bfloat16", None),
     ],

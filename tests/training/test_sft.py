@@ -12,7 +12,7 @@ from trl.trainer import base_trainer
 from nesso_tune import prepare_data
 from nesso_tune.run import train
 from nesso_tune.training.sft import ConversationTrainer
-from nesso_tune.training.trainer import TrackedTrainer
+from nesso_tune.training.trainer import BaseTrainer
 from tests.support.runs import BASE, metrics, recipe, steps
 
 
@@ -20,13 +20,13 @@ from tests.support.runs import BASE, metrics, recipe, steps
 def gradients(monkeypatch):
     """The gradients of every step of the runs of a test, before they are clipped."""
     seen = []
-    original = TrackedTrainer._clip_grad_norm
+    original = BaseTrainer._clip_grad_norm
 
     def watched(self, model):
         seen.append({name: p.grad.clone() for name, p in model.named_parameters()})
         return original(self, model)
 
-    monkeypatch.setattr(TrackedTrainer, "_clip_grad_norm", watched)
+    monkeypatch.setattr(BaseTrainer, "_clip_grad_norm", watched)
     return seen
 
 

@@ -15,10 +15,16 @@ from nesso_tune.run import train
 from nesso_tune.runs.disk_space import Room
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training import throughput
-from nesso_tune.training.dataset import RunOrder
+from nesso_tune.training.dataset import RunDataset
 from nesso_tune.training.evaluation import Evaluator
 from nesso_tune.training.sft import ConversationTrainer
-from nesso_tune.training.throughput import SQUARES, Operations, Throughput, WithSquares, squares_of
+from nesso_tune.training.throughput import (
+    SQUARED_LENGTHS,
+    AttentionCostCollator,
+    Throughput,
+    TrainingFlops,
+    squared_lengths,
+)
 from tests.support.runs import loaded, metrics, recipe, steps
 
 NAMES = ("tokens_per_second", "supervised_tokens_per_second", "peak_memory_gb", "data_wait_share")
@@ -47,7 +53,7 @@ def counted(model, length, supervised):
 def test_the_operations_of_a_step_are_those_that_torch_counts(tied):
     """But for the half of attention that a causal kernel leaves out."""
     model, length, supervised = tiny(tie_word_embeddings=tied), 80, 30
-    operations = Operations.of(model)
+    operations = TrainingFlops.of(model)
     whole = operations.token * length + operations.supervised * supervised + 2 * operations.square * length**2
     assert counted(model, length, supervised) == pytest.approx(whole, rel=0.001)  # rotary angles are products too
 
@@ -57,7 +63,7 @@ def test_under_an_adapter_frozen_weights_have_no_gradient(whole_base, tmp_path, 
                   model={"base": whole_base, "random_init": False, "attention": "eager",
                          "adapter": {"type": "lora", "r": 4, "target_modules": ["q_proj", "down_proj"]}})  # fmt: skip
     _, model = loaded(some)
-    frozen = Operations.of(model)
+    frozen = TrainingFlops.of(model)
     adapt(model, some.model, [], some.seed)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     operations, length, supervised = frozen.under_adapter(trained), 60, 20
@@ -67,12 +73,12 @@ def test_under_an_adapter_frozen_weights_have_no_gradient(whole_base, tmp_path, 
 
 
 def test_a_batch_says_how_much_attention_it_takes():
-    collate = WithSquares(lambda rows: {"input_ids": len(rows)})
-    assert collate([{"seq_lengths": [3, 4]}, {"seq_lengths": [5]}]) == {"input_ids": 2, SQUARES: 9 + 16 + 25}
+    collate = AttentionCostCollator(lambda rows: {"input_ids": len(rows)})
+    assert collate([{"seq_lengths": [3, 4]}, {"seq_lengths": [5]}]) == {"input_ids": 2, SQUARED_LENGTHS: 9 + 16 + 25}
     seen = torch.ones(6, 6).tril()  # who sees whom, in a row of two tokens of prompt, one and three of the answers
     seen[3:, 2] = 0
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6]}
-    assert squares_of(pair) == pytest.approx(2 * seen.sum() - 6), "twice, less every token's look at itself"
+    assert squared_lengths(pair) == pytest.approx(2 * seen.sum() - 6), "twice, less every token's look at itself"
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_every_line_has_them(tmp_path, request, monkeypatch, capsys, known_gpu, 
     written = lines(tmp_path / "run")
     assert [line["step"] for line in written] == [1, 2, 4]
     _, model = loaded(some)
-    needed, before, batches = Operations.of(model), {"tokens": 0, "supervised_tokens": 0, "step": 0}, iter(read)
+    needed, before, batches = TrainingFlops.of(model), {"tokens": 0, "supervised_tokens": 0, "step": 0}, iter(read)
     for line in written:
         tokens, learned = (line[name] - before[name] for name in ("tokens", "supervised_tokens"))
         busy = tokens / line["tokens_per_second"]
@@ -125,7 +131,7 @@ def test_waiting_for_rows_shows(tmp_path, talks, monkeypatch):
         return slowly
 
     for owner, name, seconds in (
-        (RunOrder, "__getitem__", 0.2),
+        (RunDataset, "__getitem__", 0.2),
         (Evaluator, "__call__", 0.7),
         (Room, "check_save", 0.7),
     ):
