@@ -18,7 +18,7 @@ from filelock import Timeout
 from platformdirs import user_cache_dir
 
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.files import acquire, hash_of, sha256, size, sync
+from nesso_tune.files import acquire_lock, format_bytes, fsync, hash_of, sha256
 from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import environment_path
 
@@ -67,7 +67,7 @@ def look_up(
     root = cache_root() / kind
     if not (root / key).exists():
         return None
-    with acquire(root / f"{key}.lock", ELSEWHERE):
+    with acquire_lock(root / f"{key}.lock", ELSEWHERE):
         found = _usable(root / key, opened, called or kind)
     return None if found is None else found[0]
 
@@ -98,7 +98,7 @@ def make(
         if there:
             with suppress(Damaged):  # outside the lock, so that several processes read at once
                 _check(root / key, _read(root / key)["files"])
-        with acquire(root / f"{key}.lock", ELSEWHERE):
+        with acquire_lock(root / f"{key}.lock", ELSEWHERE):
             if not there and (root / key).exists():
                 continue  # another process has made it meanwhile
             if (found := _usable(root / key, opened, called or kind)) is not None:
@@ -123,7 +123,8 @@ def _built(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dic
             raise
         written = sum(file.stat().st_size for file in staging.iterdir())
         shutil.rmtree(staging, ignore_errors=True)
-        what = f"the data needs more than {size(written)}, {size(shutil.disk_usage(root).free)} are free"
+        free = shutil.disk_usage(root).free
+        what = f"the data needs more than {format_bytes(written)}, {format_bytes(free)} are free"
         remedy = f"free some space, or {ELSEWHERE}"
         raise RunEnvironmentError(str(root), f"the disk is full: {what}", remedy) from error
     finally:
@@ -164,12 +165,12 @@ def _seal(folder: Path, note: dict[str, Any]) -> list[str]:
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         files[str(file.relative_to(folder))] = [file.stat().st_size, sha256(file)]
-        sync(file)
+        fsync(file)
     record = json.loads(json.dumps({"note": note, "files": files}))  # as it will be read
     record["sha256"] = hash_of(record)
     text = json.dumps(record, indent=2, ensure_ascii=False)
     (folder / DONE).write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
-    sync(folder / DONE)
+    fsync(folder / DONE)
     _sync_names(folder)
     return list(files)
 
@@ -208,11 +209,11 @@ def _stamp(file: Path) -> Stamp:
 def _sync_names(folder: Path) -> None:
     """Syncs the names in a folder, where the file system can do that."""
     with suppress(OSError):
-        sync(folder)
+        fsync(folder)
 
 
 def _sweep(root: Path) -> None:
     """Removes what killed builds of other results left: whoever still builds holds the lock."""
     for left in root.glob("*.partial"):
-        with suppress(Timeout), acquire(left.with_suffix(".lock"), ELSEWHERE, timeout=0):
+        with suppress(Timeout), acquire_lock(left.with_suffix(".lock"), ELSEWHERE, timeout=0):
             shutil.rmtree(left, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -39,9 +38,9 @@ from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.reports.data_report import write_data_report
 from nesso_tune.reports.run_report import write_report
-from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_data
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.metrics_log import read_metrics
+from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_json
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.metrics_log import last_metrics
 from nesso_tune.runs.provenance import check_same_run, moved_in_words, other_environment, run_facts
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
 from nesso_tune.training.evaluation import in_words
@@ -150,7 +149,7 @@ def _closing(run: RunDir, overwrites: bool) -> list[str]:
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
-    noted = read_data(run.path, MANIFEST)
+    noted = read_json(run.path, MANIFEST)
     if noted.get("unpacked"):
         data = unpacked(data, recipe)
     plan = make_plan(recipe, world(), data.volume)
@@ -181,8 +180,8 @@ def _train(
     _check_end(run, recipe, plan)
     whole = final_bytes(model, "float32")
     saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
-    room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
-    with room.told():
+    room = DiskSpace(run.path, saved, final_bytes(model, recipe.model.dtype))
+    with room.full_disk_errors(remove_partial=is_first()):
         if is_first():
             room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
@@ -272,7 +271,7 @@ def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) ->
     """The run, compared with what its checkpoint notes: refused, or continued in another environment, which is said."""
     if run.checkpoint is None and not run.moved:
         return run
-    noted = read_data(run.checkpoint or run.path, MANIFEST)
+    noted = read_json(run.checkpoint or run.path, MANIFEST)
     check_same_run(run.path, noted, facts, False, run.moved)
     for text in moved_in_words(run.moved):
         say(text)
@@ -294,17 +293,6 @@ def _check_end(run: RunDir, recipe: Recipe, plan: Plan) -> None:
         key, f"the run ends at step {plan.steps:,} now, but {run.checkpoint.name} is later",
         f"raise it, or name a checkpoint up to step {plan.steps:,} with --resume",
     )  # fmt: skip
-
-
-def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of every metric in a metrics file, up to the step whose weights were taken."""
-    lines = read_metrics(path) if path.exists() else []
-    taken = next((line["taken"] for line in reversed(lines) if line.get("event") == "best"), math.inf)
-    out: dict[str, Any] = {}
-    for line in lines:
-        if "event" not in line and line["step"] <= taken:
-            out |= line
-    return out
 
 
 def _choose_threads(parameters: int) -> None:

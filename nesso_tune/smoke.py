@@ -27,7 +27,7 @@ from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path,
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
-from nesso_tune.runs.layout import ASIDE, MOVING
+from nesso_tune.runs.layout import MOVING, OVERWRITTEN
 
 HIDDEN, HEADS, HEAD_DIM, INNER, LAYERS = 64, 4, 16, 128, 2
 FALLBACK = "llama"  # stands in for an architecture that transformers does not know by itself
@@ -149,7 +149,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
 
 def _check_free(output: Path) -> None:
     """Raises RunEnvironmentError if a folder holds a run that is no smoke run: its base would be a stand-in."""
-    for folder in (output, output / ASIDE, output / MOVING):
+    for folder in (output, output / OVERWRITTEN, output / MOVING):
         try:
             noted = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             base = noted["recipe"]["model"]["base"]

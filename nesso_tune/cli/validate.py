@@ -17,6 +17,7 @@ from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import is_result, local_path
 from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import OVERWRITTEN
 
 
 def check_folders(names: list[str], recipes: list[Recipe]) -> None:
@@ -37,8 +38,8 @@ def is_of(resume: str, recipe: Recipe) -> bool:
 def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
     """Raises RecipeError for a checkpoint that is of none of the recipes, and for a key that none of them has."""
     if resume not in ("auto", "never"):
-        # an --overwrite that was killed left it there; opening the run puts it back, see `runs/layout.py`
-        aside = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
+        # it may be in an earlier run that a killed --overwrite moved aside: opening the run restores it
+        aside = Path(resume).parent.glob(f"{OVERWRITTEN}*/{escape(Path(resume).name)}")
         if not Path(resume).exists() and not any(aside):
             raise RecipeError("--resume", f"there is no checkpoint {resume}", "use auto, never, or the path of one")
         if not any(is_of(resume, recipe) for recipe in recipes):

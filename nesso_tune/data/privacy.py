@@ -20,6 +20,7 @@ from nesso_tune.data.files import GLOB, expand, is_local
 from nesso_tune.data.record_reader import OTHER
 from nesso_tune.data.sources import is_here
 from nesso_tune.errors import DataError
+from nesso_tune.files import atomic_replace
 from nesso_tune.recipes.builtin import OF_SOURCE, local_path, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.sections import CleanSection, DataSection, Source
@@ -75,10 +76,12 @@ def _each(value: Any, names: Names) -> Any:
 
 def write_renamed(lines: Path, names: Names, file: Path) -> None:
     """Copies a list of dropped rows, with their places under today's names."""
-    staging = file.with_name(f"{file.name}.partial")
-    with lines.open(encoding="utf-8") as listed, staging.open("w", encoding="utf-8", errors="backslashreplace") as out:
+    with (
+        atomic_replace(file, durable=False) as staging,
+        lines.open(encoding="utf-8") as listed,
+        staging.open("w", encoding="utf-8", errors="backslashreplace") as out,
+    ):
         out.writelines(json.dumps(_each(json.loads(line), names), ensure_ascii=False) + "\n" for line in listed)
-    staging.replace(file)
 
 
 HIDDEN = "…"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.distributed.process_group import is_first
-from nesso_tune.files import sync
+from nesso_tune.files import apply_umask, fsync, make_staging_folder, replace_folder
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.runs.checkpoint import as_environment_error, put_in_place, readable
+from nesso_tune.runs.checkpoint import safetensors_errors
 from nesso_tune.training.state_dict import State, set_weights, weights_of
 
 # What transformers 4 calls the base of the rotary embedding: of the layers that attend to all, and of the local ones.
@@ -75,11 +74,9 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
         dtype: precision of the saved weights.
     """
     precision = getattr(torch, dtype)
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = make_staging_folder(folder)
     model.config.dtype, model.config.use_cache = precision, True  # training had turned the cache off
-    with as_environment_error(folder):
+    with safetensors_errors(folder):
         model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
     config = staging / "config.json"
     plain = json.loads(config.read_text())
@@ -88,9 +85,9 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
-        readable(file)
-        sync(file)
-    put_in_place(staging, folder)
+        apply_umask(file)
+        fsync(file)
+    replace_folder(staging, folder)
 
 
 def _still_read(model: PreTrainedModel, plain: Mapping[str, Any], both: Mapping[str, Any]) -> bool:

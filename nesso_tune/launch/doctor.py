@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 
 from nesso_tune.distributed.process_group import come_together, contact, from_first, world_size
 from nesso_tune.errors import Problem
-from nesso_tune.files import size
+from nesso_tune.files import format_bytes
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.planning.hardware import GIB
 
@@ -120,10 +120,10 @@ def _disk_problems(folder: Path, gpus: int) -> list[Problem]:
         if not os.access(place, os.W_OK):
             problems.append(Problem(str(place), f"cannot be written ({what})", "check its permissions"))
         elif (free := shutil.disk_usage(place).free) < LEAST_DISK:
-            problems.append(Problem(str(place), f"has {size(free)} left ({what})", "free some space"))
+            problems.append(Problem(str(place), f"has {format_bytes(free)} left ({what})", "free some space"))
     shared = Path("/dev/shm")
     if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < LEAST_SHARED_MEMORY:
-        problems.append(Problem("/dev/shm", f"has {size(free)}: NCCL's processes exchange data through it",
+        problems.append(Problem("/dev/shm", f"has {format_bytes(free)}: NCCL's processes exchange data through it",
                                 "start the container with --shm-size=8g, or --ipc=host"))  # fmt: skip
     return problems
 
@@ -137,8 +137,8 @@ def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> lis
         *((name, versions[name]) for name in shown),
         ("GPUs", kinds or "none: training computes on the CPU"),
         ("attention", str(choose_attention("auto"))),
-        ("runs", f"{size(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
-        ("hub cache", f"{size(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
+        ("runs", f"{format_bytes(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
+        ("hub cache", f"{format_bytes(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
         ("port", f"{LAUNCHERS_PORT} is {_port_state()}"),
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from nesso_tune.files import size
+from nesso_tune.files import format_bytes
 from nesso_tune.lr_schedule import Shape, lr_multiplier
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.memory import Memory
@@ -204,7 +204,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     lines += [_line(name, text) for name, text in zip(("memory", ""), _memory(plan), strict=False)]
     lines += [_line("time", text) for text in _time(plan)]
     if plan.checkpoint_bytes and plan.final_bytes:
-        sizes = f"{size(plan.checkpoint_bytes)} a checkpoint, {size(plan.final_bytes)} for final/"
+        sizes = f"{format_bytes(plan.checkpoint_bytes)} a checkpoint, {format_bytes(plan.final_bytes)} for final/"
         lines.append(_line("disk", sizes))
     if plan.schedule:
         lines += [_line("learning rate", plan.schedule.in_words()), "", *curve(plan.schedule)]

@@ -13,6 +13,7 @@ import numpy as np
 from nesso_tune.data.anomalies import SAYS
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
+from nesso_tune.files import atomic_write
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import DPOData, Limit, SFTData
 from nesso_tune.reports import data_page as draw
@@ -39,13 +40,8 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file such that it is the old one or the new one, whatever happens."""
     staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at once
-    try:
-        staging.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may be odd
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
+    atomic_write(file, text, errors="backslashreplace", durable=False, staging=staging)  # file names may be undecodable
 
 
 def _shown(report: Report, privacy: Privacy) -> dict[str, Any]:

@@ -14,20 +14,20 @@ from filelock import BaseFileLock, Timeout
 from nesso_tune.data.privacy import Privacy, as_recorded, recorded
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.files import acquire, sync
+from nesso_tune.files import acquire_lock, atomic_write, remove, remove_staging
 from nesso_tune.recipes.builtin import flag_path, local_path
 from nesso_tune.recipes.schema import Recipe, dump
-from nesso_tune.runs.checkpoint import MANIFEST, PREFIX, checkpoints, read_data, read_manifest, remove, remove_staging
+from nesso_tune.runs.checkpoint import CHECKPOINT_PREFIX, MANIFEST, checkpoints, read_json, read_manifest
 from nesso_tune.runs.layout import (
-    ASIDE,
     FAILED_METRICS,
     FINAL,
     LOCK,
     METRICS,
+    OVERWRITTEN,
     RECIPE,
     check_path,
+    has_overwritten,
     is_foreign,
-    is_pending,
     move_aside,
     run_manifest,
     settle,
@@ -78,7 +78,7 @@ class RunDir:
     @property
     def step(self) -> int:
         """The step that the run continues from; 0 if it begins."""
-        return int(self.checkpoint.name.removeprefix(PREFIX)) if self.checkpoint else 0
+        return int(self.checkpoint.name.removeprefix(CHECKPOINT_PREFIX)) if self.checkpoint else 0
 
     def shared(self) -> RunDir:
         """The same for the other processes: they do not hold the lock."""
@@ -98,7 +98,7 @@ class RunDir:
                 failed = f"; {FAILED_METRICS} is of this one" if (self.path / FAILED_METRICS).exists() else ""
                 notes.append(f"no checkpoint was saved, so the earlier run is put back{failed}")
         except OSError as error:
-            notes.append(f"the earlier run is in {self.path / ASIDE}, the next start puts it back ({error})")
+            notes.append(f"the earlier run is in {self.path / OVERWRITTEN}, the next start puts it back ({error})")
         if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
             (self.path / LOCK).unlink()
             if self.made:
@@ -133,7 +133,7 @@ def open_run(
     check_output(recipe)
     if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
         raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
-    foreign = not is_pending(path) and run_manifest(path, overwrite) is None and path.exists()
+    foreign = not has_overwritten(path) and run_manifest(path, overwrite) is None and path.exists()
     if foreign and any(is_foreign(entry) for entry in path.iterdir()):
         raise RunEnvironmentError(
             str(path), "is not empty and holds no run of nesso-tune", "set another output_dir; nothing was written"
@@ -165,12 +165,12 @@ def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         salt = os.urandom(8).hex()
         manifest |= {"recipe": recorded(recipe, salt), "salt": salt}
     _replace(run.path / MANIFEST, manifest)  # first: it marks the folder
-    _replace_text(run.path / RECIPE, recipe.to_yaml())
+    atomic_write(run.path / RECIPE, recipe.to_yaml())
 
 
 def write_end(run: RunDir, facts: Mapping[str, Any] | None = None) -> None:
     """Marks the run finished, with the sizes of the files in `final/` and with `facts` that its end has shown."""
-    manifest = {**read_data(run.path, MANIFEST), **(facts or {})}
+    manifest = {**read_json(run.path, MANIFEST), **(facts or {})}
     _replace(run.path / MANIFEST, {**manifest, "finished": True, "final": _sizes(run.final)})
 
 
@@ -217,7 +217,7 @@ def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str
             _set_aside(later, "later")  # or it would win the next time
         return replace(run, checkpoint=chosen, changed=changed, moved=moved)
     newest, damaged = _newest_whole(path)
-    if newest is None and (damaged or any(path.glob(f"damaged-{PREFIX}*"))):
+    if newest is None and (damaged or any(path.glob(f"damaged-{CHECKPOINT_PREFIX}*"))):
         said = "; ".join(f"{candidate.name}: {why}" for candidate, why in damaged) or "all were set aside before"
         raise RunEnvironmentError(  # nothing is set aside now: the next time it is the same
             str(path), f"no checkpoint is usable ({said})", "start anew with --overwrite"
@@ -298,7 +298,7 @@ def _sizes(folder: Path) -> dict[str, int] | None:
 
 def _locked(path: Path, made: bool) -> BaseFileLock:
     try:
-        return acquire(path / LOCK, "set another output_dir", timeout=0).lock
+        return acquire_lock(path / LOCK, "set another output_dir", timeout=0).lock
     except Timeout:
         raise RunEnvironmentError(
             str(path), "another nesso-tune is writing into it", "wait for it, or set another output_dir"
@@ -311,11 +311,4 @@ def _locked(path: Path, made: bool) -> BaseFileLock:
 
 
 def _replace(file: Path, data: Mapping[str, Any]) -> None:
-    _replace_text(file, json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def _replace_text(file: Path, text: str) -> None:
-    staging = file.with_name(f".{file.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    sync(staging)
-    staging.replace(file)
+    atomic_write(file, json.dumps(data, indent=2, ensure_ascii=False))

@@ -19,7 +19,7 @@ from nesso_tune.generation.answers import Answer, Prompt, answer, choose_prompts
 from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
-from nesso_tune.runs.checkpoint import PREFIX, read_manifest
+from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.dataset import Collator, CountedBatch
 from nesso_tune.training.grouped_metrics import Figures, Groups
@@ -222,7 +222,7 @@ def take_best(trainer: Any) -> None:
     if best.step is None:
         raise NumericalError(KEY, f"{best.metric} was not a number at any evaluation", "choose another metric")
     if best.step != step:
-        folder = Path(trainer.args.output_dir) / f"{PREFIX}{best.step}"
+        folder = checkpoint_path(Path(trainer.args.output_dir), best.step)
         if (why := from_first(_why_unusable(folder) if is_first() else None)) is not None:
             raise RunEnvironmentError(
                 str(folder), f"holds the best {best.metric} and cannot be used: {why}",

@@ -31,7 +31,7 @@ from nesso_tune.model.lm_head import attach_supervised_head, forward_path
 from nesso_tune.model.loading import compile_layers
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
-from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training import dpo, sft
@@ -149,7 +149,7 @@ def fit(
     plan: Plan,
     run: RunDir,
     facts: dict[str, Any],
-    room: Room,
+    room: DiskSpace,
     request: StopRequest,
 ) -> Trainer:
     """Trains `model` by the plan, writing metrics and checkpoints into the run directory.
@@ -189,7 +189,7 @@ def _trainer(
     plan: Plan,
     run: RunDir,
     facts: dict[str, Any],
-    room: Room,
+    room: DiskSpace,
 ) -> Trainer:
     """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
     kind, figures, loss_over, arguments = _method(recipe)
@@ -308,7 +308,7 @@ class _Beginning(TrainerCallback):
         if self._recipe.distributed.shards(track.plan.processes):
             check_sharded(trainer.model_wrapped)
         if self._run.checkpoint is not None:
-            track.log.cut_back(state.global_step)
+            track.log.truncate_after(state.global_step)
             changed = Privacy(self._recipe.data).changes(self._run.changed)
             facts: dict[str, Any] = {"changed": changed} if changed else {}
             facts |= {"environment": self._run.environment} if self._run.environment else {}

@@ -22,9 +22,9 @@ from torch.utils.data import ConcatDataset
 from nesso_tune import cache
 from nesso_tune.data.packing import Rows
 from nesso_tune.errors import NumericalError, RunEnvironmentError
-from nesso_tune.files import sync
+from nesso_tune.files import atomic_replace
 from nesso_tune.recipes.schema import DPORecipe
-from nesso_tune.runs.checkpoint import as_environment_error
+from nesso_tune.runs.checkpoint import safetensors_errors
 from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
@@ -130,11 +130,8 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     """Keeps the reference beside the checkpoints: after a resume the model is no longer what the run started from."""
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
-    staging = run / f".{FILE}.partial"
-    with as_environment_error(staging):
+    with atomic_replace(run / FILE) as staging, safetensors_errors(staging):
         save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
-    sync(staging)
-    staging.replace(run / FILE)
 
 
 def load_reference(run: Path, fingerprint: str) -> Reference:

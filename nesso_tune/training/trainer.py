@@ -27,8 +27,8 @@ from nesso_tune.distributed.process_group import from_first
 from nesso_tune.model.loading import not_compiled
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs import checkpoint as ckpt
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.layout import delete_earlier
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.layout import delete_overwritten
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training import state_dict
 from nesso_tune.training.alarms import Alarms
@@ -56,7 +56,7 @@ class Track:
     evaluate: Evaluate | None
     best: Best | None  # None: the last weights are taken
     throughput: Throughput
-    room: Room
+    room: DiskSpace
     keep: int
     in_shards: bool  # each process writes its own share of a checkpoint's tensors
     facts: dict[str, Any]  # what a checkpoint's manifest records of the run
@@ -207,13 +207,13 @@ class TrackedTrainer(_Base):
             writer.begin()
         self.accelerator.wait_for_everyone()
         rank, counts = self.accelerator.process_index, self._counters()
-        writer.data(f"rng-{rank}.json", random_states())
-        writer.data(f"counters-{rank}.json", counts)
+        writer.write_json(f"rng-{rank}.json", random_states())
+        writer.write_json(f"counters-{rank}.json", counts)
         self._save_tensors(writer)
         if main:
             self.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
             writer.adopt(TRAINER_STATE_NAME)
-        noted = gather_object([(writer.note(), track.tokens, track.supervised_tokens)])
+        noted = gather_object([(writer.file_records(), track.tokens, track.supervised_tokens)])
         if main:
             files = {name: facts for own, *_ in noted for name, facts in own.items()}
             where = {
@@ -224,7 +224,7 @@ class TrackedTrainer(_Base):
                 **({} if track.best is None else {"best": track.best.state()}),
             }
             written = writer.finish({**track.facts, **where}, files)
-            delete_earlier(Path(self.args.output_dir))
+            delete_overwritten(Path(self.args.output_dir))
             ckpt.prune(Path(self.args.output_dir), track.keep, written)
         self.accelerator.wait_for_everyone()
         track.throughput.paused += time.monotonic() - began
@@ -239,11 +239,11 @@ class TrackedTrainer(_Base):
             wrapped, optimizer
         )  # first: the larger file is hashed while the other is written
         if self.accelerator.is_main_process:
-            writer.tensors(ckpt.MOMENTS, moments)
+            writer.write_tensors(ckpt.MOMENTS, moments)
         del moments  # never both in memory
         weights = state_dict.weights_of(wrapped)
         if self.accelerator.is_main_process:
-            writer.tensors(ckpt.WEIGHTS, weights)
+            writer.write_tensors(ckpt.WEIGHTS, weights)
 
     def _counters(self) -> dict[str, Any]:
         track = self.track
@@ -288,7 +288,7 @@ class TrackedTrainer(_Base):
             return
         folder, rank = Path(checkpoint), self.accelerator.process_index
         if processes_of(folder) == self.accelerator.num_processes:
-            set_random_states(ckpt.read_data(folder, f"rng-{rank}.json"))
+            set_random_states(ckpt.read_json(folder, f"rng-{rank}.json"))
         else:  # no state belongs to this process: another one, but the same at every such resume
             set_seed(self.args.seed + 1_000_003 * self.state.global_step + rank)
 
@@ -301,7 +301,7 @@ def processes_of(checkpoint: Path) -> int:
 def own_share(checkpoint: Path, rank: int, processes: int) -> dict[str, Any]:
     """The counters that a process goes on with: its own, or, at another number of processes, all on the first one."""
     written = processes_of(checkpoint)
-    each = [ckpt.read_data(checkpoint, f"counters-{i}.json") for i in range(written)]
+    each = [ckpt.read_json(checkpoint, f"counters-{i}.json") for i in range(written)]
     if written == processes:
         return dict(each[rank])
     names = ("tokens", "supervised_tokens")

@@ -29,7 +29,7 @@ from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
 from nesso_tune.model.loading import load_model
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.provenance import run_facts
 from nesso_tune.runs.run_directory import open_run, write_start
 from nesso_tune.training.fit import fit
@@ -122,7 +122,7 @@ def main() -> None:
         run, facts, turn = open_run(some), run_facts(some, data, plan, ""), InTurn()
         write_start(run, some, facts)
         with StopRequest() as request, measured(turn):
-            trainer = fit(model, data, some, plan, run, facts, Room(run.path, 0, 0), request)
+            trainer = fit(model, data, some, plan, run, facts, DiskSpace(run.path, 0, 0), request)
         turn.restore()
         print(f"{model.num_parameters() / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
         with_it, without = (statistics.median(turn.times[side]) for side in (True, False))

@@ -18,7 +18,7 @@ from nesso_tune.model import forward as module
 from nesso_tune.model.forward import FIELDS, choose_forward, generate_greedily, small_copy
 from nesso_tune.model.lm_head import attach_supervised_head, own_logits
 from nesso_tune.run import train
-from nesso_tune.runs.checkpoint import read_data
+from nesso_tune.runs.checkpoint import read_json
 from nesso_tune.training.dataset import ConversationCollator
 from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.trainer import TrackedTrainer
@@ -164,7 +164,7 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
     (line,) = [text for text in said if text.startswith("data.packing")]
     assert "one conversation a row, 6 rows an epoch instead of 2" in line
     some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
-    assert read_data(run, "manifest.json")["unpacked"]
+    assert read_json(run, "manifest.json")["unpacked"]
     assert not train(some).trained, "the same command finds it finished"
     (before,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
     for folder in ("final", "checkpoint-2"):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nesso_tune.errors import is_full
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
-from nesso_tune.runs.disk_space import Room, saves_left
+from nesso_tune.runs.disk_space import DiskSpace, saves_left
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, recipe, steps, thorough, write_recipe
 
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_at_any_write(tmp_path, small_disk, talks, capsys, 
     """`quota`: the room is not seen beforehand, so that the writes themselves fail."""
     whole = undisturbed(whole, tmp_path, talks, capsys)
     if not seen:
-        monkeypatch.setattr(Room, "free", lambda self: 1 << 40)
+        monkeypatch.setattr(DiskSpace, "free", lambda self: 1 << 40)
     filled_at(small_disk, 4, int(share * whole["checkpoint"]))
     run = small_disk / "run"
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", run, [talks], **STEPS))

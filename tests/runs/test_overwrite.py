@@ -20,8 +20,8 @@ from nesso_tune.data.prepare import prepare_data
 from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
 from nesso_tune.runs.checkpoint import checkpoints
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.layout import ASIDE, FAILED_METRICS, is_pending
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.layout import FAILED_METRICS, OVERWRITTEN, has_overwritten
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, recipe, several, sums, thorough, write_recipe
@@ -91,7 +91,7 @@ def killed(run, write, do):
 
 def kill_at(run, write):
     """From now on this process kills itself before a write; files of tensors count twice, the second time half done."""
-    seen, save = itertools.count(1), checkpoint.save_file
+    seen, save = itertools.count(1), checkpoint.save_tensors
 
     def count():
         if next(seen) == write:
@@ -111,7 +111,7 @@ def kill_at(run, write):
         count()
         save(tensors, file)
 
-    checkpoint.save_file = torn
+    checkpoint.save_tensors = torn
     sys.addaudithook(hook)
 
 
@@ -125,7 +125,7 @@ def test_killed_at_every_rename_in_and_out(earlier):
             if not killed(run, later, lambda: open_run(old)):
                 break
             again += 1
-        pending, said = is_pending(run), []
+        pending, said = has_overwritten(run), []
         opened = open_run(old, say=said.append)
         assert opened.finished
         assert content(run) == before, f"killed at write {write}"
@@ -151,7 +151,7 @@ def test_killed_at_any_write_of_its_beginning(earlier, made, tmp_path, every, af
         if checkpoints(run) and '"seed": 7' in (run / "manifest.json").read_text():
             went_on += 1
             assert not killed(run, BEYOND, lambda: train(new)), "it needs no --overwrite any more"
-            assert not is_pending(run)
+            assert not has_overwritten(run)
             assert (run / "final").is_dir()
             copied(made, tmp_path)
             continue
@@ -208,7 +208,7 @@ def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkey
     elif fails_at == "base":
         changes["model"] = damaged_base(tmp_path / "base", whole_base, "model.safetensors")
     elif fails_at == "disk":
-        monkeypatch.setattr(Room, "free", lambda self: 1000)
+        monkeypatch.setattr(DiskSpace, "free", lambda self: 1000)
     elif fails_at == "write":
         interrupted(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     elif fails_at == "first step":
@@ -221,7 +221,7 @@ def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkey
     ended, _, said = main_here(capsys, "train", write_recipe(tmp_path / "new.yaml", failing), "--overwrite", *flags)
     assert ended == code, said
     assert content(run) == before
-    assert not is_pending(run)
+    assert not has_overwritten(run)
     assert ("the earlier run is put back" in said) == (fails_at not in ("launcher", "tokenizer")), said
     assert (run / FAILED_METRICS).exists() == (fails_at == "first step")
     assert not train(old).trained
@@ -233,9 +233,9 @@ def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
     there, said, save = [], [], ConversationTrainer._save_checkpoint
 
     def seen(self, *arguments):
-        there.append(is_pending(run))
+        there.append(has_overwritten(run))
         save(self, *arguments)
-        there.append(is_pending(run))
+        there.append(has_overwritten(run))
 
     monkeypatch.setattr(ConversationTrainer, "_save_checkpoint", seen)
     with pytest.MonkeyPatch.context() as patch:
@@ -246,7 +246,8 @@ def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
     assert said[-1] == "continue this run without --overwrite, which would start it again"
     left = {path.name for path in run.iterdir()}
     assert {MINE, "checkpoint-mine", "checkpoint-2"} < left
-    assert not [name for name in left if name.startswith(("final", "damaged", "later", "failed", ASIDE, f".{ASIDE}"))]
+    gone = ("final", "damaged", "later", "failed", OVERWRITTEN, f".{OVERWRITTEN}")
+    assert not [name for name in left if name.startswith(gone)]
     assert train(new).trained
     assert json.loads((run / "manifest.json").read_text())["recipe"]["seed"] == 7
 
@@ -282,25 +283,28 @@ def test_a_named_checkpoint_of_a_run_that_was_being_overwritten(earlier, tmp_pat
 def test_something_else_of_that_name(earlier):
     """It is not taken for an earlier run, and not overwritten."""
     run, old, new, before = earlier
-    (run / ASIDE).mkdir()
-    (run / ASIDE / "thesis.txt").write_text("mine")
+    (run / OVERWRITTEN).mkdir()
+    (run / OVERWRITTEN / "thesis.txt").write_text("mine")
     opened = open_run(old)
     assert opened.finished
     opened.close()
-    with pytest.raises(RunEnvironmentError, match=f"{ASIDE}: is where --overwrite keeps the earlier run; rename"):
+    with pytest.raises(RunEnvironmentError, match=f"{OVERWRITTEN}: has the name .* earlier run; rename"):
         open_run(new, overwrite=True)
-    assert content(run) == before | {ASIDE: False, f"{ASIDE}/thesis.txt": content(run)[f"{ASIDE}/thesis.txt"]}
+    assert content(run) == before | {
+        OVERWRITTEN: False,
+        f"{OVERWRITTEN}/thesis.txt": content(run)[f"{OVERWRITTEN}/thesis.txt"],
+    }
 
 
 def test_room_for_both(earlier, monkeypatch):
     """The earlier run takes its room until the first checkpoint, and gives it back then."""
     run, _, new, before = earlier
     one = sum(file.stat().st_size for file in (run / "checkpoint-4").iterdir())
-    monkeypatch.setattr(Room, "free", lambda self: one // 2)
+    monkeypatch.setattr(DiskSpace, "free", lambda self: one // 2)
     with pytest.raises(RunEnvironmentError, match=r"the first checkpoint needs .* and the earlier run \(.*\) is kept"):
         train(new, overwrite=True)
     assert content(run) == before
-    monkeypatch.setattr(Room, "free", lambda self: one + one // 4)
+    monkeypatch.setattr(DiskSpace, "free", lambda self: one + one // 4)
     assert train(new, overwrite=True).trained, "which does not suffice for two of them and final/"
 
 

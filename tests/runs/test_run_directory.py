@@ -266,7 +266,7 @@ def test_strange_lines_in_the_metrics_are_passed_over_and_odd_line_breaks_kept(t
     log.write({"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n[1]\n{"step": "x"}\n\xff\xfe\n{"step": 2')
-    log.cut_back(1)
+    log.truncate_after(1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"}
     ]
