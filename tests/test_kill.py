@@ -63,7 +63,7 @@ def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
     done = command("train", *paths)
     assert done.returncode == 0, done.stderr
     assert "a.yaml: this run is finished" in done.stderr
-    assert "b.yaml: an unfinished run: it continues from checkpoint-10" in done.stderr
+    assert "b.yaml: resuming an unfinished run from checkpoint-10" in done.stderr
     assert model.stat().st_mtime_ns == before, "the first is not repeated"
     assert (tmp_path / "dpo" / "final" / "model.safetensors").is_file()
     alone = recipe("dpo", tmp_path / "alone", [pairs], model=base, **plan)

@@ -79,6 +79,12 @@ def run_files(path: Path) -> list[Path]:
     return [file for file in (*saved, *others, path / MANIFEST) if os.path.lexists(file)]
 
 
+def final_sizes(path: Path) -> dict[str, int] | None:
+    """{name: bytes} of the files in `final/` of a run; None if there is no such folder."""
+    folder = path / FINAL
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder.is_dir() else None
+
+
 def has_overwritten(path: Path) -> bool:
     """Whether a run directory contains an earlier run that `--overwrite` moved aside."""
     return (path / MOVING).is_dir() or os.path.lexists(path / OVERWRITTEN / MANIFEST)

@@ -33,6 +33,7 @@ from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.metrics_log import MetricsLog
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training import dpo, sft
 from nesso_tune.training.alarms import Alarms
@@ -148,7 +149,7 @@ def fit(
     recipe: Recipe,
     plan: Plan,
     run: RunDir,
-    facts: dict[str, Any],
+    facts: RunFacts,
     room: DiskSpace,
     request: StopRequest,
 ) -> Trainer:
@@ -188,7 +189,7 @@ def _trainer(
     recipe: Recipe,
     plan: Plan,
     run: RunDir,
-    facts: dict[str, Any],
+    facts: RunFacts,
     room: DiskSpace,
 ) -> Trainer:
     """The trainer of the method, with all that it keeps track of; arguments as in `fit`."""
@@ -297,9 +298,7 @@ def _train_until_asked(trainer: Trainer, plan: Plan, run: RunDir, request: StopR
 class _Beginning(TrainerCallback):
     """What happens when the weights are in place and the first step has not begun."""
 
-    def __init__(
-        self, trainer: Trainer, data: PreparedData, run: RunDir, facts: dict[str, Any], recipe: Recipe
-    ) -> None:
+    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, facts: RunFacts, recipe: Recipe) -> None:
         self._trainer, self._data, self._run, self._facts, self._recipe = trainer, data, run, facts, recipe
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -322,7 +321,7 @@ class _Beginning(TrainerCallback):
 
     def _reference(self, trainer: dpo.PairTrainer, recipe: DPORecipe) -> dpo.Reference:
         if self._run.checkpoint is not None:
-            return load_reference(self._run.path, self._facts["start"])
+            return load_reference(self._run.path, self._facts.start)
         began, data, first = time.monotonic(), self._data, trainer.is_world_process_zero()
         parts = [in_order(data.stream.documents, data.stream.entries, None), data.validation]
         parts = [part for part in parts if len(part)]
@@ -339,7 +338,7 @@ class _Beginning(TrainerCallback):
         if first:
             if not cached:
                 cache_reference(key, reference)
-            save_reference(self._run.path, reference, self._facts["start"])
+            save_reference(self._run.path, reference, self._facts.start)
         seconds = round(time.monotonic() - began, 3)
         trainer.track.log.write({"step": 0, "event": "reference", "pairs": pairs, "cached": cached, "seconds": seconds})
         return reference

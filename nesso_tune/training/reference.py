@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.files import atomic_replace
 from nesso_tune.recipes.schema import DPORecipe
 from nesso_tune.runs.checkpoint import safetensors_errors
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, answer_log_probs, score_pairs
 
@@ -82,14 +83,11 @@ def in_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
     return batches
 
 
-def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[Rows]) -> str:
-    """Hash of everything that decides the log-probabilities: the model, how it computes, and the pairs' token ids.
-
-    `facts` are those of the run's manifest.
-    """
+def reference_key(recipe: DPORecipe, facts: RunFacts, parts: Sequence[Rows]) -> str:
+    """Hash of everything that decides the log-probabilities: the model, how it computes, and the pairs' token ids."""
     model = recipe.model
     what = [
-        *(facts[name] for name in ("base", "tokenizer", "attention", "device", "versions")),
+        facts.base, facts.tokenizer, facts.attention, facts.device, facts.versions,
         recipe.seed if model.random_init else None,
         model.adapter.type if model.adapter is not None else None,
         model.dtype, recipe.data.sequence_len, recipe.dpo.ld_alpha,

@@ -30,6 +30,7 @@ from nesso_tune.runs import checkpoint as ckpt
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.layout import delete_overwritten
 from nesso_tune.runs.metrics_log import MetricsLog
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.training import state_dict
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.dataset import RunOrder
@@ -59,7 +60,7 @@ class Track:
     room: DiskSpace
     keep: int
     in_shards: bool  # each process writes its own share of a checkpoint's tensors
-    facts: dict[str, Any]  # what a checkpoint's manifest records of the run
+    facts: RunFacts  # recorded in every checkpoint's manifest
     tokens: int = 0
     supervised_tokens: int = 0
     seconds: float = 0.0  # of earlier sessions
@@ -223,7 +224,7 @@ class TrackedTrainer(_Base):
                 "supervised_tokens": sum(supervised for *_, supervised in noted),
                 **({} if track.best is None else {"best": track.best.state()}),
             }
-            written = writer.finish({**track.facts, **where}, files)
+            written = writer.finish({**track.facts.to_dict(), **where}, files)
             delete_overwritten(Path(self.args.output_dir))
             ckpt.prune(Path(self.args.output_dir), track.keep, written)
         self.accelerator.wait_for_everyone()

@@ -26,11 +26,11 @@ from transformers import TrainerCallback
 
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.distributed.preemption import StopRequest, StopWhenAsked
-from nesso_tune.model.loading import load_model
+from nesso_tune.model.loading import base_hash, load_model
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.runs.disk_space import DiskSpace
-from nesso_tune.runs.provenance import run_facts
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import open_run, write_start
 from nesso_tune.training.fit import fit
 from nesso_tune.training.numerical_checks import Guard
@@ -119,7 +119,8 @@ def main() -> None:
         data = prepare_data(some)
         plan = make_plan(some, World(), data.volume)
         model = load_model(some.model, data.chat, some.seed)
-        run, facts, turn = open_run(some), run_facts(some, data, plan, ""), InTurn()
+        facts = RunFacts.collect(some, data, plan, base_hash(some.model))
+        run, turn = open_run(some), InTurn()
         write_start(run, some, facts)
         with StopRequest() as request, measured(turn):
             trainer = fit(model, data, some, plan, run, facts, DiskSpace(run.path, 0, 0), request)

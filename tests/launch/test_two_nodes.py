@@ -121,7 +121,7 @@ def test_a_process_that_dies_on_the_other_node(nodes, tmp_path, talks):
     assert f"process 0 on {NODES[0]}: lost contact with process 1 on {NODES[1]} (" in said[0]
     codes, said = ended([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
-    assert "it continues from checkpoint-" in said[0]
+    assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
 def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, talks):
@@ -137,7 +137,7 @@ def test_a_cut_cable_ends_both_within_the_time_that_was_set(nodes, tmp_path, tal
     ip("-n", NODES[0], "link", "set", "cablea", "up")
     codes, said = ended([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
-    assert "it continues from checkpoint-" in said[0]
+    assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
 def test_processes_that_meet_but_take_the_wrong_network(nodes, tmp_path, talks):

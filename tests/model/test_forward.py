@@ -162,7 +162,7 @@ def test_a_base_that_leaks_trains_unpacked_says_so_and_resumes(tmp_path):
     found = outcome(base, tmp_path, packing=True, say=said.append)
     assert found.right, found
     (line,) = [text for text in said if text.startswith("data.packing")]
-    assert "one conversation a row, 6 rows an epoch instead of 2" in line
+    assert "one conversation per row, 6 rows per epoch instead of 2" in line
     some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
     assert read_json(run, "manifest.json")["unpacked"]
     assert not train(some).trained, "the same command finds it finished"
@@ -217,6 +217,6 @@ def test_documents_beyond_the_learned_positions_are_refused_before_training(tmp_
     base = tiny(config_class("gpt2"))
     base.config.n_positions = 24
     base.transformer.wpe = torch.nn.Embedding(24, 64)
-    with pytest.raises(RecipeError, match=r"data.sequence_len: a document has \d+ tokens, the base positions for 24; "):
+    with pytest.raises(RecipeError, match=r"sequence_len: a document has \d+ tokens, the model has 24 positions; "):
         outcome(base, tmp_path, packing=True, raises=True)
     assert not (tmp_path / "run-True" / "metrics.jsonl").exists()

@@ -83,7 +83,7 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before_and_the_same_bits(tmp
     assert code == 0, said
     assert "checkpoint-4: " in said
     assert "set aside as damaged-checkpoint-4" in said
-    assert "it continues from checkpoint-2" in said
+    assert "resuming an unfinished run from checkpoint-2" in said
     a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one_run, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     said = []
     train(some, say=said.append)
     assert "checkpoint-4: optimizer.safetensors is missing" in said[0]
-    assert said[1] == "an unfinished run: it continues from checkpoint-2"
+    assert said[1] == "resuming an unfinished run from checkpoint-2"
     assert {"step": 2, "event": "resumed"} in metrics(run)
     assert (run / "damaged-checkpoint-4").is_dir()
 
@@ -177,7 +177,7 @@ def test_a_chosen_checkpoint_wins_over_later_ones(tmp_path, talks, stop_at):
     assert (run / "later-checkpoint-6").is_dir()
     said = []
     train(some, say=said.append)
-    assert said == ["an unfinished run: it continues from checkpoint-4"]
+    assert said == ["resuming an unfinished run from checkpoint-4"]
 
 
 def test_a_finished_run_is_not_done_for_other_data_or_a_damaged_final(tmp_path, talks):
@@ -208,7 +208,7 @@ def test_what_changed_is_named_and_refused(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks])
     interrupted(some, stop_at, 4)
     other = recipe("sft", tmp_path / "run", [talks], train={"learning_rate": 5e-4, "weight_decay": 0.1})
-    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.001, the recipe now says 0\.0005") as error:
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.001, the recipe now has 0\.0005") as error:
         train(other)
     assert len(error.value.problems) == 2
     with pytest.raises(RecipeError, match=r"weight_decay"):
@@ -260,7 +260,7 @@ def test_elsewhere_it_goes_on_and_says_so(tmp_path, talks, stop_at):
     (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.hash_of(body)}))
     said = []
     assert train(some, say=said.append).trained
-    (note,) = [text for text in said if "may round otherwise" in text]
+    (note,) = [text for text in said if "may not be bit-identical" in text]
     assert "CPU threads 7 -> 1" in note
     assert f"torch 2.11.0 -> {torch.__version__}" in note
     resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
@@ -272,7 +272,7 @@ def test_where_nothing_changed_nothing_is_said(tmp_path, talks, stop_at):
     interrupted(some, stop_at, 4)
     said = []
     train(some, say=said.append)
-    assert said == ["an unfinished run: it continues from checkpoint-2"]
+    assert said == ["resuming an unfinished run from checkpoint-2"]
 
 
 def test_pruning_never_removes_what_was_written_last(tmp_path):
