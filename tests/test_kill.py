@@ -18,7 +18,7 @@ from tests.support.runs import ROOT, command, metrics, recipe, thorough, write_r
 
 
 def start(*paths):
-    """The run, or a chain of them, in a process of its own."""
+    """Starts a run, or a chain of runs, in a subprocess."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "nesso_tune", "train", *paths], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
@@ -51,7 +51,7 @@ def when_at(process, run, step, number):
     pytest.fail("the run did not come that far")
 
 
-def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
+def test_a_chain_killed_in_its_second_run_resumes_there(tmp_path, talks, pairs):
     first = recipe("sft", tmp_path / "sft", [talks], train={"max_steps": 3})
     base = {"base": str(tmp_path / "sft" / "final"), "random_init": False}
     plan = {"train": {"max_steps": 30}, "checkpoint": {"every_steps": 10}, "evaluation": None}
@@ -74,7 +74,7 @@ def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """The weights of the run below, once it has been made."""
+    """The weights of an undisturbed run, once it was trained."""
     return {}
 
 
@@ -82,7 +82,7 @@ def undisturbed():
     "number",
     [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=thorough), pytest.param(signal.SIGINT, marks=thorough)],
 )
-def test_asked_to_stop_it_saves_where_it_is_and_ends_with_75(tmp_path, talks, undisturbed, number):
+def test_a_signal_saves_a_checkpoint_and_exits_with_75(tmp_path, talks, undisturbed, number):
     sections = {"train": {"max_steps": 40}, "checkpoint": {"every_steps": 30}, "evaluation": None}
     stopped = tmp_path / "stopped"
     if not undisturbed:
@@ -123,7 +123,7 @@ def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks,
     process = start(*(write_recipe(tmp_path / f"{some.method}.yaml", some) for some in (first, second)))
     when_at(process, tmp_path / "sft", 6, signal.SIGTERM)
     assert process.wait(60) == 75
-    assert (tmp_path / "sft" / "final").exists(), "what is trained to its end is exported"
+    assert (tmp_path / "sft" / "final").exists(), "a run at its end is exported"
     assert not (tmp_path / "dpo" / "final").exists()
 
 
@@ -149,12 +149,12 @@ def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all)
     assert said.count("the same command continues") == 1
     assert "Traceback" not in said
     assert len(below) >= 2
-    assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")], "nobody is left behind"
+    assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")], "no process is left"
     assert list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path, talks):
+def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, talks):
     rank = 1
     batch = {"max_steps": 60, "micro_batch_size": 1, "global_batch_size": 2}
     some = recipe("sft", tmp_path / "run", [talks], train=batch, checkpoint={"every_steps": 3}, evaluation=None)
@@ -170,11 +170,11 @@ def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path, talks):
     assert process.returncode != 0
     machine = socket.gethostname()
     assert f"process {rank} on {machine}: was killed (SIGKILL)" in said, "the launcher says so"
-    assert said.count(f"lost contact with process {rank} on {machine} (") == 1, "one that lives, too"
+    assert said.count(f"lost contact with process {rank} on {machine} (") == 1, "a surviving rank, too"
 
 
 def workers(pid):
-    """All processes below one."""
+    """All descendants of a process."""
     found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     below: dict[int, list[int]] = {}
     for child, parent in (map(int, line.split()) for line in found.splitlines()):

@@ -26,7 +26,7 @@ WRITES = 60  # of two or three saves, or of the end
 
 
 def start(path, run, write=None):
-    """The run in a process of its own, which kills itself at a write."""
+    """Starts the run in a subprocess, which kills itself at a write."""
     module = "nesso_tune" if write is None else "tests.support.killing"
     variables = {} if write is None else {"KILL_IN": str(run), "KILL_AT_WRITE": str(write)}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
@@ -41,7 +41,7 @@ def killed_once(path, run, chance):
         step = min(begun + chance.randint(1, 16), STEPS - 1)
         before, process = resumed(run), start(path, run)
         while process.poll() is None and (resumed(run) == before or last_step(run) < step):
-            time.sleep(0.005)  # what stands there of the session before is cut back first
+            time.sleep(0.005)  # until it has truncated the lines of the previous session
         process.kill()
         return f"step {step}" if process.wait() == -9 else None
     write = chance.randint(1, WRITES)

@@ -118,7 +118,7 @@ def test_differences_name_dotted_keys_and_leave_free_ones_out():
     }
 
 
-def test_which_changes_of_a_recipe_are_only_of_names(tmp_path, talks, pairs):
+def test_changed_paths_and_names_are_compared_by_content(tmp_path, talks, pairs):
     """A key that says how rows are read is refused at once, with both values."""
     some = recipe("sft", tmp_path / "run", [talks])
     open_run(some).close()
@@ -143,7 +143,7 @@ def test_which_changes_of_a_recipe_are_only_of_names(tmp_path, talks, pairs):
     again.close()
 
 
-def test_data_of_a_run_begun_before_data_was_its_content_cannot_be_compared(tmp_path):
+def test_data_fingerprints_of_earlier_versions_cannot_be_compared(tmp_path):
     recorded = {**FACTS.to_dict(), "nesso_tune": "0.0", "data": "b"}
     del recorded["identity"]
     (tmp_path / "manifest.json").write_text(json.dumps(recorded))

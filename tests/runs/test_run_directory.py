@@ -1,4 +1,4 @@
-"""The run directory: foreign folders stay untouched, two runs exclude each other, a finished run says so."""
+"""The run directory: foreign folders stay untouched, two runs exclude each other, finished runs are left alone."""
 
 import errno
 import json
@@ -33,7 +33,7 @@ def test_a_foreign_folder_is_never_written_into(tmp_path, some):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_a_file_in_the_way(tmp_path, some):
+def test_output_dir_is_a_file(tmp_path, some):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunEnvironmentError, match="is a file"):
         open_run(some)
@@ -73,7 +73,7 @@ def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
     done.close()
     (run.final / "model.safetensors").write_text("weigh")
     damaged = open_run(some)
-    assert not damaged.finished, "a final/ that was cut short is made again"
+    assert not damaged.finished, "a truncated final/ is created again"
     damaged.close()
     other = recipe("sft", tmp_path / "run", [talks], seed=7)
     with pytest.raises(RecipeError, match="seed: 42, the recipe now has 7"):
@@ -107,7 +107,7 @@ def test_a_damaged_manifest_is_named(some):
         open_run(some)
 
 
-def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
+def test_the_manifest_records_the_provenance(tmp_path, some):
     train(some)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     for key in ("nesso_tune", "versions", "base", "tokenizer", "data", "world_size", "threads", "device", "command"):
@@ -116,7 +116,7 @@ def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
     assert train(some).trained is False, "a finished run of the same recipe is done"
 
 
-def test_an_accepted_change_of_a_finished_run_would_do_nothing(some):
+def test_an_accepted_change_of_a_finished_run_is_refused(some):
     train(some)
     changed = some.model_copy(update={"train": some.train.model_copy(update={"max_steps": 9})})
     with pytest.raises(
@@ -125,7 +125,7 @@ def test_an_accepted_change_of_a_finished_run_would_do_nothing(some):
         train(changed, allow_changes=("train.max_steps",))
 
 
-def test_what_decides_the_data_is_not_offered_to_be_accepted(some):
+def test_allow_changes_is_not_suggested_for_keys_that_decide_the_data(some):
     train(some)
     with pytest.raises(RecipeError) as error:
         train(some.model_copy(update={"seed": 7}))
@@ -134,7 +134,7 @@ def test_what_decides_the_data_is_not_offered_to_be_accepted(some):
 
 
 def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
-    """The manifest comes first; until it is there, the folder holds nothing but a lock and a staged file."""
+    """The manifest is written first; before, the folder contains only a lock and a staging file."""
     run = open_run(some)
     (run.path / ".manifest.json.partial").write_text("{")
     run.close()
@@ -149,7 +149,7 @@ def test_a_base_inside_the_run_directory_is_refused(tmp_path, talks):
     assert (tmp_path / "run" / "final").is_dir()
 
 
-def test_a_named_checkpoint_is_used_or_refused_never_passed_over(tmp_path, talks):
+def test_a_named_checkpoint_is_used_or_refused_never_ignored(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
     with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
         open_run(some, resume=str(tmp_path / "run" / "checkpoint-2"))
@@ -190,7 +190,7 @@ def test_no_usable_checkpoint_is_refused_each_time_and_nothing_is_changed(tmp_pa
         train(some)
 
 
-def test_what_cannot_be_read_now_is_not_damaged(tmp_path, talks, monkeypatch):
+def test_a_temporary_read_error_is_not_damage(tmp_path, talks, monkeypatch):
     some, run = stopped(tmp_path, talks)
 
     def unreadable(path):
@@ -214,7 +214,7 @@ def test_a_finished_model_with_files_added_and_an_edited_card_is_left_alone(tmp_
     assert ((final / "README.md").read_text(), (final / "model-q4.gguf").read_text()) == ("ours", "weights")
 
 
-def test_a_damaged_final_is_kept_beside_and_made_again_with_a_word(tmp_path, talks):
+def test_a_damaged_final_is_set_aside_and_created_again_with_a_note(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
     final = train(some).model_dir
     (final / "config.json").unlink()
@@ -244,7 +244,7 @@ def test_a_folder_that_was_being_replaced_gets_its_name_back(tmp_path, talks, na
     assert not list(run.glob(".*.partial"))
 
 
-def test_paths_that_lead_nowhere(tmp_path, talks):
+def test_circular_and_dangling_links(tmp_path, talks):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "c").symlink_to(tmp_path / "absent")
@@ -253,7 +253,7 @@ def test_paths_that_lead_nowhere(tmp_path, talks):
             open_run(recipe("sft", tmp_path / name, [talks]))
 
 
-def test_strange_lines_in_the_metrics_are_passed_over_and_odd_line_breaks_kept(tmp_path):
+def test_invalid_lines_in_the_metrics_are_skipped_and_unicode_line_breaks_kept(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", True)
     log.write({"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
@@ -271,13 +271,13 @@ def test_only_whole_numbers_name_checkpoints(tmp_path):
 
 
 def one_gone(run):
-    """As if the run had been stopped before its last save."""
+    """Deletes `final/` and the last checkpoint, as if the run had stopped before its last save."""
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoint-4")
 
 
-def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, whole_base):
-    """A chain, stopped in its second run, is moved as a whole; then something is not what it was."""
+def test_moved_base_and_data_are_accepted_and_changed_ones_refused(tmp_path, talks, whole_base):
+    """A stopped run is moved with its base and data; then the content of one of them changes."""
     (tmp_path / "old").mkdir()
     data = shutil.copy(talks, tmp_path / "old" / "talks.jsonl")
     base = shutil.copytree(whole_base, tmp_path / "old" / "base")
