@@ -1,16 +1,16 @@
-"""The whole way of a run: recipe, data, plan, model, training, `final/`."""
+"""A training run from recipe to `final/`: run directory, data, plan, model, training, export."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedModel
 
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
 from nesso_tune.data.report import DataReport
@@ -33,35 +33,38 @@ from nesso_tune.export.final_folder import final_bytes, gather_final_model, save
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attention_description
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
-from nesso_tune.model.loading import can_compile, load_model
+from nesso_tune.model.loading import base_hash, can_compile, load_model
 from nesso_tune.planning.advice import more_epochs
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.reports.data_report import write_data_report
 from nesso_tune.reports.run_report import write_report
-from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_data
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.metrics_log import read_metrics
-from nesso_tune.runs.provenance import check_same_run, moved_in_words, other_environment, run_facts
+from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_json
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.metrics_log import last_metrics
+from nesso_tune.runs.provenance import RunFacts
+from nesso_tune.runs.resume import confirm_resume
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
 from nesso_tune.training.evaluation import best_summary
-from nesso_tune.training.fit import check_trackers, fit
+from nesso_tune.training.fit import Trainer, check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
 
-TINY = 20_000_000  # parameters below which several CPU threads cost more than they give
+TINY_MODEL = 20_000_000  # parameters; below, several CPU threads cost more than they gain
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run leaves.
+    """Result of a run.
 
     Attributes:
         model_dir: the finished model, `final/`.
-        metrics: the last value of every metric; where `train.best_metric` took earlier weights, up to their step.
-        notes: what was found on opening the run directory.
-        trained: False if the run had been finished before.
-        asked_to_stop: a signal came so late that the run ended first; nothing more should be begun.
+        metrics: the last value of every metric; if `train.best_metric` selected earlier weights, up to their step.
+        notes: messages from opening the run directory.
+        trained: False if the run was already finished.
+        asked_to_stop: a signal arrived too late to stop this run; do not start another one.
     """
 
     model_dir: Path
@@ -77,220 +80,161 @@ def train(
     resume: str = "auto",
     overwrite: bool = False,
     allow_changes: tuple[str, ...] = (),
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> TrainResult:
-    """Runs a recipe, or continues it where it stopped.
+    """Trains a recipe, or resumes its run where it stopped.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
-        overwrite: replaces an earlier run in `output_dir`: it is deleted at the first checkpoint of this one, and put
-            back if none comes.
-        allow_changes: dotted recipe keys whose change is accepted when a run continues.
-        say: gets what a person should know on the way (what is continued, what was set aside).
+        overwrite: replaces an earlier run in `output_dir`. It is deleted when this one saves its first checkpoint, and
+            restored if this one ends before.
+        allow_changes: dotted recipe keys whose change is accepted when a run is resumed.
+        say: gets messages for the user during the run (where it resumes, what was set aside).
 
     Raises:
-        NessoError: the kind says what is wrong; nothing that was finished before is harmed.
-        Preempted: among them, if a signal asked to stop; the same call continues.
+        NessoError: a subclass per kind of error; finished checkpoints and models stay intact.
+        Preempted: one of them, if a signal asked to stop; the same call resumes the run.
     """
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
     with StopRequest() as request:
-        opened = (
-            open_run(recipe, resume=resume, overwrite=overwrite, allowed=allow_changes, say=say)
-            if is_main_process()
-            else None
-        )
+        opened = None
+        if is_main_process():
+            opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes, say=say)
         try:
             if opened is not None:
-                for text in _opening(opened, recipe):
-                    say(text)
+                _say_all(_opening_notes(opened, recipe), say)
             data = prepare_data(recipe)
             if opened is not None and not opened.finished and opened.checkpoint is None:
-                for text in _about_data(data.report):
-                    say(text)
+                _say_all(_data_notes(data.report), say)
             init_process_group(recipe.distributed.timeout_s)
             with report_lost_ranks():
-                run: RunDir = broadcast_from_rank0(None if opened is None else opened.shared())
+                run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
                 check_shared_folder(run.path)
                 return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
         finally:
             destroy_process_group()
-            for text in [] if opened is None else _closing(opened, overwrite and resume == "auto"):
-                say(text)
-
-
-def _about_data(report: DataReport) -> list[str]:
-    """What was dropped, what an epoch is made of, and what is suspicious."""
-    lines = []
-    if report.dropped:
-        lost = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items())
-        lines.append(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {lost}")
-    if len(report.mixture) > 1:
-        shares = ", ".join(f"{group.name} {group.share_of_tokens:.1%}" for group in report.mixture)
-        lines.append(f"an epoch's tokens: {shares}")
-    return [*lines, *report.warnings]
-
-
-def _opening(run: RunDir, recipe: Recipe) -> list[str]:
-    lines = list(run.notes)
-    if run.checkpoint is not None:
-        lines.append(f"an unfinished run: it continues from {run.checkpoint.name}")
-    if not run.finished and (idle := idle_gpus()):
-        lines.append(
-            f"{idle} GPUs of this machine are idle: `nesso-tune launch` uses all, CUDA_VISIBLE_DEVICES hides some"
-        )
-    if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
-        lines.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
-    return lines
-
-
-def _closing(run: RunDir, overwrites: bool) -> list[str]:
-    lines = run.close()
-    if overwrites and not lines and checkpoints(run.path) and not run.final.exists():
-        lines.append("continue this run without --overwrite, which would start it again")
-    return lines
+            if opened is not None:
+                _say_all(_closing_notes(opened, overwrite and resume == "auto"), say)
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
-    noted = read_data(run.path, MANIFEST)
-    if noted.get("unpacked"):
+    """The result of a run that was already finished, after checking that data and base are the same."""
+    if read_json(run.path, MANIFEST).get("unpacked"):
         data = unpacked(data, recipe)
     plan = make_plan(recipe, detect_world(), data.volume)
-    check_same_run(run.path, noted, run_facts(recipe, data, plan), True, run.moved)
+    facts = RunFacts.collect(recipe, data, plan, base_hash(recipe.model))
+    confirm_resume(run.decision, run.path, facts).raise_if_refused()
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
-def _train(
-    recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Callable[[str], None]
-) -> TrainResult:
-    plan = make_plan(recipe, detect_world(), data.volume)
+def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Say) -> TrainResult:
+    """Loads the model, confirms that the run may resume, trains, and exports. Called on every rank."""
+    plan, opening_notes = make_plan(recipe, detect_world(), data.volume), run.notes
     check_launcher_config(recipe, plan, os.environ)
-    if plan.processes == 1:  # nothing to share, whatever a launcher's configuration says
+    if plan.processes == 1:  # a single process is not sharded, whatever accelerate's configuration says
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
-    _choose_threads(model.num_parameters())
-    kernel, path, given = attention_description(model, recipe.model.dtype), forward_path(model), recipe
-    for text in _about_path(path, recipe, plan, kernel):
-        say(text)
+    _set_threads(model.num_parameters())
+    kernel, given = attention_description(model, recipe.model.dtype), recipe
+    recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan, say)
+    facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
+    run = _confirm(run, facts, say)
+    _check_end(run, recipe, plan)
+    disk = _disk_space(model, recipe, plan, run.path)
+    with disk.full_disk_errors(remove_partial=is_main_process()):
+        if is_main_process():
+            disk.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
+            if run.checkpoint is None:
+                run.metrics.unlink(missing_ok=True)
+                _say_all(more_epochs(recipe, plan), say)
+            write_start(run, given, facts)
+            write_data_report(run.path, recipe, data)
+        barrier()
+        trainer = fit(model, data, recipe, plan, run, facts, disk, request)
+        metrics = _export(trainer, recipe, data, plan, run, say)
+    stop_requested = any(gather_object([request.signal_name]))  # also a barrier
+    return TrainResult(run.final, metrics, opening_notes, asked_to_stop=stop_requested)
+
+
+def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, run: RunDir, say: Say) -> dict[str, Any]:
+    """Gathers the weights on rank 0, which writes `final/` and the report; returns the last metrics."""
+    bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
+    metrics, best, step = last_metrics(run.metrics), trainer.run_state.best, trainer.state.global_step
+    selection = [] if best is None else best_summary(best, step, plan.steps)
+    _say_all(selection, say)
+    if is_main_process():
+        check_final(state, recipe.model.dtype, step)
+        trained = plan.trained(step, trainer.epochs_at(step))
+        card = model_card(recipe, trained, data.report, metrics, selection)
+        save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
+        write_report(run.path, recipe, trained, data.report)
+        write_end(run, best=None if best is None else best.state_dict())
+    return metrics
+
+
+def _adapt_to_model(
+    path: ForwardPath, kernel: str, recipe: Recipe, data: PreparedData, plan: Plan, say: Say
+) -> tuple[Recipe, PreparedData, Plan]:
+    """Recipe, data and plan as this model can train them: unpacked, or without compiled layers, where necessary.
+
+    Raises:
+        RecipeError: if the model cannot be sharded, or documents are longer than its position embeddings.
+    """
+    _say_all(_forward_notes(path, recipe, plan, kernel), say)
     if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.supports_packing:
         recipe, data, plan = _without_packing(recipe, data, plan, path, say)
     _check_positions(path, recipe, data, plan)
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
-        say("torch_compile: there is no C++ compiler here, so layers are not compiled")
+        say("torch_compile: no C++ compiler was found: layers are not compiled")
         plan = replace(plan, torch_compile=False)
-    facts = run_facts(given, data, plan, kernel)
-    run = _compared(run, facts, say)
-    _check_end(run, recipe, plan)
-    whole = final_bytes(model, "float32")
-    saved = 3 * whole if recipe.model.adapter is None else plan.checkpoint_bytes or 0  # with two moments each
-    room = Room(run.path, saved, final_bytes(model, recipe.model.dtype))
-    with room.told():
-        if is_main_process():
-            room.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
-            if run.checkpoint is None:
-                run.metrics.unlink(missing_ok=True)
-                for text in more_epochs(recipe, plan):
-                    say(text)
-            write_start(run, given, facts)
-            write_data_report(run.path, recipe, data)
-        barrier()
-        trainer = fit(model, data, recipe, plan, run, facts, room, request)
-        bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
-        metrics, best = last_metrics(run.metrics), trainer.run_state.best
-        chosen = [] if best is None else best_summary(best, trainer.state.global_step, plan.steps)
-        for text in chosen:
-            say(text)
-        if is_main_process():
-            check_final(state, recipe.model.dtype, trainer.state.global_step)
-            trained = plan.trained(ended := trainer.state.global_step, trainer.epochs_at(ended))
-            card = model_card(recipe, trained, data.report, metrics, chosen)
-            save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
-            write_report(run.path, recipe, trained, data.report)
-            write_end(run, {} if best is None else {"best": best.state_dict()})
-    asked = any(gather_object([request.signal_name]))  # which also waits for all
-    return TrainResult(run.final, metrics, run.notes, asked_to_stop=asked)
+    return recipe, data, plan
 
 
 def _without_packing(
-    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath, say: Callable[[str], None]
+    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath, say: Say
 ) -> tuple[SFTRecipe, PreparedData, Plan]:
-    """Recipe, data and plan of the same run with one conversation a row, which is said."""
+    """Recipe, data and plan of the same run with one conversation per row."""
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
     rows, data = len(data.train), unpacked(data, recipe)
     steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
     say(
-        f"data.packing: this base does not keep packed documents apart{_figures(path.packing_losses, 'packed')}: "
-        f"it trains on one conversation a row, {len(data.train):,} rows an epoch instead of {rows:,}, "
+        f"data.packing: this model does not isolate packed documents{_compared(path.packing_losses, 'packed')}: "
+        f"training on one conversation per row, {len(data.train):,} rows per epoch instead of {rows:,}, "
         f"{plan.steps:,} steps instead of {steps:,}"
     )
     return own, data, plan
 
 
-def _about_path(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> list[str]:
-    """What is slower with this base than with others.
-
-    Raises:
-        RecipeError: if it cannot be sharded.
-    """
-    lines = []
-    if not path.padding_free and recipe.model.attention != "eager":
-        lines.append(f"attention: {kernel}: this base takes no rows without padding, so batches are padded")
-    if path.head == "own":
-        figures = _figures(path.head_losses, "by the head alone")
-        lines.append(f"head: this base computes more than its head{figures}: it trains with its own forward (slower)")
-    if recipe.evaluation is not None and path.generation != "batch":
-        cache = " and without a cache" if path.generation == "uncached" else ""
-        lines.append(f"evaluation: padding changes what this base answers: it answers one prompt at a time{cache}")
-    if path.padding == "alone" and recipe.distributed.shards(plan.processes):
-        raise RecipeError(
-            "distributed.fsdp", "this base computes one row at a time, and ranks with fewer rows would not take part",
-            "set distributed.fsdp: none",
-        )  # fmt: skip
-    return lines
-
-
-def _figures(figures: LossPair | None, tried: str) -> str:
-    return f" (loss of some tokens {figures[0]:.5f} {tried}, {figures[1]:.5f} by its own forward)" if figures else ""
-
-
 def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan: Plan) -> None:
-    """Raises RecipeError if a document is longer than the positions that the base has learned."""
+    """Raises RecipeError if a document is longer than the learned position embeddings of the model."""
     if path.max_positions is None:
         return
     longest = max(
         int(rows.documents.sequence_lengths[rows.documents.kept].max(initial=0))
         for rows in (data.train, data.validation)
     )
-    if plan.torch_compile:  # rows are filled up, with one document more
+    if plan.torch_compile:  # rows are padded to this length, as one more document
         longest = max(longest, recipe.data.sequence_len)
     if longest > path.max_positions:
         raise RecipeError(
-            "data.sequence_len", f"a document has {longest:,} tokens, the base positions for {path.max_positions:,}",
-            f"set it to {path.max_positions} or less (data.too_long says what happens to longer documents)",
+            "data.sequence_len", f"a document has {longest:,} tokens, the model has {path.max_positions:,} positions",
+            f"set it to {path.max_positions} or less (data.too_long decides what happens to longer documents)",
         )  # fmt: skip
 
 
-def _compared(run: RunDir, facts: dict[str, Any], say: Callable[[str], None]) -> RunDir:
-    """The run, compared with what its checkpoint notes: refused, or continued in another environment, which is said."""
-    if run.checkpoint is None and not run.moved:
-        return run
-    noted = read_data(run.checkpoint or run.path, MANIFEST)
-    check_same_run(run.path, noted, facts, False, run.moved)
-    for text in moved_in_words(run.moved):
-        say(text)
-    if run.checkpoint is None:
-        return run
-    environment = other_environment(noted, facts)
-    if environment:
-        changes = ", ".join(f"{what} {before} -> {now}" for what, (before, now) in environment.items())
-        say(f"not where {run.checkpoint.name} was written ({changes}): it goes on, but it may round otherwise")
-    return replace(run, environment=environment)
+def _confirm(run: RunDir, facts: RunFacts, say: Say) -> RunDir:
+    """The run after comparing data, base and environment with its manifest. Raises RecipeError if it is refused."""
+    decision = confirm_resume(run.decision, run.path, facts)
+    decision.raise_if_refused()
+    _say_all(decision.notes, say)
+    return replace(run, decision=decision)
 
 
 def _check_end(run: RunDir, recipe: Recipe, plan: Plan) -> None:
-    """Raises RecipeError if a changed recipe ends before the step that the run continues from."""
+    """Raises RecipeError if the plan ends before the step that the run resumes from."""
     if run.checkpoint is None or run.step <= plan.steps:
         return
     key = "train.num_epochs" if recipe.train.max_steps is None else "train.max_steps"
@@ -300,18 +244,81 @@ def _check_end(run: RunDir, recipe: Recipe, plan: Plan) -> None:
     )  # fmt: skip
 
 
-def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of every metric in a metrics file, up to the step whose weights were taken."""
-    lines = read_metrics(path) if path.exists() else []
-    taken = next((line["taken"] for line in reversed(lines) if line.get("event") == "best"), math.inf)
-    out: dict[str, Any] = {}
-    for line in lines:
-        if "event" not in line and line["step"] <= taken:
-            out |= line
-    return out
+def _disk_space(model: PreTrainedModel, recipe: Recipe, plan: Plan, run: Path) -> DiskSpace:
+    """A full checkpoint has float32 weights and two moments; that of an adapter is planned."""
+    full = 3 * final_bytes(model, "float32")
+    checkpoint = full if recipe.model.adapter is None else plan.checkpoint_bytes or 0
+    return DiskSpace(run, checkpoint, final_bytes(model, recipe.model.dtype))
 
 
-def _choose_threads(parameters: int) -> None:
-    """One CPU thread for tiny models: with more, the threads wait for each other longer than they compute."""
-    if not torch.cuda.is_available() and parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
+def _set_threads(parameters: int) -> None:
+    """Uses one CPU thread for tiny models: with more, synchronization takes longer than the computation."""
+    if not torch.cuda.is_available() and parameters < TINY_MODEL and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+
+
+def _opening_notes(run: RunDir, recipe: Recipe) -> list[str]:
+    notes = list(run.notes)
+    if run.checkpoint is not None:
+        notes.append(f"resuming an unfinished run from {run.checkpoint.name}")
+    if not run.finished and (idle := idle_gpus()):
+        notes.append(
+            f"{idle} GPUs of this machine are idle: train on all with `nesso-tune launch`, or hide them with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
+        notes.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
+    return notes
+
+
+def _data_notes(report: DataReport) -> list[str]:
+    """Dropped rows, shares of the mixture, and warnings."""
+    notes = []
+    if report.dropped:
+        dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items())
+        notes.append(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {dropped}")
+    if len(report.mixture) > 1:
+        shares = ", ".join(f"{group.name} {group.share_of_tokens:.1%}" for group in report.mixture)
+        notes.append(f"tokens per epoch: {shares}")
+    return [*notes, *report.warnings]
+
+
+def _forward_notes(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> list[str]:
+    """What is slower with this model than with others.
+
+    Raises:
+        RecipeError: if it cannot be sharded.
+    """
+    notes = []
+    if not path.padding_free and recipe.model.attention != "eager":
+        notes.append(f"attention: {kernel}: this model does not support padding-free batches; using padding")
+    if path.head == "own":
+        figures = _compared(path.head_losses, "by the LM head alone")
+        notes.append(f"head: this model's logits are not only its LM head{figures}: using its own forward (slower)")
+    if recipe.evaluation is not None and path.generation != "batch":
+        cache = " and without a KV cache" if path.generation == "uncached" else ""
+        notes.append(f"evaluation: padding changes this model's answers: generating one prompt at a time{cache}")
+    if path.padding == "alone" and recipe.distributed.shards(plan.processes):
+        raise RecipeError(
+            "distributed.fsdp",
+            "this model processes one row at a time, so ranks with fewer rows would miss collective operations",
+            "set distributed.fsdp: none",
+        )
+    return notes
+
+
+def _compared(figures: LossPair | None, method: str) -> str:
+    return f" (loss of some tokens {figures[0]:.5f} {method}, {figures[1]:.5f} by its own forward)" if figures else ""
+
+
+def _closing_notes(run: RunDir, overwrites: bool) -> list[str]:
+    """Closes the run directory; returns messages for the user."""
+    notes = run.close()
+    if overwrites and not notes and checkpoints(run.path) and not run.final.exists():
+        notes.append("to resume this run, omit --overwrite, which would start it again")
+    return notes
+
+
+def _say_all(texts: Iterable[str], say: Say) -> None:
+    for text in texts:
+        say(text)

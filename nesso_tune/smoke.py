@@ -31,7 +31,7 @@ from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path,
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
-from nesso_tune.runs.layout import ASIDE, MOVING
+from nesso_tune.runs.layout import MOVING, OVERWRITTEN
 
 Say = Callable[[str], None]
 
@@ -107,7 +107,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
 
 def _check_output(output: Path) -> None:
     """Raises RunEnvironmentError if the output folder holds a real run."""
-    for folder in (output, output / ASIDE, output / MOVING):
+    for folder in (output, output / OVERWRITTEN, output / MOVING):
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             base = manifest["recipe"]["model"]["base"]

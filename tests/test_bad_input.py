@@ -293,16 +293,16 @@ def changed_row(run):
 
 
 DIRECTORIES = {
-    "a foreign folder": (foreign, [], 5, "holds no run of nesso-tune"),
+    "a foreign folder": (foreign, [], 5, "contains no run of nesso-tune"),
     "a foreign folder, overwritten": (foreign, ["--overwrite"], 5, "nothing was written"),
     "a file": (a_file, [], 5, "is a file"),
-    "a run without its manifest": (without_run_manifest, [], 5, "holds no run"),
+    "a run without its manifest": (without_run_manifest, [], 5, "contains no run"),
     "a run with a broken manifest": (broken_run_manifest, [], 5, "is damaged"),
     "no checkpoint that is whole": (without_manifest_of_checkpoint, [], 5, "no checkpoint is usable"),
-    "an unfinished run, never resumed": (unfinished, ["--resume", "never"], 5, "holds an unfinished run"),
+    "an unfinished run, never resumed": (unfinished, ["--resume", "never"], 5, "contains an unfinished run"),
     "another rate": (unfinished, ["--set", "train.learning_rate=1e-5"], 2, "--allow-changes train.learning_rate"),
-    "another batch": (unfinished, ["--set", "train.micro_batch_size=3"], 2, "_size: 2, the recipe now says 3"),
-    "another seed": (unfinished, ["--set", "seed=1"], 2, "seed: 42, the recipe now says 1"),
+    "another batch": (unfinished, ["--set", "train.micro_batch_size=3"], 2, "_size: 2, the recipe now has 3"),
+    "another seed": (unfinished, ["--set", "seed=1"], 2, "seed: 42, the recipe now has 1"),
     "another batch, allowed": (
         unfinished, ["--set", "train.micro_batch_size=3", "--allow-changes", "train.micro_batch_size"], 2,
         "the global batch changed (2 -> 3)",
@@ -353,7 +353,7 @@ def test_a_locked_run(tmp_path, talks, capsys):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     (tmp_path / "run").mkdir()
     with FileLock(tmp_path / "run" / ".lock"):
-        judged(capsys, ["train", path], 5, "another nesso-tune is writing into it")
+        judged(capsys, ["train", path], 5, "is in use by another nesso-tune process")
     assert os.listdir(tmp_path / "run") in ([".lock"], [])
 
 

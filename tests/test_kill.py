@@ -49,7 +49,7 @@ def when_at(process, run, step, number):
     pytest.fail("the run did not come that far")
 
 
-def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
+def test_a_chain_killed_in_its_second_run_resumes_there(tmp_path, talks, pairs):
     first = recipe("sft", tmp_path / "sft", [talks], train={"max_steps": 3})
     base = {"base": str(tmp_path / "sft" / "final"), "random_init": False}
     plan = {"train": {"max_steps": 30}, "checkpoint": {"every_steps": 10}, "evaluation": None}
@@ -61,7 +61,7 @@ def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
     done = command("train", *paths)
     assert done.returncode == 0, done.stderr
     assert "a.yaml: this run is finished" in done.stderr
-    assert "b.yaml: an unfinished run: it continues from checkpoint-10" in done.stderr
+    assert "b.yaml: resuming an unfinished run from checkpoint-10" in done.stderr
     assert model.stat().st_mtime_ns == before, "the first is not repeated"
     assert (tmp_path / "dpo" / "final" / "model.safetensors").is_file()
     alone = recipe("dpo", tmp_path / "alone", [pairs], model=base, **plan)
@@ -72,7 +72,7 @@ def test_a_chain_killed_in_its_second_run_goes_on_there(tmp_path, talks, pairs):
 
 @pytest.fixture(scope="module")
 def undisturbed():
-    """The weights of the run below, once it has been made."""
+    """The weights of an undisturbed run, once it was trained."""
     return {}
 
 
@@ -80,7 +80,7 @@ def undisturbed():
     "number",
     [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=thorough), pytest.param(signal.SIGINT, marks=thorough)],
 )
-def test_asked_to_stop_it_saves_where_it_is_and_ends_with_75(tmp_path, talks, undisturbed, number):
+def test_a_signal_saves_a_checkpoint_and_exits_with_75(tmp_path, talks, undisturbed, number):
     sections = {"train": {"max_steps": 40}, "checkpoint": {"every_steps": 30}, "evaluation": None}
     stopped = tmp_path / "stopped"
     if not undisturbed:
@@ -118,7 +118,7 @@ def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks,
     process = start(*(write_recipe(tmp_path / f"{some.method}.yaml", some) for some in (first, second)))
     when_at(process, tmp_path / "sft", 6, signal.SIGTERM)
     assert process.wait(60) == 75
-    assert (tmp_path / "sft" / "final").exists(), "what is trained to its end is exported"
+    assert (tmp_path / "sft" / "final").exists(), "a run at its end is exported"
     assert not (tmp_path / "dpo" / "final").exists()
 
 
@@ -144,12 +144,12 @@ def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all)
     assert said.count("the same command continues") == 1
     assert "Traceback" not in said
     assert len(below) >= 2
-    assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")], "nobody is left behind"
+    assert not [pid for pid in below if os.path.exists(f"/proc/{pid}")], "no process is left"
     assert list((tmp_path / "run").glob("checkpoint-*"))
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path, talks):
+def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, talks):
     rank = 1
     batch = {"max_steps": 60, "micro_batch_size": 1, "global_batch_size": 2}
     some = recipe("sft", tmp_path / "run", [talks], train=batch, checkpoint={"every_steps": 3}, evaluation=None)
@@ -169,7 +169,7 @@ def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path, talks):
 
 
 def workers(pid):
-    """All processes below one."""
+    """All descendants of a process."""
     found = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     below: dict[int, list[int]] = {}
     for child, parent in (map(int, line.split()) for line in found.splitlines()):

@@ -38,7 +38,7 @@ def killed_once(path, run, chance):
         step = min(begun + chance.randint(1, 16), STEPS - 1)
         before, process = resumed(run), start(path, run)
         while process.poll() is None and (resumed(run) == before or last_step(run) < step):
-            time.sleep(0.005)  # what stands there of the session before is cut back first
+            time.sleep(0.005)  # until it has truncated the lines of the previous session
         process.kill()
         return f"step {step}" if process.wait() == -9 else None
     write = chance.randint(1, WRITES)

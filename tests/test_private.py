@@ -14,7 +14,7 @@ from nesso_tune.data.privacy import Privacy, comparable_recipe, manifest_recipe
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.run import train
-from nesso_tune.runs.run_directory import differences
+from nesso_tune.runs.resume import differences
 from nesso_tune.training.dpo import PairTrainer
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import BASE, ROOT, main_here, metrics, recipe, write_recipe

@@ -1,4 +1,4 @@
-"""What a run says of itself is what was trained: steps and epochs in card, report, metrics and plan."""
+"""Steps and epochs in card, report, metrics and plan are those that were trained."""
 
 import shutil
 
@@ -68,7 +68,7 @@ def test_a_run_that_stopped_early(tmp_path, rows):
 
 @pytest.mark.parametrize(("key", "whole", "short", "exact"), [("max_steps", 6, 3, 4), ("num_epochs", 1.2, 0.6, 0.8)])
 def test_an_end_before_the_checkpoint_is_refused(tmp_path, rows, key, whole, short, exact):
-    """The end at the checkpoint is fine: then that is what was trained."""
+    """An end exactly at the checkpoint is accepted."""
 
     def ending(end):
         return recipe("sft", tmp_path / "run", [rows], data=TEN, evaluation=None,

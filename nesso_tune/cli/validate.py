@@ -17,6 +17,7 @@ from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import is_result, local_path
 from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import OVERWRITTEN
 
 
 def check_folders(names: list[str], recipes: list[Recipe]) -> None:
@@ -38,7 +39,7 @@ def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
     """Raises RecipeError for a checkpoint that belongs to no recipe, and for a key that no recipe has."""
     if resume not in ("auto", "never"):
         # a killed --overwrite leaves it there; opening the run restores it, see `runs/layout.py`
-        moved = Path(resume).parent.glob(f"being-overwritten*/{escape(Path(resume).name)}")
+        moved = Path(resume).parent.glob(f"{OVERWRITTEN}*/{escape(Path(resume).name)}")
         if not Path(resume).exists() and not any(moved):
             raise RecipeError(
                 "--resume", f"checkpoint {resume} does not exist", "use auto, never, or the path of a checkpoint"

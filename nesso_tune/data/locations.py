@@ -13,6 +13,7 @@ from typing import Any
 
 from nesso_tune.data.files import expand
 from nesso_tune.data.sources import is_local_source
+from nesso_tune.files import atomic_replace
 from nesso_tune.recipes.sections import CleanSection, Source
 
 FileNames = Mapping[str, str]  # old name -> current name
@@ -48,10 +49,12 @@ def with_current_names(note: Mapping[str, Any], files: Sequence[str]) -> Mapping
 
 def copy_with_current_names(dropped: Path, names: FileNames, target: Path) -> None:
     """Copies a list of dropped rows (JSON Lines), with the current file names in its locations."""
-    staging = target.with_name(f"{target.name}.partial")
-    with dropped.open(encoding="utf-8") as lines, staging.open("w", encoding="utf-8", errors="backslashreplace") as out:
+    with (
+        atomic_replace(target, durable=False) as staging,
+        dropped.open(encoding="utf-8") as lines,
+        staging.open("w", encoding="utf-8", errors="backslashreplace") as out,
+    ):
         out.writelines(json.dumps(_rename_all(json.loads(line), names), ensure_ascii=False) + "\n" for line in lines)
-    staging.replace(target)
 
 
 def rename_locations(text: str, names: FileNames) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.distributed.process_group import is_main_process
-from nesso_tune.files import fsync
+from nesso_tune.files import apply_umask, fsync, make_staging_folder, replace_folder
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ModelSection
-from nesso_tune.runs.checkpoint import as_environment_error, put_in_place, readable
+from nesso_tune.runs.checkpoint import safetensors_errors
 from nesso_tune.training.state_dict import State, get_weights, set_weights
 
 
@@ -65,11 +64,9 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
         dtype: dtype of the saved weights.
     """
     precision = getattr(torch, dtype)
-    staging = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging = make_staging_folder(folder)
     model.config.dtype, model.config.use_cache = precision, True  # training disables the cache
-    with as_environment_error(folder):
+    with safetensors_errors(folder):
         model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
     config_file = staging / "config.json"
     config = json.loads(config_file.read_text())
@@ -79,9 +76,9 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
     chat.save(staging)
     (staging / "README.md").write_text(card, encoding="utf-8")
     for file in staging.iterdir():
-        readable(file)
+        apply_umask(file)
         fsync(file)
-    put_in_place(staging, folder)
+    replace_folder(staging, folder)
 
 
 # Keys of transformers 4 for the base of the rotary embedding: in layers with full attention, and in sliding ones.

@@ -14,6 +14,7 @@ import numpy as np
 from nesso_tune.data.anomalies import PREFERENCE_WARNINGS
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
+from nesso_tune.files import atomic_write
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import DPOData, Limit, SFTData
 from nesso_tune.reports.html import percent, render, words
@@ -67,13 +68,8 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes a file atomically."""
-    staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at the same time
-    try:
-        staging.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be valid UTF-8
-        staging.replace(file)
-    finally:
-        staging.unlink(missing_ok=True)
+    staging = file.with_name(f".{file.name}.{os.getpid()}.partial")  # `prepare` and `train` may write at once
+    atomic_write(file, text, errors="backslashreplace", durable=False, staging=staging)  # file names may be undecodable
 
 
 def _redact(report: Report, privacy: Privacy) -> dict[str, Any]:

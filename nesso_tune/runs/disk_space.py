@@ -1,4 +1,4 @@
-"""Room on the disk: what a run needs, whether it is there, and what is said when it is not."""
+"""Disk space of a run: what it needs, whether it is free, and the error when it is not."""
 
 from __future__ import annotations
 
@@ -9,58 +9,56 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nesso_tune.distributed.process_group import is_main_process
 from nesso_tune.errors import RunEnvironmentError, is_full
-from nesso_tune.files import format_bytes
+from nesso_tune.files import format_bytes, remove_staging
 from nesso_tune.planning.plan import Plan
-from nesso_tune.runs.checkpoint import checkpoints, remove_staging
-from nesso_tune.runs.layout import bytes_aside
-
-REMEDY = "free some space, lower checkpoint.keep, or set another output_dir"
+from nesso_tune.runs.checkpoint import checkpoints
+from nesso_tune.runs.layout import overwritten_bytes
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskSpace:
     """What a run writes, and the disk that it writes to.
 
     Attributes:
         run: the run directory.
-        checkpoint: bytes of one checkpoint.
-        final: bytes of `final/`.
+        checkpoint: size of one checkpoint in bytes.
+        final: size of `final/` in bytes.
     """
 
     run: Path
     checkpoint: int
     final: int
 
-    def check_run(self, plan: Plan, begun: int, keep: int, best: bool = False) -> None:
-        """Makes sure that all that is still to be written fits: checkpoints before they are pruned, and `final/`.
+    def check_run(self, plan: Plan, step: int, keep: int, best: bool = False) -> None:
+        """Checks that all checkpoints still to be written, before they are pruned, and `final/` fit on the disk.
 
-        An earlier run that is overwritten takes its room until the first checkpoint is saved, and no longer.
+        An earlier run that is overwritten occupies its space until the first checkpoint is saved.
 
         Args:
-            plan: says how many saves there are.
-            begun: the step that the run continues from.
+            plan: number of steps and interval of checkpoints.
+            step: the step that the run resumes from; 0 for a new run.
             keep: checkpoints that are kept.
-            best: the best one is kept too, and any evaluation may be the best.
+            best: the best checkpoint is kept too, and any evaluation may be the best.
 
         Raises:
-            RunEnvironmentError: naming what is needed and what is free.
+            RunEnvironmentError: with the space needed and the space free.
         """
-        every, keep = plan.save_every, keep + best
-        if best and every is not None and plan.evaluate_every is not None:
-            every = math.gcd(every, plan.evaluate_every)
-        here, left = len(checkpoints(self.run)), saves_left(plan.steps, every, begun)
-        most = max(min(here + left, keep + 1) - here, min(1, left))
-        at_end = max(min(here + left, keep) - here, 0)
-        need = max(most * self.checkpoint, at_end * self.checkpoint + self.final)
-        free, earlier = self.free(), bytes_aside(self.run)
-        if need > free + earlier:
-            later = f", {format_bytes(earlier)} more when the earlier run is deleted" if earlier else ""
-            what = (
-                f"{most} more checkpoint(s) and final/ need {format_bytes(need)}, {format_bytes(free)} are free{later}"
-            )
-            raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", REMEDY)
+        save_every, keep = plan.save_every, keep + best
+        if best and save_every is not None and plan.evaluate_every is not None:
+            save_every = math.gcd(save_every, plan.evaluate_every)
+        existing, remaining = len(checkpoints(self.run)), saves_left(plan.steps, save_every, step)
+        peak = max(min(existing + remaining, keep + 1) - existing, min(1, remaining))  # more than now
+        at_end = max(min(existing + remaining, keep) - existing, 0)
+        needed = max(peak * self.checkpoint, at_end * self.checkpoint + self.final)
+        free, earlier = self.free(), overwritten_bytes(self.run)
+        if needed > free + earlier:
+            later = f", {format_bytes(earlier)} more after the earlier run is deleted" if earlier else ""
+            what = f"{peak} more checkpoint(s) and final/ need {format_bytes(needed)}, {format_bytes(free)} are free"
+            raise RunEnvironmentError(
+                str(self.run), f"the disk is full for this run: {what}{later}",
+                "free some space, lower checkpoint.keep, or set another output_dir",
+            )  # fmt: skip
         if earlier and self.checkpoint > free:
             what = (
                 f"the first checkpoint needs {format_bytes(self.checkpoint)}, {format_bytes(free)} are free, and the "
@@ -70,49 +68,51 @@ class Room:
             raise RunEnvironmentError(str(self.run), f"the disk is full for this run: {what}", remedy)
 
     def check_save(self, step: int) -> None:
-        """Makes sure that one more checkpoint fits.
+        """Checks that one more checkpoint fits.
 
         Raises:
-            RunEnvironmentError: naming what is needed, what is free, and from where the run goes on later.
+            RunEnvironmentError: with the space needed, the space free, and the checkpoint that the run resumes from.
         """
         if self.checkpoint > (free := self.free()):
             what = f"checkpoint-{step} needs {format_bytes(self.checkpoint)}, {format_bytes(free)} are free"
             raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy())
 
     @contextmanager
-    def told(self) -> Iterator[None]:
-        """Turns a write that failed for want of room, whoever made it, into an error that says how much is needed.
+    def full_disk_errors(self, *, remove_partial: bool) -> Iterator[None]:
+        """Turns any write that failed on a full disk into an error that says how much space is needed.
 
-        What the first process's failed write left is removed, so that the room it took is free again.
+        Args:
+            remove_partial: delete the files of the failed write; on the main process only, as the other ranks may
+                still be writing.
 
         Raises:
-            RunEnvironmentError: instead of what was raised.
+            RunEnvironmentError: in place of the original error.
         """
         try:
             yield
         except Exception as error:
             if not is_full(error):
                 raise
-            if is_main_process():  # the others may still be writing there
+            if remove_partial:
                 remove_staging(self.run)
-            need = f"a checkpoint needs {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}"
-            what = f"{need}, {format_bytes(self.free())} are free"
+            needed = f"a checkpoint needs {format_bytes(self.checkpoint)}, final/ {format_bytes(self.final)}"
+            what = f"{needed}, {format_bytes(self.free())} are free"
             raise RunEnvironmentError(str(self.run), f"the disk is full: {what}", self._remedy()) from error
 
     def free(self) -> int:
-        """Bytes that may still be written; quotas do not show here, they show when a write fails."""
+        """Free bytes on the disk of the run; a quota is not included and shows only when a write fails."""
         return shutil.disk_usage(self.run).free
 
     def _remedy(self) -> str:
         saved = checkpoints(self.run)
-        later = f"continues from {saved[0].name}" if saved else "starts again: nothing had been saved yet"
+        later = f"continues from {saved[0].name}" if saved else "starts again: no checkpoint was saved yet"
         return f"free some space; the same command {later}"
 
 
-def saves_left(steps: int, every: int | None, begun: int) -> int:
-    """How many checkpoints a run still writes: at its interval, and at the end."""
-    if begun >= steps:
+def saves_left(steps: int, save_every: int | None, step: int) -> int:
+    """Number of checkpoints that a run at `step` of `steps` still writes: at its interval, and at the end."""
+    if step >= steps:
         return 0
-    if every is None:
+    if save_every is None:
         return 1
-    return steps // every - begun // every + (steps % every != 0)
+    return steps // save_every - step // save_every + (steps % save_every != 0)

@@ -1,4 +1,4 @@
-"""What lies in a run directory, and whether a folder is one."""
+"""Files of a run directory, and the earlier run that `--overwrite` keeps in it until the new one has a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.files import fsync
-from nesso_tune.runs.checkpoint import MANIFEST, PREFIX, checkpoints, discard, is_step, remove, remove_staging
+from nesso_tune.files import fsync, remove, remove_folder, remove_staging
+from nesso_tune.runs.checkpoint import CHECKPOINT_PREFIX, MANIFEST, checkpoints, is_checkpoint_name
 
 FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
 PROFILE = "profile"  # traces of `train.profile`
-DATA_REPORT = ("data_report.html", "data_report.json")
-OURS = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", PROFILE, *DATA_REPORT)
-BEFOREHAND = (LOCK, f".{MANIFEST}.partial", *DATA_REPORT)  # may be there before a run is; of a report a half, too
+FAILED_METRICS = f"failed-{METRICS}"  # of a new run that ended before its first checkpoint
+DAMAGED, LATER = "damaged-", "later-"  # prefixes of folders that are set aside
+OVERWRITTEN = "being-overwritten"  # the earlier run
+MOVING = f"{OVERWRITTEN}.moving"  # the earlier run, while its files are moved in or out
+_DATA_REPORT = ("data_report.html", "data_report.json")
+_RUN_FILES = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", PROFILE, *_DATA_REPORT)
+_PRE_RUN_FILES = (LOCK, f".{MANIFEST}.partial", *_DATA_REPORT)  # may exist before the manifest does
 
 
 def check_path(path: Path) -> None:
-    """Raises RunEnvironmentError for a path that leads nowhere."""
+    """Raises RunEnvironmentError if the path is a circular or dangling link."""
     try:
         path.resolve()
-    except (OSError, RuntimeError):  # links that lead to each other
-        raise RunEnvironmentError(str(path), "is a link that leads nowhere", "set another output_dir") from None
+    except (OSError, RuntimeError):
+        raise RunEnvironmentError(str(path), "is a link in a loop of links", "set another output_dir") from None
     if path.is_symlink() and not path.exists():
-        raise RunEnvironmentError(str(path), "is a link to what is not there", "make it, or set another output_dir")
-
-
-def files_of_run(path: Path) -> list[Path]:
-    """A run's files and folders, and nothing that is not of a run; last what marks the folder as one."""
-    kinds = ("", "damaged-", "later-")
-    saved = [p for kind in kinds for p in path.glob(f"{kind}{PREFIX}*") if is_step(p.name.removeprefix(kind))]
-    named = [path / name for name in (f"damaged-{FINAL}", *(name for name in OURS if name != MANIFEST), MANIFEST)]
-    return [p for p in (*saved, *named) if os.path.lexists(p)]
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether a file in a folder without a manifest is neither from `prepare` nor from a run stopped as it began."""
-    return path.name not in BEFOREHAND and not path.name.startswith(tuple(f".{name}." for name in DATA_REPORT))
+        raise RunEnvironmentError(
+            str(path), "is a link to a folder that does not exist", "create the folder, or set another output_dir"
+        )
 
 
 def run_manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
-    """The manifest of the run in a folder; None if it holds none."""
+    """The manifest of the run in a folder; None if the folder contains no run.
+
+    Args:
+        path: the folder.
+        overwrite: accept a damaged manifest, since the run is going to be overwritten.
+
+    Raises:
+        RunEnvironmentError: if the path is a file, or the manifest is damaged.
+    """
     if path.exists() and not path.is_dir():
         raise RunEnvironmentError(str(path), "is a file", "set another output_dir")
     try:
@@ -50,84 +51,105 @@ def run_manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except NotADirectoryError:
-        raise RunEnvironmentError(str(path), "cannot be a folder", "set another output_dir") from None
+        raise RunEnvironmentError(str(path), "lies below a file", "set another output_dir") from None
     except (OSError, ValueError, RecursionError):
         manifest = {"nesso_tune": "damaged"}
     if not isinstance(manifest, dict) or "nesso_tune" not in manifest:
         return None
     if not isinstance(manifest.get("recipe"), dict) and not (overwrite and (path / RECIPE).is_file()):
-        raise RunEnvironmentError(str(path / MANIFEST), "is damaged", "restore it, or start anew with --overwrite")
+        raise RunEnvironmentError(str(path / MANIFEST), "is damaged", "restore it, or start again with --overwrite")
     return dict(manifest)
 
 
-ASIDE = "being-overwritten"
-MOVING = f"{ASIDE}.moving"
-FAILED_METRICS = f"failed-{METRICS}"  # of a new run that ended before its first checkpoint
+def is_foreign(path: Path) -> bool:
+    """Whether a file in a folder without a manifest was written neither by `prepare` nor by a run that was starting."""
+    return path.name not in _PRE_RUN_FILES and not path.name.startswith(tuple(f".{name}." for name in _DATA_REPORT))
 
 
-def is_pending(path: Path) -> bool:
-    """Whether a run directory holds an earlier run that was moved aside."""
-    return (path / MOVING).is_dir() or os.path.lexists(path / ASIDE / MANIFEST)
+def run_files(path: Path) -> list[Path]:
+    """The existing files and folders of a run, and no others; last the manifest, which marks the folder as a run."""
+    prefixes = ("", DAMAGED, LATER)
+    saved = [
+        folder
+        for prefix in prefixes
+        for folder in path.glob(f"{prefix}{CHECKPOINT_PREFIX}*")
+        if is_checkpoint_name(folder.name.removeprefix(prefix))
+    ]
+    others = [path / name for name in (f"{DAMAGED}{FINAL}", *(name for name in _RUN_FILES if name != MANIFEST))]
+    return [file for file in (*saved, *others, path / MANIFEST) if os.path.lexists(file)]
+
+
+def final_sizes(path: Path) -> dict[str, int] | None:
+    """{name: bytes} of the files in `final/` of a run; None if there is no such folder."""
+    folder = path / FINAL
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder.is_dir() else None
+
+
+def has_overwritten(path: Path) -> bool:
+    """Whether a run directory contains an earlier run that `--overwrite` moved aside."""
+    return (path / MOVING).is_dir() or os.path.lexists(path / OVERWRITTEN / MANIFEST)
 
 
 def move_aside(path: Path) -> None:
-    """Moves the run in a folder aside; `settle` must have been called before.
+    """Moves the run in a folder aside, to be overwritten; `settle` must have been called before.
 
     Raises:
-        RunEnvironmentError: if something that is not ours has the name of the folder for it.
+        RunEnvironmentError: if a file or folder of the user has one of the names that this needs.
     """
-    moving, aside = path / MOVING, path / ASIDE
-    for taken in (name for name in (moving, aside) if os.path.lexists(name)):
-        raise RunEnvironmentError(str(taken), "is where --overwrite keeps the earlier run", "rename or remove it")
+    moving, overwritten = path / MOVING, path / OVERWRITTEN
+    for taken in (name for name in (moving, overwritten) if os.path.lexists(name)):
+        raise RunEnvironmentError(
+            str(taken), "has the name under which --overwrite keeps the earlier run", "rename or remove it"
+        )
     moving.mkdir()
-    for file in files_of_run(path):
+    for file in run_files(path):
         file.rename(moving / file.name)
     fsync(moving)
-    moving.rename(aside)
+    moving.rename(overwritten)
     fsync(path)
 
 
 def settle(path: Path) -> bool:
-    """Ends what an overwrite left: the earlier run goes if the new one has a checkpoint, else it is put back.
+    """Completes an overwrite: deletes the earlier run if the new one has a checkpoint, else restores it.
 
     Returns:
-        Whether it was put back.
+        Whether the earlier run was restored.
     """
     if (path / MOVING).is_dir():
-        _put_back(path)
+        _restore(path)
         return True
-    if not is_pending(path):
+    if not has_overwritten(path):
         return False
     if checkpoints(path) or (path / FINAL).exists():
-        delete_earlier(path)
+        delete_overwritten(path)
         return False
     remove_staging(path)
-    if (path / METRICS).is_file():  # they say what went wrong
+    if (path / METRICS).is_file():  # kept, since they show why the new run failed
         (path / METRICS).replace(path / FAILED_METRICS)
-    for file in files_of_run(path):
+    for file in run_files(path):
         remove(file)
-    (path / ASIDE).rename(path / MOVING)
-    _put_back(path)
+    (path / OVERWRITTEN).rename(path / MOVING)
+    _restore(path)
     return True
 
 
-def delete_earlier(path: Path) -> None:
+def delete_overwritten(path: Path) -> None:
     """Deletes the earlier run, if one was moved aside: the new one has a checkpoint now."""
-    if is_pending(path):
-        discard(path / ASIDE)
+    if has_overwritten(path):
+        remove_folder(path / OVERWRITTEN)
         remove(path / FAILED_METRICS)
 
 
-def bytes_aside(path: Path) -> int:
-    """Size of the earlier run that was moved aside; 0 if none was."""
-    if not is_pending(path):
+def overwritten_bytes(path: Path) -> int:
+    """Size of the earlier run that was moved aside; 0 if there is none."""
+    if not has_overwritten(path):
         return 0
-    files = (Path(folder) / name for folder, _, names in os.walk(path / ASIDE) for name in names)
+    files = (Path(folder) / name for folder, _, names in os.walk(path / OVERWRITTEN) for name in names)
     return sum(file.lstat().st_size for file in files)
 
 
-def _put_back(path: Path) -> None:
-    """Moves the earlier run's files back; first what marks the folder as that of a run."""
+def _restore(path: Path) -> None:
+    """Moves the files of the earlier run back; first its manifest, which marks the folder as a run."""
     moving = path / MOVING
     for file in sorted(moving.iterdir(), key=lambda file: file.name != MANIFEST):
         file.rename(path / file.name)

@@ -1,73 +1,61 @@
-"""The run directory: who may write into it, and whether a run begins, continues or is finished."""
+"""The run directory: opened for one writer, and its recipe and manifest."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, Timeout
 
-from nesso_tune.data.privacy import Privacy, comparable_recipe, manifest_recipe
+from nesso_tune.data.privacy import Privacy, manifest_recipe
 from nesso_tune.data.sources import check_output
-from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.files import acquire_lock, fsync
+from nesso_tune.errors import RecipeError, RunEnvironmentError
+from nesso_tune.files import acquire_lock, atomic_write, remove, remove_staging
 from nesso_tune.recipes.builtin import flag_path, local_path
 from nesso_tune.recipes.schema import Recipe, dump
-from nesso_tune.runs.checkpoint import MANIFEST, PREFIX, checkpoints, read_data, read_manifest, remove, remove_staging
+from nesso_tune.runs.checkpoint import MANIFEST, checkpoint_step, read_json
 from nesso_tune.runs.layout import (
-    ASIDE,
     FAILED_METRICS,
     FINAL,
     LOCK,
     METRICS,
+    OVERWRITTEN,
     RECIPE,
     check_path,
+    final_sizes,
+    has_overwritten,
     is_foreign,
-    is_pending,
     move_aside,
     run_manifest,
     settle,
 )
-from nesso_tune.runs.provenance import names_content
-
-# A finished or running model does not depend on these; they may change between sessions.
-FREE = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences",
-        "train.profile")  # fmt: skip
+from nesso_tune.runs.provenance import RunFacts
+from nesso_tune.runs.resume import FRESH, Changes, ResumeDecision, decide_resume
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunDir:
     """An open run directory.
 
     Attributes:
         path: the folder.
-        checkpoint: what the run continues from; None if it begins.
-        finished: a finished run of the same recipe: nothing is to be done.
-        notes: what was found and done on opening, for the user.
-        changed: keys of the recipe whose change was accepted, with both values.
-        environment: what is otherwise than where the checkpoint was written, with both values.
-        moved: keys that name other files than before, with both values: `check_same_run` compares their content.
-        made: the folder was not there before.
-        lock: keeps others out; only the main process has it.
+        decision: whether and from where the run resumes.
+        created: the folder did not exist before.
+        lock: excludes other processes; held by the main process only.
     """
 
     path: Path
-    checkpoint: Path | None = None
-    finished: bool = False
-    notes: tuple[str, ...] = ()
-    changed: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    environment: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    moved: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    made: bool = False
+    decision: ResumeDecision = FRESH
+    created: bool = False
     lock: BaseFileLock | None = None
 
     @property
     def final(self) -> Path:
-        """The finished model."""
+        """The folder of the finished model."""
         return self.path / FINAL
 
     @property
@@ -76,32 +64,58 @@ class RunDir:
         return self.path / METRICS
 
     @property
-    def step(self) -> int:
-        """The step that the run continues from; 0 if it begins."""
-        return int(self.checkpoint.name.removeprefix(PREFIX)) if self.checkpoint else 0
+    def checkpoint(self) -> Path | None:
+        """The checkpoint that the run resumes from; None for a fresh or finished run."""
+        return self.decision.checkpoint
 
-    def shared(self) -> RunDir:
-        """The same for the other processes: they do not hold the lock."""
+    @property
+    def step(self) -> int:
+        """The step that the run resumes from; 0 for a fresh run."""
+        return checkpoint_step(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def finished(self) -> bool:
+        """The run of this recipe is finished; there is nothing to do."""
+        return self.decision.action == "finished"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Messages for the user about the decision."""
+        return self.decision.notes
+
+    @property
+    def changed(self) -> Changes:
+        """Recipe keys whose change was accepted, with both values."""
+        return self.decision.changed
+
+    @property
+    def environment(self) -> Changes:
+        """Differences from the environment of the checkpoint, with both values."""
+        return self.decision.environment
+
+    def without_lock(self) -> RunDir:
+        """The same directory for the other ranks, which do not hold the lock."""
         return replace(self, lock=None)
 
     def close(self) -> list[str]:
-        """Lets others in; a folder that was made for this run and in which nothing came about is removed again.
+        """Releases the lock; restores an earlier run that was not overwritten, and deletes a folder left empty.
 
         Returns:
-            What a person should know: an earlier run that was to be overwritten is put back.
+            Messages for the user.
         """
         if self.lock is None:
             return []
         notes: list[str] = []
         try:
             if settle(self.path):
-                failed = f"; {FAILED_METRICS} is of this one" if (self.path / FAILED_METRICS).exists() else ""
-                notes.append(f"no checkpoint was saved, so the earlier run is put back{failed}")
+                kept = (self.path / FAILED_METRICS).exists()
+                metrics = f"; the metrics of this one are kept as {FAILED_METRICS}" if kept else ""
+                notes.append(f"no checkpoint was saved: the earlier run is restored{metrics}")
         except OSError as error:
-            notes.append(f"the earlier run is in {self.path / ASIDE}, the next start puts it back ({error})")
+            notes.append(f"the earlier run is in {self.path / OVERWRITTEN}; the next start restores it ({error})")
         if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
             (self.path / LOCK).unlink()
-            if self.made:
+            if self.created:
                 self.path.rmdir()
         self.lock.release()
         return notes
@@ -112,210 +126,92 @@ def open_run(
     *,
     resume: str = "auto",
     overwrite: bool = False,
-    allowed: tuple[str, ...] = (),
+    allow_changes: tuple[str, ...] = (),
     say: Callable[[str], None] = lambda text: None,
 ) -> RunDir:
-    """Opens the run directory of a recipe for writing; another process that wants it is refused.
+    """Locks the run directory of a recipe, completes what an interrupted process left, and decides how to resume.
 
     Args:
-        recipe: the run.
+        recipe: the recipe to run.
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
-        overwrite: moves an earlier run aside, see `overwrite.py`.
-        allowed: dotted keys whose change is accepted when a run continues.
-        say: told at once what is found, whether or not the folder can be opened then.
+        overwrite: moves an earlier run aside, see `runs/layout.py`.
+        allow_changes: dotted recipe keys that may differ from the run that is continued.
+        say: gets messages that matter even if the folder cannot be opened.
 
     Raises:
         RunEnvironmentError: if the folder is foreign, locked or not writable, or no checkpoint is usable.
-        RecipeError: if the folder holds a run of another recipe.
+        RecipeError: if the folder contains a run of another recipe.
     """
     path, resume = Path(recipe.output_dir), flag_path(resume)
-    check_path(path)
-    check_output(recipe)
-    if path.resolve() in (base := local_path(recipe.model.base).resolve()).parents or path.resolve() == base:
-        raise RecipeError("model.base", f"{recipe.model.base} lies in output_dir {path}", "set another output_dir")
-    foreign = not is_pending(path) and run_manifest(path, overwrite) is None and path.exists()
-    if foreign and any(is_foreign(entry) for entry in path.iterdir()):
-        raise RunEnvironmentError(
-            str(path), "is not empty and holds no run of nesso-tune", "set another output_dir; nothing was written"
-        )
-    made = not path.exists()
+    _check_folder(path, recipe, overwrite)
+    created = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
-    run = RunDir(path, made=made, lock=_locked(path, made))
+    run = RunDir(path, created=created, lock=_lock(path, created))
     try:
         if settle(path):
-            say("an --overwrite ended before its first checkpoint: the earlier run is put back")
-        manifest = run_manifest(path, overwrite)
-        if resume not in ("auto", "never"):
-            _check_chosen(Path(resume), path, manifest, overwrite)
+            say("an --overwrite ended before its first checkpoint: the earlier run is restored")
         remove_staging(path)
+        manifest = run_manifest(path, overwrite)
+        decision = decide_resume(path, manifest, recipe, resume, overwrite=overwrite, allow_changes=allow_changes)
+        decision.raise_if_refused()
         if overwrite and manifest is not None:
             move_aside(path)
-            manifest = None
-        return run if manifest is None else _continue(run, manifest, recipe, resume, allowed)
+        for folder, name in decision.set_aside:
+            remove(folder.with_name(name))
+            folder.rename(folder.with_name(name))
+        return replace(run, decision=decision)
     except BaseException:
         for text in run.close():
             say(text)
         raise
 
 
-def write_start(run: RunDir, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Writes what a run begins with: its resolved recipe, and a manifest of `facts` (versions, hashes, …)."""
-    manifest = {**facts, "recipe": dump(recipe), "finished": False}
-    if Privacy(recipe.data):  # then only recipe.yaml has it whole
+def write_start(run: RunDir, recipe: Recipe, facts: RunFacts) -> None:
+    """Writes the manifest and the resolved recipe of a run that starts or resumes.
+
+    Values of private sources are recorded as salted digests; only `recipe.yaml` contains them.
+    """
+    manifest = {**facts.to_dict(), "recipe": dump(recipe), "finished": False}
+    if Privacy(recipe.data):
         salt = os.urandom(8).hex()
         manifest |= {"recipe": manifest_recipe(recipe, salt), "salt": salt}
-    _replace(run.path / MANIFEST, manifest)  # first: it marks the folder
-    _replace_text(run.path / RECIPE, recipe.to_yaml())
+    _write_json(run.path / MANIFEST, manifest)  # first: it marks the folder as a run
+    atomic_write(run.path / RECIPE, recipe.to_yaml())
 
 
-def write_end(run: RunDir, facts: Mapping[str, Any] | None = None) -> None:
-    """Marks the run finished, with the sizes of the files in `final/` and with `facts` that its end has shown."""
-    manifest = {**read_data(run.path, MANIFEST), **(facts or {})}
-    _replace(run.path / MANIFEST, {**manifest, "finished": True, "final": _sizes(run.final)})
+def write_end(run: RunDir, best: Mapping[str, Any] | None = None) -> None:
+    """Marks the run as finished, with the sizes of the files in `final/` and the `best` evaluation, if it has one."""
+    manifest = read_json(run.path, MANIFEST) | ({} if best is None else {"best": best})
+    _write_json(run.path / MANIFEST, {**manifest, "finished": True, "final": final_sizes(run.path)})
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with both values. Keys that may change freely are left out."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted({*old, *new}):
-        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if name in FREE or a == b:
-            continue
-        if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-            a, b = ({str(i): item for i, item in enumerate(items)} for items in (a, b))
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= differences(a, b, f"{name}.")
-        else:
-            found[name] = (a, b)
-    return found
-
-
-def _continue(run: RunDir, manifest: dict[str, Any], recipe: Recipe, resume: str, allowed: tuple[str, ...]) -> RunDir:
-    path = run.path
-    before = manifest["recipe"]
-    changed = differences(before, comparable_recipe(before, recipe, manifest.get("salt", "")))
-    moved = {key: changed.pop(key) for key in list(changed) if names_content(key, changed[key], recipe)}
-    refused = {key: values for key, values in changed.items() if key not in allowed}
-    if refused:
-        raise RecipeError(
-            Problem(str(path), f"its run has {key}: {_said(old)}, the recipe now says {_said(new)}", _remedy(key))
-            for key, (old, new) in refused.items()
-        )
-    finished = manifest.get("finished") and _is_whole(manifest, path)
-    if finished and changed:
-        raise RecipeError(
-            str(path), f"its run is finished: a change of {', '.join(changed)} would do nothing",
-            "train it again with --overwrite, or set another output_dir",
-        )  # fmt: skip
-    if finished:
-        return replace(run, finished=True, moved=moved)
-    if resume == "never":
-        raise RunEnvironmentError(str(path), "holds an unfinished run", "use --resume auto, or --overwrite")
-    if resume != "auto":
-        chosen = _chosen(Path(resume), path)
-        for later in checkpoints(path)[: checkpoints(path).index(path / chosen.name)]:
-            _set_aside(later, "later")  # or it would win the next time
-        return replace(run, checkpoint=chosen, changed=changed, moved=moved)
-    newest, damaged = _newest_whole(path)
-    if newest is None and (damaged or any(path.glob(f"damaged-{PREFIX}*"))):
-        said = "; ".join(f"{candidate.name}: {why}" for candidate, why in damaged) or "all were set aside before"
-        raise RunEnvironmentError(  # nothing is set aside now: the next time it is the same
-            str(path), f"no checkpoint is usable ({said})", "start anew with --overwrite"
-        )
-    notes = [f"{c.name}: {why}; set aside as {_set_aside(c, 'damaged').name}" for c, why in damaged]
-    if newest is None:
-        notes.append("an unfinished run without a checkpoint: it starts from the beginning")
-    if manifest.get("finished"):
-        notes.insert(0, "its final/ is missing or damaged: made again")
-        if os.path.lexists(path / FINAL):
-            notes[0] += f"; what stands there is kept as {_set_aside(path / FINAL, 'damaged').name}"
-    return replace(run, checkpoint=newest, notes=tuple(notes), changed=changed, moved=moved)
-
-
-def _newest_whole(path: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint that can be used, and the later ones that cannot, each with why."""
-    damaged: list[tuple[Path, str]] = []
-    for candidate in checkpoints(path):
-        try:
-            read_manifest(candidate)
-        except ValueError as why:
-            damaged.append((candidate, str(why)))
-        else:
-            return candidate, damaged
-    return None, damaged
-
-
-def _check_chosen(checkpoint: Path, run: Path, manifest: Mapping[str, Any] | None, overwrite: bool) -> None:
-    """Raises if a checkpoint that was named would not be continued from."""
-    if overwrite:
-        raise RecipeError("--overwrite", f"would remove {checkpoint}, which --resume names", "remove one of the two")
-    if manifest is None or checkpoint.resolve() not in [known.resolve() for known in checkpoints(run)]:
-        raise RunEnvironmentError(str(checkpoint), f"is no checkpoint of a run in {run}", "name one of this run")
-    if manifest.get("finished") and _is_whole(manifest, run):
+def _check_folder(path: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Raises if the folder must not be written to."""
+    check_path(path)
+    check_output(recipe)
+    base = local_path(recipe.model.base).resolve()
+    if path.resolve() in base.parents or path.resolve() == base:
+        raise RecipeError("model.base", f"{recipe.model.base} is inside output_dir {path}", "set another output_dir")
+    no_run = not has_overwritten(path) and run_manifest(path, overwrite) is None and path.exists()
+    if no_run and any(is_foreign(entry) for entry in path.iterdir()):
         raise RunEnvironmentError(
-            str(run),
-            f"its run is finished: {checkpoint} would not be continued",
-            "remove its final/, or use --overwrite",
+            str(path), "is not empty and contains no run of nesso-tune", "set another output_dir; nothing was written"
         )
 
 
-def _chosen(checkpoint: Path, run: Path) -> Path:
-    try:
-        read_manifest(checkpoint)
-    except ValueError as why:
-        raise RunEnvironmentError(str(checkpoint), f"cannot be used: {why}", "name another checkpoint") from None
-    return checkpoint
-
-
-def _said(value: Any) -> str:
-    """A value as YAML says it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _remedy(key: str) -> str:
-    if key.startswith(("data.", "model.base", "method", "seed", "chat.")):
-        return "undo it, set another output_dir, or start anew with --overwrite"
-    return f"undo it, set another output_dir, --overwrite, or accept it with --allow-changes {key}"
-
-
-def _set_aside(folder: Path, why: str) -> Path:
-    aside = folder.with_name(f"{why}-{folder.name}")
-    remove(aside)
-    return folder.rename(aside)
-
-
-def _is_whole(manifest: Mapping[str, Any], run: Path) -> bool:
-    """Whether a finished run's `final/` has all its files; an edited card and files that were added are fine."""
-    noted, there = manifest.get("final"), _sizes(run / FINAL)
-    if not isinstance(noted, Mapping) or there is None:
-        return False
-    return all(there.get(name) == size or (name == "README.md" and name in there) for name, size in noted.items())
-
-
-def _sizes(folder: Path) -> dict[str, int] | None:
-    return {p.name: p.stat().st_size for p in sorted(folder.iterdir())} if folder.is_dir() else None
-
-
-def _locked(path: Path, made: bool) -> BaseFileLock:
+def _lock(path: Path, created: bool) -> BaseFileLock:
     try:
         return acquire_lock(path / LOCK, "set another output_dir", timeout=0).lock
     except Timeout:
         raise RunEnvironmentError(
-            str(path), "another nesso-tune is writing into it", "wait for it, or set another output_dir"
+            str(path), "is in use by another nesso-tune process", "wait for it, or set another output_dir"
         ) from None
     except RunEnvironmentError:
         (path / LOCK).unlink(missing_ok=True)
-        if made:
+        if created:
             path.rmdir()
         raise
 
 
-def _replace(file: Path, data: Mapping[str, Any]) -> None:
-    _replace_text(file, json.dumps(data, indent=2, ensure_ascii=False))
-
-
-def _replace_text(file: Path, text: str) -> None:
-    staging = file.with_name(f".{file.name}.partial")
-    staging.write_text(text, encoding="utf-8")
-    fsync(staging)
-    staging.replace(file)
+def _write_json(file: Path, data: Mapping[str, Any]) -> None:
+    atomic_write(file, json.dumps(data, indent=2, ensure_ascii=False))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch.profiler import profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from nesso_tune.files import atomic_replace
 from nesso_tune.logs import print_notes, visible
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.layout import PROFILE
@@ -163,9 +164,8 @@ class ProfilerCallback(TrainerCallback):
             profiler.stop()
             self._folder.mkdir(exist_ok=True)
             file = self._folder / f"steps-{self._first}-{last}.json.gz"
-            staging = file.with_name(f".{file.name}")
-            profiler.export_chrome_trace(str(staging))
-            staging.replace(file)
+            with atomic_replace(file, durable=False, staging=file.with_name(f".{file.name}")) as staging:
+                profiler.export_chrome_trace(str(staging))  # compressed, because of the suffix of the name
         print_notes(
             f"profile of steps {self._first} to {last}: {file} (open it in https://ui.perfetto.dev or chrome://tracing)"
         )

@@ -13,8 +13,9 @@ from transformers import Trainer, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from nesso_tune.runs import checkpoint as ckpt
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.layout import delete_earlier
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.layout import delete_overwritten
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.training import state_dict
 from nesso_tune.training.run_state import RunState, reshard_state
 
@@ -30,10 +31,10 @@ class Checkpointer:
         provenance: written into every manifest.
     """
 
-    disk: Room
+    disk: DiskSpace
     keep: int
     sharded: bool
-    provenance: dict[str, Any]
+    provenance: RunFacts
 
     def save(self, trainer: Trainer, state: RunState, epoch: float) -> None:
         """Saves a checkpoint of the current step and removes old ones.
@@ -51,13 +52,13 @@ class Checkpointer:
             writer.begin()
         trainer.accelerator.wait_for_everyone()
         rank, counters = trainer.accelerator.process_index, state.state_dict()
-        writer.data(f"rng-{rank}.json", state_dict.get_rng_state())
-        writer.data(_state_file(rank), counters)
+        writer.write_json(f"rng-{rank}.json", state_dict.get_rng_state())
+        writer.write_json(_state_file(rank), counters)
         self._save_tensors(trainer, writer)
         if is_main:
             trainer.state.save_to_json(str(writer.staging / TRAINER_STATE_NAME))
             writer.adopt(TRAINER_STATE_NAME)
-        each = gather_object([(writer.note(), state.tokens, state.supervised_tokens)])
+        each = gather_object([(writer.file_records(), state.tokens, state.supervised_tokens)])
         if is_main:
             files = {name: entry for written, *_ in each for name, entry in written.items()}
             progress = {
@@ -67,8 +68,8 @@ class Checkpointer:
                 "supervised_tokens": sum(supervised for *_, supervised in each),
                 **({} if state.best is None else {"best": state.best.state_dict()}),
             }
-            written = writer.finish({**self.provenance, **progress}, files)
-            delete_earlier(run)
+            written = writer.finish({**self.provenance.to_dict(), **progress}, files)
+            delete_overwritten(run)
             ckpt.prune(run, self.keep, written)
         trainer.accelerator.wait_for_everyone()
 
@@ -81,11 +82,11 @@ class Checkpointer:
         # the optimizer first: its file is the larger one, and is hashed while the weights are written
         moments = state_dict.get_optimizer_state(model, optimizer)
         if trainer.accelerator.is_main_process:
-            writer.tensors(ckpt.MOMENTS, moments)
+            writer.write_tensors(ckpt.MOMENTS, moments)
         del moments  # never hold both in memory
         weights = state_dict.get_weights(model)
         if trainer.accelerator.is_main_process:
-            writer.tensors(ckpt.WEIGHTS, weights)
+            writer.write_tensors(ckpt.WEIGHTS, weights)
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
@@ -107,7 +108,7 @@ def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: Optimizer) -> 
 def read_run_state(checkpoint: Path, rank: int, world_size: int) -> dict[str, Any]:
     """The `RunState.state_dict` that a rank resumes with."""
     saved = range(_saved_world_size(checkpoint))
-    return reshard_state([ckpt.read_data(checkpoint, _state_file(i)) for i in saved], rank, world_size)
+    return reshard_state([ckpt.read_json(checkpoint, _state_file(i)) for i in saved], rank, world_size)
 
 
 def load_rng_state(checkpoint: Path, rank: int, world_size: int, seed: int) -> None:
@@ -116,7 +117,7 @@ def load_rng_state(checkpoint: Path, rank: int, world_size: int, seed: int) -> N
     If the world size has changed, no saved state belongs to this rank: it is reseeded deterministically from `seed`.
     """
     if _saved_world_size(checkpoint) == world_size:
-        state_dict.set_rng_state(ckpt.read_data(checkpoint, f"rng-{rank}.json"))
+        state_dict.set_rng_state(ckpt.read_json(checkpoint, f"rng-{rank}.json"))
     else:
         set_seed(seed + rank)
 

@@ -26,7 +26,7 @@ from nesso_tune.generation.answers import (
 from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
-from nesso_tune.runs.checkpoint import PREFIX, read_manifest
+from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.dataset import Collator, CountedBatch
 from nesso_tune.training.grouped_metrics import Groups, MetricSpec
@@ -242,7 +242,7 @@ def load_best_weights(trainer: Trainer, best: BestCheckpoint, log: MetricsLog) -
             BEST_METRIC, f"{best.metric} was not finite at any evaluation", "choose another metric"
         )  # fmt: skip
     if best.step != step:
-        folder = Path(trainer.args.output_dir) / f"{PREFIX}{best.step}"
+        folder = checkpoint_path(Path(trainer.args.output_dir), best.step)
         if (why := broadcast_from_rank0(_why_unusable(folder) if is_main_process() else None)) is not None:
             raise RunEnvironmentError(
                 str(folder), f"has the best {best.metric} but cannot be used: {why}",

@@ -25,8 +25,9 @@ from nesso_tune.model.lm_head import attach_supervised_head, forward_path
 from nesso_tune.model.loading import compile_layers
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe
-from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.metrics_log import MetricsLog
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.callbacks import IntervalCallback, ProfilerCallback, ProgressBar
@@ -52,8 +53,8 @@ def fit(
     recipe: Recipe,
     plan: Plan,
     run: RunDir,
-    facts: dict[str, Any],
-    room: Room,
+    facts: RunFacts,
+    room: DiskSpace,
     request: StopRequest,
 ) -> Trainer:
     """Trains `model` and writes metrics and checkpoints into the run directory.
@@ -100,8 +101,8 @@ def _make_trainer(
     recipe: Recipe,
     plan: Plan,
     run: RunDir,
-    facts: dict[str, Any],
-    room: Room,
+    facts: RunFacts,
+    room: DiskSpace,
 ) -> Trainer:
     """The trainer of the recipe's method, set up; arguments as of `fit`."""
     method, groups = method_of(recipe), Groups.of(data.stream.documents)
@@ -198,9 +199,7 @@ class _StartCallback(TrainerCallback):
     replays the alarms and starts the throughput measurement.
     """
 
-    def __init__(
-        self, trainer: Trainer, data: PreparedData, run: RunDir, facts: dict[str, Any], recipe: Recipe
-    ) -> None:
+    def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, facts: RunFacts, recipe: Recipe) -> None:
         self._trainer, self._data, self._run, self._facts, self._recipe = trainer, data, run, facts, recipe
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -209,7 +208,7 @@ class _StartCallback(TrainerCallback):
         if recipe.distributed.shards(trainer.plan.processes):
             check_sharded(trainer.model_wrapped)
         if run.checkpoint is not None:
-            trainer.metrics_log.cut_back(state.global_step)
+            trainer.metrics_log.truncate_after(state.global_step)
             trainer.metrics_log.write({"step": state.global_step, "event": "resumed", **self._changes()})
         if isinstance(trainer, PairTrainer) and isinstance(recipe, DPORecipe):
             trainer.reference = prepare_reference(trainer, self._data, recipe, run, self._facts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from nesso_tune.data.packing import Rows, sequential_rows
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import NumericalError, RunEnvironmentError
-from nesso_tune.files import fsync
+from nesso_tune.files import atomic_replace
 from nesso_tune.logs import print_notes
 from nesso_tune.recipes.schema import DPORecipe
-from nesso_tune.runs.checkpoint import as_environment_error
+from nesso_tune.runs.checkpoint import safetensors_errors
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training.dataset import PairCollator
 from nesso_tune.training.dpo import PairTrainer, Reference, score_pairs
@@ -41,7 +42,7 @@ DESCRIPTION = "the reference of these pairs"
 
 
 def prepare_reference(
-    trainer: PairTrainer, data: PreparedData, recipe: DPORecipe, run: RunDir, facts: Mapping[str, Any]
+    trainer: PairTrainer, data: PreparedData, recipe: DPORecipe, run: RunDir, facts: RunFacts
 ) -> Reference:
     """Loads the reference of a resumed run; for a new run, takes it from the cache or computes it.
 
@@ -59,7 +60,7 @@ def prepare_reference(
         RunEnvironmentError: if the reference of a resumed run is missing, damaged, or of other data or another base.
     """
     if run.checkpoint is not None:
-        return load_reference(run.path, facts["start"])
+        return load_reference(run.path, facts.start)
     start, is_main = time.monotonic(), trainer.is_world_process_zero()
     parts = [sequential_rows(data.stream.documents, data.stream.records, None), data.validation]
     parts = [part for part in parts if len(part)]
@@ -75,7 +76,7 @@ def prepare_reference(
     if is_main:
         if not cached:
             cache_reference(key, reference)
-        save_reference(run.path, reference, facts["start"])
+        save_reference(run.path, reference, facts.start)
     seconds = round(time.monotonic() - start, 3)
     trainer.metrics_log.write({"step": 0, "event": "reference", "pairs": pairs, "cached": cached, "seconds": seconds})
     return reference
@@ -133,7 +134,7 @@ def length_sorted_batches(sizes: Sequence[int], micro_batch: int) -> list[list[i
     return batches
 
 
-def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[Rows]) -> str:
+def reference_key(recipe: DPORecipe, facts: RunFacts, parts: Sequence[Rows]) -> str:
     """Hash of everything that the log-probabilities depend on: model, numerics, and the token ids of the pairs.
 
     Args:
@@ -143,7 +144,7 @@ def reference_key(recipe: DPORecipe, facts: Mapping[str, Any], parts: Sequence[R
     """
     model = recipe.model
     settings = [
-        *(facts[name] for name in ("base", "tokenizer", "attention", "device", "versions")),
+        facts.base, facts.tokenizer, facts.attention, facts.device, facts.versions,
         recipe.seed if model.random_init else None,
         model.adapter.type if model.adapter is not None else None,
         model.dtype, recipe.data.sequence_len, recipe.dpo.ld_alpha,
@@ -184,11 +185,8 @@ def save_reference(run: Path, reference: Reference, fingerprint: str) -> None:
     """Writes `reference.safetensors` into a folder, with a fingerprint of what it belongs to."""
     pairs = sorted(reference)
     tensors = {"pairs": torch.tensor(pairs), "log_probs": torch.tensor([reference[pair] for pair in pairs])}
-    staging = run / f".{REFERENCE_FILE}.partial"
-    with as_environment_error(staging):
+    with atomic_replace(run / REFERENCE_FILE) as staging, safetensors_errors(staging):
         save_file(tensors, staging, metadata={"fingerprint": fingerprint, "sha256": _hash_of(tensors)})
-    fsync(staging)
-    staging.replace(run / REFERENCE_FILE)
 
 
 def load_reference(run: Path, fingerprint: str) -> Reference:

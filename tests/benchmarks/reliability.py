@@ -26,11 +26,11 @@ from transformers import TrainerCallback
 
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
-from nesso_tune.model.loading import load_model
+from nesso_tune.model.loading import base_hash, load_model
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.provenance import run_facts
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import open_run, write_start
 from nesso_tune.training.fit import fit
 from nesso_tune.training.numerical_checks import SpikeGuard
@@ -119,10 +119,11 @@ def main() -> None:
         data = prepare_data(some)
         plan = make_plan(some, World(), data.volume)
         model = load_model(some.model, data.chat, some.seed)
-        run, facts, turn = open_run(some), run_facts(some, data, plan, ""), InTurn()
+        facts = RunFacts.collect(some, data, plan, base_hash(some.model))
+        run, turn = open_run(some), InTurn()
         write_start(run, some, facts)
         with StopRequest() as request, measured(turn):
-            trainer = fit(model, data, some, plan, run, facts, Room(run.path, 0, 0), request)
+            trainer = fit(model, data, some, plan, run, facts, DiskSpace(run.path, 0, 0), request)
         turn.restore()
         print(f"{model.num_parameters() / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
         with_it, without = (statistics.median(turn.times[side]) for side in (True, False))

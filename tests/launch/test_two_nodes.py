@@ -123,7 +123,7 @@ def test_a_killed_process_on_the_other_node(nodes, tmp_path, talks):
     assert f"rank 0 on {NODES[0]}: lost contact with rank 1 on {NODES[1]} (" in said[0]
     codes, said = wait_for_end([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
-    assert "it continues from checkpoint-" in said[0]
+    assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
 def test_a_cut_cable_ends_both_nodes_within_the_timeout(nodes, tmp_path, talks):
@@ -139,7 +139,7 @@ def test_a_cut_cable_ends_both_nodes_within_the_timeout(nodes, tmp_path, talks):
     ip("-n", NODES[0], "link", "set", "cablea", "up")
     codes, said = wait_for_end([start(path, 0), start(path, 1)], 120)
     assert codes == [0, 0], said
-    assert "it continues from checkpoint-" in said[0]
+    assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
 def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):

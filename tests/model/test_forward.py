@@ -18,7 +18,7 @@ from nesso_tune.model import forward as module
 from nesso_tune.model.forward import FUSED_HEAD_OUTPUTS, choose_forward_path, generate_greedily, small_copy
 from nesso_tune.model.lm_head import attach_supervised_head, plain_logits
 from nesso_tune.run import train
-from nesso_tune.runs.checkpoint import read_data
+from nesso_tune.runs.checkpoint import read_json
 from nesso_tune.training.dataset import ConversationCollator
 from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.trainer import BaseTrainer
@@ -162,10 +162,10 @@ def test_a_base_that_does_not_support_packing_trains_unpacked_and_resumes(tmp_pa
     found = outcome(base, tmp_path, packing=True, say=said.append)
     assert found.right, found
     (line,) = [text for text in said if text.startswith("data.packing")]
-    assert "one conversation a row, 6 rows an epoch instead of 2" in line
+    assert "one conversation per row, 6 rows per epoch instead of 2" in line
     some, run = _recipe(base, tmp_path, packing=True), tmp_path / "run-True"
-    assert read_data(run, "manifest.json")["unpacked"]
-    assert not train(some).trained, "the run is finished"
+    assert read_json(run, "manifest.json")["unpacked"]
+    assert not train(some).trained, "the same command finds it finished"
     (before,) = (line["eval_loss"] for line in metrics(run) if line.get("step") == 2 and "eval_loss" in line)
     for folder in ("final", "checkpoint-2"):
         shutil.rmtree(run / folder)
@@ -217,6 +217,6 @@ def test_documents_beyond_the_learned_positions_are_refused_before_training(tmp_
     base = tiny(config_class("gpt2"))
     base.config.n_positions = 24
     base.transformer.wpe = torch.nn.Embedding(24, 64)
-    with pytest.raises(RecipeError, match=r"data.sequence_len: a document has \d+ tokens, the base positions for 24; "):
+    with pytest.raises(RecipeError, match=r"sequence_len: a document has \d+ tokens, the model has 24 positions; "):
         outcome(base, tmp_path, packing=True, raises=True)
     assert not (tmp_path / "run-True" / "metrics.jsonl").exists()

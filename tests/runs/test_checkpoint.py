@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, canonical in their names, enough to go on to the bit."""
+"""Checkpoints: complete or refused, with canonical names, and resumed bit for bit."""
 
 import json
 import math
@@ -23,12 +23,12 @@ DAMAGES = ["deleted", "truncated", "one bit flipped"]
 
 
 class Stopped(Exception):
-    """Stands for a run that ends in the middle."""
+    """Ends a run in the middle."""
 
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Makes runs die before optimizer step N; 0 lets them live."""
+    """Makes runs fail before optimizer step N; 0 lets them finish."""
     original, limit = ConversationTrainer.training_step, [0]
 
     def step(self, *arguments, **options):
@@ -47,7 +47,7 @@ def interrupted(some, stop_at, step):
     stop_at(0)
 
 
-def test_a_checkpoint_holds_what_it_says(tmp_path, talks):
+def test_content_of_a_checkpoint(tmp_path, talks):
     result = train(recipe("sft", tmp_path / "run", [talks]))
     newest, older = checkpoints(tmp_path / "run")
     assert (newest.name, older.name) == ("checkpoint-4", "checkpoint-2")
@@ -68,8 +68,8 @@ def test_a_checkpoint_holds_what_it_says(tmp_path, talks):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_any_file_leads_to_the_checkpoint_before_and_the_same_bits(tmp_path, one_run, name, damage, capsys):
-    """From the command line: the one before is used and named, and the model is that of an undamaged run."""
+def test_a_damaged_file_leads_to_the_previous_checkpoint_and_the_same_bits(tmp_path, one_run, name, damage, capsys):
+    """From the command line: the previous checkpoint is used and named; the model equals that of an undamaged run."""
     rows = one_run.parent / "rows.jsonl"
     run = tmp_path / "run"
     shutil.copytree(one_run, run)
@@ -83,14 +83,14 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before_and_the_same_bits(tmp
     assert code == 0, said
     assert "checkpoint-4: " in said
     assert "set aside as damaged-checkpoint-4" in said
-    assert "it continues from checkpoint-2" in said
+    assert "resuming an unfinished run from checkpoint-2" in said
     a, b = (load_file(folder / "final" / "model.safetensors") for folder in (one_run, run))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """The checkpoint of two processes, each of which wrote its share."""
+    """A sharded checkpoint of two processes."""
     folder = tmp_path_factory.mktemp("shards")
     some = recipe("sft", folder / "run", [sums(folder)], evaluation=None, train={"micro_batch_size": 1},
                   distributed={"fsdp": "full_shard", "state_dict": "sharded"})  # fmt: skip
@@ -100,7 +100,7 @@ def shards(tmp_path_factory):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_to_any_file_of_several_processes_is_seen(tmp_path, shards, damage):
+def test_damage_to_any_file_of_a_sharded_checkpoint_is_detected(tmp_path, shards, damage):
     names = sorted(path.name for path in shards.iterdir())
     assert len([name for name in names if name.startswith("shard-")]) >= 2
     assert {"rng-0.json", "rng-1.json", "counters-0.json", "counters-1.json"} <= set(names)
@@ -126,7 +126,7 @@ def damaged(file, how):
 
 @pytest.fixture(scope="module")
 def one_run(tmp_path_factory):
-    """One finished run that tests only read."""
+    """A finished run, read only."""
     folder = tmp_path_factory.mktemp("one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
@@ -134,7 +134,7 @@ def one_run(tmp_path_factory):
     return folder / "run"
 
 
-def test_a_run_that_stopped_goes_on_to_the_bit(tmp_path, talks, stop_at):
+def test_resume_is_bit_identical(tmp_path, talks, stop_at):
     plan = {"max_steps": 9, "gradient_accumulation_steps": 2, "schedule": {"warmup_steps": 2}}
     sections = {"train": plan, "checkpoint": {"every_steps": 3}, "logging": {"every_steps": 2}}
     whole = recipe("sft", tmp_path / "whole", [talks], **sections)
@@ -152,7 +152,7 @@ def test_a_run_that_stopped_goes_on_to_the_bit(tmp_path, talks, stop_at):
     assert {"step": 3, "event": "resumed"} in metrics(tmp_path / "broken")
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, talks, stop_at):
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks], train={"max_steps": 6})
     interrupted(some, stop_at, 6)
     run = tmp_path / "run"
@@ -160,12 +160,12 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(tmp_path, 
     said = []
     train(some, say=said.append)
     assert "checkpoint-4: optimizer.safetensors is missing" in said[0]
-    assert said[1] == "an unfinished run: it continues from checkpoint-2"
+    assert said[1] == "resuming an unfinished run from checkpoint-2"
     assert {"step": 2, "event": "resumed"} in metrics(run)
     assert (run / "damaged-checkpoint-4").is_dir()
 
 
-def test_a_chosen_checkpoint_wins_over_later_ones(tmp_path, talks, stop_at):
+def test_a_chosen_checkpoint_takes_precedence_over_later_ones(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks], train={"max_steps": 8})
     interrupted(some, stop_at, 8)
     run = tmp_path / "run"
@@ -177,10 +177,10 @@ def test_a_chosen_checkpoint_wins_over_later_ones(tmp_path, talks, stop_at):
     assert (run / "later-checkpoint-6").is_dir()
     said = []
     train(some, say=said.append)
-    assert said == ["an unfinished run: it continues from checkpoint-4"]
+    assert said == ["resuming an unfinished run from checkpoint-4"]
 
 
-def test_a_finished_run_is_not_done_for_other_data_or_a_damaged_final(tmp_path, talks):
+def test_a_finished_run_with_other_data_or_a_damaged_final(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks])
     final = train(some).model_dir / "model.safetensors"
     whole = final.read_bytes()
@@ -204,11 +204,11 @@ def test_without_a_usable_checkpoint_the_run_is_refused(tmp_path, talks, stop_at
     assert train(some, overwrite=True).trained
 
 
-def test_what_changed_is_named_and_refused(tmp_path, talks, stop_at):
+def test_a_changed_recipe_is_refused_with_both_values(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks])
     interrupted(some, stop_at, 4)
     other = recipe("sft", tmp_path / "run", [talks], train={"learning_rate": 5e-4, "weight_decay": 0.1})
-    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.001, the recipe now says 0\.0005") as error:
+    with pytest.raises(RecipeError, match=r"train\.learning_rate: 0\.001, the recipe now has 0\.0005") as error:
         train(other)
     assert len(error.value.problems) == 2
     with pytest.raises(RecipeError, match=r"weight_decay"):
@@ -232,14 +232,14 @@ def test_changed_data_is_refused(tmp_path, talks, stop_at):
         train(some)
 
 
-def test_logging_and_saving_may_change(tmp_path, talks, stop_at):
+def test_logging_and_checkpoint_sections_may_change(tmp_path, talks, stop_at):
     interrupted(recipe("sft", tmp_path / "run", [talks]), stop_at, 4)
     other = recipe("sft", tmp_path / "run", [talks], logging={"every_steps": 2}, checkpoint={"keep": 1})
     assert train(other).trained
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
 
 
-def test_random_states_survive_a_file():
+def test_rng_states_round_trip_through_json():
     import random
 
     import numpy as np
@@ -250,8 +250,8 @@ def test_random_states_survive_a_file():
     assert [random.random(), np.random.rand(), float(torch.rand(1))] == drawn
 
 
-def test_elsewhere_it_goes_on_and_says_so(tmp_path, talks, stop_at):
-    """Another number of threads and another version of a library: accepted, said, and recorded with both values."""
+def test_resume_in_another_environment_is_accepted_and_reported(tmp_path, talks, stop_at):
+    """Another number of threads and another library version: reported and recorded with both values."""
     some = recipe("sft", tmp_path / "run", [talks])
     interrupted(some, stop_at, 4)
     folder = tmp_path / "run" / "checkpoint-2"
@@ -260,22 +260,22 @@ def test_elsewhere_it_goes_on_and_says_so(tmp_path, talks, stop_at):
     (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.json_sha256(body)}))
     said = []
     assert train(some, say=said.append).trained
-    (note,) = [text for text in said if "may round otherwise" in text]
+    (note,) = [text for text in said if "may not be bit-identical" in text]
     assert "CPU threads 7 -> 1" in note
     assert f"torch 2.11.0 -> {torch.__version__}" in note
     resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
     assert resumed["environment"] == {"CPU threads": [7, 1], "torch": ["2.11.0", torch.__version__]}
 
 
-def test_where_nothing_changed_nothing_is_said(tmp_path, talks, stop_at):
+def test_resume_in_the_same_environment_reports_no_difference(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks])
     interrupted(some, stop_at, 4)
     said = []
     train(some, say=said.append)
-    assert said == ["an unfinished run: it continues from checkpoint-2"]
+    assert said == ["resuming an unfinished run from checkpoint-2"]
 
 
-def test_pruning_never_removes_what_was_written_last(tmp_path):
+def test_pruning_keeps_the_checkpoint_written_last(tmp_path):
     for step in (2, 4, 900):  # the last one of another run, copied here
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoint.prune(tmp_path, 1, tmp_path / "checkpoint-4")

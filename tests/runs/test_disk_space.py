@@ -1,4 +1,4 @@
-"""A full disk, at any write: 5, with what is needed and what is free; nothing is lost, and the run goes on later."""
+"""A full disk at any write: exit code 5 with the space needed and free; nothing is lost, and the run resumes."""
 
 import errno
 import os
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nesso_tune.errors import is_full
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
-from nesso_tune.runs.disk_space import Room, saves_left
+from nesso_tune.runs.disk_space import DiskSpace, saves_left
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, recipe, steps, thorough, write_recipe
 
@@ -23,7 +23,7 @@ RUNTIME = r"the disk is full: (a checkpoint|checkpoint-\d) needs [\d.]+ [KM]?B"
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own, of 160 MB."""
+    """A separate file system of 160 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = os.geteuid() == 0 and subprocess.run(
@@ -36,7 +36,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk, leave):
-    """A foreign file that leaves so many bytes."""
+    """Fills the disk with a file, up to the number of bytes to leave free."""
     free = os.statvfs(disk)
     with (disk / "filler").open("wb") as file:
         left = free.f_bavail * free.f_frsize - leave
@@ -63,7 +63,7 @@ def filled_at(monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """What an undisturbed run ends with; and the sizes of a checkpoint and of `final/`."""
+    """Weights and losses of an undisturbed run, and the size of its checkpoint."""
     return {}
 
 
@@ -89,10 +89,10 @@ EACH_WRITE = {True: (0.0, 0.99, 1.2), False: (0.0, 0.3, 0.6, 1.01, 1.32)}
 )  # fmt: skip
 def test_a_disk_that_fills_up_at_any_write(tmp_path, small_disk, talks, capsys, filled_at, monkeypatch, whole, share,
                                            seen):  # fmt: skip
-    """`quota`: the room is not seen beforehand, so that the writes themselves fail."""
+    """`quota`: the check of free space passes, so the writes themselves fail."""
     whole = undisturbed(whole, tmp_path, talks, capsys)
     if not seen:
-        monkeypatch.setattr(Room, "free", lambda self: 1 << 40)
+        monkeypatch.setattr(DiskSpace, "free", lambda self: 1 << 40)
     filled_at(small_disk, 4, int(share * whole["checkpoint"]))
     run = small_disk / "run"
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", run, [talks], **STEPS))
@@ -105,17 +105,17 @@ def test_a_disk_that_fills_up_at_any_write(tmp_path, small_disk, talks, capsys, 
         assert re.search(r"[\d.]+ [KMGT]?B are free; free some space; the same command continues from", said)
         assert "Traceback" not in said
         assert f"continues from {saved[0]}" in said
-        assert not list(run.glob(".*.partial")), "what could not be finished takes no room"
+        assert not list(run.glob(".*.partial")), "partial files are deleted"
     assert saved[-3:] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"] or saved[0] == "checkpoint-4"
     for checkpoint in checkpoints(run):
         read_manifest(checkpoint)
-    assert main_here(capsys, "train", path)[0] == 0, "there is room again"
+    assert main_here(capsys, "train", path)[0] == 0, "there is space again"
     final = load_file(run / "final" / "model.safetensors")
     assert all(torch.equal(whole["weights"][name], final[name]) for name in final)
     assert steps(run) == whole["losses"]
 
 
-def test_a_run_that_cannot_fit_does_not_begin(tmp_path, small_disk, talks, capsys):
+def test_a_run_that_does_not_fit_does_not_start(tmp_path, small_disk, talks, capsys):
     fill(small_disk, 3 << 20)
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", small_disk / "run", [talks], **STEPS))
     code, _, said = main_here(capsys, "train", path)
@@ -129,7 +129,7 @@ def test_a_run_that_cannot_fit_does_not_begin(tmp_path, small_disk, talks, capsy
     assert main_here(capsys, "train", path)[0] == 0
 
 
-def test_a_disk_without_room_for_a_manifest(tmp_path, small_disk, talks, capsys):
+def test_a_disk_without_space_for_a_manifest(tmp_path, small_disk, talks, capsys):
     fill(small_disk, 0)
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", small_disk / "run", [talks], **STEPS))
     code, _, said = main_here(capsys, "train", path)
@@ -140,7 +140,7 @@ def test_a_disk_without_room_for_a_manifest(tmp_path, small_disk, talks, capsys)
 
 
 @pytest.mark.parametrize("leave", [0, 8192, 20000])
-def test_no_room_for_the_prepared_data(tmp_path, small_disk, talks, capsys, monkeypatch, leave):
+def test_no_space_for_the_prepared_data(tmp_path, small_disk, talks, capsys, monkeypatch, leave):
     monkeypatch.setenv("NESSO_TUNE_CACHE", str(small_disk / "cache"))
     fill(small_disk, leave)
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks], **STEPS))
@@ -164,23 +164,23 @@ def test_a_disk_that_cannot_be_written(tmp_path, small_disk, talks, capsys):
     ("steps", "every", "begun", "left"),
     [(10, 3, 0, 4), (9, 3, 0, 3), (10, 3, 3, 3), (10, None, 0, 1), (10, 3, 10, 0), (10, 100, 5, 1), (10, 1, 9, 1)],
 )
-def test_saves_that_are_left(steps, every, begun, left):
+def test_saves_left(steps, every, begun, left):
     counted = [s for s in range(begun + 1, steps + 1) if s == steps or (every and s % every == 0)]
     assert saves_left(steps, every, begun) == left == len(counted)
 
 
-def test_what_says_that_a_disk_is_full():
+def test_errors_of_a_full_disk():
     assert is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert is_full(Exception("No space left on device (os error 28)"))
     assert not is_full(OSError(errno.EACCES, "Permission denied"))
     with pytest.raises(ValueError, match="y") as caught, suppressing():
         raise OSError(errno.ENOSPC, "x")
-    assert is_full(caught.value), "what was raised while it was handled"
+    assert is_full(caught.value), "an error raised while handling it"
 
 
 @contextmanager
 def suppressing():
-    """As libraries do that say something else instead."""
+    """Replaces an error by another one, as some libraries do."""
     try:
         yield
     except OSError:

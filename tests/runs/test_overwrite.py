@@ -1,4 +1,4 @@
-"""`--overwrite`: until the new run has a checkpoint the earlier one can be put back, bit for bit, whatever happens."""
+"""`--overwrite`: until the new run has a checkpoint, the earlier one can be restored bit for bit."""
 
 import errno
 import fcntl
@@ -20,8 +20,8 @@ from nesso_tune.data.prepare import prepare_data
 from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
 from nesso_tune.runs.checkpoint import checkpoints
-from nesso_tune.runs.disk_space import Room
-from nesso_tune.runs.layout import ASIDE, FAILED_METRICS, is_pending
+from nesso_tune.runs.disk_space import DiskSpace
+from nesso_tune.runs.layout import FAILED_METRICS, OVERWRITTEN, has_overwritten
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.runs import main_here, recipe, several, sums, thorough, write_recipe
@@ -33,7 +33,7 @@ BEYOND = 10_000  # a write that no run comes to
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished run, with what gathers beside it: its folder and its data."""
+    """A finished run with other files in its folder: the folder and the data."""
     folder = tmp_path_factory.mktemp("made")
     rows = sums(folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def earlier(made, tmp_path):
-    """A copy of it; the recipe that made it; another recipe for the same folder; what it holds."""
+    """A copy of that run, its recipe, another recipe with the same output_dir, and its content."""
     run = copied(made, tmp_path)
     old, new = (recipe("sft", run, [made[1]], evaluation=None, **more) for more in ({}, {"seed": 7}))
     return run, old, new, content(run)
@@ -64,7 +64,7 @@ def copied(made, folder):
 
 
 def content(run):
-    """{name: bytes, as a hash} of all that a run directory holds, but for the lock and the metrics of a failed run."""
+    """{name: hash of the content} of a run directory, except for the lock and the metrics of a failed run."""
     found = {}
     for path in run.rglob("*"):
         if path.name not in (".lock", FAILED_METRICS):
@@ -75,7 +75,7 @@ def content(run):
 
 
 def killed(run, write, do):
-    """Whether `do`, in a process of its own, was killed at one of its writes to a run directory before it ended."""
+    """Runs `do` in a child process that kills itself at a write to the run directory; returns whether it did."""
     if (child := os.fork()) == 0:
         try:
             kill_at(run, write)
@@ -90,8 +90,8 @@ def killed(run, write, do):
 
 
 def kill_at(run, write):
-    """From now on this process kills itself before a write; files of tensors count twice, the second time half done."""
-    seen, save = itertools.count(1), checkpoint.save_file
+    """This process kills itself before a write; tensor files count twice, the second time when half written."""
+    seen, save = itertools.count(1), checkpoint.save_tensors
 
     def count():
         if next(seen) == write:
@@ -111,12 +111,12 @@ def kill_at(run, write):
         count()
         save(tensors, file)
 
-    checkpoint.save_file = torn
+    checkpoint.save_tensors = torn
     sys.addaudithook(hook)
 
 
-def test_killed_at_every_rename_in_and_out(earlier):
-    """Killed as it is moved aside, and killed again as it is put back: it always stands again."""
+def test_killed_at_every_rename(earlier):
+    """Killed while the run is moved aside, and killed again while it is restored: it is always restored."""
     run, old, new, before = earlier
     again = 0
     for write in itertools.count(1):
@@ -125,7 +125,7 @@ def test_killed_at_every_rename_in_and_out(earlier):
             if not killed(run, later, lambda: open_run(old)):
                 break
             again += 1
-        pending, said = is_pending(run), []
+        pending, said = has_overwritten(run), []
         opened = open_run(old, say=said.append)
         assert opened.finished
         assert content(run) == before, f"killed at write {write}"
@@ -137,9 +137,9 @@ def test_killed_at_every_rename_in_and_out(earlier):
     assert again > 10
 
 
-@pytest.mark.parametrize(("every", "after"), [(20, 1), pytest.param(1, 40, marks=thorough)])
-def test_killed_at_any_write_of_its_beginning(earlier, made, tmp_path, every, after):
-    """Up to the first checkpoint the earlier run comes back, from there on the new one goes on."""
+@pytest.mark.parametrize(("every", "after"), [(15, 1), pytest.param(1, 40, marks=thorough)])
+def test_killed_at_any_write_up_to_the_first_checkpoint(earlier, made, tmp_path, every, after):
+    """Before the first checkpoint the earlier run is restored; after it the new one is resumed."""
     run, old, new, before = earlier
     for some in (old, new):
         prepare_data(some)
@@ -150,14 +150,14 @@ def test_killed_at_any_write_of_its_beginning(earlier, made, tmp_path, every, af
         assert killed(run, write, lambda: train(new, overwrite=True))
         if checkpoints(run) and '"seed": 7' in (run / "manifest.json").read_text():
             went_on += 1
-            assert not killed(run, BEYOND, lambda: train(new)), "it needs no --overwrite any more"
-            assert not is_pending(run)
+            assert not killed(run, BEYOND, lambda: train(new)), "without --overwrite"
+            assert not has_overwritten(run)
             assert (run / "final").is_dir()
             copied(made, tmp_path)
             continue
         stood += 1
         if write % 3 == 0:
-            with pytest.raises(RecipeError, match="seed: 42, the recipe now says 7"):
+            with pytest.raises(RecipeError, match="seed: 42, the recipe now has 7"):
                 train(new)  # which has nothing of its own
         elif write % 3 == 1:
             assert killed(run, write, lambda: train(new, overwrite=True)), "twice in a row"
@@ -197,8 +197,9 @@ def interrupted(monkeypatch, error):
     [("data", 3), ("tokenizer", 4), ("base", 4), ("disk", 5), ("write", 5), ("first step", 6), ("Ctrl-C", 75),
      ("launcher", 2)],
 )  # fmt: skip
-def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkeypatch, capsys, write_rows, fails_at,
-                                           code):  # fmt: skip
+def test_the_earlier_run_survives_a_failing_recipe(
+    earlier, tmp_path, whole_base, monkeypatch, capsys, write_rows, fails_at, code
+):
     run, old, new, before = earlier
     changes, data, flags = {}, new.data.sources[0].path, []
     if fails_at == "data":
@@ -208,7 +209,7 @@ def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkey
     elif fails_at == "base":
         changes["model"] = damaged_base(tmp_path / "base", whole_base, "model.safetensors")
     elif fails_at == "disk":
-        monkeypatch.setattr(Room, "free", lambda self: 1000)
+        monkeypatch.setattr(DiskSpace, "free", lambda self: 1000)
     elif fails_at == "write":
         interrupted(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
     elif fails_at == "first step":
@@ -221,21 +222,21 @@ def test_a_recipe_that_fails_costs_nothing(earlier, tmp_path, whole_base, monkey
     ended, _, said = main_here(capsys, "train", write_recipe(tmp_path / "new.yaml", failing), "--overwrite", *flags)
     assert ended == code, said
     assert content(run) == before
-    assert not is_pending(run)
-    assert ("the earlier run is put back" in said) == (fails_at not in ("launcher", "tokenizer")), said
+    assert not has_overwritten(run)
+    assert ("the earlier run is restored" in said) == (fails_at not in ("launcher", "tokenizer")), said
     assert (run / FAILED_METRICS).exists() == (fails_at == "first step")
     assert not train(old).trained
 
 
-def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
-    """What ends the new run after that is the new run's own: it is continued, without --overwrite."""
+def test_the_earlier_run_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
+    """A new run that fails later is resumed, without --overwrite."""
     run, _, new, _ = earlier
     there, said, save = [], [], ConversationTrainer._save_checkpoint
 
     def seen(self, *arguments):
-        there.append(is_pending(run))
+        there.append(has_overwritten(run))
         save(self, *arguments)
-        there.append(is_pending(run))
+        there.append(has_overwritten(run))
 
     monkeypatch.setattr(ConversationTrainer, "_save_checkpoint", seen)
     with pytest.MonkeyPatch.context() as patch:
@@ -243,16 +244,17 @@ def test_it_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
         with pytest.raises(NumericalError, match="checkpoint-2 is intact"):
             train(new, overwrite=True, say=said.append)
     assert there == [True, False]
-    assert said[-1] == "continue this run without --overwrite, which would start it again"
+    assert said[-1] == "to resume this run, omit --overwrite, which would start it again"
     left = {path.name for path in run.iterdir()}
     assert {MINE, "checkpoint-mine", "checkpoint-2"} < left
-    assert not [name for name in left if name.startswith(("final", "damaged", "later", "failed", ASIDE, f".{ASIDE}"))]
+    gone = ("final", "damaged", "later", "failed", OVERWRITTEN, f".{OVERWRITTEN}")
+    assert not [name for name in left if name.startswith(gone)]
     assert train(new).trained
     assert json.loads((run / "manifest.json").read_text())["recipe"]["seed"] == 7
 
 
 @pytest.mark.parametrize("its_own", [True, False], ids=["made by the run", "the user's"])
-def test_a_folder_of_the_user_is_never_removed(tmp_path, write_rows, its_own):
+def test_an_existing_empty_folder_is_not_removed(tmp_path, write_rows, its_own):
     folder = tmp_path / "run"
     if not its_own:
         folder.mkdir()
@@ -274,39 +276,42 @@ def test_a_named_checkpoint_of_a_run_that_was_being_overwritten(earlier, tmp_pat
     assert not named.exists()
     code, _, said = main_here(capsys, "train", path, "--resume", named)
     assert code == 0, said
-    assert "it continues from checkpoint-2" in said
+    assert "resuming an unfinished run from checkpoint-2" in said
     assert (run / "later-checkpoint-4").is_dir()
     assert before.items() >= {k: v for k, v in content(run).items() if k.startswith("checkpoint-2/")}.items()
 
 
-def test_something_else_of_that_name(earlier):
-    """It is not taken for an earlier run, and not overwritten."""
+def test_a_user_folder_with_the_name_of_the_overwritten_run(earlier):
+    """It is not mistaken for an earlier run, and not overwritten."""
     run, old, new, before = earlier
-    (run / ASIDE).mkdir()
-    (run / ASIDE / "thesis.txt").write_text("mine")
+    (run / OVERWRITTEN).mkdir()
+    (run / OVERWRITTEN / "thesis.txt").write_text("mine")
     opened = open_run(old)
     assert opened.finished
     opened.close()
-    with pytest.raises(RunEnvironmentError, match=f"{ASIDE}: is where --overwrite keeps the earlier run; rename"):
+    with pytest.raises(RunEnvironmentError, match=f"{OVERWRITTEN}: has the name .* earlier run; rename"):
         open_run(new, overwrite=True)
-    assert content(run) == before | {ASIDE: False, f"{ASIDE}/thesis.txt": content(run)[f"{ASIDE}/thesis.txt"]}
+    assert content(run) == before | {
+        OVERWRITTEN: False,
+        f"{OVERWRITTEN}/thesis.txt": content(run)[f"{OVERWRITTEN}/thesis.txt"],
+    }
 
 
-def test_room_for_both(earlier, monkeypatch):
-    """The earlier run takes its room until the first checkpoint, and gives it back then."""
+def test_disk_space_of_both_runs(earlier, monkeypatch):
+    """The earlier run occupies its space until the first checkpoint is saved."""
     run, _, new, before = earlier
     one = sum(file.stat().st_size for file in (run / "checkpoint-4").iterdir())
-    monkeypatch.setattr(Room, "free", lambda self: one // 2)
+    monkeypatch.setattr(DiskSpace, "free", lambda self: one // 2)
     with pytest.raises(RunEnvironmentError, match=r"the first checkpoint needs .* and the earlier run \(.*\) is kept"):
         train(new, overwrite=True)
     assert content(run) == before
-    monkeypatch.setattr(Room, "free", lambda self: one + one // 4)
-    assert train(new, overwrite=True).trained, "which does not suffice for two of them and final/"
+    monkeypatch.setattr(DiskSpace, "free", lambda self: one + one // 4)
+    assert train(new, overwrite=True).trained, "too little for two checkpoints and final/"
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, pytest.param(errno.EOPNOTSUPP, marks=thorough)])
 def test_a_file_system_without_locks(tmp_path, talks, capsys, monkeypatch, number):
-    """What the kernel answers on Lustre without `-o flock` or NFS without a lock manager: to the run, to the cache."""
+    """The errors of Lustre without `-o flock` and of NFS without a lock manager, in the run and in the cache."""
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     flock, refused = fcntl.flock, [str(tmp_path / "run")]
 
@@ -334,5 +339,5 @@ def test_one_of_two_processes_fails(earlier, tmp_path):
     done = several("train", write_recipe(tmp_path / "r.yaml", some), "--overwrite", module="tests.support.poisoned",
                    NAN_AT_STEP="1", NAN_AT_RANK="1")  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("the earlier run is put back") == 1, done.stderr
+    assert done.stderr.count("the earlier run is restored") == 1, done.stderr
     assert content(run) == before

@@ -1,4 +1,4 @@
-"""The run directory: foreign folders stay untouched, two runs exclude each other, a finished run says so."""
+"""The run directory: foreign folders stay untouched, two runs exclude each other, finished runs are left alone."""
 
 import errno
 import json
@@ -13,8 +13,8 @@ from nesso_tune.recipes.load import load_recipe
 from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
-from nesso_tune.runs.provenance import MADE_OF, check_same_run
-from nesso_tune.runs.run_directory import differences, open_run, write_end, write_start
+from nesso_tune.runs.run_directory import open_run, write_end, write_start
+from tests.runs.test_resume import FACTS
 from tests.support.runs import recipe, steps
 
 
@@ -28,12 +28,12 @@ def test_a_foreign_folder_is_never_written_into(tmp_path, some):
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(RunEnvironmentError, match="holds no run"):
+        with pytest.raises(RunEnvironmentError, match="contains no run"):
             open_run(some, overwrite=overwrite)
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
-def test_a_file_in_the_way(tmp_path, some):
+def test_output_dir_is_a_file(tmp_path, some):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(RunEnvironmentError, match="is a file"):
         open_run(some)
@@ -42,13 +42,13 @@ def test_a_file_in_the_way(tmp_path, some):
 def test_a_foreign_manifest_is_foreign(tmp_path, some):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text('{"name": "an extension"}')
-    with pytest.raises(RunEnvironmentError, match="holds no run"):
+    with pytest.raises(RunEnvironmentError, match="contains no run"):
         open_run(some, overwrite=True)
 
 
 def test_two_runs_exclude_each_other(some):
     run = open_run(some)
-    with pytest.raises(RunEnvironmentError, match="another nesso-tune"):
+    with pytest.raises(RunEnvironmentError, match="another nesso-tune process"):
         open_run(some)
     run.close()
     open_run(some).close()
@@ -56,7 +56,7 @@ def test_two_runs_exclude_each_other(some):
 
 def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
     run = open_run(some)
-    write_start(run, some, {"nesso_tune": "0"})
+    write_start(run, some, FACTS)
     run.close()
     assert load_recipe(run.path / "recipe.yaml") == some, "the resolved recipe loads again as it is"
     again = open_run(some)
@@ -73,16 +73,16 @@ def test_finished_unfinished_and_other_recipes(tmp_path, some, talks):
     done.close()
     (run.final / "model.safetensors").write_text("weigh")
     damaged = open_run(some)
-    assert not damaged.finished, "a final/ that was cut short is made again"
+    assert not damaged.finished, "a truncated final/ is created again"
     damaged.close()
     other = recipe("sft", tmp_path / "run", [talks], seed=7)
-    with pytest.raises(RecipeError, match="seed: 42, the recipe now says 7"):
+    with pytest.raises(RecipeError, match="seed: 42, the recipe now has 7"):
         open_run(other)
 
 
 def test_leftovers_of_interrupted_saves_are_removed(some):
     run = open_run(some)
-    write_start(run, some, {"nesso_tune": "0"})
+    write_start(run, some, FACTS)
     (run.path / ".checkpoint-3.partial").mkdir()
     (run.path / ".checkpoint-3.partial" / "model.safetensors").write_text("half")
     run.close()
@@ -93,7 +93,7 @@ def test_leftovers_of_interrupted_saves_are_removed(some):
 @pytest.mark.parametrize("path", ["nowhere", "checkpoint-9"])
 def test_a_checkpoint_that_is_not_there_cannot_be_resumed_from(some, path):
     run = open_run(some)
-    write_start(run, some, {"nesso_tune": "0"})
+    write_start(run, some, FACTS)
     run.close()
     with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
         open_run(some, resume=str(run.path / path))
@@ -107,16 +107,7 @@ def test_a_damaged_manifest_is_named(some):
         open_run(some)
 
 
-def test_differences_name_dotted_keys_and_leave_free_ones_out():
-    old = {"seed": 1, "train": {"learning_rate": 1e-3, "schedule": {"type": "cosine"}}, "logging": {"every_steps": 1}}
-    new = {"seed": 1, "train": {"learning_rate": 2e-3, "schedule": {"type": "linear"}}, "logging": {"every_steps": 9}}
-    assert differences(old, new) == {
-        "train.learning_rate": (1e-3, 2e-3),
-        "train.schedule.type": ("cosine", "linear"),
-    }
-
-
-def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
+def test_the_manifest_records_the_provenance(tmp_path, some):
     train(some)
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     for key in ("nesso_tune", "versions", "base", "tokenizer", "data", "world_size", "threads", "device", "command"):
@@ -125,25 +116,25 @@ def test_manifest_of_a_run_says_what_it_is_made_of(tmp_path, some):
     assert train(some).trained is False, "a finished run of the same recipe is done"
 
 
-def test_an_accepted_change_of_a_finished_run_would_do_nothing(some):
+def test_an_accepted_change_of_a_finished_run_is_refused(some):
     train(some)
     changed = some.model_copy(update={"train": some.train.model_copy(update={"max_steps": 9})})
     with pytest.raises(
-        RecipeError, match=r"its run is finished: a change of train.max_steps would do nothing; train it"
+        RecipeError, match=r"its run is finished: changing train.max_steps would have no effect; train it"
     ):
         train(changed, allow_changes=("train.max_steps",))
 
 
-def test_what_decides_the_data_is_not_offered_to_be_accepted(some):
+def test_allow_changes_is_not_suggested_for_keys_that_decide_the_data(some):
     train(some)
     with pytest.raises(RecipeError) as error:
         train(some.model_copy(update={"seed": 7}))
-    assert "its run has seed: 42, the recipe now says 7" in str(error.value)
+    assert "its run has seed: 42, the recipe now has 7" in str(error.value)
     assert "--allow-changes" not in str(error.value)
 
 
 def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
-    """The manifest comes first; until it is there, the folder holds nothing but a lock and a staged file."""
+    """The manifest is written first; before, the folder contains only a lock and a staging file."""
     run = open_run(some)
     (run.path / ".manifest.json.partial").write_text("{")
     run.close()
@@ -153,12 +144,12 @@ def test_a_run_killed_while_it_wrote_its_first_files_can_start_again(some):
 def test_a_base_inside_the_run_directory_is_refused(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], model={"base": str(tmp_path / "run" / "final")})
     (tmp_path / "run" / "final").mkdir(parents=True)
-    with pytest.raises(RecipeError, match="lies in output_dir"):
+    with pytest.raises(RecipeError, match="is inside output_dir"):
         open_run(some, overwrite=True)
     assert (tmp_path / "run" / "final").is_dir()
 
 
-def test_a_named_checkpoint_is_used_or_refused_never_passed_over(tmp_path, talks):
+def test_a_named_checkpoint_is_used_or_refused_never_ignored(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
     with pytest.raises(RunEnvironmentError, match="is no checkpoint of a run in"):
         open_run(some, resume=str(tmp_path / "run" / "checkpoint-2"))
@@ -199,7 +190,7 @@ def test_no_usable_checkpoint_is_refused_each_time_and_nothing_is_changed(tmp_pa
         train(some)
 
 
-def test_what_cannot_be_read_now_is_not_damaged(tmp_path, talks, monkeypatch):
+def test_a_temporary_read_error_is_not_damage(tmp_path, talks, monkeypatch):
     some, run = stopped(tmp_path, talks)
 
     def unreadable(path):
@@ -223,21 +214,22 @@ def test_a_finished_model_with_files_added_and_an_edited_card_is_left_alone(tmp_
     assert ((final / "README.md").read_text(), (final / "model-q4.gguf").read_text()) == ("ours", "weights")
 
 
-def test_a_damaged_final_is_kept_beside_and_made_again_with_a_word(tmp_path, talks):
+def test_a_damaged_final_is_set_aside_and_created_again_with_a_note(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
     final = train(some).model_dir
     (final / "config.json").unlink()
     said = []
     assert train(some, say=said.append).trained
-    assert "what stands there is kept as damaged-final" in said[0]
+    assert "the existing one is kept as damaged-final" in said[0]
     assert (tmp_path / "run" / "damaged-final" / "model.safetensors").is_file()
     (final / "config.json").unlink()
     for saved in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(saved)
     said = []
     assert train(some, say=said.append).trained
-    assert "made again" in said[0]
+    assert "created again" in said[0]
     assert "starts from the beginning" in said[1]
+    assert len(said) == len(set(said)), "once each"
 
 
 @pytest.mark.parametrize("name", ["final", "checkpoint-2"])
@@ -252,7 +244,7 @@ def test_a_folder_that_was_being_replaced_gets_its_name_back(tmp_path, talks, na
     assert not list(run.glob(".*.partial"))
 
 
-def test_paths_that_lead_nowhere(tmp_path, talks):
+def test_circular_and_dangling_links(tmp_path, talks):
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")
     (tmp_path / "c").symlink_to(tmp_path / "absent")
@@ -261,12 +253,12 @@ def test_paths_that_lead_nowhere(tmp_path, talks):
             open_run(recipe("sft", tmp_path / name, [talks]))
 
 
-def test_strange_lines_in_the_metrics_are_passed_over_and_odd_line_breaks_kept(tmp_path):
+def test_invalid_lines_in_the_metrics_are_skipped_and_unicode_line_breaks_kept(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", True)
     log.write({"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"})
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n[1]\n{"step": "x"}\n\xff\xfe\n{"step": 2')
-    log.cut_back(1)
+    log.truncate_after(1)
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"}
     ]
@@ -279,13 +271,13 @@ def test_only_whole_numbers_name_checkpoints(tmp_path):
 
 
 def one_gone(run):
-    """As if the run had been stopped before its last save."""
+    """Deletes `final/` and the last checkpoint, as if the run had stopped before its last save."""
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoint-4")
 
 
-def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, whole_base):
-    """A chain, stopped in its second run, is moved as a whole; then something is not what it was."""
+def test_moved_base_and_data_are_accepted_and_changed_ones_refused(tmp_path, talks, whole_base):
+    """A stopped run is moved with its base and data; then the content of one of them changes."""
     (tmp_path / "old").mkdir()
     data = shutil.copy(talks, tmp_path / "old" / "talks.jsonl")
     base = shutil.copytree(whole_base, tmp_path / "old" / "base")
@@ -307,17 +299,18 @@ def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, wh
     moved, said = made(new, "renamed.jsonl", "linked"), []
     assert train(moved, say=said.append).trained
     assert steps(new / "run") == losses
-    assert "an unfinished run: it continues from checkpoint-2" in said
-    assert "the base is named otherwise (model.base), but has the same content" in said
-    assert "the data is named otherwise (data.sources.0.path), but has the same content" in said
-    assert "the template is named otherwise (chat.template), but has the same content" in said
+    assert "resuming an unfinished run from checkpoint-2" in said
+    assert "the base was moved or renamed (model.base); its content is the same" in said
+    assert "the data was moved or renamed (data.sources.0.path); its content is the same" in said
+    assert "the template was moved or renamed (chat.template); its content is the same" in said
     assert train(made(new, "../new/renamed.jsonl")).trained is False, "the finished run is the same one too"
     one_gone(new / "run")
     (new / "other.jsonl").write_text((new / "renamed.jsonl").read_text().replace("Roma", "Toma"))
     with pytest.raises(RecipeError) as refused:
         train(made(new, "other.jsonl"))
-    said_of_data = r'the data changed \(\w+ -> \w+; data.sources.0.path: ".*/renamed.jsonl" -> ".*/other.jsonl"\); name'
-    assert re.search(f"{said_of_data} what it began with in data.sources.0.path, or start anew", str(refused.value))
+    values = r'data.sources.0.path: ".*/renamed.jsonl" -> ".*/other.jsonl"'
+    remedy = "restore the content or the value of data.sources.0.path, or start again"
+    assert re.search(rf"the data changed \(\w+ -> \w+; {values}\); {remedy}", str(refused.value))
     other = shutil.copytree(base if base.exists() else new / "base", new / "other")
     flipped = bytearray((other / "model.safetensors").read_bytes())
     flipped[-2] ^= 1
@@ -333,38 +326,6 @@ def test_a_moved_base_and_moved_data_go_on_and_others_do_not(tmp_path, talks, wh
     assert json.loads((new / "run" / "manifest.json").read_text())["recipe"]["data"]["sources"][0]["path"].endswith(
         "renamed.jsonl"
     ), "a refusal writes nothing"
-
-
-def test_which_changes_of_a_recipe_are_only_of_names(tmp_path, talks, pairs):
-    """A key that says how rows are read is refused at once, with both values."""
-    some = recipe("sft", tmp_path / "run", [talks])
-    open_run(some).close()
-    run = open_run(some)
-    write_start(run, some, {"nesso_tune": "0"})
-    run.close()
-    raw = some.model_dump(mode="json")
-    raw["data"]["sources"][0] |= {"path": pairs, "alias": "mine", "format": "messages"}
-    raw["model"]["revision"] = "0" * 40
-    raw["chat"]["template"] = "llama3"
-    raw["model"]["random_init"] = False
-    with pytest.raises(RecipeError, match=r"its run has model\.random_init: true, the recipe now says false") as error:
-        open_run(type(some).model_validate(raw))
-    assert len(error.value.problems) == 1
-    raw["model"]["random_init"] = True
-    del raw["model"]["revision"]
-    again = open_run(type(some).model_validate(raw))
-    assert sorted(again.moved) == [
-        "chat.template", "data.sources.0.alias", "data.sources.0.format", "data.sources.0.path"
-    ]  # fmt: skip
-    assert not again.changed
-    again.close()
-
-
-def test_data_of_a_run_begun_before_data_was_its_content_cannot_be_compared(tmp_path):
-    with pytest.raises(
-        RecipeError, match=r"begun by an earlier nesso-tune \(0\.0\), .*; continue it with that version"
-    ):
-        check_same_run(tmp_path, {"nesso_tune": "0.0", "data": "a"}, {**dict.fromkeys(MADE_OF), "data": "b"}, False)
 
 
 def test_an_output_dir_with_its_data_is_refused_before_anything_is_written(tmp_path, talks):

@@ -4,7 +4,7 @@ import errno
 
 from nesso_tune.runs.checkpoint import CheckpointWriter
 
-write = CheckpointWriter.data
+write = CheckpointWriter.write_json
 
 
 def full(self, name, data):
@@ -13,7 +13,7 @@ def full(self, name, data):
     write(self, name, data)
 
 
-CheckpointWriter.data = full
+CheckpointWriter.write_json = full
 
 if __name__ == "__main__":
     from nesso_tune.cli.main import main

@@ -18,7 +18,7 @@ if "KILL_RANK" in os.environ:
 RUN, LIMIT = os.environ["KILL_IN"], int(os.environ["KILL_AT_WRITE"])
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 seen = 0
-save = checkpoint.save_file
+save = checkpoint.save_tensors
 
 
 def count(half=None):
@@ -46,7 +46,7 @@ def truncated_save(tensors, file):
 
 
 if os.environ.get("KILL_RANK", "0") == os.environ.get("RANK", "0"):
-    checkpoint.save_file = truncated_save
+    checkpoint.save_tensors = truncated_save
     sys.addaudithook(hook)
 
 if __name__ == "__main__":

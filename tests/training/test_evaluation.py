@@ -18,7 +18,7 @@ from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import MANIFEST, WEIGHTS, checkpoints, prune
-from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.smoke import smoke_recipe
 from nesso_tune.training.checkpoint import read_run_state
 from nesso_tune.training.evaluation import BestCheckpoint, best_checkpoint_for
@@ -118,7 +118,7 @@ def test_pruning_spares_the_best_that_a_kept_checkpoint_knows(tmp_path):
 def test_room_is_asked_for_what_the_best_takes(tmp_path, talks):
     """One more is kept, and every evaluation may save."""
     plan = make_plan(some_recipe(tmp_path / "run", talks))
-    room = Room(tmp_path, checkpoint=1 << 50, final=0)
+    room = DiskSpace(tmp_path, checkpoint=1 << 50, final=0)
     with pytest.raises(RunEnvironmentError, match=r"2 more checkpoint\(s\)"):
         room.check_run(plan, 0, 1)
     with pytest.raises(RunEnvironmentError, match=r"3 more checkpoint\(s\)"):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 from nesso_tune.model.adapters import adapt
 from nesso_tune.planning.hardware import bf16_peak
 from nesso_tune.run import train
-from nesso_tune.runs.disk_space import Room
+from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training import throughput
 from nesso_tune.training.dataset import RunDataset
@@ -133,7 +133,7 @@ def test_waiting_for_rows_shows(tmp_path, talks, monkeypatch):
     for owner, name, seconds in (
         (RunDataset, "__getitem__", 0.2),
         (Evaluator, "__call__", 0.7),
-        (Room, "check_save", 0.7),
+        (DiskSpace, "check_save", 0.7),
     ):
         monkeypatch.setattr(owner, name, slow(getattr(owner, name), seconds))
     train(recipe("sft", tmp_path / "run", [talks], train={"max_steps": 3}))
