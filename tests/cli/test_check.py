@@ -93,9 +93,10 @@ def test_all_mistakes_come_in_one_block(check, tmp_path):
     assert "Traceback" not in err
     assert err.splitlines() == [
         "--set: `seed` must be a number of at least 0, not -1; write a number of at least 0",
-        f"{path}:3: `model.base` is missing; add it: hub id or folder of the base model; for DPO the result of SFT",
+        f"{path}:3: `model.base` is missing; add it: hub id or local folder of the base model; for DPO, the `final/` "
+        "folder of the SFT run",
         f"{path}:3: unknown key `model.bas`; did you mean `model.base`?",
-        f"{path}:4: `data.sources` must be not empty; give it a value: the sources that are trained on",
+        f"{path}:4: `data.sources` must be not empty; give it a value: sources of training rows",
         f"{path}:6: unknown key `train.learning_rte`; did you mean `train.learning_rate`?",
     ]
 
