@@ -21,7 +21,7 @@ from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.hub import base_at_hand, check_at_hand, tokenizer_files, unknown_base
-from nesso_tune.metrics import whole_metric
+from nesso_tune.metrics import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path, shipped
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
@@ -136,7 +136,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
     raw["data"] |= _data(recipe, say)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
     if recipe.train.best_metric is not None:  # a language, or a source, may not be among the first rows
-        raw["train"]["best_metric"] = whole_metric(recipe.train.best_metric)
+        raw["train"]["best_metric"] = overall_metric(recipe.train.best_metric)
     _shorten_schedule(raw["train"]["schedule"])
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nesso_tune.files import size
-from nesso_tune.lr_schedule import Shape, lr_multiplier
+from nesso_tune.lr_schedule import ScheduleType, lr_multiplier
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.memory import Memory
 from nesso_tune.planning.shapes import ModelShape
@@ -53,7 +53,7 @@ class DataVolume:
 class SchedulePlan:
     """The schedule in steps, and the multiplier at each of them."""
 
-    shape: Shape
+    shape: ScheduleType
     peak: float
     total_steps: int
     warmup_steps: int

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from nesso_tune.lr_schedule import Shape
+from nesso_tune.lr_schedule import ScheduleType
 from nesso_tune.recipes.builtin import FilePath, MetricName
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, DPOData, ModelSection, Section, SFTData
@@ -26,7 +26,7 @@ LossName = Literal[
 class Schedule(Section):
     """Learning-rate schedule: linear warm-up from 0, decay to `min_ratio`, then constant."""
 
-    type: Shape = "cosine"
+    type: ScheduleType = "cosine"
     """Shape of the decay."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
     """Warm-up as a fraction of all steps (default 0.03)."""

@@ -16,7 +16,7 @@ from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.process_group import from_first, is_first
 from nesso_tune.errors import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.generation.answers import Answer, Prompt, answer, choose_prompts, length_ratios, measure
-from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
+from nesso_tune.metrics import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import PREFIX, read_manifest
@@ -162,9 +162,9 @@ class Best:
             RecipeError: if the metric was not measured, with those that were.
         """
         if self.metric not in metrics:
-            raise RecipeError(KEY, f"`{self.metric}` is not measured", did_you_mean(self.metric, sorted(metrics)))
+            raise RecipeError(KEY, f"`{self.metric}` is not measured", suggest_metric(self.metric, sorted(metrics)))
         value = float(metrics[self.metric])
-        sign = 1 if better(self.metric) == "higher" else -1
+        sign = 1 if better_direction(self.metric) == "higher" else -1
         if not math.isfinite(value) or (self.value is not None and sign * value <= sign * self.value):
             self.waited += 1
             return False
@@ -195,8 +195,8 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
     if recipe.train.best_metric is None:
         return None
     metric = Privacy(recipe.data).metric(recipe.train.best_metric)
-    whole = whole_metric(metric)
-    if whole in HELD_OUT:
+    whole = overall_metric(metric)
+    if whole in VALIDATION_METRICS:
         languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.entries)})
         if not languages:
             raise RecipeError(KEY, f"`{metric}` is not measured: no row is held out", "raise data.validation_size")
@@ -207,7 +207,7 @@ def best_of(recipe: Recipe, figures: Figures, validation: Rows) -> Best | None:
         divided = whole.removeprefix("eval_") not in figures.whole
         of_source = divided and metric.startswith(f"{whole}{OF_SOURCE}")  # which there are shows the first evaluation
         if (whole if of_source else metric) not in measured:
-            raise RecipeError(KEY, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
+            raise RecipeError(KEY, f"`{metric}` is not measured by this run", suggest_metric(metric, measured))
     return Best(metric, recipe.train.early_stopping_patience)
 
 
@@ -251,7 +251,7 @@ def in_words(best: Best, step: int, steps: int) -> list[str]:
 
 
 def _most(best: Best) -> str:
-    return "highest" if better(best.metric) == "higher" else "lowest"
+    return "highest" if better_direction(best.metric) == "higher" else "lowest"
 
 
 def _why_unusable(checkpoint: Path) -> str | None:

@@ -134,7 +134,7 @@ def test_the_schedule_in_words(schedule, words):
 
 def test_a_warm_up_too_long_is_refused():
     with pytest.raises(
-        RecipeError, match=r"train.schedule: the warm-up of 80 steps reaches past step 80.*train longer"
+        RecipeError, match=r"train.schedule: the warm-up of 80 steps does not end before step 80.*train longer"
     ):
         plan("max_steps: 100, schedule: {warmup_steps: 80, constant_ratio: 0.8, min_ratio: 0}")
     assert (
