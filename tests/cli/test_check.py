@@ -49,7 +49,7 @@ def test_the_plan_is_printed(check, recipe, tmp_path):
     assert (code, err) == (0, "")
     assert out.startswith(f"{recipe}: valid\n")
     assert lines["global batch"] == "1 x 1 accumulation x 1 process(es) = 1 rows of 256 tokens"
-    assert lines["data"].startswith("~8 conversations an epoch")
+    assert lines["data"].startswith("~8 conversations per epoch")
     assert lines["data"].endswith("~2 conversations held out")
     assert lines["steps"].startswith("~32 (~4 epochs); log every 10, save every 8, evaluate every 4")
     assert lines["learning rate"] == "warm-up over 1 steps to 0.001, cosine to step 16, then constant 0.0002 to step 32"
@@ -181,10 +181,10 @@ def test_hidden_gpus_are_not_idle(check, recipe, driver, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "processes", "says"),
     [
-        ([], 1, "whole: one process has nobody to share them with"),
-        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints as whole files"),
-        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints in shards"),
-        (["distributed.fsdp=none"], 4, "whole on each of 4 processes (DDP)"),
+        ([], 1, "not sharded (single process)"),
+        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), full checkpoints"),
+        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), sharded checkpoints"),
+        (["distributed.fsdp=none"], 4, "replicated on 4 processes (DDP)"),
     ],
 )
 def test_the_plan_says_how_weights_are_shared(check, recipe, settings, processes, says):

@@ -119,7 +119,9 @@ FIRES = {
         "train: {early_stopping_patience: 2}", "train.early_stopping_patience", "waits for a better train.best_metric",
     ),
     "the best of what": ("train: {best_metric: eval_los}", "train.best_metric", "select weights"),
-    "the best of a reward": ("{method: dpo, train: {best_metric: eval_rewards/chosen}}", "train.best_metric", "not a metric"),
+    "the best of a reward": (
+        "{method: dpo, train: {best_metric: eval_rewards/chosen}}", "train.best_metric", "not a metric",
+    ),
     "the best of no evaluation": ("{evaluation: null, train: {best_metric: eval_loss}}", "train.best_metric", "null"),
     "the best of nothing held out": (
         "{data: {validation_size: 0}, train: {best_metric: eval_loss/it}}", "train.best_metric", "there are none",
