@@ -1,52 +1,132 @@
-"""The metrics of an evaluation by name: which way is better, and what each is measured on."""
+"""Registry of all training and evaluation metrics: meaning, which direction is better, and what they are measured on.
+
+A metric is reported over all rows under its name (`eval_loss`), per language (`eval_loss/it`), and per source
+(`eval_loss/source/NAME`). docs/metrics.md describes each one in detail.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
 from nesso_tune.errors import closest
 
 Better = Literal["lower", "higher"]
-
-# On held-out rows.
-HELD_OUT: dict[str, Better] = {
-    "eval_loss": "lower", "eval_token_accuracy": "higher", "eval_rewards/accuracies": "higher",
-    "eval_rewards/margins": "higher",
-}  # fmt: skip
-# On the answers to prompts.
-ANSWERS: dict[str, Better] = {
-    "stop_rate": "higher", "exact_match": "higher", "language_fidelity": "higher", "closer_to_chosen": "higher",
-    "repetition_rate": "lower",
-}  # fmt: skip
-ONLY = {  # what is measured by one method alone
-    "eval_rewards/accuracies": "dpo", "eval_rewards/margins": "dpo",
-    "closer_to_chosen": "dpo",
-}  # fmt: skip
-TRAIN = "train_"  # begins the name of what is measured on answers to prompts that were trained on
+MeasuredOn = Literal["training", "validation", "answers"]
+TRAIN_PREFIX = "train_"  # of metrics measured on answers to training prompts
 
 
-def whole_metric(name: str) -> str | None:
-    """The metric over all that a name such as `eval_loss/it` or `stop_rate/source/NAME` is a part of.
+@dataclass(frozen=True)
+class Metric:
+    """One metric of `metrics.jsonl`.
 
-    None for an unknown name.
+    Attributes:
+        name: its key in `metrics.jsonl`.
+        meaning: definition in one line, with the formula and the unit where there is one.
+        measured_on: training batches, the validation rows, or generated answers to prompts.
+        better: which direction is better; None for a metric without one, which `train.best_metric` cannot name.
+        method: the only method that reports it; None for both.
     """
-    prefix = TRAIN if name.startswith(TRAIN) else ""
+
+    name: str
+    meaning: str
+    measured_on: MeasuredOn
+    better: Better | None = None
+    method: Literal["sft", "dpo"] | None = None
+
+
+_ALL = (
+    # Training, at every `logging.every_steps`.
+    Metric("loss", "SFT: mean negative log-likelihood per supervised token (nats); DPO: optimised loss", "training"),
+    Metric("loss_sft", "the sft term of the DPO loss, unweighted", "training", method="dpo"),
+    Metric("loss_preference", "sum of all other terms of the DPO loss", "training", method="dpo"),
+    Metric("token_accuracy", "share of supervised tokens that are the most likely prediction", "training"),
+    Metric("learning_rate", "learning rate of the last step", "training"),
+    Metric("grad_norm", "norm of the whole gradient in the last step, before clipping", "training"),
+    Metric("epoch", "passes over the data: steps x batch / rows", "training"),
+    Metric("seconds", "seconds since the start of training, earlier sessions included", "training"),
+    Metric("tokens", "tokens of the run so far, all processes, without padding", "training"),
+    Metric("supervised_tokens", "supervised tokens of the run so far, all processes", "training"),
+    Metric("tokens_per_second", "tokens/s since the last line, all processes", "training"),
+    Metric("supervised_tokens_per_second", "supervised tokens/s since the last line, all processes", "training"),
+    Metric("mfu", "model FLOPs utilisation: share of the dense bfloat16 peak of the device", "training"),
+    Metric("peak_memory_gb", "maximum memory of a process in 10^9 bytes", "training"),
+    Metric("data_wait_share", "share of the time spent waiting for the next batch, on the slowest process", "training"),
+    Metric("logps/chosen", "log-probability of the chosen answer under the policy, in nats", "training", method="dpo"),
+    Metric("logps/rejected", "log-probability of the rejected answer under the policy, in nats", "training",
+           method="dpo"),
+    Metric("logps/chosen_shift", "(log pi - log ref) / tokens of the chosen answer, in nats/token", "training",
+           method="dpo"),
+    Metric("rewards/chosen", "beta x (log pi - log ref) of the chosen answer", "training", method="dpo"),
+    Metric("rewards/rejected", "beta x (log pi - log ref) of the rejected answer", "training", method="dpo"),
+    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "training", method="dpo"),
+    Metric("rewards/accuracies", "share of pairs with a positive margin", "training", method="dpo"),
+    # Validation rows, at every `evaluation.every_steps`.
+    Metric("eval_loss", "loss on the validation rows", "validation", "lower"),
+    Metric("eval_token_accuracy", "token accuracy on the validation rows", "validation", "higher"),
+    Metric("eval_rewards/accuracies", "share of validation pairs with a positive margin", "validation", "higher",
+           "dpo"),
+    Metric("eval_rewards/margins", "mean margin of the validation pairs", "validation", "higher", "dpo"),
+    Metric("eval_rewards/chosen", "rewards/chosen on the validation pairs", "validation", method="dpo"),
+    Metric("eval_rewards/rejected", "rewards/rejected on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/chosen", "logps/chosen on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/rejected", "logps/rejected on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/chosen_shift", "logps/chosen_shift on the validation pairs", "validation", method="dpo"),
+    # Greedy answers to `evaluation.samples` prompts.
+    Metric("answers", "number of answers", "answers"),
+    Metric("stop_rate", "share of answers that end with the end token", "answers", "higher"),
+    Metric("expected_stop_rate", "share of prompts with a reference answer that fits into max_new_tokens", "answers"),
+    Metric("exact_match", "share of answers equal to the reference answer", "answers", "higher"),
+    Metric("language_fidelity", "share of answers in the language of their prompt, where it can be detected", "answers",
+           "higher"),
+    Metric("answers_told", "number of answers with a detectable language", "answers"),
+    Metric("closer_to_chosen", "share of answers more similar to the chosen answer than to the rejected one",
+           "answers", "higher", "dpo"),
+    Metric("repetition_rate", "share of answers that end in a loop", "answers", "lower"),
+    Metric("answer_tokens", "mean length of the answers in tokens", "answers"),
+    Metric("expected_tokens", "mean length of the reference answers in tokens", "answers"),
+    Metric("answer_length_ratio", "answer_tokens / answer_tokens of the parent model", "answers", method="dpo"),
+)  # fmt: skip
+METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+
+
+def _selectable(measured_on: MeasuredOn) -> tuple[str, ...]:
+    return tuple(metric.name for metric in _ALL if metric.better and metric.measured_on == measured_on)
+
+
+# Names that `train.best_metric` can take.
+VALIDATION_METRICS = _selectable("validation")
+ANSWER_METRICS = _selectable("answers")
+
+
+def metric_of(name: str) -> Metric | None:
+    """The metric of a name such as `eval_loss/it` or `train_stop_rate`; None for one that cannot select weights."""
+    overall = overall_metric(name)
+    return None if overall is None else METRICS[overall.removeprefix(TRAIN_PREFIX)]
+
+
+def overall_metric(name: str) -> str | None:
+    """The name over all rows of a metric per language or source: `eval_loss` for `eval_loss/it`.
+
+    None for a name that `train.best_metric` cannot take.
+    """
+    prefix = TRAIN_PREFIX if name.startswith(TRAIN_PREFIX) else ""
     bare = name.removeprefix(prefix)
-    for known in ANSWERS if prefix else {**HELD_OUT, **ANSWERS}:
-        if bare == known or bare.startswith(f"{known}/"):
-            return prefix + known
+    for overall in ANSWER_METRICS if prefix else (*VALIDATION_METRICS, *ANSWER_METRICS):
+        if bare == overall or bare.startswith(f"{overall}/"):
+            return prefix + overall
     return None
 
 
-def better(name: str) -> Better | None:
-    """Whether a metric is better when it is lower or higher; None where that is not known."""
-    whole = whole_metric(name)
-    return None if whole is None else {**HELD_OUT, **ANSWERS}[whole.removeprefix(TRAIN)]
+def better_direction(name: str) -> Better | None:
+    """Whether lower or higher values of a metric are better; None if it has no such direction."""
+    metric = metric_of(name)
+    return None if metric is None else metric.better
 
 
-def did_you_mean(name: str, measured: Iterable[str]) -> str:
-    """The remedy for a metric that is not measured: those that are, and of which it is known which way is better."""
-    names = [one for one in measured if better(one) is not None]
+def suggest_metric(name: str, measured: Iterable[str]) -> str:
+    """Remedy for a metric that is not measured: the closest of the `measured` names that have a better direction."""
+    names = [other for other in measured if better_direction(other) is not None]
     guess = closest(name, names)
     return f"did you mean `{guess}`? There are {', '.join(names)}" if guess else f"use one of {', '.join(names)}"

@@ -25,7 +25,7 @@ from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.hub import check_local_base, local_base_folder, missing_base_note, tokenizer_files
-from nesso_tune.metrics import whole_metric
+from nesso_tune.metrics import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path, shipped
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
@@ -94,7 +94,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
     raw["data"] |= _data_keys(recipe, say)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
     if recipe.train.best_metric is not None:  # the first rows may lack a language or a source
-        raw["train"]["best_metric"] = whole_metric(recipe.train.best_metric)
+        raw["train"]["best_metric"] = overall_metric(recipe.train.best_metric)
     _shorten_warmup(raw["train"]["schedule"])
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:

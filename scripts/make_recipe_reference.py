@@ -16,15 +16,15 @@ from nesso_tune.recipes.sections import Limit, SFTData
 
 HEAD = """# Recipe reference
 
-All recipe keys by section. Generated from the schema by `scripts/make_recipe_reference.py`; do not edit.
-Keys without a default are required. Intervals are steps (integer) or a fraction of the run.
+All keys of a recipe, by section. Generated from the schema by `scripts/make_recipe_reference.py`; do not edit.
+Intervals are a number of steps (integer) or a fraction of the run (number between 0 and 1).
 """
 
 
 def reference() -> str:
     """The page in Markdown."""
     parts = [HEAD]
-    parts += _section("The recipe: `method: sft` or `method: dpo`, and", BaseRecipe)
+    parts += _section("Top level: `method` (`sft` or `dpo`) and", BaseRecipe)
     for name, field in SFTRecipe.model_fields.items():
         section = field.annotation
         if name == "data":
@@ -40,7 +40,7 @@ def reference() -> str:
 
 
 def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]:
-    """Tables of the sections nested in a section, recursively."""
+    """The sections nested in a section, recursively."""
     lines, limits = [], False
     for key, field in section.model_fields.items():
         for inner in _sections(field.annotation) if key not in (*besides, "validation_sources") else ():
@@ -51,8 +51,8 @@ def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]
     return [*lines, *(_section(f"{above}, each of these", Limit) if limits else [])]
 
 
-def _container(annotation: Any) -> Any:
-    """The container type of a key: tuple, dict, or None."""
+def _holder(annotation: Any) -> Any:
+    """The container of a key's sections: tuple, dict, or None."""
     origin = get_origin(annotation)
     return _container(get_args(annotation)[0]) if origin is Annotated else origin
 
@@ -63,11 +63,11 @@ def _section(title: str, model: Any) -> list[str]:
         for name, field in model.model_fields.items()
     ]
     summary = (model.__doc__ or "").strip().splitlines()[0]
-    return [f"## {title}", "", summary, "", "| key | values | default | what it does |", "|---|---|---|---|", *rows, ""]
+    return [f"## {title}", "", summary, "", "| key | values | default | description |", "|---|---|---|---|", *rows, ""]
 
 
 def _sections(annotation: Any, inside: str | None = None) -> list[type[BaseModel]]:
-    """The section classes in an annotation; with `inside`, those of one of its keys."""
+    """The sections in an annotation; with `inside`, those of one of its keys."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _sections(annotation.model_fields[inside].annotation) if inside else [annotation]
     return [found for arg in get_args(annotation) for found in _sections(arg, inside)]
@@ -75,7 +75,7 @@ def _sections(annotation: Any, inside: str | None = None) -> list[type[BaseModel
 
 def _kind(field: Any) -> str:
     bounds = {"gt": "> ", "ge": ">= ", "lt": "< ", "le": "<= "}
-    limits = [f"{bounds[k]}{v:g}" for m in field.metadata for k in bounds if (v := getattr(m, k, None)) is not None]
+    limits = [f"{bounds[k]}{v:,}" for m in field.metadata for k in bounds if (v := getattr(m, k, None)) is not None]
     return _cell(", ".join([_named(field.annotation), *limits]))
 
 

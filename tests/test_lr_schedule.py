@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nesso_tune.lr_schedule import lr_multiplier
+from nesso_tune.lr_schedule import DECAYING_TYPES, SCHEDULE_TYPES, _decay, lr_multiplier
 
 NESSO = {"total_steps": 1000, "warmup_steps": 10, "constant_ratio": 0.8, "min_ratio": 0.1}
 
@@ -119,3 +119,11 @@ def test_numbers_that_make_no_schedule_are_refused(change, word):
 
 def test_a_constant_schedule_may_warm_up_past_the_ratio():
     assert lr_multiplier(900, **NESSO | {"warmup_steps": 900, "shape": "constant"}) == 1.0
+
+
+def test_a_type_without_a_decay_is_an_error_and_never_linear():
+    assert [name for name in SCHEDULE_TYPES if name not in DECAYING_TYPES] == ["constant"]
+    assert [_decay(0.25, name) for name in DECAYING_TYPES] == [pytest.approx(0.8535534), 0.75]
+    for name in ("constant", "polynomial"):
+        with pytest.raises(ValueError, match=f"'{name}' has no decay"):
+            _decay(0.25, name)

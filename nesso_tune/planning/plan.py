@@ -1,4 +1,6 @@
-"""What a plan says: the arithmetic of a run before it starts. The trainer follows this plan and no other."""
+"""The plan of a run: batch sizes, steps, schedule, memory and time before it starts, and its text form.
+
+The trainer takes its steps and its learning rates from this plan."""
 
 from __future__ import annotations
 
@@ -8,19 +10,19 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nesso_tune.files import format_bytes
-from nesso_tune.lr_schedule import Shape, lr_multiplier
+from nesso_tune.lr_schedule import ScheduleType, lr_multiplier
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.memory import Memory
 from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import DistributedSection, Recipe
 from nesso_tune.recipes.sections import SFTData
 
-USUAL = (0.4, 0.2)  # shares of a GPU's peak that training reaches on a good and on an ordinary day
+TYPICAL_UTILIZATION = (0.4, 0.2)  # fractions of a GPU's peak that training typically reaches: high and low estimate
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, one per device, and the kind of device; None where it is not known or no GPU."""
+    """The processes of a run, one per device, and their GPU; None on a CPU or if the GPU is unknown."""
 
     processes: int = 1
     gpu: Gpu | None = None
@@ -28,16 +30,16 @@ class World:
 
 @dataclass(frozen=True)
 class DataVolume:
-    """What one epoch holds.
+    """The amount of data in one epoch.
 
     Attributes:
         rows: packed rows or single conversations (SFT), pairs (DPO).
-        tokens: real tokens, padding excluded.
-        supervised_tokens: tokens that are learned.
-        validation_rows: rows held out.
-        exact: counted in prepared data, not estimated.
-        basis: what an estimate rests on, in words.
-        dropped: share of the rows that cannot be used, by reason.
+        tokens: number of tokens without padding.
+        supervised_tokens: number of supervised tokens.
+        validation_rows: number of validation rows.
+        exact: True if counted in prepared data, False if estimated.
+        basis: description of the sample behind an estimate.
+        dropped: fraction of the rows that are dropped, by reason.
     """
 
     rows: int
@@ -51,9 +53,9 @@ class DataVolume:
 
 @dataclass(frozen=True)
 class SchedulePlan:
-    """The schedule in steps, and the multiplier at each of them."""
+    """The learning-rate schedule with all lengths in steps."""
 
-    shape: Shape
+    shape: ScheduleType
     peak: float
     total_steps: int
     warmup_steps: int
@@ -61,7 +63,7 @@ class SchedulePlan:
     min_ratio: float
 
     def multiplier(self, step: int) -> float:
-        """The factor on the peak at optimizer step `step`; steps past the end keep the last value."""
+        """Multiplier of the peak learning rate at optimizer step `step`; steps past the end keep the last value."""
         return lr_multiplier(
             step,
             total_steps=self.total_steps,
@@ -77,7 +79,7 @@ class SchedulePlan:
         return math.ceil(round(self.constant_ratio * self.total_steps, 6))
 
     def in_words(self, shares: bool = False) -> str:
-        """One sentence, e.g. "cosine to step 800, then constant 3e-04"; with `shares`, in per cent of the run."""
+        """The schedule as text, e.g. "cosine to step 800, then constant 3e-04"; with `shares`, in percent."""
 
         def at(step: int) -> str:
             return f"{100 * step / self.total_steps:g} % of the run" if shares else f"step {step}"
@@ -94,11 +96,11 @@ class SchedulePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about a run that follows from recipe, world and data.
+    """All quantities of a run that follow from the recipe, the devices and the data.
 
-    Rows are seen in one seeded order that runs through all epochs without a break, in steps of exactly
-    `global_batch` rows: `total_steps` is rounded up, and the last step is filled from the start of the next epoch.
-    `epochs` are those of all steps, so they may be more than the recipe asks for.
+    Training reads one seeded order of rows that continues across epochs, in steps of exactly `global_batch` rows.
+    `total_steps` is rounded up, and the last step is filled from the start of the next epoch. `epochs` counts the
+    rows of all steps, so it can exceed the number of epochs in the recipe.
     """
 
     method: str
@@ -118,50 +120,50 @@ class Plan:
     checkpoint_bytes: int | None
     final_bytes: int | None
     gpu: Gpu | None = None
-    gradient_checkpointing: bool | None = None  # None: not decided, the GPU is not known
+    gradient_checkpointing: bool | None = None  # None: undecided, because the GPU is unknown
     torch_compile: bool = False
-    step_seconds: tuple[float, float] | None = None  # of an optimizer step, at usual shares of the GPU's peak
-    memory: Memory | None = None  # of a step on each GPU, as decided (without checkpointing where it is not)
-    shares: SchedulePlan | None = None  # where the steps are not known yet: the schedule of a run of 1000
+    step_seconds: tuple[float, float] | None = None  # per optimizer step, at TYPICAL_UTILIZATION
+    memory: Memory | None = None  # of a step on each GPU (without gradient checkpointing if undecided)
+    shares: SchedulePlan | None = None  # if the number of steps is unknown: the schedule of a run of 1000 steps
     advice: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int | None:
-        """Weights of the model, where its shape is known."""
+        """Number of parameters of the model; None if its shape is unknown."""
         return self.shape.parameters if self.shape else None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run; only of a plan that knows its data."""
+        """Number of optimizer steps; requires a plan made with a data volume or `train.max_steps`."""
         assert self.total_steps is not None
         return self.total_steps
 
     @property
     def rows_seen(self) -> int:
-        """Rows of the whole run."""
+        """Number of rows that the run processes, repeats included."""
         return self.steps * self.global_batch
 
     def multiplier(self, step: int) -> float:
-        """The factor on the peak learning rate at optimizer step `step`."""
+        """Multiplier of the peak learning rate at optimizer step `step`."""
         assert self.schedule is not None
         return self.schedule.multiplier(step)
 
     def trained(self, steps: int, epochs: float) -> Plan:
-        """The plan with what was trained: fewer steps and epochs where the run has stopped early."""
+        """The plan with the actual number of steps and epochs of a run that stopped early."""
         return replace(self, total_steps=steps, epochs=epochs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`, with the schedule in words."""
+        """Plain data for `--json`, with the schedule as text."""
         words = self.schedule.in_words() if self.schedule else None
         words = self.shares.in_words(shares=True) if self.shares else words
         return asdict(self) | {"parameters": self.parameters, "schedule_in_words": words}
 
 
-BLOCKS = " ▁▂▃▄▅▆▇█"
+BAR_CHARACTERS = " ▁▂▃▄▅▆▇█"
 
 
 def curve(schedule: SchedulePlan, width: int = 60, height: int = 6, shares: bool = False) -> list[str]:
-    """Lines of a bar plot: one column per share of the run, the peak at the top, steps (or shares) along the foot."""
+    """Lines of a bar plot of the schedule: learning rate over steps, or over percent of the run with `shares`."""
     last = max(schedule.total_steps - 1, 1)
     values = [schedule.multiplier(round(x * last / (width - 1))) for x in range(width)]
     labels = [f"{schedule.peak:.2g}", f"{schedule.peak / 2:.2g}", "0"]
@@ -177,11 +179,11 @@ def curve(schedule: SchedulePlan, width: int = 60, height: int = 6, shares: bool
 
 
 def _cell(filled: float) -> str:
-    return BLOCKS[max(0, min(8, round(filled * 8)))]
+    return BAR_CHARACTERS[max(0, min(8, round(filled * 8)))]
 
 
 def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[str]:
-    """The plan as lines of a name and what it is; `base_note` says why the size of the base is not known."""
+    """The plan as lines of text. `base_note` replaces the line about the model if its size is unknown."""
     sequence_len = recipe.data.sequence_len
     unit = f"rows of {sequence_len} tokens" if plan.method == "sft" else f"pairs of up to {sequence_len} tokens"
     lines = [
@@ -198,20 +200,20 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     if plan.parameters:
         lines.append(_line("model", f"{in_short(plan.parameters)} parameters"))
     else:
-        lines.append(_line("model", base_note or f"the size of {recipe.model.base} is not known here"))
+        lines.append(_line("model", base_note or f"unknown size of {recipe.model.base}"))
     if plan.gpu and plan.memory is None:
-        lines.append(_line("memory", f"cannot be said for {plan.gpu.name}: the size of the base is not known"))
+        lines.append(_line("memory", f"unknown on {plan.gpu.name}: the size of the base model is unknown"))
     lines += [_line(name, text) for name, text in zip(("memory", ""), _memory(plan), strict=False)]
     lines += [_line("time", text) for text in _time(plan)]
     if plan.checkpoint_bytes and plan.final_bytes:
-        sizes = f"{format_bytes(plan.checkpoint_bytes)} a checkpoint, {format_bytes(plan.final_bytes)} for final/"
+        sizes = f"{format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.final_bytes)} for final/"
         lines.append(_line("disk", sizes))
     if plan.schedule:
         lines += [_line("learning rate", plan.schedule.in_words()), "", *curve(plan.schedule)]
     elif plan.shares:
         lines += [_line("learning rate", plan.shares.in_words(shares=True)), "", *curve(plan.shares, shares=True)]
     else:
-        lines.append(_line("learning rate", f"peak {plan.learning_rate:g}; its steps follow from the data"))
+        lines.append(_line("learning rate", f"peak {plan.learning_rate:g}; the steps depend on the data"))
     if plan.advice:
         lines += ["", *(f"advice: {text}" for text in plan.advice)]
     return lines
@@ -219,11 +221,11 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
 
 def _sharing(plan: Plan, distributed: DistributedSection) -> str:
     if plan.processes == 1:
-        return "whole: one process has nobody to share them with"
+        return "not sharded (single process)"
     if not distributed.shards(plan.processes):
-        return f"whole on each of {plan.processes} processes (DDP)"
-    files = "in shards" if distributed.in_shards(plan.processes) else "as whole files"
-    return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), checkpoints {files}"
+        return f"replicated on {plan.processes} processes (DDP)"
+    files = "sharded" if distributed.in_shards(plan.processes) else "full"
+    return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), {files} checkpoints"
 
 
 def _line(name: str, text: str) -> str:
@@ -231,7 +233,7 @@ def _line(name: str, text: str) -> str:
 
 
 def row_name(recipe: Recipe) -> str:
-    """What a row of this recipe is."""
+    """The plural name of one training row: pairs, packed rows or conversations."""
     if recipe.method == "dpo":
         return "pairs"
     return "packed rows" if isinstance(recipe.data, SFTData) and recipe.data.packing else "conversations"
@@ -239,11 +241,12 @@ def row_name(recipe: Recipe) -> str:
 
 def _data(volume: DataVolume | None, name: str) -> list[str]:
     if volume is None:
-        return [_line("data", "not at hand: `nesso-tune prepare` fetches and counts it")]
+        return [_line("data", "not available here: `nesso-tune prepare` downloads and counts it")]
     about = "" if volume.exact else "~"
+    held_out = name.removeprefix("packed ")
     counts = (
-        f"{about}{volume.rows:,} {name} an epoch, {about}{volume.tokens:,} tokens, {about}{volume.supervised_tokens:,} "
-        f"supervised; {about}{volume.validation_rows:,} {name.removeprefix('packed ')} held out"
+        f"{about}{volume.rows:,} {name} per epoch, {about}{volume.tokens:,} tokens, "
+        f"{about}{volume.supervised_tokens:,} supervised; {about}{volume.validation_rows:,} {held_out} held out"
     ).replace("rows held", "conversations held")
     lines = [_line("data", counts), *([_line("", f"(~ {volume.basis})")] if volume.basis else [])]
     if volume.dropped:
@@ -271,7 +274,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.gpu:
         needs = f"about {memory.total / GIB:.1f} of {plan.gpu.memory / GIB:.0f} GiB on each {plan.gpu.name}, {how}"
     else:
-        needs = f"about {memory.total / GIB:.1f} GiB for a process on a CPU, {how}; --gpu NAME says it for a GPU"
+        needs = f"about {memory.total / GIB:.1f} GiB per process on a CPU, {how}; use --gpu NAME for a GPU"
     working = "gathered weights and CUDA" if plan.gpu else "weights in compute precision"
     parts = {"weights and optimizer": memory.state, "activations": memory.activations, "logits": memory.logits,
              working: memory.working}  # fmt: skip
@@ -279,7 +282,7 @@ def _memory(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    """Seconds of a step, and hours of the run, at usual shares of the GPU's peak."""
+    """Seconds per step and hours of the run, at TYPICAL_UTILIZATION of the GPU's peak."""
     if plan.step_seconds is None or plan.total_steps is None:
         return []
     fast, slow = (seconds * plan.total_steps / 3600 for seconds in plan.step_seconds)
@@ -292,15 +295,15 @@ def _time(plan: Plan) -> list[str]:
     if plan.processes > 1:
         took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
     step = " to ".join(f"{seconds:.2g}" for seconds in plan.step_seconds)
-    shares = f"{USUAL[0]:.0%} to {USUAL[1]:.0%} of the GPUs' peak"
-    return [f"{took}, {step} s a step, at {shares}, evaluation not counted"]
+    shares = f"{TYPICAL_UTILIZATION[0]:.0%} to {TYPICAL_UTILIZATION[1]:.0%} of the GPUs' peak"
+    return [f"{took}, {step} s per step, at {shares}, without evaluation"]
 
 
 def in_short(parameters: int) -> str:
-    """A number of weights as people say it, e.g. `437.8 M`, `8.03 B`."""
+    """A number of parameters in short form, e.g. `437.8 M`, `8.03 B`."""
     return f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:,.1f} M"
 
 
 def _short(value: float) -> str:
-    """A number in two digits, e.g. `0.46`, `5.7`, `170`."""
+    """A number with two significant digits, e.g. `0.46`, `5.7`, `170`."""
     return f"{float(f'{value:.2g}'):,g}"

@@ -1,4 +1,4 @@
-"""Making the plan of a run from recipe, world and data."""
+"""Computes the plan of a run from the recipe, the devices and the amount of data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.lr_schedule import check_schedule
 from nesso_tune.planning.advice import ROOMY, advise, auto_learning_rate
 from nesso_tune.planning.memory import Memory, estimate_memory, trained_parameters
-from nesso_tune.planning.plan import USUAL, DataVolume, Plan, SchedulePlan, World
+from nesso_tune.planning.plan import TYPICAL_UTILIZATION, DataVolume, Plan, SchedulePlan, World
 from nesso_tune.planning.shapes import ModelShape, find_shape
 from nesso_tune.recipes.rules import SORTED_LOSSES
 from nesso_tune.recipes.schema import DPORecipe, Interval, Recipe
 from nesso_tune.recipes.sections import SFTData
 
-# Operations of a process from which compiling pays on a CPU: some 20 seconds of it against a fifth of several minutes.
-WORTH_COMPILING = 1e14
+# FLOPs per process above which torch.compile pays off on a CPU: about 20 s to compile, for 20 % of several minutes.
+MIN_FLOPS_TO_COMPILE = 1e14
 
 
 def make_plan(
@@ -25,13 +25,13 @@ def make_plan(
     """The plan of a run.
 
     Args:
-        recipe: what to do.
-        world: on how many devices (default: one).
-        volume: how much data an epoch holds; None leaves all that depends on it open.
-        shape: the base model's shape; None looks for it in the base's folder, the hub cache and a table.
+        recipe: the recipe.
+        world: number and kind of devices (default: one, of unknown kind).
+        volume: amount of data in an epoch; without it, the quantities that depend on it are None.
+        shape: shape of the base model. None reads it from the model folder, the hub cache or the built-in table.
 
     Raises:
-        RecipeError: if batch sizes, steps or schedule do not fit together, or not to the number of devices.
+        RecipeError: if batch sizes, steps and schedule are inconsistent, or do not match the number of devices.
     """
     world, shape = world or World(), shape or find_shape(recipe.model)
     _check_processes(recipe, world)
@@ -46,7 +46,7 @@ def make_plan(
     if total is None and volume is not None and epochs is not None:
         total = max(1, math.ceil(round(epochs * volume.rows, 6) / global_batch))
     if total is not None and volume is not None and volume.rows:
-        epochs = total * global_batch / volume.rows  # of whole steps: more than the recipe asks for
+        epochs = total * global_batch / volume.rows  # of whole steps, so it can exceed the recipe
     evaluation = recipe.evaluation
     checkpointing = _checkpointing(recipe, shape, world)
     memory = None if shape is None else _memory(recipe, shape, world, bool(checkpointing), volume)
@@ -78,9 +78,10 @@ def make_plan(
 
 
 def _step_seconds(recipe: Recipe, plan: Plan) -> tuple[float, float] | None:
-    """Seconds of an optimizer step, at 6 operations a weight and token (Kaplan et al., 2020, arXiv:2001.08361).
+    """High and low estimate of the speed in seconds per optimizer step.
 
-    8 where blocks are computed twice. Under an adapter the weights get no gradient: 2 less.
+    6 FLOPs per parameter and token (Kaplan et al., 2020, arXiv:2001.08361), 8 with gradient checkpointing; 2 less
+    with an adapter, as the base weights have no gradient.
     """
     if not plan.gpu or not plan.gpu.teraflops or not plan.parameters:
         return None
@@ -89,7 +90,7 @@ def _step_seconds(recipe: Recipe, plan: Plan) -> tuple[float, float] | None:
         tokens = round(plan.volume.tokens / plan.volume.rows * plan.global_batch)
     operations = (8 if plan.gradient_checkpointing else 6) - (2 if recipe.model.adapter is not None else 0)
     work = operations * plan.parameters * tokens
-    fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) for share in USUAL)
+    fast, slow = (work / (plan.processes * plan.gpu.teraflops * 1e12 * share) for share in TYPICAL_UTILIZATION)
     return fast, slow
 
 
@@ -97,34 +98,34 @@ def _check_processes(recipe: Recipe, world: World) -> None:
     adapter = recipe.model.adapter
     if adapter is not None and adapter.type == "qlora" and world.processes > 1:
         raise RecipeError(
-            "model.adapter.type", f"qlora runs in one process, here are {world.processes}",
-            "start one (nesso-tune train), or use type: lora",
+            "model.adapter.type", f"qlora runs in a single process, got {world.processes}",
+            "start a single process (nesso-tune train), or use type: lora",
         )  # fmt: skip
     losses = [name for name in recipe.dpo.loss if name in SORTED_LOSSES] if isinstance(recipe, DPORecipe) else []
     if losses and world.processes > 1:
         raise RecipeError(
-            "dpo.loss", f"{losses[0]} sorts the pairs of a step, and {world.processes} processes share them",
-            "start one (nesso-tune train), or use another loss",
+            "dpo.loss", f"{losses[0]} sorts all pairs of a step, which are split over {world.processes} processes",
+            "start a single process (nesso-tune train), or use another loss",
         )  # fmt: skip
 
 
 def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bool | None:
-    """Whether activations are recomputed: as the recipe says, or where a step would not fit into the GPU without."""
-    said = recipe.train.gradient_checkpointing
-    if said != "auto" or world.gpu is None:
-        return None if said == "auto" else said
+    """Whether to recompute activations: as in the recipe, or for auto, if a step would not fit into GPU memory."""
+    setting = recipe.train.gradient_checkpointing
+    if setting != "auto" or world.gpu is None:
+        return None if setting == "auto" else setting
     return shape is None or _memory(recipe, shape, world, checkpointing=False).total > ROOMY * world.gpu.memory
 
 
 def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int | None) -> bool:
-    """Whether layers are compiled: as the recipe says, or on a CPU where each process has much to compute."""
-    said = recipe.train.torch_compile
-    if said != "auto":
-        return said
+    """Whether to compile the layers: as in the recipe, or for auto, on a CPU with enough work per process."""
+    setting = recipe.train.torch_compile
+    if setting != "auto":
+        return setting
     if not isinstance(recipe.data, SFTData) or not recipe.data.packing or world.gpu or shape is None or steps is None:
         return False
     tokens = steps * recipe.data.sequence_len * recipe.train.micro_batch_size * _accumulation(recipe, world)
-    return 6 * shape.parameters * tokens > WORTH_COMPILING
+    return 6 * shape.parameters * tokens > MIN_FLOPS_TO_COMPILE
 
 
 def _memory(
@@ -148,7 +149,7 @@ def _accumulation(recipe: Recipe, world: World) -> int:
         remedy = " or ".join(str(n) for n in (below, below + at_once) if n)
         raise RecipeError(
             "train.global_batch_size",
-            f"{train.global_batch_size} is no multiple of micro_batch_size {train.micro_batch_size} x "
+            f"{train.global_batch_size} is not a multiple of micro_batch_size {train.micro_batch_size} x "
             f"{world.processes} process(es)",
             f"set it to {remedy}",
         )
@@ -160,7 +161,7 @@ def _schedule(recipe: Recipe, peak: float, total: int) -> SchedulePlan:
     ratio = 0.03 if section.warmup_ratio is None else section.warmup_ratio
     end = 1.0 if section.constant_ratio is None else section.constant_ratio
     warmup = math.ceil(round(ratio * total, 6)) if section.warmup_steps is None else section.warmup_steps
-    if section.warmup_steps is None:  # a rounded-up share never swallows a very short run
+    if section.warmup_steps is None:  # a rounded-up fraction must not cover a very short run
         warmup = min(warmup, max(0, math.ceil(end * total) - 1))
     plan = SchedulePlan(section.type, peak, total, warmup, end, section.min_ratio or 0.0)
     try:

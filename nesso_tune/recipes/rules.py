@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from posixpath import normpath
 
-from nesso_tune.metrics import ANSWERS, HELD_OUT, ONLY, TRAIN, did_you_mean, whole_metric
+from nesso_tune.lr_schedule import DECAYING_TYPES
+from nesso_tune.metrics import (
+    ANSWER_METRICS,
+    TRAIN_PREFIX,
+    VALIDATION_METRICS,
+    metric_of,
+    overall_metric,
+    suggest_metric,
+)
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.data_rules import (
     DATA_RULES,
@@ -107,7 +115,7 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
             f"warms up to {warmup:g} of the run, but the decay should end at {end:g} (constant_ratio)",
             "make it smaller than constant_ratio",
         )
-    decays = get(raw, *here, "type") in (None, "cosine", "linear")
+    decays = get(raw, *here, "type") in (None, *DECAYING_TYPES)
     if decays and isinstance(end, (int, float)) and 0 < end < 1 and get(raw, *here, "min_ratio") is None:
         yield Finding(
             (*here, "constant_ratio"),
@@ -137,26 +145,30 @@ def _best(raw: Raw) -> Iterator[Finding]:
 
 
 def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
-    """Why a metric will not be measured, as far as a recipe tells, and what to do; None if it may be."""
-    whole, method = whole_metric(metric), get(raw, "method")
-    only, evaluation = ONLY.get(whole or ""), get(raw, "evaluation")
-    none_held = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
-    if whole is None:
-        return f"`{metric}` is not known to be better lower or higher", did_you_mean(metric, [*HELD_OUT, *ANSWERS])
+    """Why this recipe does not measure a metric, and the remedy; None if it may measure it."""
+    overall, registered = overall_metric(metric), metric_of(metric)
+    if overall is None or registered is None:
+        names = [*VALIDATION_METRICS, *ANSWER_METRICS]
+        return f"`{metric}` is not a metric that can select weights", suggest_metric(metric, names)
+    method, evaluation = get(raw, "method"), get(raw, "evaluation")
+    on_training_prompts = overall.startswith(TRAIN_PREFIX)
+    no_validation = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
     if "evaluation" in raw and evaluation is None:
         return "nothing is measured with evaluation: null", "set evaluation: {}, or remove it"
-    if only is not None and method in ("sft", "dpo") and method != only:
-        return f"`{metric}` is measured under method: {only} only", "use eval_loss"
-    if none_held and not whole.startswith(TRAIN):
-        return f"`{metric}` is measured on held-out rows, and there are none", "set data.validation_size, or remove it"
-    if whole.removeprefix(TRAIN) in ANSWERS and get(evaluation, "samples") == 0:
+    if registered.method is not None and method in ("sft", "dpo") and method != registered.method:
+        return f"`{metric}` is measured under method: {registered.method} only", "use eval_loss"
+    if no_validation and not on_training_prompts:
         return (
-            f"`{metric}` is measured on answers, and evaluation.samples: 0 asks for none",
+            f"`{metric}` needs validation rows, and there are none",
+            "set data.validation_size, or remove it",
+        )
+    if registered.measured_on == "answers" and get(evaluation, "samples") == 0:
+        return (
+            f"`{metric}` is measured on generated answers, and evaluation.samples is 0",
             "set evaluation.samples: 8",
         )
-    if metric.startswith(f"{whole}{OF_SOURCE}"):
-        held = not whole.startswith(TRAIN)
-        fault = unknown_source(raw, metric.removeprefix(f"{whole}{OF_SOURCE}"), held)
+    if metric.startswith(f"{overall}{OF_SOURCE}"):
+        fault = unknown_source(raw, metric.removeprefix(f"{overall}{OF_SOURCE}"), not on_training_prompts)
         return (f"`{metric}` {fault[0]}", fault[1]) if fault is not None else None
     return None
 

@@ -1,4 +1,4 @@
-"""The recipe: one validated file, one run."""
+"""The recipe: one validated YAML file per run. `sections.py` has the sections `model`, `chat`, `cluster`, `data`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
-from nesso_tune.lr_schedule import Shape
+from nesso_tune.lr_schedule import ScheduleType
 from nesso_tune.recipes.builtin import FilePath, MetricName
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, DPOData, ModelSection, Section, SFTData
 
 Share = Annotated[float, Field(gt=0, lt=1)]
-Interval = Count | Share  # steps, or a share of the run
+Interval = Count | Share  # steps, or a fraction of the run
 Tracker = Literal["trackio", "wandb", "tensorboard", "mlflow"]
 LossName = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
@@ -24,63 +24,64 @@ LossName = Literal[
 
 
 class Schedule(Section):
-    """How the learning rate moves: warm-up from 0, decay to `min_ratio`, then constant."""
+    """Learning-rate schedule: linear warm-up from 0, decay to `min_ratio`, then constant."""
 
-    type: Shape = "cosine"
+    type: ScheduleType = "cosine"
     """Shape of the decay."""
     warmup_ratio: float | None = Field(default=None, ge=0, lt=1)
-    """Share of all steps that warm up (default 0.03)."""
+    """Warm-up as a fraction of all steps (default 0.03)."""
     warmup_steps: int | None = Field(default=None, ge=0, le=1_000_000_000)
-    """Steps that warm up, instead of a share."""
+    """Warm-up in steps, instead of a fraction."""
     constant_ratio: float | None = Field(default=None, gt=0, le=1)
-    """The decay ends at this share of all steps and stays constant for the rest (default 1.0: it ends with the run).
-    Below 1.0 it needs `min_ratio`, at which the rest is trained."""
+    """Fraction of all steps at which the decay ends; the learning rate is constant afterwards (default 1.0: the decay
+    ends with the run). Values below 1.0 require `min_ratio`, the level of the constant part."""
     min_ratio: float | None = Field(default=None, ge=0, le=1)
-    """What the decay ends at, as a share of the peak (default 0.0)."""
+    """Final learning rate of the decay, as a fraction of the peak (default 0.0)."""
 
 
 class TrainSection(Section):
-    """The optimisation."""
+    """Optimisation: steps, batch size, optimizer and learning rate."""
 
     num_epochs: float | None = Field(default=None, gt=0, le=100_000)
-    """Passes over the data (default 3 for SFT, 2 for DPO)."""
+    """Number of passes over the data (default 3 for SFT, 2 for DPO)."""
     max_steps: Count | None = None
-    """Optimizer steps, instead of passes over the data."""
+    """Number of optimizer steps, instead of `num_epochs`."""
     micro_batch_size: Count = 1
-    """Rows (packed rows in SFT, pairs in DPO) that one device computes at a time."""
+    """Rows per device and forward pass (packed rows in SFT, pairs in DPO)."""
     gradient_accumulation_steps: Count | None = None
-    """Micro batches per optimizer step on each device (default 1)."""
+    """Micro-batches per optimizer step on each device (default 1)."""
     global_batch_size: Count | None = None
-    """Rows per optimizer step over all devices; accumulation then follows from the number of devices."""
+    """Rows per optimizer step over all devices. Gradient accumulation is then derived from the number of devices."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
-    """Peak learning rate; auto takes one by method and model size, and the plan shows it."""
+    """Peak learning rate. auto selects one by method and model size; the plan shows the value."""
     optimizer: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
-    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with one fused kernel or without."""
+    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with or without the fused kernel."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment (β₁)."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment (β₂)."""
     adam_epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the denominator of the update."""
+    """Term added to the denominator of the update (ε)."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; norms and biases have none."""
+    """Decoupled weight decay. Not applied to norms and biases."""
     max_grad_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm; null never clips."""
+    """Maximum gradient norm for clipping. null disables clipping."""
     on_spike: Literal["warn", "skip", "stop"] = "warn"
-    """When loss or gradient norm leap far above those of the last 128 steps: say so, make no update of that step, or
-    end the run. NaN and infinity always end it."""
+    """Action on a spike of the loss or the gradient norm over the 128-step window: warn and apply the update, skip the
+    update, or stop the run. NaN and infinity always stop the run."""
     best_metric: MetricName | None = None
-    """final/ takes the weights of the evaluation that is best by this metric: eval_loss, eval_loss/it, stop_rate,
-    eval_rewards/accuracies and the like; the checkpoint is kept. null takes the last weights."""
+    """Metric that selects the weights in final/, e.g. eval_loss, eval_loss/it, stop_rate or eval_rewards/accuracies.
+    The checkpoint of the best evaluation is kept. null uses the last weights."""
     early_stopping_patience: Count | None = None
-    """End the run after this many evaluations without a better best_metric."""
+    """Stop the run after this number of evaluations without an improvement of `best_metric`."""
     profile: bool = False
-    """Write a trace of a few steps into output_dir/profile/: where their time goes, for Perfetto or chrome://tracing."""
+    """Write a profiler trace of a few steps to output_dir/profile/, for Perfetto or chrome://tracing."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass to save memory; auto does so where a step would not fit otherwise."""
+    """Recompute activations in the backward pass to save memory. auto enables this if a step would not fit
+    otherwise."""
     torch_compile: Literal["auto"] | bool = "auto"
-    """Compile the decoder layers for packed rows of one constant length (SFT); auto does so on a CPU where the run is
-    long enough to win back the time that it takes."""
+    """Compile the decoder layers with torch.compile, for packed rows of constant length (SFT). auto enables this on a
+    CPU if the run is long enough to amortise the compilation time."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
 
@@ -89,93 +90,96 @@ class DPOSection(Section):
     """Direct preference optimisation (Rafailov et al., 2023, arXiv:2305.18290)."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How strongly the policy is held to the reference."""
+    """Strength of the penalty for deviating from the reference model (β)."""
     loss: dict[LossName, Annotated[float, Field(gt=0)]] = Field(default={"sigmoid": 1.0}, min_length=1)
-    """Weights by loss name; several are added up, e.g. {sigmoid: 1.0, sft: 0.2}. Each is a mean over the pairs of an
-    optimizer step; sft is a mean over the tokens of their chosen answers; aot and aot_unpaired sort the pairs, and need
-    the whole step in one micro batch."""
+    """Weight per loss name; the total is the weighted sum, e.g. {sigmoid: 1.0, sft: 0.2}. Each loss is a mean over the
+    pairs of an optimizer step, except sft, a mean over the tokens of the chosen responses. aot and aot_unpaired sort
+    the pairs, and require the whole step in one micro-batch."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    """Assumed share of flipped labels; used by robust, exo_pair, aot and aot_unpaired."""
+    """Assumed fraction of flipped labels. Used by robust, exo_pair, aot and aot_unpaired."""
     ld_alpha: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the tokens beyond the shorter answer's length (LD-DPO, arXiv:2409.06411); null weighs all alike."""
+    """Weight of tokens beyond the length of the shorter response (LD-DPO, arXiv:2409.06411). null weights all tokens
+    equally."""
     reference: Literal["initial"] = "initial"
-    """The frozen reference: the weights that the run starts from."""
+    """Reference model. initial is a frozen copy of the weights at the start of the run."""
 
 
 class DistributedSection(Section):
-    """How several processes share the work."""
+    """Sharding and communication of several processes."""
 
     fsdp: Literal["auto", "full_shard", "none"] = "auto"
-    """full_shard spreads weights, gradients and optimizer over all processes (FSDP2); auto does so with several."""
+    """full_shard shards parameters, gradients and optimizer state over all processes (FSDP2). auto does so with more
+    than one process."""
     state_dict: Literal["full", "sharded"] = "full"
-    """How checkpoints are written: full gathers the state in one process, sharded writes each process's share at once;
-    any number of processes reads both."""
+    """Format of checkpoints. full gathers the state on rank 0; sharded writes one shard per process in parallel. Both
+    can be loaded with any number of processes."""
     timeout_s: Count = 1800
-    """Seconds after which a collective operation that does not finish ends the run."""
+    """Timeout of collective operations in seconds. A collective that takes longer ends the run."""
 
     def shards(self, processes: int) -> bool:
-        """Whether weights, gradients and optimizer are spread over the processes; one process has nothing to share."""
+        """Whether parameters, gradients and optimizer state are sharded; never with a single process."""
         return processes > 1 and self.fsdp != "none"
 
     def in_shards(self, processes: int) -> bool:
-        """Whether each process writes its own share of a checkpoint."""
+        """Whether each process writes its own shard of a checkpoint."""
         return self.shards(processes) and self.state_dict == "sharded"
 
 
 class CheckpointSection(Section):
-    """Checkpoints to resume from."""
+    """Checkpoints for resuming a run."""
 
     every_steps: Interval = 0.25
-    """Interval: steps, or a share of the run."""
+    """Interval between checkpoints: steps, or a fraction of the run."""
     keep: Count = 3
-    """Newest checkpoints that are kept."""
+    """Number of most recent checkpoints to keep."""
 
 
 class EvaluationSection(Section):
-    """Loss on the validation rows, and answers to some of their prompts. Always at the end too."""
+    """Validation loss, and generated responses to validation prompts. Always runs at the end of training, too."""
 
     every_steps: Interval = 0.1
-    """Interval: steps, or a share of the run."""
+    """Interval between evaluations: steps, or a fraction of the run."""
     samples: int = Field(default=8, ge=0)
-    """Validation prompts that are answered greedily, balanced over languages: docs/metrics.md says what is measured."""
+    """Number of validation prompts to answer with greedy decoding, balanced over languages. docs/metrics.md lists the
+    metrics."""
     train_samples: int = Field(default=0, ge=0)
-    """Training prompts that are answered at the end of the run, to see what was memorised."""
+    """Number of training prompts to answer at the end of the run, to measure memorisation."""
     max_new_tokens: Count = 256
-    """Longest answer in tokens; a longer one counts as not stopped."""
+    """Maximum response length in tokens. A response that reaches it counts as not stopped."""
 
 
 class LoggingSection(Section):
-    """What is written while training."""
+    """Logging of training metrics."""
 
     every_steps: Interval = 10
-    """Interval of lines in metrics.jsonl: steps, or a share of the run."""
+    """Interval of training lines in metrics.jsonl: steps, or a fraction of the run."""
     report_to: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
-    """Experiment trackers that get the same numbers."""
+    """Experiment trackers that receive the same metrics."""
 
 
 class BaseRecipe(Section):
-    """What both methods share."""
+    """Keys common to both methods."""
 
     output_dir: FilePath
-    """The run directory: all that a run leaves."""
+    """Run directory: all files of the run are written here."""
     seed: int = Field(default=42, ge=0, lt=2**32)
-    """Seed of everything random."""
+    """Random seed of data order, sampling, dropout and new weights."""
     model: ModelSection
-    """The base model."""
+    """The base model, its precision and its adapter."""
     chat: ChatSection = ChatSection()
-    """The chat template and its tokens."""
+    """The chat template and its special tokens."""
     train: TrainSection = TrainSection()
-    """The optimisation."""
+    """Optimisation: steps, batch size, optimizer and learning rate."""
     distributed: DistributedSection = DistributedSection()
-    """How several processes share the work."""
+    """Sharding and communication of several processes."""
     cluster: ClusterSection | None = None
-    """Where `nesso-tune launch --slurm` sends the run."""
+    """Slurm job settings for `nesso-tune launch --slurm`."""
     checkpoint: CheckpointSection = CheckpointSection()
-    """Checkpoints."""
+    """Checkpoints for resuming a run."""
     evaluation: EvaluationSection | None = EvaluationSection()
-    """Evaluation while training; null turns it off."""
+    """Evaluation during training. null disables it."""
     logging: LoggingSection = LoggingSection()
-    """Logging."""
+    """Logging of training metrics."""
 
     @model_validator(mode="after")
     def _no_inert_or_contradictory_knobs(self) -> BaseRecipe:
@@ -185,12 +189,12 @@ class BaseRecipe(Section):
         return self
 
     def to_yaml(self) -> str:
-        """The whole recipe, defaults filled in, as YAML that loads again."""
+        """The whole recipe with defaults filled in, as YAML that `load_recipe` reads."""
         return as_yaml(self.model_dump(mode="json"))
 
     @property
     def num_epochs(self) -> float | None:
-        """Passes over the data, or None where `train.max_steps` decides."""
+        """Number of passes over the data; None if `train.max_steps` is set."""
         if self.train.max_steps is not None:
             return None
         return self.train.num_epochs or DEFAULT_EPOCHS[self.method]  # type: ignore[attr-defined]
@@ -206,7 +210,7 @@ def as_yaml(raw: dict[str, Any]) -> str:
 
 
 def _escaped(value: Any) -> Any:
-    """The same data, with texts that hold line breaks or control characters marked to be written as escapes."""
+    """The same data, with strings that contain non-printable characters marked for double quotes and escapes."""
     if isinstance(value, dict):
         return {_escaped(key): _escaped(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -223,16 +227,16 @@ class SFTRecipe(BaseRecipe):
     method: Literal["sft"] = "sft"
     """The training method."""
     data: SFTData
-    """The conversations."""
+    """Conversations to train on."""
 
 
 class DPORecipe(BaseRecipe):
-    """Preference training on pairs of answers."""
+    """Direct preference optimisation on pairs of responses."""
 
     method: Literal["dpo"] = "dpo"
     """The training method."""
     data: DPOData
-    """The preference pairs."""
+    """Preference pairs to train on."""
     dpo: DPOSection = DPOSection()
     """The preference loss."""
 
@@ -242,5 +246,5 @@ RECIPES: dict[str, type[SFTRecipe] | type[DPORecipe]] = {"sft": SFTRecipe, "dpo"
 
 
 def dump(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, defaults filled in: what is hashed, compared and recorded."""
+    """The recipe as plain data with defaults filled in, as it is hashed, compared and recorded."""
     return recipe.model_dump(mode="json")

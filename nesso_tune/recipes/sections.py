@@ -1,4 +1,4 @@
-"""The sections of a recipe that say what is trained, and where: `model`, `chat`, `cluster`."""
+"""Sections of a recipe: `model`, `chat`, `cluster` and `data`. `schema.py` holds the others and the recipe itself."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nesso_tune.recipes.builtin import FilePath, PathName
 
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # stands in one line of a script
+Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # written on one line of the job script
 VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
 SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"
@@ -18,11 +18,11 @@ VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 SlurmOption = Annotated[str, Field(pattern=SLURM_OPTION)]
 Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # a billion is a mistake that should not become an overflow
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # larger values are mistakes and could overflow
 
 
 class Section(BaseModel):
-    """Frozen and strict: unknown keys are errors, values are never coerced."""
+    """Base of all sections: frozen and strict. Unknown keys are errors, and values are never coerced."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -33,284 +33,293 @@ class LoraSection(Section):
     """Train a low-rank adapter (Hu et al., 2021, arXiv:2106.09685) instead of all weights."""
 
     type: Literal["lora", "dora", "qlora"] = "lora"
-    """lora; dora also learns the length of every output's weights (Liu et al., 2024, arXiv:2402.09353); qlora is lora
-    over a base held in 4 bits (Dettmers et al., 2023, arXiv:2305.14314), in one process."""
+    """Kind of adapter. dora also trains the magnitude of each output's weight vector (Liu et al., 2024,
+    arXiv:2402.09353). qlora is LoRA on a base quantised to 4 bits (Dettmers et al., 2023, arXiv:2305.14314); it runs in
+    a single process."""
     r: Count = 16
     """Rank of the update matrices."""
     alpha: float = Field(default=32, gt=0)
-    """Scale of the update: it is multiplied by alpha / r."""
+    """Scaling of the update: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input."""
+    """Dropout probability on the input of the adapter."""
     target_modules: NonEmpty | Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)] = "all-linear"
-    """Names of the layers that get an adapter, or `all-linear`."""
+    """Names of the linear layers that get an adapter, or `all-linear` for every linear layer except the LM head."""
 
 
 class ModelSection(Section):
-    """The base model and how it is held in memory."""
+    """The base model, its precision and its adapter."""
 
     base: FilePath
-    """Hub id or folder of the base model; for DPO the result of SFT."""
+    """Hub id or local folder of the base model; for DPO, the `final/` folder of the SFT run."""
     revision: NonEmpty | None = None
     """Hub commit, branch or tag to pin."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave false unless you have read it."""
+    """Run Python code from the model repository. Leave this false unless you have read the code."""
     random_init: bool = False
-    """Start from random weights: `base` is then a folder with config.json and a tokenizer only."""
+    """Start from random weights. `base` then needs only config.json and a tokenizer."""
     attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
-    """Attention kernel; auto takes flash where it is installed and a GPU is there, else sdpa."""
+    """Attention implementation. auto uses flash if it is installed and a GPU is available, otherwise sdpa."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of the computation and of final/; master weights are always float32."""
+    """Precision of computation and of the weights in final/. Master weights are always float32."""
     adapter: LoraSection | None = None
-    """Train an adapter instead of all weights."""
+    """Train a low-rank adapter instead of all weights. null trains all weights."""
 
 
 class ChatSection(Section):
-    """How conversations become text: the template and its tokens."""
+    """The chat template and its special tokens."""
 
     template: FilePath | None = None
-    """Name of a chat template under data_templates/chat/, or a file of that kind; null takes what the base was
-    trained with, else chatml. A base whose own Jinja template writes neither that nor another of ours is refused until
-    this key says what to use."""
+    """Name of a chat template in data_templates/chat/, or path of a file in the same format. null uses the template
+    of the base model if it matches one of these, or chatml if the base has no template. A base with any other Jinja
+    template is rejected until this key is set."""
     eos_token: NonEmpty | None = None
-    """End token; null takes the template's."""
+    """End-of-turn token. null uses the token of the template."""
     pad_token: NonEmpty | None = None
-    """Padding token; null takes the template's."""
+    """Padding token. null uses the token of the template."""
     new_tokens: Literal["auto", "reserved", "resize"] = "auto"
-    """Where template tokens unknown to the tokenizer go: renamed reserved slots, or new rows; auto prefers slots."""
+    """How template tokens that the tokenizer lacks are added: reserved renames unused reserved tokens, resize adds rows
+    to the embedding matrix, auto uses reserved tokens where there are enough."""
     default_system: str | Annotated[dict[str, str], Field(min_length=1)] | None = None
-    """System message for conversations without one: a text, or a text per language code."""
+    """System message for conversations that have none: one text, or one text per language code."""
 
 
 class ClusterSection(Section):
-    """Where `nesso-tune launch --slurm` sends the run; training itself does not read it."""
+    """Slurm job settings for `nesso-tune launch --slurm`. Training itself does not read them."""
 
     nodes: Count = 1
-    """Machines."""
+    """Number of nodes."""
     gpus_per_node: Count = 1
-    """GPUs, and so processes, on each machine."""
+    """GPUs per node. One process runs on each GPU."""
     cpus_per_gpu: Count = 8
-    """CPU cores for each process; also its number of threads."""
+    """CPU cores per process. Also sets OMP_NUM_THREADS."""
     partition: SlurmWord | None = None
     """Slurm partition."""
     account: SlurmWord | None = None
     """Slurm account."""
     time: SlurmWord | None = None
-    """Longest time of a job, e.g. 24:00:00."""
+    """Time limit of a job, e.g. 24:00:00."""
     save_before_s: Count = 300
-    """Seconds before the time is up at which the run is asked to save and to go on in a new job."""
+    """Seconds before the time limit at which Slurm signals the run to save a checkpoint and continue in a new job."""
     modules: Annotated[tuple[Line, ...], Field(strict=False)] = ()
-    """Environment modules that are loaded."""
+    """Environment modules to load (`module load`)."""
     container: Line | None = None
-    """Container image that the run is started in (srun --container-image)."""
+    """Container image of the run (srun --container-image)."""
     env: dict[VariableName, Value] = {}
-    """Environment variables of the job. No secrets: they stand in the job's file."""
+    """Environment variables of the job. Do not put secrets here: the values are written to the job script."""
     python: Line = "python"
-    """The interpreter on the nodes that has nesso-tune."""
+    """Python interpreter on the nodes with nesso-tune installed."""
     offline: bool = True
-    """The nodes have no network: base and data must be in the cache before."""
+    """Compute nodes have no network. The base model and the data must be in the cache before the job starts."""
     extra: Annotated[tuple[SlurmOption, ...], Field(strict=False)] = ()
-    """Further lines for sbatch, e.g. --exclusive."""
+    """Additional sbatch options, e.g. --exclusive."""
 
 
 Plain = str | int | float | bool
-AUTO = "auto"  # of a source's format or language
+AUTO = "auto"  # value of a source's `format` or `language`
 
 
 class Rule(Section):
-    """What holds for the rows of one language of a source."""
+    """Settings for the rows of one language in a source."""
 
     keep: bool = True
-    """false drops them."""
+    """false drops these rows."""
     min_score: float | None = None
-    """Drop those whose `score_field` is below this; instead of the source's."""
+    """Drop rows with a `score_field` below this value. Overrides the value of the source."""
     weight: float | None = Field(default=None, gt=0, le=1000)
-    """How often they are seen in an epoch, at least one row; instead of the source's."""
+    """Number of times these rows are used per epoch; at least one row is used. Overrides the value of the source."""
 
 
 class Source(Section):
-    """One source of rows."""
+    """One source of training or validation rows."""
 
     path: FilePath
-    """File, glob, folder, or hub id of a data set."""
+    """File, glob pattern, folder, or hub id of a dataset."""
     split: NonEmpty = "train"
-    """Split of a hub data set."""
+    """Split of a hub dataset."""
     subset: NonEmpty | None = None
-    """Configuration of a hub data set."""
+    """Configuration (subset) of a hub dataset."""
     revision: NonEmpty | None = None
     """Hub commit, branch or tag to pin."""
     alias: PathName | None = None
-    """What reports and shares call this source; null: its path."""
+    """Name of this source in reports and in `data.mixture.shares`. null uses its path."""
     format: FilePath = "auto"
-    """Name of a mapping under data_templates/formats/, a file of that kind, `FILE.py:FUNCTION` (a reader of your own,
-    which makes a row of a known format of any row), or auto."""
+    """Row format: a name in data_templates/formats/, the path of a file of the same kind, `FILE.py:FUNCTION` (your own
+    reader, which converts each row to a known format), or auto, which detects the format."""
     reads: Annotated[tuple[FilePath, ...], Field(strict=False)] = ()
-    """Files that your own reader opens: a change of one of them is then seen. Modules of your own that it imports by
-    name are seen without this; what it gets from anywhere else is not."""
+    """Files that your own reader opens. They become part of the cache key, so changing one re-encodes the data. Your
+    own modules that the reader imports by name are tracked without this key; other inputs are not tracked."""
     where: dict[str, Plain | Annotated[tuple[Plain, ...], Field(strict=False, min_length=1)]] = Field(default={})
-    """Only rows whose columns have these values, e.g. {source: [a, b]}; the others count as `not_selected`."""
+    """Keep only rows with these column values, e.g. {source: [a, b]}. Other rows are counted as `not_selected`."""
     messages_field: NonEmpty | None = None
-    """Column that holds the list of messages."""
+    """Column with the list of messages."""
     role_field: NonEmpty | None = None
-    """Key of a message that holds its role."""
+    """Key of a message with its role."""
     content_field: NonEmpty | None = None
-    """Key of a message that holds its text."""
+    """Key of a message with its text."""
     roles: dict[str, Role] | None = None
-    """The data's role names and what they are here, e.g. {utente: user}."""
+    """Map from role names in the data to the roles used here, e.g. {utente: user}."""
     system_field: NonEmpty | None = None
-    """Column that holds a system message."""
+    """Column with the system message."""
     tools_field: NonEmpty | None = None
-    """Column that holds the tools on offer: a list of schemas, or the list as JSON text (default `tools`)."""
+    """Column with the available tools: a list of JSON schemas, or the list as JSON text (default `tools`)."""
     tools_file: FilePath | None = None
-    """JSON file with the tools on offer in rows that name none themselves."""
+    """JSON file with the tools available in rows that list none."""
     prompt_field: NonEmpty | None = None
-    """Column that holds the instruction or the prompt."""
+    """Column with the instruction or prompt."""
     input_field: NonEmpty | None = None
-    """Column that holds further input to the instruction."""
+    """Column with additional input for the instruction."""
     response_field: NonEmpty | None = None
-    """Column that holds the answer."""
+    """Column with the response."""
     text_field: NonEmpty | None = None
-    """Column that holds a plain text, learned whole (format completion)."""
+    """Column with plain text; all of its tokens are supervised (format completion)."""
     chosen_field: NonEmpty | None = None
-    """Column that holds the better answer."""
+    """Column with the chosen response."""
     rejected_field: NonEmpty | None = None
-    """Column that holds the worse answer."""
+    """Column with the rejected response."""
     choice_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=2, max_length=2)] | None = None
-    """Columns of two answers of which one is better (format choice)."""
+    """Columns with the two responses that are compared (format choice)."""
     label_fields: Annotated[tuple[NonEmpty, ...], Field(strict=False, min_length=1)] | None = None
-    """Columns that say which one: a label, or the votes of several people."""
+    """Columns with the preferred response: one label, or one vote per annotator."""
     labels: Annotated[tuple[Plain, ...], Field(strict=False, min_length=2, max_length=2)] | None = None
-    """What label_fields say for the first answer and what for the second, e.g. [1, 2]; anything else is no vote."""
+    """Values of `label_fields` that mean the first and the second response, e.g. [1, 2]. Other values are not
+    counted."""
     language: NonEmpty | None = None
-    """Language code of all rows; null takes each row's own; auto too, and detects it where a row has none."""
+    """Language code of all rows. null uses the code in each row; auto does too, and detects the language of rows
+    without a code."""
     language_field: NonEmpty | None = None
-    """Column that holds a row's language code; null looks for `lang` and `language`."""
+    """Column with the language code of a row. null looks for `lang` and `language`."""
     weight: float = Field(default=1.0, gt=0, le=1000)
-    """How often the source is seen in an epoch: 2.0 twice, 0.5 a fresh half each epoch, but at least one row."""
+    """Number of times the source is used per epoch: 2.0 uses it twice, 0.5 uses a different half in each epoch. At
+    least one row is used."""
     max_rows: Count | None = None
-    """Read at most this many rows."""
+    """Maximum number of rows to read."""
     min_score: float | None = None
-    """Drop rows whose `score_field` is below this."""
+    """Drop rows with a `score_field` below this value."""
     score_field: NonEmpty | None = None
-    """Column that holds a row's quality score."""
+    """Column with the quality score of a row."""
     rules: dict[NonEmpty, Rule] = Field(default={})
-    """What else holds for a language, e.g. {en: {min_score: 0.6}}; `other` stands for all languages not named."""
+    """Settings per language code, e.g. {en: {min_score: 0.6}}. `other` applies to all languages not listed."""
     private: bool = False
-    """Only recipe.yaml names this source: in all else that a run writes it has a number, and no row of its files is
-    shown, whoever else reads them. Counts, losses and languages are."""
+    """Hide this source. Only recipe.yaml names it; all other outputs of the run show a number, and no row of its files
+    is shown, even if another source reads them too. Counts, losses and languages are shown."""
 
 
 class Decontamination(Section):
-    """Drop rows that contain a text of an evaluation: n-gram overlap as in Tulu 3 (arXiv:2411.15124, §3.2)."""
+    """Drop rows that contain evaluation texts, by n-gram overlap as in Tulu 3 (arXiv:2411.15124, §3.2)."""
 
     files: Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
     """Files with evaluation texts: JSON lines, JSON or Parquet."""
     fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
-    """Their columns that hold the texts; empty looks for prompt, question, instruction, input and messages."""
+    """Columns with the texts. If empty, uses prompt, question, instruction, input and messages where they exist."""
     ngram: Annotated[int, Field(ge=2, le=100)] = 8
-    """Words in a row that count as a match; a shorter text must be there as a whole."""
+    """Words per n-gram. An evaluation text shorter than this must occur in full."""
     overlap: float = Field(default=0.5, gt=0, le=1)
-    """Share of an evaluation text's words in such matches from which a row is dropped."""
+    """Drop a row if matching n-grams cover at least this fraction of the words of an evaluation text."""
 
 
 class CleanSection(Section):
-    """What is done to rows before they are encoded. Each step is counted, and listed in data_report.json."""
+    """Cleaning of rows before encoding. data_report.json lists the number of rows that each step changed or dropped."""
 
     unicode: Literal["nfc"] | None = None
-    """nfc: write every character the one composed way (Unicode NFC)."""
+    """Unicode normalisation of all text. nfc composes characters (Unicode NFC); null changes nothing."""
     invisible: Literal["keep", "remove"] = "keep"
-    """remove: take out zero-width and control characters (tabs, line breaks and the joiners of emoji stay)."""
+    """remove deletes zero-width and control characters. Tabs, line breaks and the joiners of emoji are kept."""
     empty_turns: Literal["keep", "remove", "drop"] = "keep"
-    """Turns of user or system without text: kept, taken out, or the row dropped. Without an answer it always is."""
+    """User and system turns without text: keep them, remove the turn, or drop the row. A row without a response is
+    always dropped."""
     role_order: Literal["drop", "merge", "keep"] = "drop"
-    """Rows in which a role speaks twice in a row, a system message comes late, or a tool answers without a call:
-    dropped, or the texts of such neighbours put together, or left as they are."""
+    """Rows with consecutive turns of one role, a system message after the first turn, or a tool result without a call.
+    drop drops the row, merge joins the texts of consecutive turns, keep leaves the row unchanged."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """drop: of rows with the same turns and tools, only the first stays."""
+    """drop keeps only the first of several rows with identical turns and tools."""
     near_duplicates: float | None = Field(default=None, ge=0.3, le=1)
-    """Drop a row that shares this part of its three-word sequences with an earlier row (Jaccard, by MinHash)."""
+    """Drop a row if its estimated Jaccard similarity to an earlier row is at least this value (MinHash over word
+    trigrams). null keeps near duplicates."""
     validation_overlap: Literal["keep", "drop"] = "keep"
-    """drop: rows that ask the same as a held-out row are not trained on."""
+    """drop removes training rows that share a prompt with a validation row."""
     decontaminate: Decontamination | None = None
-    """Drop rows that contain evaluation texts."""
+    """Drop rows that contain evaluation texts. null skips this step."""
 
 
 class MixtureSection(Section):
-    """What an epoch is made of, as shares of its tokens. Groups that have too much are sampled afresh each epoch."""
+    """Token shares of languages or sources in an epoch. A group with more data than its share is resampled every
+    epoch."""
 
     by: Literal["language", "source"]
-    """What the shares are of."""
+    """What the shares refer to."""
     shares: Annotated[dict[PathName, Annotated[float, Field(ge=0, le=1)]], Field(min_length=1)]
-    """Share of each language, or of each source by alias or path; they add up to 1, 0 leaves a group out. `other`
-    stands for all that are not named."""
+    """Share of tokens per language code, or per source (alias or path). The shares add up to 1; 0 excludes a group.
+    `other` applies to all groups not listed."""
     repeat: float = Field(default=1.0, ge=1, le=1000)
-    """How often at most a row may be seen in an epoch; above 1 scarce groups are repeated instead of the others cut."""
+    """Maximum number of times a row is used per epoch. Above 1, small groups are repeated instead of reducing the
+    others."""
 
 
 class Limit(Section):
-    """A figure from which preference data is suspicious."""
+    """Thresholds of one check of preference data."""
 
     warn: float | None = Field(default=None, ge=0)
-    """Say so from here on."""
+    """Print a warning at or above this value. null never warns."""
     fail: float | None = Field(default=None, ge=0)
-    """End with an error from here on."""
+    """Stop with an error at or above this value. null never stops."""
 
 
 class PreferenceSection(Section):
-    """What is looked for in preference data, and from when on it is said or refused."""
+    """Checks of preference data, and the thresholds of their warnings and errors."""
 
     length_predicts: Limit = Limit(warn=0.7)
-    """Share of pairs whose choice the answers' length alone tells (the longer always, or the shorter always)."""
+    """Share of pairs in which length alone predicts the chosen response (always the longer, or always the shorter)."""
     length_ratio: Limit = Limit(warn=1.5)
-    """Tokens of the chosen answers over those of the rejected ones, or the other way round."""
+    """Total tokens of chosen responses divided by those of rejected responses, or the inverse if that is larger."""
     same_answers: Limit = Limit(warn=0.01)
-    """Share of rows whose chosen and rejected answers are the same; they are dropped."""
+    """Share of rows with identical chosen and rejected responses. These rows are dropped."""
     conflicting: Limit = Limit(warn=0.001)
-    """Share of pairs whose chosen answer another pair rejects for the same prompt."""
+    """Share of pairs with a chosen response that another pair rejects for the same prompt."""
     language_mismatch: Limit = Limit(warn=0.02)
-    """Share of pairs with an answer in another language than the prompt."""
+    """Share of pairs with a response in a different language than the prompt."""
     too_long: Limit = Limit(warn=0.1)
-    """Share of rows with an answer that does not fit into sequence_len; they are dropped."""
+    """Share of rows with a response that does not fit into sequence_len. These rows are dropped."""
 
 
 class DataSection(Section):
-    """What SFT and DPO share about data."""
+    """Data settings common to SFT and DPO."""
 
     sequence_len: int = Field(default=4096, ge=8, le=10_000_000)
-    """Longest sequence in tokens; with packing, the length of a row."""
+    """Maximum sequence length in tokens. With packing, the length of a packed row."""
     validation_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.01
-    """Rows (whole number) or share (fraction) held out for evaluation, stratified by language; 0 holds none out."""
+    """Number of rows (integer) or fraction of rows held out for evaluation, stratified by language. 0 holds out
+    none."""
     validation_sources: Annotated[tuple[Source, ...], Field(strict=False)] = ()
-    """Sources for evaluation instead of a split."""
+    """Sources of validation rows, used instead of a held-out split."""
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
-    """The sources that are trained on."""
+    """Sources of training rows."""
     clean: CleanSection = CleanSection()
-    """What is done to rows before they are encoded."""
+    """Cleaning of rows before encoding."""
     mixture: MixtureSection | None = None
-    """Shares of languages or sources in an epoch; null takes all rows, by the sources' weights."""
+    """Token shares of languages or sources in an epoch. null uses all rows, with the weight of each source."""
 
 
 class SFTData(DataSection):
-    """Data of supervised fine-tuning."""
+    """Data for supervised fine-tuning."""
 
     packing: bool = True
-    """Lay several conversations end to end in one row, isolated from each other.
-
-    A base that cannot keep them apart trains on one conversation a row all the same, which the run says.
-    """
+    """Pack several conversations into one row, with attention isolated to each conversation. If the model does not
+    support this, the run trains on one conversation per row and prints a note."""
     roles_to_train: Annotated[tuple[Role, ...], Field(strict=False, min_length=1)] = ("assistant",)
-    """Roles whose text the model learns to write."""
+    """Roles with supervised tokens: the loss is computed on their text."""
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
-    """Which end tokens are learned: of each trained turn, of all turns, of the last trained turn, none."""
+    """Which end-of-turn tokens are supervised: turn, those of every supervised turn; all, those of all turns; last,
+    that of the last supervised turn; none."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a conversation beyond sequence_len; truncate cuts after a complete turn."""
+    """Handling of conversations longer than sequence_len. truncate cuts after the last complete turn that fits."""
 
 
 class DPOData(DataSection):
-    """Data of preference training. Nothing is truncated: a cut answer would lose its end token."""
+    """Data for preference training. Responses are never truncated, because a cut response would lose its end token."""
 
     sequence_len: int = Field(default=1024, ge=8, le=10_000_000)
-    """Longest prompt plus answer in tokens."""
+    """Maximum length of prompt plus response in tokens."""
     too_long: Literal["drop", "error"] = "drop"
-    """What happens to a pair whose prompt and longer answer exceed sequence_len."""
+    """Handling of pairs in which the prompt plus the longer response exceed sequence_len."""
     preferences: PreferenceSection = PreferenceSection()
-    """What is looked for in the pairs."""
+    """Checks of the preference pairs."""

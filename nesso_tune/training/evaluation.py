@@ -23,7 +23,7 @@ from nesso_tune.generation.answers import (
     length_ratios,
     select_prompts,
 )
-from nesso_tune.metrics import HELD_OUT, better, did_you_mean, whole_metric
+from nesso_tune.metrics import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
 from nesso_tune.recipes.builtin import OF_SOURCE
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
@@ -174,10 +174,10 @@ class BestCheckpoint:
             RecipeError: if the evaluation has no such metric.
         """
         if self.metric not in metrics:
-            remedy = did_you_mean(self.metric, sorted(metrics))
+            remedy = suggest_metric(self.metric, sorted(metrics))
             raise RecipeError(BEST_METRIC, f"`{self.metric}` is not measured", remedy)
         value = float(metrics[self.metric])
-        sign = 1 if better(self.metric) == "higher" else -1
+        sign = 1 if better_direction(self.metric) == "higher" else -1
         if not math.isfinite(value) or (self.value is not None and sign * value <= sign * self.value):
             self.waited += 1
             return False
@@ -208,8 +208,8 @@ def best_checkpoint_for(recipe: Recipe, spec: MetricSpec, validation: Rows) -> B
     if recipe.train.best_metric is None:
         return None
     metric = Privacy(recipe.data).metric_name(recipe.train.best_metric)
-    whole = whole_metric(metric)
-    if whole in HELD_OUT:
+    whole = overall_metric(metric)
+    if whole in VALIDATION_METRICS:
         languages = sorted({validation.documents.language(int(entry)) for entry in np.unique(validation.records)})
         if not languages:
             raise RecipeError(
@@ -225,7 +225,7 @@ def best_checkpoint_for(recipe: Recipe, spec: MetricSpec, validation: Rows) -> B
         # whether this source has validation rows is known at the first evaluation
         of_source = grouped and metric.startswith(f"{whole}{OF_SOURCE}")
         if (whole if of_source else metric) not in measured:
-            raise RecipeError(BEST_METRIC, f"`{metric}` is not measured by this run", did_you_mean(metric, measured))
+            raise RecipeError(BEST_METRIC, f"`{metric}` is not measured by this run", suggest_metric(metric, measured))
     return BestCheckpoint(metric, recipe.train.early_stopping_patience)
 
 
@@ -268,7 +268,7 @@ def best_summary(best: BestCheckpoint, step: int, total_steps: int) -> list[str]
         f"stopped early at step {step:,} of {total_steps:,}: no better {best.metric} in {best.waited} evaluation(s) "
         f"(train.early_stopping_patience)"
     )
-    extreme = "highest" if better(best.metric) == "higher" else "lowest"
+    extreme = "highest" if better_direction(best.metric) == "higher" else "lowest"
     taken = f"final/ holds the weights of step {best.step:,}: {best.metric} {best.value:.4g} is the {extreme}"
     return [*([early] if step < total_steps else []), taken]
 

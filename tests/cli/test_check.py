@@ -49,7 +49,7 @@ def test_the_plan_is_printed(check, recipe, tmp_path):
     assert (code, err) == (0, "")
     assert out.startswith(f"{recipe}: valid\n")
     assert lines["global batch"] == "1 x 1 accumulation x 1 process(es) = 1 rows of 256 tokens"
-    assert lines["data"].startswith("~8 conversations an epoch")
+    assert lines["data"].startswith("~8 conversations per epoch")
     assert lines["data"].endswith("~2 conversations held out")
     assert lines["steps"].startswith("~32 (~4 epochs); log every 10, save every 8, evaluate every 4")
     assert lines["learning rate"] == "warm-up over 1 steps to 0.001, cosine to step 16, then constant 0.0002 to step 32"
@@ -93,9 +93,10 @@ def test_all_mistakes_come_in_one_block(check, tmp_path):
     assert "Traceback" not in err
     assert err.splitlines() == [
         "--set: `seed` must be a number of at least 0, not -1; write a number of at least 0",
-        f"{path}:3: `model.base` is missing; add it: hub id or folder of the base model; for DPO the result of SFT",
+        f"{path}:3: `model.base` is missing; add it: hub id or local folder of the base model; for DPO, the `final/` "
+        "folder of the SFT run",
         f"{path}:3: unknown key `model.bas`; did you mean `model.base`?",
-        f"{path}:4: `data.sources` must be not empty; give it a value: the sources that are trained on",
+        f"{path}:4: `data.sources` must be not empty; give it a value: sources of training rows",
         f"{path}:6: unknown key `train.learning_rte`; did you mean `train.learning_rate`?",
     ]
 
@@ -180,10 +181,10 @@ def test_hidden_gpus_are_not_idle(check, recipe, driver, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "processes", "says"),
     [
-        ([], 1, "whole: one process has nobody to share them with"),
-        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints as whole files"),
-        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), checkpoints in shards"),
-        (["distributed.fsdp=none"], 4, "whole on each of 4 processes (DDP)"),
+        ([], 1, "not sharded (single process)"),
+        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), full checkpoints"),
+        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), sharded checkpoints"),
+        (["distributed.fsdp=none"], 4, "replicated on 4 processes (DDP)"),
     ],
 )
 def test_the_plan_says_how_weights_are_shared(check, recipe, settings, processes, says):

@@ -57,7 +57,7 @@ MISTAKES = {
     "no such file": ("data.sources.0.path=absent.jsonl", 3, "absent.jsonl: no such file"),
     "no such template": ("chat.template=chatmll", 2, "did you mean `chatml`?"),
     "the same folder": ("output_dir={first}", 2, "has the same output_dir"),
-    "a batch that does not divide": ("train.global_batch_size=3", 2, "is no multiple of"),
+    "a batch that does not divide": ("train.global_batch_size=3", 2, "is not a multiple of"),
 }
 
 

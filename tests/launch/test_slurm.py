@@ -124,7 +124,7 @@ def test_what_is_not_fetched_is_refused_before_the_job_waits(launch, tmp_path):
 
 
 FAULTS = {
-    "a batch that does not divide": (["recipes/dpo.yaml", "--slurm", "x", "--nodes", 3], 2, "is no multiple of"),
+    "a batch that does not divide": (["recipes/dpo.yaml", "--slurm", "x", "--nodes", 3], 2, "is not a multiple of"),
     "nodes without slurm": (["recipes/sft.yaml", "--nodes", 3], 2, "--nodes: has no effect without --slurm FILE"),
     "submit without slurm": (["recipes/sft.yaml", "--submit"], 2, "--submit: has no effect without --slurm"),
     "overwrite in a job": (["recipes/sft.yaml", "--slurm", "x", "--overwrite"], 2, "checkpoints of the job"),

@@ -189,7 +189,9 @@ def test_qlora_on_several_processes_is_refused(tmp_path, talks, capsys):
         path = write_recipe(tmp_path / "r.yaml", some)
         code, _, err = main_here(capsys, "check", path, "--gpus-per-node", "2")
         assert code == RecipeError.exit_code
-        assert "qlora runs in one process, here are 2; start one (nesso-tune train), or use type: lora" in err
+        assert (
+            "qlora runs in a single process, got 2; start a single process (nesso-tune train), or use type: lora" in err
+        )
     done = command("train", path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     assert done.returncode == RecipeError.exit_code
     assert "qlora runs in one process" in done.stderr

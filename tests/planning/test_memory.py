@@ -303,7 +303,7 @@ def test_a_base_that_is_too_large_may_be_held_in_four_bits():
 
 
 def test_four_bits_are_of_one_process():
-    with pytest.raises(RecipeError, match=r"model\.adapter\.type: qlora runs in one process, here are 2"):
+    with pytest.raises(RecipeError, match=r"model\.adapter\.type: qlora runs in a single process, got 2"):
         plan("max_steps: 9", text=SFT.replace("base: b", "base: b, adapter: {type: qlora}"), processes=2)
 
 

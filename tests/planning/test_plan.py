@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.planning.plan import BLOCKS, DataVolume, SchedulePlan, World, curve
+from nesso_tune.planning.plan import BAR_CHARACTERS, DataVolume, SchedulePlan, World, curve
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.planning.shapes import known_config, shape_of
 from nesso_tune.recipes import load_recipe
@@ -45,7 +45,7 @@ def test_accumulation_follows_from_the_global_batch(processes, accumulation):
     [(100, 8, "set it to 96 or 112"), (8, 8, "set it to 16"), (129, 1, "set it to 128 or 130")],
 )
 def test_a_global_batch_that_does_not_divide_is_refused_with_the_next_ones(batch, processes, remedy):
-    with pytest.raises(RecipeError, match=rf"train.global_batch_size: {batch} is no multiple .*{remedy}$"):
+    with pytest.raises(RecipeError, match=rf"train.global_batch_size: {batch} is not a multiple .*{remedy}$"):
         plan(f"global_batch_size: {batch}, micro_batch_size: 2", processes=processes)
 
 
@@ -87,7 +87,7 @@ def test_max_steps_far_from_the_data(steps, words):
 def test_a_loss_that_sorts_the_pairs_of_a_step_is_of_one_process():
     text = DPO + "dpo: {loss: {sigmoid: 1.0, aot: 0.5}}\n"
     assert plan("micro_batch_size: 8", text=text).global_batch == 8
-    said = r"dpo\.loss: aot sorts the pairs of a step, and 2 processes share them; start one"
+    said = r"dpo\.loss: aot sorts all pairs of a step, which are split over 2 processes; start a single process"
     with pytest.raises(RecipeError, match=said):
         plan("micro_batch_size: 8", text=text, processes=2)
 
@@ -134,7 +134,7 @@ def test_the_schedule_in_words(schedule, words):
 
 def test_a_warm_up_too_long_is_refused():
     with pytest.raises(
-        RecipeError, match=r"train.schedule: the warm-up of 80 steps reaches past step 80.*train longer"
+        RecipeError, match=r"train.schedule: the warm-up of 80 steps does not end before step 80.*train longer"
     ):
         plan("max_steps: 100, schedule: {warmup_steps: 80, constant_ratio: 0.8, min_ratio: 0}")
     assert (
@@ -241,7 +241,7 @@ def test_without_data_the_schedule_is_said_in_shares_of_the_run():
 def heights(lines):
     """How full each column is, in eighths of a line."""
     rows = [line.split("|")[1] for line in lines if "|" in line]
-    return [sum(BLOCKS.index(row[x]) for row in rows) for x in range(len(rows[0]))]
+    return [sum(BAR_CHARACTERS.index(row[x]) for row in rows) for x in range(len(rows[0]))]
 
 
 def test_it_rises_falls_and_stays():

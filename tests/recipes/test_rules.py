@@ -118,14 +118,16 @@ FIRES = {
     "patience for nothing": (
         "train: {early_stopping_patience: 2}", "train.early_stopping_patience", "waits for a better train.best_metric",
     ),
-    "the best of what": ("train: {best_metric: eval_los}", "train.best_metric", "is not known to be better lower"),
-    "the best of a reward": ("{method: dpo, train: {best_metric: eval_rewards/chosen}}", "train.best_metric", "known"),
+    "the best of what": ("train: {best_metric: eval_los}", "train.best_metric", "select weights"),
+    "the best of a reward": (
+        "{method: dpo, train: {best_metric: eval_rewards/chosen}}", "train.best_metric", "not a metric",
+    ),
     "the best of no evaluation": ("{evaluation: null, train: {best_metric: eval_loss}}", "train.best_metric", "null"),
     "the best of nothing held out": (
         "{data: {validation_size: 0}, train: {best_metric: eval_loss/it}}", "train.best_metric", "there are none",
     ),
     "the best of no answers": (
-        "{evaluation: {samples: 0}, train: {best_metric: stop_rate}}", "train.best_metric", "asks for none",
+        "{evaluation: {samples: 0}, train: {best_metric: stop_rate}}", "train.best_metric", "evaluation.samples is 0",
     ),
     "the best of another method": (
         "{method: sft, train: {best_metric: eval_rewards/accuracies}}", "train.best_metric", "method: dpo only",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nesso_tune import NumericalError, RecipeError, RunEnvironmentError, run
 from nesso_tune.data.packing import Rows
-from nesso_tune.metrics import better, whole_metric
+from nesso_tune.metrics import better_direction, overall_metric
 from nesso_tune.model.adapters import adapt
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
@@ -101,7 +101,7 @@ def test_on_another_number_of_processes_it_is_the_same(tmp_path):
     ],
 )  # fmt: skip
 def test_which_way_is_better(name, whole_name, way):
-    assert (whole_metric(name), better(name)) == (whole_name, way)
+    assert (overall_metric(name), better_direction(name)) == (whole_name, way)
 
 
 def test_pruning_spares_the_best_that_a_kept_checkpoint_knows(tmp_path):

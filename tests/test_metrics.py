@@ -1,0 +1,27 @@
+"""The registry of metrics, and its agreement with the documentation."""
+
+import re
+from pathlib import Path
+
+from nesso_tune.metrics import ANSWER_METRICS, METRICS, VALIDATION_METRICS, metric_of
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_every_metric_is_documented():
+    text = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("metrics.md", "speed.md"))
+    documented = set(re.findall(r"`([a-z_/]+)`", text))
+    plain = {name.removeprefix("eval_") for name in METRICS}  # eval_... are the metrics of training, on validation rows
+    assert sorted(plain - documented) == []
+
+
+def test_what_can_select_weights():
+    assert VALIDATION_METRICS == (
+        "eval_loss", "eval_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins",
+    )  # fmt: skip
+    assert ANSWER_METRICS == (
+        "stop_rate", "exact_match", "language_fidelity", "closer_to_chosen", "repetition_rate",
+    )  # fmt: skip
+    assert [name for name in METRICS if metric_of(name)] == [*VALIDATION_METRICS, *ANSWER_METRICS]
+    assert [name for name, metric in METRICS.items() if metric.better == "lower"] == ["eval_loss", "repetition_rate"]
+    assert metric_of("train_stop_rate/it") is METRICS["stop_rate"]
