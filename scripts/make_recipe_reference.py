@@ -44,7 +44,7 @@ def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]
     lines, limits = [], False
     for key, field in section.model_fields.items():
         for inner in _sections(field.annotation) if key not in (*besides, "validation_sources") else ():
-            entry = {tuple: ", one entry", dict: ".NAME"}.get(_container(field.annotation), "")
+            entry = {tuple: ", one entry", dict: ".NAME"}.get(_holder(field.annotation), "")
             if inner is not Limit:
                 lines += [*_section(f"{above}.{key}{entry}", inner), *_nested(f"{above}.{key}", inner)]
             limits = limits or inner is Limit
@@ -54,7 +54,7 @@ def _nested(above: str, section: Any, besides: Container[str] = ()) -> list[str]
 def _holder(annotation: Any) -> Any:
     """The container of a key's sections: tuple, dict, or None."""
     origin = get_origin(annotation)
-    return _container(get_args(annotation)[0]) if origin is Annotated else origin
+    return _holder(get_args(annotation)[0]) if origin is Annotated else origin
 
 
 def _section(title: str, model: Any) -> list[str]:

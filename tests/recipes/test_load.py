@@ -80,7 +80,9 @@ MISTAKES = {
     "sign lost": (IN_TRAIN + "learning_rate: 1.0e3", 8, ["at most 1 or auto"]),
     "quoted number": (IN_TRAIN + "learning_rate: '1e-3'", 8, ["a number or auto", "not '1e-3'"]),
     "number as text": (SFT.replace("out\n", "2024\n"), 2, ["`output_dir` must be text, not 2024"]),
-    "no sources": (SFT.replace("\n    - path: rows.jsonl", " []"), 5, ["must be not empty", "sources of training rows"]),
+    "no sources": (
+        SFT.replace("\n    - path: rows.jsonl", " []"), 5, ["must be not empty", "sources of training rows"],
+    ),
     "sources as a section": (SFT.replace("- path", "path"), 5, ["`data.sources` must be a list"]),
     "source as text": (SFT.replace("- path: ", "- "), 6, ["`data.sources.0` must be a section"]),
     "sources of nothing": (SFT.replace("path: rows.jsonl", "null"), 6, ["`data.sources.0` is not set"]),
