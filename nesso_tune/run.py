@@ -107,7 +107,7 @@ def train(
                 _say_all(_opening_notes(opened, recipe), say)
             data = prepare_data(recipe)
             if opened is not None and not opened.finished and opened.checkpoint is None:
-                _say_all(_data_notes(data.report), say)
+                _say_all(_data_notes(data.summary), say)
             init_process_group(recipe.distributed.timeout_s)
             with report_lost_ranks():
                 run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
@@ -168,9 +168,9 @@ def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, ru
     if is_main_process():
         check_final(state, recipe.model.dtype, step)
         trained = plan.trained(step, trainer.epochs_at(step))
-        card = model_card(recipe, trained, data.report, metrics, selection)
+        card = model_card(recipe, trained, data.summary, metrics, selection)
         save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
-        write_report(run.path, recipe, trained, data.report)
+        write_report(run.path, recipe, trained, data.summary)
         write_end(run, best=None if best is None else best.state_dict())
     return metrics
 

@@ -35,8 +35,8 @@ def test_the_second_time_is_a_hit_with_the_same_rows(recipe):
     first = prepare_data(recipe)
     assert is_prepared(recipe)
     second = prepare_data(recipe)
-    assert (first.report.cache_hit, second.report.cache_hit) == (False, True)
-    assert replace(first.report, cache_hit=True) == second.report
+    assert (first.summary.cache_hit, second.summary.cache_hit) == (False, True)
+    assert replace(first.summary, cache_hit=True) == second.summary
     assert ids(first) == ids(second)
 
 
@@ -47,8 +47,8 @@ def test_one_changed_character_is_seen_though_size_and_time_are_the_same(recipe)
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert file.stat().st_size == times.st_size
     after = prepare_data(recipe)
-    assert not after.report.cache_hit
-    assert after.report.fingerprint != before.report.fingerprint
+    assert not after.summary.cache_hit
+    assert after.summary.fingerprint != before.summary.fingerprint
     assert ids(after) != ids(before)
 
 
@@ -56,8 +56,8 @@ def test_another_time_alone_changes_nothing(recipe):
     before = prepare_data(recipe)
     os.utime(recipe.data.sources[0].path, (1, 1))
     after = prepare_data(recipe)
-    assert after.report.cache_hit
-    assert after.report.fingerprint == before.report.fingerprint
+    assert after.summary.cache_hit
+    assert after.summary.fingerprint == before.summary.fingerprint
 
 
 ENCODED_ANEW = {
@@ -71,16 +71,16 @@ ARRANGED_ANEW = {"packing": {"packing": False}, "seed": {"seed": 1}, "split": {"
 
 @pytest.mark.parametrize("change", ENCODED_ANEW.values(), ids=ENCODED_ANEW)
 def test_what_decides_the_ids_is_encoded_anew(recipe, sft, change):
-    before = prepare_data(recipe).report.to_dict()
-    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report.to_dict()
+    before = prepare_data(recipe).report
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
     assert not after["cache_hit"]
     assert after["fingerprint"] != before["fingerprint"]
 
 
 @pytest.mark.parametrize("change", ARRANGED_ANEW.values(), ids=ARRANGED_ANEW)
 def test_what_only_arranges_rows_uses_what_is_encoded(recipe, sft, change):
-    before = prepare_data(recipe).report.to_dict()
-    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report.to_dict()
+    before = prepare_data(recipe).report
+    after = prepare_data(sft(recipe.data.sources[0].path, **change)).report
     assert after["cache_hit"]
     assert after["fingerprint"] != before["fingerprint"]
 
@@ -98,11 +98,11 @@ def test_what_a_killed_run_left_is_not_trusted(recipe):
     whole = ids(prepare_data(recipe))
     folder = the_folder()
     folder.rename(folder.with_suffix(".partial"))  # killed before the last step
-    assert prepare_data(recipe).report.cache_hit is False
+    assert prepare_data(recipe).summary.cache_hit is False
     (folder / cache.DONE_FILE).unlink()  # and a folder without its note
     (folder / "ids.bin").write_bytes(b"")
     again = prepare_data(recipe)
-    assert again.report.cache_hit is False
+    assert again.summary.cache_hit is False
     assert ids(again) == whole
     assert [path.suffix for path in folder.parent.iterdir() if path.is_dir()] == [""]
 
@@ -128,10 +128,10 @@ def test_damaged_files_are_named_and_made_again(with_drops, name, capfd):
     for damage in (lambda: flip(file, 0.3), lambda: file.write_bytes(file.read_bytes()[:7]), file.unlink):
         damage()
         again = prepare_data(with_drops)
-        assert again.report.cache_hit is False
+        assert again.summary.cache_hit is False
         assert ids(again) == whole
         assert f"prepared data in {the_folder()} is damaged ({name}" in capfd.readouterr().err
-        assert prepare_data(with_drops).report.cache_hit
+        assert prepare_data(with_drops).summary.cache_hit
         assert not capfd.readouterr().err
 
 

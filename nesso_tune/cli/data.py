@@ -38,10 +38,10 @@ def prepare(
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # compute nodes may be offline
     page = _write_page(Path(loaded.output_dir), loaded, data)
     if as_json:
-        print_text(json.dumps(data.report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        print_text(json.dumps(data.summary, indent=2, ensure_ascii=False) + "\n")
         return
-    print_lines(*tables(data.report))
-    if data.report.dropped:
+    print_lines(*tables(data.summary))
+    if data.summary.dropped:
         print_lines("", f"all dropped rows   {dropped_file(data)}")
     if page is not None:
         print_lines(f"report             {page}")

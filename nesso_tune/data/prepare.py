@@ -51,7 +51,7 @@ class PreparedData:
         train: the rows of the first epoch.
         validation: the validation rows, in a fixed order.
         stream: the rows of all epochs.
-        report: what was read, dropped and kept.
+        summary: what was read, dropped and kept.
         chat: files of the chat-ready tokenizer.
         key: name of the training sources' folder in the cache.
         renamed: files that had other names when they were prepared.
@@ -60,7 +60,7 @@ class PreparedData:
     train: Rows
     validation: Rows
     stream: RowStream
-    report: DataReport
+    summary: DataReport
     chat: ChatTokenizer
     key: str = ""
     renamed: FileNames = field(default_factory=dict)
@@ -68,8 +68,13 @@ class PreparedData:
     def __repr__(self) -> str:
         return (
             f"PreparedData({len(self.train):,} training rows, {len(self.validation):,} validation rows, "
-            f"{self.report.train.tokens:,} tokens per epoch, fingerprint {self.report.fingerprint})"
+            f"{self.summary.train.tokens:,} tokens per epoch, fingerprint {self.summary.fingerprint})"
         )
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """`summary` as JSON data, the same as `nesso-tune prepare --json` prints."""
+        return self.summary.to_dict()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -80,9 +85,9 @@ class PreparedData:
     def volume(self) -> DataVolume:
         """Size of one epoch."""
         return DataVolume(
-            len(self.train), self.report.train.tokens, self.report.train.supervised_tokens,
+            len(self.train), self.summary.train.tokens, self.summary.train.supervised_tokens,
             len(self.validation.records),
-            dropped={reason: rows / self.report.rows_read for reason, rows in self.report.dropped.items()},
+            dropped={reason: rows / self.summary.rows_read for reason, rows in self.summary.dropped.items()},
         )  # fmt: skip
 
 
@@ -121,7 +126,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         *chat.notes, *_data_warnings(corpus.report, overlap, data), *mixture_warnings(documents, groups, train, data),
         *_split_warnings(data, len(train), len(held_out)),
     ]  # fmt: skip
-    report = DataReport(
+    summary = DataReport(
         **{field.name: getattr(corpus.report, field.name) for field in fields(corpus.report)},
         validation_overlap=overlap,
         train=documents.counts(rows.records),
@@ -132,7 +137,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         cache_hit=cache_hit,
         warnings=tuple(warnings),
     )
-    return PreparedData(rows, validation, stream, report, chat, corpus.key, corpus.renamed)
+    return PreparedData(rows, validation, stream, summary, chat, corpus.key, corpus.renamed)
 
 
 def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
@@ -141,9 +146,9 @@ def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
     rows, held = stream.epoch(0), data.validation
     validation = Rows(held.documents, np.sort(held.records), np.arange(len(held.records) + 1), held.first_pair)
     packing = _packing_report(rows, recipe.data.sequence_len, unpacked=True)
-    fingerprint = cache.key_of([data.report.fingerprint, "unpacked"])
-    report = replace(data.report, packing=packing, fingerprint=fingerprint)
-    return replace(data, train=rows, validation=validation, stream=stream, report=report)
+    fingerprint = cache.key_of([data.summary.fingerprint, "unpacked"])
+    summary = replace(data.summary, packing=packing, fingerprint=fingerprint)
+    return replace(data, train=rows, validation=validation, stream=stream, summary=summary)
 
 
 def is_prepared(recipe: Recipe) -> bool:

@@ -248,7 +248,7 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
     data = prepare_data(recipe)
     numbers = range(min(count, len(data.train)))
     row_of = _packed_row if recipe.method == "sft" else _pair
-    report = data.report
+    report = data.summary
     facts = {
         "rows": f"{len(numbers)} of {len(data.train):,} {row_name(recipe)} per epoch",
         "tokens": f"{report.train.tokens:,} per epoch, {report.train.supervised_tokens:,} of them supervised",

@@ -165,7 +165,7 @@ def whole_documents(base: Path, data: Path) -> None:
                 packed[tuple(row["input_ids"][start : start + length])] += 1
                 start += length
         whole = Counter(tuple(documents.input_ids(i).tolist()) for i in range(len(documents)))
-        print(f"packing: {prepared.report.packing.to_dict()}, documents split: {(packed - whole).total()}")
+        print(f"packing: {prepared.summary.packing.to_dict()}, documents split: {(packed - whole).total()}")
 
 
 def main() -> None:

@@ -131,7 +131,7 @@ def test_every_verb_says_it_before_anything_is_done(instruct, tmp_path, talks, c
     assert not (tmp_path / "run").exists()
     assert main_here(capsys, "check", path, "--set", "chat.template=chatml")[0] == 0
     instruct(LLAMA3)
-    assert "chat.template: llama3" in prepare_data(some).report.warnings[0]
+    assert "chat.template: llama3" in prepare_data(some).summary.warnings[0]
 
 
 def test_init_names_what_becomes_of_it(instruct, tmp_path, talks, capsys, monkeypatch):

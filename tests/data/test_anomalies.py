@@ -60,7 +60,7 @@ def pair(i, chosen, rejected, prompt="Domanda"):
 
 
 def figures(dpo, write_rows, rows, **data):
-    report = prepare_data(dpo(write_rows(rows), **data)).report.to_dict()
+    report = prepare_data(dpo(write_rows(rows), **data)).report
     return report["preferences"], report["warnings"]
 
 
@@ -113,7 +113,7 @@ def test_statistics_include_dropped_rows(dpo, write_rows):
     found, warnings = figures(dpo, write_rows, rows)
     assert (found["pairs"], found["same_answers"], found["too_long"]) == (6, 0.125, 0.125)
     assert any("both answers are identical" in said for said in warnings)
-    report = prepare_data(dpo(write_rows(rows))).report.to_dict()
+    report = prepare_data(dpo(write_rows(rows))).report
     assert "chosen, " in report["examples_of_dropped"]["too_long"]  # which side it is
 
 
@@ -124,4 +124,4 @@ def test_limits_fail(dpo, write_rows):
         prepare_data(dpo(write_rows(rows), preferences=limits))
     assert len(error.value.problems) == 2
     silent = {"length_predicts": {"warn": None}, "length_ratio": {"warn": None}}
-    assert prepare_data(dpo(write_rows(rows), preferences=silent)).report.warnings == ()
+    assert prepare_data(dpo(write_rows(rows), preferences=silent)).summary.warnings == ()

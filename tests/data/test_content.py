@@ -69,16 +69,16 @@ def test_moved_renamed_and_linked_data_is_the_same_under_its_current_names(folde
     same["renamed"] = SFTRecipe.model_validate(moved)
     for name, recipe in same.items():
         data = prepare_data(recipe)
-        assert data.report.cache_hit, name
-        assert data.report.fingerprint == first.report.fingerprint, name
+        assert data.summary.cache_hit, name
+        assert data.summary.fingerprint == first.summary.fingerprint, name
         source = recipe.data.sources[0]
-        assert data.report.sources[0].path == source.path, name
-        assert data.report.sources[0].alias == source.alias, name
+        assert data.summary.sources[0].path == source.path, name
+        assert data.summary.sources[0].alias == source.alias, name
         with monkeypatch.context() as elsewhere:
             elsewhere.setenv("NESSO_TUNE_CACHE", str(tmp_path / f"cache-{name}"))
             fresh = prepare_data(recipe)  # under these names from the start
             listed = dropped_file(fresh).read_text()
-        assert replace(fresh.report, cache_hit=True) == data.report, name
+        assert replace(fresh.summary, cache_hit=True) == data.summary, name
         assert fresh.train.documents.prefixes == data.train.documents.prefixes, name
         assert dropped_file(data).read_text() == listed, name
         assert len(listed.splitlines()) == 4, "two of no use, a repeated one, and one that is asked in an evaluation"
@@ -87,14 +87,14 @@ def test_moved_renamed_and_linked_data_is_the_same_under_its_current_names(folde
 
 def test_the_content_of_each_file_counts(folder, recipe_in):
     recipe = recipe_in(folder)
-    seen = {prepare_data(recipe).report.fingerprint}
+    seen = {prepare_data(recipe).summary.fingerprint}
     for name, old, new in (
         ("a.jsonl", "Roma", "Toma"), ("mine.yaml", "[content]", "[content, text]"), ("tools.txt", '"f"', '"g"'),
         ("asked.txt", "Di che colore", "Chi ha visto mai"),
     ):  # fmt: skip
         file = folder / name
         file.write_text(file.read_text().replace(old, new))
-        report = prepare_data(recipe).report.to_dict()
+        report = prepare_data(recipe).report
         assert not report["cache_hit"], name
         seen.add(report["fingerprint"])
     assert len(seen) == 4, "another mapping that reads the same is the same data"
@@ -103,7 +103,7 @@ def test_the_content_of_each_file_counts(folder, recipe_in):
 def test_shares_by_source_do_not_depend_on_names(sft, write_rows, chats, tmp_path):
     def made(a, b):
         sources = [{"path": a, "alias": "one"}, b]
-        return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report.to_dict()
+        return prepare_data(sft(*sources, mixture={"by": "source", "shares": {"one": 0.25, b: 0.75}})).report
 
     a, b = write_rows(chats[:5], "a.jsonl"), write_rows(chats[5:], "b.jsonl")
     first = made(a, b)
@@ -125,10 +125,10 @@ def test_names_in_locations():
 
 def test_other_code_or_packages_prepare_again_with_the_same_fingerprint(sft, write_rows, chats, monkeypatch):
     recipe = sft(write_rows(chats))
-    first = prepare_data(recipe).report.to_dict()
+    first = prepare_data(recipe).report
     assert any(entry.startswith("tokenizers ") for entry in software_versions())
     monkeypatch.setattr("nesso_tune.data.prepare.software_versions", lambda: ["tokenizers 9"])
-    second = prepare_data(recipe).report.to_dict()
+    second = prepare_data(recipe).report
     assert not second["cache_hit"]
     assert second["fingerprint"] == first["fingerprint"]
 
@@ -163,7 +163,7 @@ def test_changes_of_imported_modules_and_declared_files_are_detected(reader, sft
     source = {"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f", "reads": [f"{reader}/map.json"]}
     recipe = sft(source)
     first = prepare_data(recipe)
-    assert prepare_data(recipe).report.cache_hit
+    assert prepare_data(recipe).summary.cache_hit
     known = [rows_of(first)]
     for name, old, new in (
         ("map.json", "DUE", "TRE"), ("myhelper.py", "t +", "t.upper() +"), ("lazily/shared.py", "!", "?"),
@@ -174,12 +174,12 @@ def test_changes_of_imported_modules_and_declared_files_are_detected(reader, sft
         file.write_text(text)
         os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # Python alone would take its compiled code
         data = prepare_data(recipe)
-        assert not data.report.cache_hit, name
+        assert not data.summary.cache_hit, name
         assert (rows_of(data) in known) == (name == "lazily/inside.py"), name
         known.append(rows_of(data))
     moved = shutil.copytree(reader, reader.parent / "moved")
     again = sft({"path": f"{moved}/d.jsonl", "format": f"{moved}/rd.py:f", "reads": [f"{moved}/map.json"]})
-    assert prepare_data(again).report.fingerprint == data.report.fingerprint
+    assert prepare_data(again).summary.fingerprint == data.summary.fingerprint
 
 
 def test_a_declared_file_must_exist_and_requires_a_reader(reader, sft):
@@ -238,9 +238,9 @@ def test_late_and_star_imports_of_a_reader_are_found_from_the_start(tmp_path, sf
         for name in LATE:
             recipe = sft({"path": rows, "format": f"{tmp_path}/{name}.py:f"})
             data = prepare_data(recipe)
-            assert not data.report.cache_hit, name
+            assert not data.summary.cache_hit, name
             assert answer in data.tokenizer.decode(data.train[0]["input_ids"]), name
-            assert prepare_data(recipe).report.cache_hit, name
+            assert prepare_data(recipe).summary.cache_hit, name
 
 
 @pytest.mark.skipif(not (CASES / "reader").is_dir(), reason="the collection of small inputs is not here")
@@ -251,7 +251,7 @@ def test_the_reader_of_the_collection(tmp_path, sft):
         before = prepare_data(recipe)
         (here / name).write_text((here / name).read_text().replace(old, new))
         after = prepare_data(recipe)
-        assert not after.report.cache_hit
+        assert not after.summary.cache_hit
         assert rows_of(after) != rows_of(before)
 
 

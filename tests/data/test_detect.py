@@ -121,7 +121,7 @@ def test_inferred_columns_can_be_prepared(write_rows, sft):
     rows = [{"dialogo": turns("ruolo", "testo", "utente", "assistente")} for _ in range(4)]
     found = detect_source(path := write_rows(rows))
     source = {"path": path, "format": found.format, **found.fields}
-    assert prepare_data(sft(source)).report.rows_kept == 4
+    assert prepare_data(sft(source)).summary.rows_kept == 4
 
 
 def test_unusable_rows_are_counted(write_rows):

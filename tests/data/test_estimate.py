@@ -19,7 +19,7 @@ def test_prepared_data_are_counted_exactly(sft, chats, write_rows):
     volume = estimate_volume(recipe)
     assert volume == prepared.volume
     assert (volume.exact, volume.rows, volume.validation_rows) == (True, len(prepared.train), 20)
-    assert volume.tokens == prepared.report.train.tokens
+    assert volume.tokens == prepared.summary.train.tokens
 
 
 @pytest.mark.parametrize("packing", [True, False])

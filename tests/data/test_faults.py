@@ -700,7 +700,7 @@ def test_drops(tmp_path, format_name, row, reason):
 def dropped(folder, given, reason, place="rows.jsonl:2", kept=2):
     """Prepares data with one row that must be dropped for this reason."""
     data = prepare_data(given.recipe(folder))
-    report = data.report.to_dict()
+    report = data.report
     adds_up(report)
     assert report["dropped"] == {reason: 1}
     assert report["rows_kept"] == kept
@@ -831,7 +831,7 @@ KEPT = {
 
 @pytest.mark.parametrize("given", KEPT.values(), ids=KEPT)
 def test_valid_data(tmp_path, given):
-    report = prepare_data(given.recipe(tmp_path)).report.to_dict()
+    report = prepare_data(given.recipe(tmp_path)).report
     adds_up(report)
     assert (report["rows_read"], report["dropped"]) == (1, {})
 
@@ -844,7 +844,7 @@ def test_control_tokens_in_contents_stay_text(tmp_path):
     end, start = (data.chat.backend.token_to_id(token) for token in ("<|im_end|>", "<|im_start|>"))
     counted = Counter(int(i) for i in row["input_ids"])
     assert (counted[end], counted[start]) == (5, 5), "one for each turn"
-    assert data.report.anomalies["control_token_as_text"].rows == 1
+    assert data.summary.anomalies["control_token_as_text"].rows == 1
     assert sum(int(label) == end for label in row["labels"]) == 2, "the ends of the answers are learned, no others"
 
 
@@ -863,7 +863,7 @@ def test_control_tokens_in_other_formats_stay_text(tmp_path):
 
 def test_alternating_texts_need_no_message_keys(tmp_path):
     try:
-        report = prepare_data(mapped(SPOKEN, {"dialogue": ["q", "a"]}).recipe(tmp_path)).report.to_dict()
+        report = prepare_data(mapped(SPOKEN, {"dialogue": ["q", "a"]}).recipe(tmp_path)).report
     except NessoError as error:
         well_said(error)
     else:
@@ -895,7 +895,7 @@ def test_a_file_name_that_is_not_unicode(tmp_path):
     given = Given(None, source={"path": "{here}"}, files={os.fsdecode(b"\xff.jsonl"): lines(CHAT, says())})
     recipe = given.recipe(tmp_path)
     try:
-        adds_up(prepare_data(recipe).report.to_dict())
+        adds_up(prepare_data(recipe).report)
     except NessoError as error:
         well_said(error)
         assert not trusted(tmp_path)
@@ -928,15 +928,15 @@ def test_a_repaired_file_is_prepared(tmp_path, broken, whole):
     given = Given(broken)
     recipe = given.recipe(tmp_path)
     try:
-        assert prepare_data(recipe).report.dropped, "counted, if it is no error"
+        assert prepare_data(recipe).summary.dropped, "counted, if it is no error"
     except NessoError:
         assert not trusted(tmp_path)
     (tmp_path / "data" / given.name).write_bytes(whole)
-    report = prepare_data(recipe).report.to_dict()
+    report = prepare_data(recipe).report
     adds_up(report)
     assert report["rows_read"] == whole.count(b"\n")
     assert not report["cache_hit"]
-    assert prepare_data(recipe).report.cache_hit
+    assert prepare_data(recipe).summary.cache_hit
 
 
 # --- the command line ---

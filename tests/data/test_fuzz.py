@@ -157,7 +157,7 @@ def prepared(some, turns=True):
             well_said(error)
             assert set(trusted()) == before, "nothing of it is taken later"
             return None
-        adds_up(data.report.to_dict())
+        adds_up(data.report)
         start, end, others = marks()
         for row in data.train:
             if some.method == "dpo":
@@ -171,7 +171,7 @@ def prepared(some, turns=True):
                 counted = Counter(ids)
                 assert counted[start] == counted[end]
                 assert others.isdisjoint(counted)
-        return data.report.to_dict()
+        return data.report
 
 
 def trusted():

@@ -36,7 +36,7 @@ def test_auto_prefers_the_language_column(sft, write_rows):
     rows = [{"prompt": text, "response": text} for text in TEXTS.values()] * 3
     rows += [{"prompt": TEXTS["it"], "response": TEXTS["it"], "lang": "de"}]
     path = write_rows(rows)
-    report = prepare_data(sft({"path": path, "language": "auto"}, validation_size=0)).report.to_dict()
+    report = prepare_data(sft({"path": path, "language": "auto"}, validation_size=0)).report
     assert {code: n["rows"] for code, n in report["languages"].items()} == {"it": 3, "en": 3, "fr": 3, "zh": 3, "de": 1}
-    report = prepare_data(sft({"path": path}, validation_size=0)).report.to_dict()
+    report = prepare_data(sft({"path": path}, validation_size=0)).report
     assert {code: n["rows"] for code, n in report["languages"].items()} == {"und": 12, "de": 1}

@@ -94,20 +94,20 @@ def test_a_weight_or_share_above_zero_gives_a_row_and_it_is_said(sft, write_rows
     for epoch in range(3):
         drawn = data.stream.epoch(epoch).records
         assert ((drawn < 10).sum(), (drawn >= 10).sum()) == (1, 11)
-    said = data.report.warnings
+    said = data.summary.warnings
     assert "data.sources.0.weight selects less than 1 of 10 rows" in said[0 if len(said) == 3 else 1]
     assert "data.sources.1.rules.en.weight selects less than 1 of 3 rows" in " ".join(said)
     assert said[-1] == "data.sources.1.rules.fr.weight has no effect: no row is in `fr`"
     shares = {"by": "language", "shares": {"it": 0.9999, "en": 0.0001}}
     data = prepare_data(sft(many, mixture=shares, validation_size=0.01))
-    assert sorted(group.rows for group in data.report.mixture)[0] == 1
-    assert "data.mixture.shares.en selects less than 1 of 3 rows" in " ".join(data.report.warnings)
+    assert sorted(group.rows for group in data.summary.mixture)[0] == 1
+    assert "data.mixture.shares.en selects less than 1 of 3 rows" in " ".join(data.summary.warnings)
 
 
 def test_a_source_or_a_validation_share_that_gives_nothing_is_said(sft, write_rows):
     good = write_rows([{"prompt": f"Domanda {i}?", "response": "Sì."} for i in range(9)], "good.jsonl")
     bad = write_rows([{"prompt": "Domanda?", "response": ""}], "bad.jsonl")
-    said = prepare_data(sft(good, bad, validation_size=0.01)).report.warnings
+    said = prepare_data(sft(good, bad, validation_size=0.01)).summary.warnings
     assert list(said) == [
         "data.sources.1 has no training rows: check the dropped rows, or remove the source",
         "data.validation_size 0.01 of 9 rows is less than one row: nothing is held out or evaluated; raise it",
@@ -124,7 +124,7 @@ SCORED = [
 def test_rules_hold_for_one_language(sft, write_rows):
     rules = {"en": {"min_score": 0.55}, "other": {"keep": False}, "it": {"weight": 2.0}}
     source = {"path": write_rows(SCORED), "score_field": "score", "rules": rules}
-    report = prepare_data(sft(source)).report.to_dict()
+    report = prepare_data(sft(source)).report
     assert report["dropped"] == {"language_not_kept": 10, "below_min_score": 6}
     assert {code: of["rows"] for code, of in report["languages"].items()} == {"it": 10, "en": 4}
     assert report["train"]["rows"] == 24
@@ -133,8 +133,8 @@ def test_rules_hold_for_one_language(sft, write_rows):
 
 def test_the_mixture_is_reported_and_only_arranges(sft, write_rows):
     path = write_rows(SCORED)
-    plain = prepare_data(sft(path)).report.to_dict()
-    mixed = prepare_data(sft(path, mixture={"by": "language", "shares": {"it": 0.5, "other": 0.5}})).report.to_dict()
+    plain = prepare_data(sft(path)).report
+    mixed = prepare_data(sft(path, mixture={"by": "language", "shares": {"it": 0.5, "other": 0.5}})).report
     assert mixed["cache_hit"]  # what is encoded is the same
     assert mixed["fingerprint"] != plain["fingerprint"]
     shares = {group["name"]: group["share_of_tokens"] for group in mixed["mixture"]}

@@ -46,7 +46,7 @@ def ascii_rows(tmp_path, rows):
 def test_the_report_adds_up(sft, chats, write_rows, tmp_path):
     recipe = sft(write_rows(chats), ascii_rows(tmp_path, [*chats[:3], *FAULTS]))
     data = prepare_data(recipe)
-    report = data.report.to_dict()
+    report = data.report
     adds_up(report)
     assert (report["rows_read"], report["rows_kept"]) == (17, 13)
     assert report["dropped"] == {
@@ -63,7 +63,7 @@ def test_prepared_data_has_a_short_repr(sft, chats, write_rows):
     data = prepare_data(sft(write_rows(chats), validation_size=2))
     text = repr(data)
     assert text.startswith("PreparedData(")
-    assert data.report.fingerprint in text
+    assert data.summary.fingerprint in text
     assert all("\n" not in of and len(of) < 160 for of in (text, repr(data.train), repr(data.train.documents)))
 
 
@@ -86,7 +86,7 @@ def test_held_out_rows_are_stratified_and_not_trained_on(sft, chats, write_rows)
     data = prepare_data(sft(write_rows(chats), validation_size=4))
     assert sorted(code for row in data.validation for code in row["languages"]) == ["en", "en", "it", "it"]
     assert not set(data.validation.records) & set(data.train.records)
-    assert data.report.train.rows + data.report.validation.rows == 10
+    assert data.summary.train.rows + data.summary.validation.rows == 10
     with pytest.raises(RecipeError, match="leave nothing to train on"):
         prepare_data(sft(write_rows(chats), validation_size=10))
 
@@ -95,11 +95,11 @@ def test_validation_sources_take_the_place_of_a_split(sft, chats, write_rows):
     held = {"path": write_rows(chats[:3], "held.jsonl")}
     make = {"validation_sources": [held], "validation_size": 0}
     data = prepare_data(sft(write_rows(chats[3:]), **make))
-    assert (data.report.train.rows, data.report.validation.rows) == (7, 3)
-    again = prepare_data(sft(write_rows(chats[3:]), **make)).report.to_dict()
+    assert (data.summary.train.rows, data.summary.validation.rows) == (7, 3)
+    again = prepare_data(sft(write_rows(chats[3:]), **make)).report
     assert again["cache_hit"]
     write_rows([*chats[:2], chats[9]], "held.jsonl")
-    changed = prepare_data(sft(write_rows(chats[3:]), **make)).report.to_dict()
+    changed = prepare_data(sft(write_rows(chats[3:]), **make)).report
     assert not changed["cache_hit"]
     assert changed["fingerprint"] != again["fingerprint"]
 
@@ -113,7 +113,7 @@ def dialogue(*lengths):
 def test_truncation_ends_with_a_learned_end_token(sft, write_rows, train_on_eos):
     path = write_rows([dialogue(5, 5), dialogue(5, 200), dialogue(200)])
     data = prepare_data(sft(path, sequence_len=64, too_long="truncate", train_on_eos=train_on_eos, packing=False))
-    assert data.report.dropped == {"too_long": 1}
+    assert data.summary.dropped == {"too_long": 1}
     whole, cut = sorted(data.train, key=lambda row: -len(row["input_ids"]))
     assert len(cut["input_ids"]) <= 64
     assert cut["input_ids"] == whole["input_ids"][: len(cut["input_ids"])]
@@ -122,14 +122,14 @@ def test_truncation_ends_with_a_learned_end_token(sft, write_rows, train_on_eos)
 
 def test_too_long_is_dropped_or_refused(sft, write_rows):
     path = write_rows([dialogue(5), dialogue(200)])
-    assert prepare_data(sft(path, sequence_len=64)).report.dropped == {"too_long": 1}
+    assert prepare_data(sft(path, sequence_len=64)).summary.dropped == {"too_long": 1}
     with pytest.raises(DataError, match=r"rows.jsonl:2: has \d+ tokens, more than data.sequence_len 64; raise"):
         prepare_data(sft(path, sequence_len=64, too_long="error"))
 
 
 def test_pairs(dpo, duels, write_rows):
     data = prepare_data(dpo(write_rows(duels), validation_size=2))
-    adds_up(data.report.to_dict())
+    adds_up(data.report)
     assert (len(data.train), len(data.validation)) == (4, 2)
     row = data.train[0]
     end = data.chat.eos_id
@@ -138,13 +138,13 @@ def test_pairs(dpo, duels, write_rows):
     assert data.tokenizer.decode(row["prompt_ids"]).endswith("<|im_start|>assistant\n")
     assert data.tokenizer.decode(row["rejected_ids"]) == "Boh.<|im_end|>"
     answers = sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for rows in (data.train, data.validation) for r in rows)
-    assert data.report.supervised_tokens == answers
+    assert data.summary.supervised_tokens == answers
 
 
 def test_a_pair_is_as_long_as_its_prompt_and_longer_answer(dpo, duels, write_rows):
     long = {"prompt": "q", "chosen": "w " * 100, "rejected": "Boh."}
     path = write_rows([*duels, long])
-    assert prepare_data(dpo(path, sequence_len=64)).report.dropped == {"too_long": 1}
+    assert prepare_data(dpo(path, sequence_len=64)).summary.dropped == {"too_long": 1}
     with pytest.raises(DataError, match=r"rows.jsonl:7: has"):
         prepare_data(dpo(path, sequence_len=64, too_long="error"))
 
@@ -161,7 +161,7 @@ def test_scores(sft, chats, write_rows):
         row["score"] = i / 10
     chats[9]["score"] = float("nan")
     source = {"path": write_rows(chats), "min_score": 0.5, "score_field": "score"}
-    assert prepare_data(sft(source)).report.dropped == {"below_min_score": 6}
+    assert prepare_data(sft(source)).summary.dropped == {"below_min_score": 6}
     chats[4]["score"] = "high"
     write_rows(chats)
     with pytest.raises(DataError, match=r"rows.jsonl:5: `score` is not a number"):
@@ -170,17 +170,17 @@ def test_scores(sft, chats, write_rows):
 
 def test_max_rows_and_languages(sft, chats, write_rows):
     path = write_rows(chats)
-    assert prepare_data(sft({"path": path, "max_rows": 3})).report.rows_read == 3
-    assert prepare_data(sft({"path": path, "language": "it-IT"})).report.languages.keys() == {"it"}
+    assert prepare_data(sft({"path": path, "max_rows": 3})).summary.rows_read == 3
+    assert prepare_data(sft({"path": path, "language": "it-IT"})).summary.languages.keys() == {"it"}
     for row in chats:
         row["codice"] = {"it": "Italiano", "en": "en_GB"}[row.pop("language")]
     write_rows(chats)
-    assert prepare_data(sft(path)).report.languages.keys() == {"und"}
-    assert prepare_data(sft({"path": path, "language_field": "codice"})).report.languages.keys() == {"en", "it"}
+    assert prepare_data(sft(path)).summary.languages.keys() == {"und"}
+    assert prepare_data(sft({"path": path, "language_field": "codice"})).summary.languages.keys() == {"en", "it"}
 
 
 def test_more_rows_than_are_encoded_at_a_time(sft, chats, write_rows):
-    report = prepare_data(sft(write_rows([*chats, FAULTS[2]] * 210))).report.to_dict()
+    report = prepare_data(sft(write_rows([*chats, FAULTS[2]] * 210))).report
     adds_up(report)
     assert (report["rows_read"], report["rows_kept"]) == (2310, 2100)
 
@@ -188,8 +188,8 @@ def test_more_rows_than_are_encoded_at_a_time(sft, chats, write_rows):
 def test_weights_change_what_an_epoch_holds(sft, chats, write_rows):
     more, less = write_rows(chats[:4], "a.jsonl"), write_rows(chats[4:], "b.jsonl")
     data = prepare_data(sft({"path": more, "weight": 2.0}, {"path": less, "weight": 0.5}, packing=False))
-    assert data.report.rows_kept == 10
-    assert data.report.train.rows == len(data.train) == 4 * 2 + 3
+    assert data.summary.rows_kept == 10
+    assert data.summary.train.rows == len(data.train) == 4 * 2 + 3
 
 
 def test_nothing_usable_is_an_error_with_the_reasons(sft, write_rows, tmp_path):
@@ -215,8 +215,8 @@ def test_several_files_of_different_kinds_are_one_source(sft, chats, write_rows,
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps(chats[:4]))
     (folder / "b.jsonl").write_text("\n".join(json.dumps(row) for row in chats[4:]))
-    assert prepare_data(sft(str(folder))).report.rows_kept == 10
-    assert prepare_data(sft(f"{folder}/*.jsonl")).report.rows_kept == 6
+    assert prepare_data(sft(str(folder))).summary.rows_kept == 10
+    assert prepare_data(sft(f"{folder}/*.jsonl")).summary.rows_kept == 6
 
 
 def test_only_the_hub_knows_subsets(sft, chats, write_rows):
@@ -229,7 +229,7 @@ def test_a_huge_row_and_odd_text(sft, write_rows):
     turns = [[("user", odd), ("assistant", odd)], [("user", "q"), ("assistant", "parola " * 100_000)]]
     rows = [{"messages": [{"role": role, "content": text} for role, text in pair]} for pair in turns]
     data = prepare_data(sft(write_rows(rows), sequence_len=512))
-    assert data.report.dropped == {"too_long": 1}
+    assert data.summary.dropped == {"too_long": 1}
     learned = np.array(data.train[0]["labels"])
     assert data.tokenizer.decode(learned[learned != -100]) == f"{odd}<|im_end|>"
 
@@ -248,7 +248,7 @@ def test_answers_that_are_one_text_in_two_forms_are_no_pair(dpo, write_rows):
     call = {"name": "f", "arguments": {"a": 1}}
     text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
     row = {"prompt": "q", "rejected": text, "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
-    report = prepare_data(dpo(write_rows([row, {"prompt": "q", "chosen": "a", "rejected": "b"}]))).report.to_dict()
+    report = prepare_data(dpo(write_rows([row, {"prompt": "q", "chosen": "a", "rejected": "b"}]))).report
     assert report["dropped"] == {"chosen_equals_rejected": 1}
     assert report["examples_of_dropped"]["chosen_equals_rejected"].endswith("rows.jsonl:1")
 

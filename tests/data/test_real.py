@@ -29,7 +29,7 @@ def shared(name):
 
 def test_twelve_thousand_conversations_fill_packed_rows(sft):
     data = prepare_data(sft(shared("bench/sft.jsonl"), sequence_len=4096, validation_size=100))
-    report = data.report.to_dict()
+    report = data.report
     assert report["rows_read"] == 11_997 == report["rows_kept"] + sum(report["dropped"].values())
     assert report["rows_kept"] > 11_900
     assert report["packing"]["fill"] >= 0.98
@@ -41,7 +41,7 @@ def test_twelve_thousand_conversations_fill_packed_rows(sft):
 
 
 def test_preference_pairs(dpo):
-    report = prepare_data(dpo(shared("bench/pref.jsonl"), sequence_len=8192)).report.to_dict()
+    report = prepare_data(dpo(shared("bench/pref.jsonl"), sequence_len=8192)).report
     assert report["rows_read"] == 900 == report["rows_kept"] + sum(report["dropped"].values())
     assert report["rows_kept"] > 850, report["dropped"]
     assert report["languages"].keys() == {"it", "en"}
@@ -149,7 +149,7 @@ def sources_of(name, folder):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_every_section_of_every_file(sft, dpo, tmp_path, name):
     make = dpo if name.startswith("pref") else sft
-    report = prepare_data(make(*sources_of(name, tmp_path), sequence_len=16384)).report.to_dict()
+    report = prepare_data(make(*sources_of(name, tmp_path), sequence_len=16384)).report
     assert report["rows_read"] == report["rows_kept"] + sum(report["dropped"].values())
     for source in report["sources"]:
         _, kept, dropped = SECTIONS[name][source["alias"]]
@@ -163,12 +163,12 @@ def test_every_section_of_every_file(sft, dpo, tmp_path, name):
 def test_evaluation_prompts_are_removed_from_training(sft, write_rows):
     ifeval = shared("data/ifeval_en.jsonl")
     as_texts = prepare_data(sft({"path": ifeval, "format": "completion", "text_field": "prompt"}, sequence_len=4096))
-    assert as_texts.report.rows_kept == as_texts.report.rows_read == 541
+    assert as_texts.summary.rows_kept == as_texts.summary.rows_read == 541
     prompts = [json.loads(line)["prompt"] for line in Path(ifeval).read_text().splitlines()]
     rows = [{"prompt": f"Please: {text.upper()}", "response": "No."} for text in prompts]
     against = {"decontaminate": {"files": [ifeval]}}
     clean = {"path": shared("data/sft_en.jsonl"), "where": {"_source": "gsm8k_alpaca_fmt"}}
-    report = prepare_data(sft(write_rows(rows), clean, sequence_len=4096, clean=against)).report.to_dict()
+    report = prepare_data(sft(write_rows(rows), clean, sequence_len=4096, clean=against)).report
     contaminated, innocent = report["sources"]
     assert contaminated["dropped"] == {"contains_evaluation_text": 541}
     assert innocent["dropped"].get("contains_evaluation_text", 0) == 0

@@ -140,12 +140,12 @@ def test_empty_turns():
 def test_exact_duplicates_are_counted_and_optionally_dropped(sft, write_rows, chats):
     rows = [*chats, {**chats[3], "language": "xx"}, of(("user", "Altro?"), ("assistant", "No.")), chats[0]]
     path = write_rows(rows)
-    kept = prepare_data(sft(path)).report.to_dict()
+    kept = prepare_data(sft(path)).report
     assert (kept["duplicates"], kept["rows_kept"]) == (2, 13)
     assert "2 rows repeat an earlier row: data.clean.duplicates: drop" in " ".join(kept["warnings"])
     data = prepare_data(sft(path, clean={"duplicates": "drop"}))
-    assert data.report.dropped == {"duplicate": 2}
-    assert (data.report.duplicates, data.report.rows_kept, data.report.train.rows) == (0, 11, 11)
+    assert data.summary.dropped == {"duplicate": 2}
+    assert (data.summary.duplicates, data.summary.rows_kept, data.summary.train.rows) == (0, 11, 11)
     listed = [json.loads(line) for line in dropped_file(data).read_text().splitlines()]
     assert listed == [
         {"where": f"{path}:11", "reason": "duplicate", "detail": f"of {path}:4"},
@@ -163,7 +163,7 @@ def test_near_duplicates(sft, write_rows):
     almost = one.replace(one.split()[30], "altro", 1)
     rows = [of(("user", "q"), ("assistant", text)) for text in (one, two, almost, three, f"{two} fine")]
     data = prepare_data(sft(write_rows(rows), sequence_len=2048, clean={"near_duplicates": 0.8}))
-    assert data.report.dropped == {"near_duplicate": 2}
+    assert data.summary.dropped == {"near_duplicate": 2}
     assert [data.train.documents.location(i).rpartition(":")[2] for i in data.train.documents.kept] == ["1", "2", "4"]
 
 
@@ -191,17 +191,17 @@ def test_all_near_duplicates_are_found():
 def test_held_out_rows_are_not_trained_on(sft, write_rows, chats):
     held = write_rows([of(("user", "Qual è la capitale d'Italia?"), ("assistant", "Roma!"))], "held.jsonl")
     sources = {"validation_sources": [{"path": held}]}
-    kept = prepare_data(sft(write_rows(chats), **sources)).report.to_dict()
+    kept = prepare_data(sft(write_rows(chats), **sources)).report
     assert (kept["validation_overlap"], kept["train"]["rows"]) == (1, 10)
     assert "1 row shares a prompt with a validation row" in kept["warnings"][0]
-    left = prepare_data(sft(write_rows(chats), **sources, clean={"validation_overlap": "drop"})).report.to_dict()
+    left = prepare_data(sft(write_rows(chats), **sources, clean={"validation_overlap": "drop"})).report
     assert (left["validation_overlap"], left["train"]["rows"], left["warnings"]) == (1, 9, [])
     assert left["cache_hit"]
 
 
 def contaminated(sft, write_rows, rows, evaluations, **settings):
     against = {"files": [write_rows(evaluations, "eval.jsonl")], **settings}
-    report = prepare_data(sft(write_rows(rows), sequence_len=2048, clean={"decontaminate": against})).report.to_dict()
+    report = prepare_data(sft(write_rows(rows), sequence_len=2048, clean={"decontaminate": against})).report
     return report["dropped"].get("contains_evaluation_text", 0), report
 
 

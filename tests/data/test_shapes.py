@@ -42,8 +42,8 @@ def test_a_plain_text_is_supervised_with_its_end_token(sft, write_rows, chat):
     assert row["input_ids"][-1] == chat.eos_id
     assert row["input_ids"].count(chat.eos_id) == 1  # what the text spells is text
     assert only(data)[0] == "C'era <|im_end|> una volta.<|im_end|>"
-    assert data.report.anomalies["control_token_as_text"].rows == 1
-    assert "1 row contains control tokens" in data.report.warnings[0]
+    assert data.summary.anomalies["control_token_as_text"].rows == 1
+    assert "1 row contains control tokens" in data.summary.warnings[0]
     silent = sft({"path": write_rows([{"text": "C'era."}]), "format": "completion"}, train_on_eos="none")
     assert prepare_data(silent).train[0]["labels"][-1] == -100
 
@@ -66,7 +66,7 @@ def test_token_ids_are_used_unchanged(sft, write_rows, chat):
     assert sorted((row["input_ids"], row["labels"]) for row in report_of.train) == sorted(
         [(ids, [-100, *ids[1:]]), (ids, [-100] * (len(ids) - 1) + ids[-1:])]
     )
-    assert report_of.report.languages.keys() == {"it", "und"}
+    assert report_of.summary.languages.keys() == {"it", "und"}
 
 
 CHOICE = {"input": "Più grande?", "output_1": "Il Po.", "output_2": "L'Adda."}
@@ -95,7 +95,7 @@ def test_votes(dpo, write_rows):
     rows = [{**CHOICE, "input": f"{i}?", "a": a, "b": b, "c": c} for i, (a, b, c) in enumerate(votes)]
     source = {"path": write_rows(rows), "format": "choice", "label_fields": ["a", "b", "c"], "labels": [1, 2]}
     data = prepare_data(dpo(source))
-    assert data.report.dropped == {"no_preferred_answer": 2}
+    assert data.summary.dropped == {"no_preferred_answer": 2}
     decoded = [[data.chat.backend.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen")] for row in data.train]
     assert {prompt[prompt.index("?") - 1]: chosen for prompt, chosen in decoded} == {
         "0": "Il Po.", "1": "L'Adda.", "4": "L'Adda.",
@@ -118,7 +118,7 @@ def test_a_prompt_template(sft, write_rows, tmp_path):
     rows = [{"a": {"b": "{{x}} {c}"}, "c": "sì", "d": "no"}, {"a": {"b": "y"}, "d": "no"}]
     data = prepare_data(sft({"path": write_rows(rows), "format": shape}))
     assert said(only(data)[0])[0] == ("user", "{{x}} {c}: sì")  # braces of the data are text
-    assert data.report.dropped == {"missing_field": 1}
+    assert data.summary.dropped == {"missing_field": 1}
 
 
 @pytest.mark.parametrize("turns", [["Ciao", "Salve", "Bene?", "Sì"], [["Ciao", "Salve"], ["Bene?", "Sì"]]])
@@ -157,7 +157,7 @@ def test_the_tools_file_applies_to_rows_without_tools(sft, write_rows, tmp_path)
     texts = [data.chat.backend.decode(row["input_ids"]) for row in data.train]
     assert sorted("meteo" in text for text in texts) == [False, True]
     (tmp_path / "tools.json").write_text(json.dumps([{"name": "metro", "parameters": {}}]))
-    assert not prepare_data(sft(source, packing=False, sequence_len=1024)).report.cache_hit
+    assert not prepare_data(sft(source, packing=False, sequence_len=1024)).summary.cache_hit
 
 
 def test_where_selects_rows(sft, write_rows):
@@ -165,7 +165,7 @@ def test_where_selects_rows(sft, write_rows):
             for i, name in enumerate(["a", "b", "a", "c"])]  # fmt: skip
     path = write_rows(rows)
     for where, kept in (({"from": "a"}, 2), ({"from": ["a", "c"]}, 3), ({"ok": True, "from": "a"}, 1), ({"n": 1}, 1)):
-        report = prepare_data(sft({"path": path, "where": where})).report.to_dict()
+        report = prepare_data(sft({"path": path, "where": where})).report
         assert (report["rows_kept"], report["dropped"]) == (kept, {"not_selected": 4 - kept})
     with pytest.raises(DataError, match=r"no row matches `where` \(from: z\)"):
         prepare_data(sft({"path": path, "where": {"from": "z"}}))
@@ -201,13 +201,13 @@ def test_a_user_defined_reader(sft, dpo, write_rows, tmp_path):
     source = {"path": write_rows(ROWS), "format": f"{file}:faq"}
     data = prepare_data(sft(source))
     assert said(only(data)[0]) == [("user", "Chi?"), ("assistant", "Io.")]
-    assert data.report.dropped == {"left_out_by_reader": 1}
-    assert prepare_data(sft(source)).report.cache_hit
+    assert data.summary.dropped == {"left_out_by_reader": 1}
+    assert prepare_data(sft(source)).summary.cache_hit
     file.write_text(READER.replace('row["a"][0]} if', 'row["a"][1]} if'))  # another function: another result
     assert said(only(prepare_data(sft(source)))[0])[1] == ("assistant", "Tu.")
     one = write_rows(ROWS[:1], "one.jsonl")
-    assert prepare_data(sft({"path": one, "format": f"{file}:spoken"})).report.languages.keys() == {"it"}
-    assert prepare_data(dpo({"path": one, "format": f"{file}:pair"})).report.rows_kept == 1
+    assert prepare_data(sft({"path": one, "format": f"{file}:spoken"})).summary.languages.keys() == {"it"}
+    assert prepare_data(dpo({"path": one, "format": f"{file}:pair"})).summary.rows_kept == 1
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def test_one_process_and_several_make_the_same(sft, many, monkeypatch, tmp_path)
         monkeypatch.setattr(workers, "available_cores", lambda cores=cores: cores)
         monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / f"cache-{cores}"))
         data = prepare_data(sft(many))
-        made.append(([row["input_ids"] for row in data.train], data.report))
+        made.append(([row["input_ids"] for row in data.train], data.summary))
     assert made[0] == made[1]
     places = data.train.documents
     assert [places.location(i) for i in (0, 299)] == [f"{many}:1", f"{many}:300"]
@@ -147,13 +147,13 @@ recipe = load_recipe(sys.argv[1])
 """
 FOUND = """
 with prepare_in_background(prepare_data, recipe):
-    assert prepare_data(recipe).report.cache_hit, "made by the other process"
+    assert prepare_data(recipe).summary.cache_hit, "made by the other process"
 assert "torch" not in sys.modules
 """
 OTHER = """
 other = load_recipe(sys.argv[1], overrides={"data.sequence_len": 64})
 with prepare_in_background(prepare_data, recipe):
-    assert not prepare_data(other).report.cache_hit, "another recipe does not wait"
+    assert not prepare_data(other).summary.cache_hit, "another recipe does not wait"
 """
 GIVEN_UP = """
 def slow(recipe):
@@ -171,7 +171,7 @@ import os
 def dying(recipe):
     os._exit(9)
 with prepare_in_background(dying, recipe):
-    assert not prepare_data(recipe).report.cache_hit, "then it is done here"
+    assert not prepare_data(recipe).summary.cache_hit, "then it is done here"
 """
 
 

@@ -50,9 +50,9 @@ def report(base, tmp_path):
              "data": {"sequence_len": 256, "validation_size": 0, "sources": list(sources), **data}}
         )  # fmt: skip
         prepared = prepare_data(recipe)
-        before = json.dumps(prepared.report.to_dict())
+        before = json.dumps(prepared.report)
         html = write_data_report(tmp_path / "run", recipe, prepared).read_text()
-        assert json.dumps(prepared.report.to_dict()) == before
+        assert json.dumps(prepared.report) == before
         assert "http" not in html
         assert "<script" not in html
         assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["data_report.html", "data_report.json"]
@@ -68,7 +68,7 @@ def test_all_figures_are_shown(report, write_rows, chats):
     unusable = {"messages": [{"role": "narrator", "content": "x"}, {"role": "assistant", "content": "y"}]}
     found, page, prepared = report({"path": write_rows([*chats, odd, unusable]), "alias": "chats"}, validation_size=2)
     examples = found.pop("examples")
-    assert found == prepared.report.to_dict()
+    assert found == prepared.report
     assert {example["language"] for example in examples} == {"it", "en", "und"}
     assert all(example["source"] == "chats" and "<|im_start|>assistant" in example["text"] for example in examples)
     for text in ("11 of 12 rows kept", "unknown role", "map it with the source's `roles`", "rows.jsonl:12",
@@ -238,8 +238,8 @@ def test_neither_a_warning_nor_a_detail_names_a_private_row(report, html, write_
     rows = [dialogue("<|im_start|>?", f"Zitto {i}.") for i in range(8)]
     hidden = {"path": write_rows([*rows, chats[0]], "riservato.jsonl"), "alias": "nascosto", "private": True}
     found, page, prepared = report(hidden, {"path": write_rows(chats)}, clean={"duplicates": "drop"})
-    assert any("riservato" in warning for warning in prepared.report.warnings), "named before redaction"
-    assert "riservato" in prepared.report.examples_of_dropped["duplicate"]
+    assert any("riservato" in warning for warning in prepared.summary.warnings), "named before redaction"
+    assert "riservato" in prepared.summary.examples_of_dropped["duplicate"]
     assert_hidden(found, html(), "riservato", "nascosto", "Zitto")
     assert "contain control tokens" in page.visible_text
     assert found["dropped"] == {"duplicate": 1}
@@ -250,7 +250,7 @@ def test_pairs_and_groups_of_a_private_source_stay_hidden(report, html, write_ro
     hidden = {"path": write_rows(opposing_pairs, "riservato.jsonl"), "alias": "nascosto", "private": True,
               "rules": {"it": {"weight": 2.0}}}  # fmt: skip
     found, _, prepared = report({"path": pairs}, hidden, method="dpo")
-    assert prepared.report["preferences"]["conflicting_examples"]
+    assert prepared.summary["preferences"]["conflicting_examples"]
     assert_hidden(found, html(), "riservato", "nascosto", "Boh.")
     assert "private source 2 it" in {group["name"] for group in found["mixture"]}
     assert found["preferences"]["conflicting_examples"] == []

@@ -44,7 +44,7 @@ def test_alarms_come_first_and_only_if_there_are_any(tmp_path, talks):
     alarm = {"step": 7, "event": "alarm", "alarm": "stop_rate_falls", "value": 0.1, "limit": 0.75, "said": "<b>; do"}
     for lines, expected in (([{"step": 7, "stop_rate": 0.1}], False), ([{"step": 7, "stop_rate": 0.1}, alarm], True)):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        page = write_report(tmp_path, some, plan, data.report).read_text(encoding="utf-8")
+        page = write_report(tmp_path, some, plan, data.summary).read_text(encoding="utf-8")
         assert ("Alarms" in page) is expected
     assert page.index("Alarms") < page.index("<svg")
     assert "<td>7</td><td>stop_rate_falls</td><td>&lt;b&gt;; do</td>" in page

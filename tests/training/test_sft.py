@@ -110,8 +110,8 @@ def test_tokens_are_counted_without_padding(tmp_path, talks):
     data = prepare_data(some)
     train(some)
     last = [line for line in metrics(tmp_path / "run") if "tokens" in line][-1]
-    assert last["tokens"] == data.report.tokens, "15 steps of 2 rows are one epoch of 30"
-    assert last["supervised_tokens"] == data.report.supervised_tokens
+    assert last["tokens"] == data.summary.tokens, "15 steps of 2 rows are one epoch of 30"
+    assert last["supervised_tokens"] == data.summary.supervised_tokens
     assert last["epoch"] == 1.0
 
 
