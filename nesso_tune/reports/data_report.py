@@ -60,7 +60,7 @@ def write_data_report(folder: Path, recipe: Recipe, data: PreparedData) -> Path:
     The JSON is the report of `prepare_data` plus `examples`: the first training rows of each language. Names and rows
     of private sources are left out of both files.
     """
-    report = {**_redact(data.summary, Privacy(recipe.data)), "examples": _examples(data)}
+    report = {**_redact(data.report, Privacy(recipe.data)), "examples": _examples(data)}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / JSON_NAME, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     _replace(folder / HTML_NAME, _page(recipe, report))
