@@ -1,6 +1,7 @@
 """The house: imports point down, files stay small, light modules stay light."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,11 @@ def test_help_and_check_load_nothing_heavy(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
     assert "LOADED []" in done.stdout
+
+
+def test_files_that_the_architecture_page_names_exist():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.(?:py|md|yaml))`", page)
+    assert len(named) > 40
+    places = (PACKAGE, PACKAGE.parent)
+    assert [name for name in named if "NAME" not in name and not any((p / name).exists() for p in places)] == []
