@@ -17,7 +17,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # long files early, not at the end
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # many tests wait, so one more than the cores of a small machine; long files early
 
 # The property tests with fresh examples for half an hour: by hand, before a release.
 FUZZ_MINUTES ?= 30

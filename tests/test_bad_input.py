@@ -222,7 +222,7 @@ ENVIRONMENTS = {
     ),
     "a cache in a file": ({"NESSO_TUNE_CACHE": "{file}/cache"}, {}, 5, "not a directory"),
     "code of the hub without a commit": (
-        {}, {"model": {"base": "some/one", "random_init": False, "trust_remote_code": True}}, 2, "full commit",
+        {}, {"model": {"base": "some/one", "random_init": False, "trust_remote_code": True}}, 2, "full hash",
     ),
     "bytes for a cache": ({"NESSO_TUNE_CACHE": "/proc/nesso"}, {}, 5, "/proc"),
 }  # fmt: skip

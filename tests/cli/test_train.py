@@ -85,7 +85,7 @@ def test_set_reaches_all_recipes_or_one(tmp_path, tune, chain):
     assert resolved["sft"]["train"]["learning_rate"] == 1e-3
     code, _, err = tune("train", *chain, "--set", "c:train.learning_rate=5e-5")
     assert code == 2
-    assert "names no recipe" in err
+    assert "does not name a recipe of this command" in err
 
 
 LORA = {"adapter": {"type": "lora", "target_modules": ["attn"]}, "base": "BASE", "random_init": False}
@@ -95,7 +95,7 @@ BAD = [
     ("missing base", {"model": {"base": "./nowhere"}}, 4, "no such folder"),
     ("base without weights", {"model": {"random_init": False}}, 4, "set model.random_init: true"),
     ("flash without a GPU", {"model": {"attention": "flash"}}, 2, "set attention: auto"),
-    ("end token of another template", {"chat": {"eos_token": "<|end_of_text|>"}}, 2, "never learn to stop"),
+    ("end token of another template", {"chat": {"eos_token": "<|end_of_text|>"}}, 2, "would not learn to stop"),
     ("batch that does not divide", {"train": {"global_batch_size": 3, "micro_batch_size": 2}}, 2, "set it to 2 or 4"),
     ("nothing left to train on", {"data": {"validation_size": 1000}}, 2, "leave nothing to train on"),
     ("everything too long", {"data": {"sequence_len": 8}}, 3, "too_long: 30"),
@@ -144,7 +144,7 @@ def test_interrupted_runs_say_how_to_go_on(tune, chain, monkeypatch):
     monkeypatch.setattr(ConversationTrainer, "training_step", interrupt)
     code, _, err = tune("train", chain[0])
     assert code == 75
-    assert "the same command continues" in err
+    assert "run the same command to continue" in err
 
 
 def test_debug_shows_the_traceback(tune):

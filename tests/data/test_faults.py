@@ -318,7 +318,7 @@ ERRORS = {
     ),
     "roles of another language": (
         Given(lines(says(("cliente", "q"), ("negozio", "a")))),
-        r"none of 1 rows .*unknown_role: 1.*`cliente`\); say what",
+        r"none of 1 rows .*unknown_role: 1.*`cliente`\); map the roles",
     ),
     "answers that are all empty": (
         Given(lines(says(("user", "q"), ("assistant", "")))), r"none of 1 rows .*empty_answer: 1.*; correct the data",

@@ -53,7 +53,7 @@ def test_launch_passes_the_exit_code_on(tmp_path, talks):
     command = ways(2, write_recipe(tmp_path / "r.yaml", some))["launch"]
     done = run(command)
     assert done.returncode == 5
-    assert "full_shard was asked for" in done.stderr
+    assert "full_shard is set, but the weights are not sharded" in done.stderr
 
 
 CONFIG = """\

@@ -194,5 +194,5 @@ def test_qlora_on_several_processes_is_refused(tmp_path, talks, capsys):
         )
     done = command("train", path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     assert done.returncode == RecipeError.exit_code
-    assert "qlora runs in one process" in done.stderr
+    assert "qlora runs in a single process" in done.stderr
     assert not (tmp_path / "run").exists(), "before the run begins"

@@ -250,7 +250,7 @@ def test_pairs_and_groups_of_a_private_source_stay_hidden(report, html, write_ro
     hidden = {"path": write_rows(opposing_pairs, "riservato.jsonl"), "alias": "nascosto", "private": True,
               "rules": {"it": {"weight": 2.0}}}  # fmt: skip
     found, _, prepared = report({"path": pairs}, hidden, method="dpo")
-    assert prepared.summary["preferences"]["conflicting_examples"]
+    assert prepared.report["preferences"]["conflicting_examples"]
     assert_hidden(found, html(), "riservato", "nascosto", "Boh.")
     assert "private source 2 it" in {group["name"] for group in found["mixture"]}
     assert found["preferences"]["conflicting_examples"] == []

@@ -76,7 +76,7 @@ def documents_of(some, file, steps):
     assert len(data.stream.epoch(0)) * TRAIN["num_epochs"] % size, "the last batch goes beyond the last epoch"
     rows = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
     rows = [row.get("messages", row) for row in rows]
-    place = data.stream.documents.place
+    place = data.stream.documents.location
     return [
         [
             rows[int(place(entry).rsplit(":", 1)[1]) - 1]

@@ -139,7 +139,7 @@ def named(some, position):
 
     stream = prepare_data(some).stream
     epoch, row = stream.locate(position)
-    return list(map(stream.documents.place, stream.epoch(epoch).members(row)))
+    return list(map(stream.documents.location, stream.epoch(epoch).members(row)))
 
 
 LONG = {"max_steps": MIN_STEPS + 8, "learning_rate": 1e-4}
