@@ -321,7 +321,8 @@ def test_a_file_system_without_locks(tmp_path, talks, capsys, monkeypatch, numbe
         return flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    for folder, instead in (("run", "set another output_dir"), ("cache", "set NESSO_TUNE_CACHE to a folder on another disk")):
+    remedies = {"run": "set another output_dir", "cache": "set NESSO_TUNE_CACHE to a folder on another disk"}
+    for folder, instead in remedies.items():
         refused[0] = str(tmp_path / folder)
         code, _, said = main_here(capsys, "train", path)
         assert code == 5, said
