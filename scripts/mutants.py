@@ -1,6 +1,6 @@
 """Sixty faults planted in the code, one at a time: the tests named beside each of them must fail.
 
-    python scripts/mutants.py             # all, about N minutes on two cores
+    python scripts/mutants.py             # all, about MINUTES minutes on two cores
     python scripts/mutants.py --only mask # those whose name contains a word
 
 Each mutant replaces one piece of code in a copy of the source tree and runs the tests that should notice. A mutant that
@@ -36,15 +36,14 @@ RENDER, ENCODE, CHAT = "chat/render.py", "chat/encoding.py", "tests/chat/test_en
 PACK, PACKING = "data/packing.py", "tests/data/test_packing.py"
 MIX, MIXTURE = "data/mixture.py", "tests/data/test_mixture.py"
 RATE, RATES = "lr_schedule.py", "tests/test_lr_schedule.py"
-HEAD, HEADS = (
-    "model/lm_head.py",
-    "tests/model/test_lm_head.py tests/training/test_sft.py tests/training/test_dpo_step.py",
-)
-SFT, DPO = "training/sft.py", "training/dpo.py"
-BATCH, STEPS = (
-    "training/dataset.py",
-    "tests/training/test_sft.py tests/training/test_dpo_step.py tests/training/test_dpo.py",
-)
+HEAD, HEADS = "model/lm_head.py", "tests/model/test_lm_head.py tests/training/test_dpo_step.py"
+SFT, DPO, LOSS, BATCH = "training/sft.py", "training/dpo.py", "training/losses.py", "training/dataset.py"
+STEPS = "tests/training/test_sft.py tests/training/test_dpo_step.py tests/training/test_dpo.py"
+SAVE, SAVED = "runs/checkpoint.py", "tests/runs/test_checkpoint.py tests/runs/test_run_directory.py"
+TENSORS, STATE = "training/state_dict.py", "training/run_state.py"
+RESUME, RESUMED = "runs/resume.py", "tests/runs/test_resume.py tests/runs/test_run_directory.py"
+RULE, RULES = "recipes/rules.py", "tests/recipes/test_rules.py"
+DATA_RULE = "recipes/data_rules.py"
 
 MUTANTS = (
     # masks
@@ -62,18 +61,18 @@ MUTANTS = (
         "if True else message.train for",
         CHAT,
     ),
-    Mutant("mask: end of last turn", RENDER, '"last": i == last', '"last": i >= last', CHAT),
+    Mutant("mask: end of later turns", RENDER, '"last": i == last', '"last": i >= last', CHAT),
     Mutant("mask: end token of every turn", RENDER, '{"turn": trained[i]', '{"turn": True', CHAT),
-    Mutant("mask: end token never", RENDER, '"all": True', '"all": trained[i]', CHAT),
+    Mutant("mask: end tokens of trained turns only", RENDER, '"all": True', '"all": trained[i]', CHAT),
     Mutant(
-        "mask: header learned",
+        "mask: header supervised",
         RENDER,
         "template.header_of(message.role))",
         "template.header_of(message.role), trained[i])",
         CHAT,
     ),
     Mutant(
-        "mask: separator learned",
+        "mask: separator supervised",
         RENDER,
         "_template_segments(template, template.separator)",
         "_template_segments(template, template.separator, trained[i])",
@@ -81,33 +80,33 @@ MUTANTS = (
     ),
     Mutant("mask: no BOS", RENDER, 'out = [Segment(BOS, "control")] if template.bos else []', "out = []", CHAT),
     Mutant(
-        "mask: default system for unknown language",
+        "mask: default system of no language",
         RENDER,
         "default_system.get(conversation.language, first)",
         "default_system.get(conversation.language)",
         CHAT,
     ),
-    Mutant("mask: labels off", ENCODE, "token if yes else IGNORED", "token", CHAT),
+    Mutant("mask: labels everywhere", ENCODE, "token if yes else IGNORE_INDEX for", "token for", CHAT),
     Mutant(
-        "mask: cut at an unlearned turn",
+        "mask: cut at a turn of an end token",
         ENCODE,
         "any(self.trained[start : end - 1])",
         "any(self.trained[start:end])",
-        CHAT + " tests/data/test_prepare.py",
+        CHAT + " tests/data/test_faults.py",
     ),
     Mutant(
         "mask: cut beyond the length",
         ENCODE,
         "if end <= length and any",
         "if end <= length + 1 and any",
-        CHAT + " tests/data/test_prepare.py",
+        CHAT + " tests/data/test_faults.py",
     ),
     Mutant(
         "mask: special tokens from text",
         ENCODE,
-        "return ids if self._special.isdisjoint(ids) else self._apart(text)",
+        "return ids if self._special.isdisjoint(ids) else self._split_special(text)",
         "return ids",
-        CHAT + " tests/chat/test_special_tokens.py tests/test_security.py",
+        CHAT + " tests/chat/test_special_tokens.py",
     ),
     Mutant(
         "mask: special tokens encoded",
@@ -117,15 +116,13 @@ MUTANTS = (
         CHAT,
     ),
     # packing and mixture
-    Mutant("packing: capacity exceeded", PACK, "fitting = rooms >> length", "fitting = rooms >> (length - 1)", PACKING),
     Mutant(
-        "packing: loosest fit",
-        PACK,
-        "room = length + (fitting & -fitting).bit_length() - 1",
-        "room = length + fitting.bit_length() - 1",
-        PACKING,
+        "packing: capacity exceeded", PACK, "fitting = spaces >> length", "fitting = spaces >> (length - 1)", PACKING
     ),
-    Mutant("packing: full rows kept", PACK, "if left := room - length:", "if (left := room - length) >= 0:", PACKING),
+    Mutant("packing: loosest fit", PACK, "(fitting & -fitting).bit_length()", "fitting.bit_length()", PACKING),
+    Mutant(
+        "packing: full rows stay open", PACK, "if left := space - length:", "if (left := space - length) >= 0:", PACKING
+    ),
     Mutant(
         "packing: one order for all epochs",
         PACK,
@@ -135,63 +132,60 @@ MUTANTS = (
     ),
     Mutant("packing: seed ignored", PACK, "default_rng([self._seed, epoch])", "default_rng([0, epoch])", PACKING),
     Mutant(
-        "packing: rows not shuffled",
+        "packing: stale packing",
         PACK,
-        "shuffled = [packed[i] for i in rng.permutation(len(packed))]",
-        "shuffled = packed",
-        PACKING,
-    ),
-    Mutant(
-        "packing: stale pattern",
-        PACK,
-        "if self._pattern is None or self._pattern[0] != key:",
-        "if self._pattern is None:",
+        "if self._packing is None or self._packing[0] != key:",
+        "if self._packing is None:",
         PACKING + " " + MIXTURE,
     ),
     Mutant(
         "packing: shortest first",
         PACK,
-        "np.lexsort((rng.random(len(entries)), -lengths))",
-        "np.lexsort((rng.random(len(entries)), lengths))",
+        "(rng.random(len(records)), -lengths)",
+        "(rng.random(len(records)), lengths)",
         PACKING,
     ),
     Mutant(
         "mixture: fraction ignored",
         MIX,
-        "part = round((self.times - whole) * len(self.entries))",
-        "part = round((self.times - whole) * 0)",
+        "round((self.repeats - whole) * len(self.records))",
+        "round((self.repeats - whole) * 0)",
         MIXTURE,
     ),
     Mutant(
         "mixture: same sample each epoch",
         MIX,
-        "shuffled = rng.permutation(self.entries)",
-        "shuffled = self.entries",
+        "shuffled = rng.permutation(self.records)",
+        "shuffled = self.records",
         MIXTURE,
     ),
-    Mutant("mixture: repeat ignored", MIX, "mixture.repeat * tokens[name] / share", "tokens[name] / share", MIXTURE),
+    Mutant("mixture: repeat ignored", MIX, "min(mixture.repeat * int(", "min(int(", MIXTURE),
     # schedule
     Mutant(
-        "schedule: warm-up starts at one", RATE, "return step / warmup_steps", "return (step + 1) / warmup_steps", RATES
+        "schedule: warm-up one step early",
+        RATE,
+        "return step / warmup_steps",
+        "return (step + 1) / warmup_steps",
+        RATES,
     ),
-    Mutant("schedule: no floor", RATE, "return min_ratio + (1.0 - min_ratio) * falling", "return falling", RATES),
+    Mutant(
+        "schedule: no floor",
+        RATE,
+        "return min_ratio + (1.0 - min_ratio) * _decay(progress, shape)",
+        "return _decay(progress, shape)",
+        RATES,
+    ),
     Mutant(
         "schedule: decay to the end", RATE, "decay_end = constant_ratio * total_steps", "decay_end = total_steps", RATES
     ),
     Mutant(
-        "schedule: decay without warm-up",
+        "schedule: decay during warm-up",
         RATE,
         "(step - warmup_steps) / (decay_end - warmup_steps)",
         "step / decay_end",
         RATES,
     ),
-    Mutant(
-        "schedule: linear is cosine",
-        RATE,
-        'if shape == "cosine" else 1.0 - progress',
-        "if True else 1.0 - progress",
-        RATES,
-    ),
+    Mutant("schedule: linear is cosine", RATE, 'if shape == "cosine":', "if True:", RATES),
     Mutant(
         "schedule: constant decays",
         RATE,
@@ -201,73 +195,167 @@ MUTANTS = (
     ),
     # losses
     Mutant(
-        "loss: mean per process",
+        "loss: processes not counted",
         SFT,
-        " * self.accelerator.num_processes",
-        "",
+        "num_items_in_batch, self.accelerator.num_processes)",
+        "num_items_in_batch, 1)",
         "tests/distributed/test_process_group.py",
     ),
     Mutant(
-        "loss: counted twice",
-        SFT,
-        "return -outputs.log_probs.sum() / num_items_in_batch",
-        "return -2 * outputs.log_probs.sum() / num_items_in_batch",
-        "tests/training/test_sft.py tests/training/test_independent.py",
-    ),
-    Mutant(
-        "loss: padding in a group",
-        SFT,
-        "ones = torch.ones_like(losses)",
-        "ones = torch.ones_like(losses) * 2",
-        "tests/training/test_sft.py",
-    ),
-    Mutant(
-        "loss: rejected as chosen",
-        DPO,
-        "sft = -outputs.log_probs.chunk(2)[0].sum()",
-        "sft = -outputs.log_probs.chunk(2)[1].sum()",
-        STEPS,
-    ),
-    Mutant("loss: no sft weight", DPO, "return preference + sft_weight(self) * sft", "return preference + sft", STEPS),
-    Mutant(
-        "loss: reference swapped",
-        DPO,
-        '{"ref_chosen_logps": both[:, 0], "ref_rejected_logps": both[:, 1]}',
-        '{"ref_chosen_logps": both[:, 1], "ref_rejected_logps": both[:, 0]}',
-        STEPS,
-    ),
-    Mutant(
-        "loss: margins without beta",
-        DPO,
-        '"rewards/margins": trainer.beta * (shift - other)',
-        '"rewards/margins": shift - other',
-        STEPS,
-    ),
-    Mutant("loss: chosen shift per answer", DPO, "shift / mask.chunk(2)[0].sum(dim=1)", "shift", STEPS),
-    Mutant(
-        "loss: sft term per micro batch",
-        DPO,
-        "micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes",
-        "micro_batches = self.accelerator.num_processes",
+        "loss: doubled",
+        LOSS,
+        "return -log_probs.sum() / num_tokens * scale",
+        "return -2 * log_probs.sum() / num_tokens * scale",
         STEPS + " tests/training/test_independent.py",
     ),
-    Mutant("loss: first token of a document", BATCH, 'laid["labels"][positions == 0] = IGNORED', "pass", STEPS),
     Mutant(
-        "loss: answers see each other",
+        "loss: accuracy counted twice",
+        SFT,
+        "outputs.is_top1[mask].float(), ones)",
+        "outputs.is_top1[mask].float() * 2, ones)",
+        STEPS + " tests/training/test_evaluation.py",
+    ),
+    Mutant(
+        "loss: sft term of rejected answers",
+        DPO,
+        "outputs.log_probs.chunk(2)[0], num_items",
+        "outputs.log_probs.chunk(2)[1], num_items",
+        STEPS,
+    ),
+    Mutant(
+        "loss: sft term without weight",
+        DPO,
+        "return preference + sft_weight * nll_loss",
+        "return preference + nll_loss",
+        STEPS,
+    ),
+    Mutant("loss: reference swapped", DPO, '"ref_chosen_logps": both[:, 0]', '"ref_chosen_logps": both[:, 1]', STEPS),
+    Mutant("loss: margins without beta", DPO, '"rewards/margins": trainer.beta * ', '"rewards/margins": ', STEPS),
+    Mutant("loss: chosen shift per answer", DPO, "chosen_ratio / mask.chunk(2)[0].sum(dim=1)", "chosen_ratio", STEPS),
+    Mutant(
+        "loss: first token of a document",
         BATCH,
-        "torch.cat([torch.tensor([asked]), torch.arange(end, end + rejected - 1)])",
+        'arrays["labels"][positions == 0] = IGNORE_INDEX',
+        "pass",
+        STEPS + " tests/model/test_attention.py",
+    ),
+    Mutant(
+        "loss: rejected after chosen",
+        BATCH,
+        "torch.cat([torch.tensor([last]), torch.arange(end, end + rejected - 1)])",
         "torch.arange(end - 1, end + rejected - 1)",
         STEPS,
     ),
-    Mutant("loss: head gradient sign", HEAD, "scale = -grad[:, None]", "scale = grad[:, None]", HEADS),
+    Mutant("loss: gradient of the head inverted", HEAD, "scale = -grad[:, None]", "scale = grad[:, None]", HEADS),
     Mutant(
-        "loss: head without bias gradient",
+        "loss: no gradient of the bias",
         HEAD,
-        "to_bias += (slope * scale[part]).sum(dim=0)",
+        "grad_bias += (slope * scale[chunk]).sum(dim=0)",
         "pass",
         HEADS + " tests/model/test_forward.py",
     ),
-    Mutant("loss: head drops a chunk", HEAD, "range(0, count, size)", "range(0, count - 1, size)", HEADS),
+    # checkpoints
+    Mutant("checkpoint: manifest not verified", SAVE, 'if manifest["self"] != json_sha256(body):', "if False:", SAVED),
+    Mutant(
+        "checkpoint: best pruned",
+        SAVE,
+        "map(_best_step, kept) if step is not None}",
+        "map(_best_step, kept) if False}",
+        SAVED + " tests/training/test_evaluation.py",
+    ),
+    Mutant(
+        "checkpoint: existing folder not replaced",
+        SAVE,
+        "replace_folder(self.staging, self.final)",
+        "self.staging.rename(self.final)",
+        SAVED + " tests/runs/test_overwrite.py",
+    ),
+    Mutant(
+        "checkpoint: tokens forgotten",
+        STATE,
+        'self.tokens, self.supervised_tokens = state["tokens"], state["supervised_tokens"]',
+        "pass",
+        "tests/runs/test_checkpoint.py tests/training/test_throughput.py",
+    ),
+    Mutant(
+        "checkpoint: metrics forgotten",
+        STATE,
+        'self.metrics.load_state_dict(state["tally"])',
+        "pass",
+        "tests/runs/test_checkpoint.py tests/test_kill_at_random.py",
+    ),
+    Mutant(
+        "checkpoint: spike window forgotten",
+        STATE,
+        'self.spike_guard.load_state_dict(state.get("usual") or {})',
+        "pass",
+        "tests/training/test_numerical_checks.py",
+    ),
+    Mutant(
+        "checkpoint: best forgotten",
+        STATE,
+        'self.best.load_state_dict(state.get("best"))',
+        "pass",
+        "tests/training/test_evaluation.py",
+    ),
+    # resume
+    Mutant(
+        "resume: changed keys accepted",
+        RESUME,
+        "for key in changed if key not in allow_changes]",
+        "for key in changed if False]",
+        RESUMED,
+    ),
+    Mutant("resume: changed data accepted", RESUME, "if manifest.get(name) == now[name] or", "if True or", RESUMED),
+    Mutant(
+        "resume: damaged checkpoint used",
+        RESUME,
+        "damaged.append((checkpoint, str(why)))",
+        "return checkpoint, damaged",
+        RESUMED,
+    ),
+    Mutant("resume: never ignored", RESUME, 'if resume == "never":', "if False:", RESUMED),
+    Mutant(
+        "resume: later checkpoints stay",
+        RESUME,
+        'set_aside = tuple((folder, f"{LATER}{folder.name}") for folder in later)',
+        "set_aside = ()",
+        RESUMED,
+    ),
+    Mutant(
+        "resume: other environment not noted",
+        RESUME,
+        "if environment:\n",
+        "if False:\n",
+        RESUMED + " tests/runs/test_checkpoint.py",
+    ),
+    # recipe rules
+    Mutant(
+        "rule: exclusive keys",
+        RULE,
+        "if all(get(raw, *rule.section, key) is not None for key in rule.keys):",
+        "if False:",
+        RULES,
+    ),
+    Mutant(
+        "rule: keys without effect", RULE, "if get(raw, *rule.section, rule.key) == rule.value:", "if False:", RULES
+    ),
+    Mutant("rule: warm-up beyond the decay", RULE, "and warmup >= end > 0:", "and warmup > end > 0:", RULES),
+    Mutant("rule: patience without a metric", RULE, "if patience is not None and metric is None:", "if False:", RULES),
+    Mutant(
+        "rule: qlora on several GPUs",
+        RULE,
+        "if isinstance(count, int) and count > 1:",
+        "if isinstance(count, int) and count > 2:",
+        RULES,
+    ),
+    Mutant(
+        "rule: smoothing of other losses",
+        RULE,
+        "if smoothing and not names & set(SMOOTHED_LOSSES):",
+        "if False:",
+        RULES,
+    ),
 )
 
 
