@@ -233,29 +233,32 @@ def _page(lines: list[Any], skipped: list[tuple[str, str]]) -> str:
 
 HEADER = """# Architectures
 
-What training computes, for every causal-LM architecture of transformers {transformers} (torch {torch}, CPU, float32).
+Training results for every causal-LM architecture of transformers {transformers} (torch {torch}, CPU, float32).
 Written by `python -m tests.benchmarks.architectures --out docs/architectures.md`.
 
-Of {all} configuration classes {built} were built as tiny random bases, from sizes that are set by the names of the
-configuration's fields, none by the name of the architecture. **{good} train rightly, packed and unpacked; {refused} are
-refused before the first step; {other} differ or fail.**
+Of {all} configuration classes, {built} were built as tiny random bases. Their sizes follow from the names of the
+configuration's fields, never from the name of the architecture. **{good} train correctly, packed and unpacked;
+{refused} are refused before the first step; {other} differ or fail.**
 
-A row says which path was chosen (below), and for `data.packing: true` and `false`: the loss of step 1; how far it is
-from the mean over the same documents, each alone through the forward of plain transformers (relative; allowed 1e-5);
-how far the gradient of any parameter is from that of this mean (share of its norm; allowed 1e-3); and how far the last
-`eval_loss` is from that of `final/` in plain transformers (relative; allowed 1e-4). The logits' standard deviation is
-2 or more, since small ones hide what a head adds; weight decay is 0, dropout too.
+Each row of the table has the path chosen (below), and for `data.packing: true` and `false`: the loss of step 1; its
+relative difference from the mean over the same documents, each alone through the forward pass of plain transformers
+(limit 1e-5); the largest difference of a parameter's gradient from the gradient of this mean, relative to its norm
+(limit 1e-3); and the relative difference of the last `eval_loss` from that of `final/` in plain transformers (limit
+1e-4). The standard deviation of the logits is 2 or more, because small logits would hide the effect of the head; weight
+decay and dropout are 0.
 
-- **head**: the LM head on supervised positions alone. **TRL's head**: for logits that are capped or scaled in ways that
-  TRL knows. **own forward**: the logits of the model's own forward, which takes more time and memory.
-- **by document**: no padding, attention within each document. **packed with masks**: documents of a row are told apart
-  by positions that restart. **unpacked**: the model mixes packed documents, so that each has a row of its own, padded
-  to the right, whatever `data.packing` says; a run says so, with the loss packed and alone.
+- **head**: the LM head runs on supervised positions only. **TRL's head**: for logits that are capped or scaled in ways
+  that TRL supports. **own forward**: the logits come from the model's own forward pass, which takes more time and
+  memory.
+- **by document**: no padding, attention within each document. **packed with masks**: position ids restart at each
+  document of a row and so separate the documents. **unpacked**: the model mixes packed documents, so each document is a
+  row of its own, padded on the right, regardless of `data.packing`; the run reports this, with the loss packed and
+  alone.
 
-Refused are mixtures of experts and multimodal models, which version 1 does not train, and models that see the tokens
-that they should predict; a row says which, and the two losses.
+Mixtures of experts and multimodal models are refused because version 1 does not train them, and other models because
+they attend to the tokens that they predict. The row gives the reason, and in the latter case the two losses.
 
-The balance loss of a mixture of experts' router is no part of the loss, reported or optimised.
+The balance loss of the router of a mixture of experts is not part of the loss, neither reported nor optimised.
 """
 
 if __name__ == "__main__":
