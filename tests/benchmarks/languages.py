@@ -55,7 +55,7 @@ def main(folder: Path) -> None:
                 text = " ".join(text for column in KNOWN[section][0] for text in texts(row.get(column)))
                 told[section][detect_language(text)] += 1
                 lengths[section].append(len(text))
-    print("| section | language | rows | characters, median | told | taken for |")
+    print("| section | language | rows | median characters | detected | confused with |")
     print("|---|---|---|---|---|---|")
     for section, (_, language) in KNOWN.items():
         counts, rows = told[section], told[section].total()
