@@ -27,17 +27,17 @@ class Problem:
         return visible(f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}")
 
 
-def _clipped(text: str, most: int = 2000) -> str:
+def _clipped(text: str, max_length: int = 2000) -> str:
     """A text without its middle where it is very long: a row or key of a user's may be of any length."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:
     """What an error of others says, short enough for a line of ours; its kind where it says nothing."""
-    return (_text(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (_message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def _text(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # of a user's own kind, that cannot even be said
@@ -47,12 +47,12 @@ def _text(error: BaseException) -> str:
 class NessoError(Exception):
     """Base of all errors that a user can cause and mend.
 
-    `exit_code` is what the command line ends with. `speaks` says whether this one of several processes prints the
+    `exit_code` is what the command line ends with. `prints_message` says whether this one of several processes prints the
     message; None leaves it to the command line.
     """
 
     exit_code = 1
-    speaks: bool | None = None
+    prints_message: bool | None = None
 
     def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
         """Takes either one problem as three texts, or the problems themselves."""
@@ -105,26 +105,30 @@ class Preempted(NessoError):
     exit_code = 75
 
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 # How libraries that do not raise OSError say the same: safetensors and tokenizers in Rust, torch in a traceback.
-SAID_FULL = ("No space left on device", "Disk quota exceeded", *(f"os error {number})" for number in FULL))
+DISK_FULL_MESSAGES = (
+    "No space left on device",
+    "Disk quota exceeded",
+    *(f"os error {number})" for number in DISK_FULL_ERRNOS),
+)
 
 
-def is_full(error: BaseException | None) -> bool:
+def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one that it came of, says that the disk or a quota is full."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
             return True
-        if any(words in _text(error) for words in SAID_FULL):
+        if any(words in _message_of(error) for words in DISK_FULL_MESSAGES):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def of_os(error: OSError) -> RunEnvironmentError:
+def from_os_error(error: OSError) -> RunEnvironmentError:
     """What the operating system refused, in our form."""
     where = str(error.filename or "disk")
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
@@ -138,18 +142,20 @@ def of_os(error: OSError) -> RunEnvironmentError:
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")
 
 
-LONGEST = 200  # characters from which a word is no misspelt name
+MAX_NAME_LENGTH = 200  # characters from which a word is no misspelt name
 
 
 def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The choice that `word` was most likely meant to be, or None."""
-    if len(word) > LONGEST:
+    if len(word) > MAX_NAME_LENGTH:
         return None
-    short = [choice for choice in choices if len(choice) <= LONGEST]  # a comparison's time grows with both lengths
+    short = [
+        choice for choice in choices if len(choice) <= MAX_NAME_LENGTH
+    ]  # a comparison's time grows with both lengths
     found = difflib.get_close_matches(word.lower(), short, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
-def shortened(text: str, most: int = 60) -> str:
+def shortened(text: str, max_length: int = 60) -> str:
     """A name or value as a message shows it: whole, or its beginning and how long it is."""
-    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} characters)"
+    return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text):,} characters)"

@@ -45,16 +45,19 @@ TUNED: dict[str, tuple[TunedRun, ...]] = {
         TunedRun(8e9, 5e-7, 128, "Llama-3.1-8B, Tulu 3 (arXiv:2411.15124)"),
     ),
 }
-FALLBACK = {"sft": 2e-5, "dpo": 1e-6}  # of a model whose size is unknown
-ADAPTER = {"sft": 2e-4, "dpo": 5e-6}  # the usual rates of low-rank adapters, which need more than whole weights
+DEFAULT_LEARNING_RATE = {"sft": 2e-5, "dpo": 1e-6}  # of a model whose size is unknown
+ADAPTER_LEARNING_RATE = {
+    "sft": 2e-4,
+    "dpo": 5e-6,
+}  # the usual rates of low-rank adapters, which need more than whole weights
 
 
 def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = False) -> float:
     """The learning rate for a model of this size: that of the tuned runs around it, to two digits."""
     if adapter:
-        return ADAPTER[method]
+        return ADAPTER_LEARNING_RATE[method]
     if shape is None:
-        return FALLBACK[method]
+        return DEFAULT_LEARNING_RATE[method]
     runs = TUNED[method]
     size = min(max(float(shape.parameters), runs[0].parameters), runs[-1].parameters)
     for small, large in pairwise(runs):
@@ -65,20 +68,22 @@ def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = Fa
     return runs[-1].learning_rate
 
 
-def tuned_near(method: str, shape: ModelShape) -> TunedRun:
+def nearest_tuned_run(method: str, shape: ModelShape) -> TunedRun:
     """The tuned run whose model is closest in size."""
     return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
 
 
 @dataclass(frozen=True)
-class FarBatch:
+class BatchMismatch:
     """A tuned run of another batch, and the learning rate that would go with this one."""
 
     run: TunedRun
     rate: float
 
 
-def far_batch(method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int) -> FarBatch | None:
+def find_batch_mismatch(
+    method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int
+) -> BatchMismatch | None:
     """The tuned run of such a model and rate, if its batch is far from this one; None if it is near, or the rate is.
 
     The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
@@ -90,21 +95,29 @@ def far_batch(method: str, shape: ModelShape, learning_rate: float, rows: int, p
         rows: packed rows (SFT) or pairs (DPO) a step.
         per_row: tokens of a row (SFT); 1 for pairs.
     """
-    run = tuned_near(method, shape)
+    run = nearest_tuned_run(method, shape)
     ratio = rows * per_row / run.batch
     if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
         return None
-    return FarBatch(run, learning_rate * math.sqrt(ratio))
+    return BatchMismatch(run, learning_rate * math.sqrt(ratio))
 
 
-ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
-FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
-FEW_STEPS = 30
-MORE = 0.1  # share of epochs beyond those of the recipe that is worth a word
-OFTEN = 4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
-MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
-SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
-COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
+MEMORY_SAFE_SHARE = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
+MIN_VALIDATION_ROWS, MAX_VALIDATION_ROWS = (
+    20,
+    20_000,
+)  # held-out rows below which a loss is noise, and above which it takes long
+MIN_STEPS = 30
+EPOCHS_TOLERANCE = 0.1  # share of epochs beyond those of the recipe that is worth a word
+MAX_EPOCHS_RATIO = (
+    4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
+)
+MAX_DROPPED_SHARE, SMALL_DATASET_ROWS = (
+    0.2,
+    200,
+)  # share of rows lost that is worth a word; rows below which no held-out share is enough
+SHORT_RUN_STEPS = 1000  # steps; a rate tuned for long runs is no guide below
+MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate from which a run without warm-up is risky
 
 
 def advise(recipe: Recipe, plan: Plan) -> list[str]:
@@ -122,7 +135,7 @@ def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield "the end token of assistant turns is not learned (data.roles_to_train): the model will not stop"
 
 
-def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
     gpu, memory = plan.gpu, plan.memory
     if gpu is None:
         return
@@ -145,14 +158,14 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
 
 
-def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN
+def _learning_rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN_STEPS
     if short or plan.shape is None or recipe.model.adapter is not None:
         return
     per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
     if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:
         per_row = max(1, round(plan.volume.tokens / plan.volume.rows))
-    batch = far_batch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
+    batch = find_batch_mismatch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
     if batch is None:
         return
     unit = "tokens" if recipe.method == "sft" else "pairs"
@@ -162,11 +175,11 @@ def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield (
         f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} a step ({batch.run.source}); "
         f"this run has {rows}{plan.global_batch * per_row:,} {unit}: consider {batch.rate:.1e}"
-        + (f", or {_batch_of(recipe, plan, wanted)}" if fits else "")
+        + (f", or {_batch_setting(recipe, plan, wanted)}" if fits else "")
     )
 
 
-def _batch_of(recipe: Recipe, plan: Plan, rows: int) -> str:
+def _batch_setting(recipe: Recipe, plan: Plan, rows: int) -> str:
     """How this recipe says a global batch of `rows`."""
     if recipe.train.gradient_accumulation_steps is None:
         return f"train.global_batch_size: {rows}"
@@ -186,14 +199,14 @@ def _smaller_batch(recipe: Recipe) -> str | None:
 def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
     schedule = recipe.train.schedule
     cold = schedule.warmup_steps == 0 or schedule.warmup_ratio == 0
-    run = None if plan.shape is None else tuned_near(recipe.method, plan.shape)
-    high = COLD_START if run is None else min(COLD_START, run.learning_rate / 2)
+    run = None if plan.shape is None else nearest_tuned_run(recipe.method, plan.shape)
+    high = MAX_RATE_WITHOUT_WARMUP if run is None else min(MAX_RATE_WITHOUT_WARMUP, run.learning_rate / 2)
     if cold and plan.learning_rate >= high:
         instead = " instead of warmup_steps" if schedule.warmup_steps == 0 else ""
         yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03{instead}"
 
 
-def _rest(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _zero_rate_tail(recipe: Recipe, plan: Plan) -> Iterator[str]:
     schedule = recipe.train.schedule
     end = 1.0 if schedule.constant_ratio is None else schedule.constant_ratio
     if schedule.type != "constant" and end < 1 and not schedule.min_ratio:
@@ -203,7 +216,7 @@ def _rest(recipe: Recipe, plan: Plan) -> Iterator[str]:
         )
 
 
-def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
     """Equal results in less time, where the GPU has the memory for it."""
     gpu, memory, shape = plan.gpu, plan.memory, plan.shape
     if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
@@ -215,14 +228,14 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
         ).total
 
     checkpointing = bool(plan.gradient_checkpointing)
-    if checkpointing and (without := total(plan.micro_batch, False)) <= ROOMY * gpu.memory:
+    if checkpointing and (without := total(plan.micro_batch, False)) <= MEMORY_SAFE_SHARE * gpu.memory:
         checkpointing = False
         yield (
             f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
             "set train.gradient_checkpointing: auto or false and nothing is computed twice"
         )
     splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
-    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= ROOMY * gpu.memory]
+    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= MEMORY_SAFE_SHARE * gpu.memory]
     if room:
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
         follows = recipe.train.global_batch_size is not None
@@ -252,7 +265,7 @@ def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
     lost = plan.volume.dropped.get("too_long", 0.0) if plan.volume else 0.0
-    if lost < MUCH:
+    if lost < MAX_DROPPED_SHARE:
         return
     room = plan.shape is None or not plan.shape.context or recipe.data.sequence_len < plan.shape.context
     ways = ["raise data.sequence_len"] if room else ["take a base of longer context"]
@@ -261,12 +274,12 @@ def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
     yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
 
 
-def more_epochs(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def epochs_rounded_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
     """Said as a run begins, too."""
     asked, volume = recipe.num_epochs, plan.volume
     if asked is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
         return
-    if plan.epochs > asked * (1 + MORE):
+    if plan.epochs > asked * (1 + EPOCHS_TOLERANCE):
         steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
         way = _smaller_batch(recipe) or "give more data"
         yield f"{asked:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
@@ -277,7 +290,7 @@ def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if steps is None or epochs is None:
         return
     usual = DEFAULT_EPOCHS[recipe.method]
-    if epochs > OFTEN * usual:
+    if epochs > MAX_EPOCHS_RATIO * usual:
         yield (
             f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
             "heart; lower it, or set it to null and train.num_epochs instead"
@@ -285,7 +298,7 @@ def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
+    if plan.total_steps is None or plan.total_steps >= MIN_STEPS or recipe.train.max_steps is not None:
         return
     lower = _smaller_batch(recipe)
     yield f"only {plan.total_steps} steps: {f'{lower}, or ' if lower else ''}raise train.num_epochs"
@@ -309,14 +322,14 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
         return
     held = plan.volume.validation_rows
     where, size = "data.validation_sources" if data.validation_sources else "data.validation_size", data.validation_size
-    little = isinstance(size, float) and not data.validation_sources and held / size < LITTLE
+    little = isinstance(size, float) and not data.validation_sources and held / size < SMALL_DATASET_ROWS
     if held == 0 and not size:
         yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
     elif little:
         yield f"{held} rows held out are few, and so is the data: read the evaluation with care"
-    elif held < FEW:
+    elif held < MIN_VALIDATION_ROWS:
         yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
-    elif held > MANY:
+    elif held > MAX_VALIDATION_ROWS:
         yield f"{held:,} rows are held out and read at every evaluation; a few thousand say as much: lower {where}"
     packed = isinstance(data, SFTData) and data.packing
     if not data.validation_sources and not packed and plan.volume.rows and held > plan.volume.rows:
@@ -326,14 +339,14 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
 RULES = (
     _end_token,
     _too_long,
-    _fits,
-    _rate,
+    _memory,
+    _learning_rate,
     _warm_up,
-    _rest,
-    _faster,
+    _zero_rate_tail,
+    _throughput,
     _context,
     _small_epoch,
-    more_epochs,
+    epochs_rounded_up,
     _max_steps,
     _few_steps,
     _patience,

@@ -28,7 +28,7 @@ class Gpu:
 
 
 # name: (GiB, dense bfloat16 TFLOP/s by NVIDIA's data sheets; None: has no bfloat16)
-TABLE: dict[str, tuple[int, float | None]] = {
+GPUS: dict[str, tuple[int, float | None]] = {
     "t4-16gb": (15, None),
     "v100-16gb": (16, None),
     "v100-32gb": (32, None),
@@ -49,8 +49,8 @@ TABLE: dict[str, tuple[int, float | None]] = {
 }
 
 # Of a kind in the table, those that multiply at another rate: (word, another word) of the name: TFLOP/s
-OTHERWISE = {("h100", "pcie"): 756.0, ("h100", "nvl"): 835.0, ("h200", "nvl"): 836.0}
-SLOWER = {"mig", "laptop", "max", "ti", "d", "super"}  # parts and variants of a GPU: not its peak
+VARIANT_PEAKS = {("h100", "pcie"): 756.0, ("h100", "nvl"): 835.0, ("h200", "nvl"): 836.0}
+UNLISTED_VARIANTS = {"mig", "laptop", "max", "ti", "d", "super"}  # parts and variants of a GPU: not its peak
 
 
 def bf16_peak(device_name: str) -> float | None:
@@ -59,12 +59,12 @@ def bf16_peak(device_name: str) -> float | None:
     None where the table does not have it, or has only a larger or another variant of it.
     """
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
-    for (kind, variant), peak in OTHERWISE.items():
+    for (kind, variant), peak in VARIANT_PEAKS.items():
         if {kind, variant} <= words:
             return peak
-    if words & SLOWER:
+    if words & UNLISTED_VARIANTS:
         return None
-    return next((peak for name, (_, peak) in TABLE.items() if set(name.split("-")[:-1]) <= words), None)
+    return next((peak for name, (_, peak) in GPUS.items() if set(name.split("-")[:-1]) <= words), None)
 
 
 def find_gpu(name: str) -> Gpu:
@@ -75,14 +75,12 @@ def find_gpu(name: str) -> Gpu:
     """
     wanted = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     plain = wanted.replace("-", "")
-    same_kind = [
-        known for known in TABLE if plain in (known.replace("-", ""), known.rsplit("-", 1)[0].replace("-", ""))
-    ]
-    if wanted not in TABLE and len(same_kind) == 1:  # `h200` alone says enough
+    same_kind = [known for known in GPUS if plain in (known.replace("-", ""), known.rsplit("-", 1)[0].replace("-", ""))]
+    if wanted not in GPUS and len(same_kind) == 1:  # `h200` alone says enough
         wanted = same_kind[0]
-    if wanted not in TABLE:
-        guess = None if same_kind else closest(wanted, TABLE)
-        remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or TABLE)}"
+    if wanted not in GPUS:
+        guess = None if same_kind else closest(wanted, GPUS)
+        remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or GPUS)}"
         raise RecipeError("--gpu", f"`{name}` is not in the table of GPUs", remedy)
-    memory, peak = TABLE[wanted]
+    memory, peak = GPUS[wanted]
     return Gpu(wanted, memory * GIB, peak, bfloat16=peak is not None)

@@ -14,13 +14,15 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import LoraSection
 
-CONTEXT = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
+CUDA_CONTEXT_BYTES = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
 # Logits in one chunk of the LM head (`model/lm_head.py`), by device type. The forward pass holds 6 bytes a logit in
 # bfloat16 and 8 in float32; the backward pass 4 and 8.
 HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
-STATE = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in 4 bits: it, a byte for 64, and a float32 for 256 of these
+STATE_BYTES_PER_WEIGHT = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
+NF4_BYTES_PER_WEIGHT = (
+    1 / 2 + 1 / 64 + 4 / (64 * 256)
+)  # bytes a weight in 4 bits: it, a byte for 64, and a float32 for 256 of these
 
 
 @dataclass(frozen=True)
@@ -72,15 +74,15 @@ def estimate_memory(
         layer += tokens * dora_activations(adapter, shape, bfloat16)
         working += dora_working(shape, bfloat16)
     kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
-    every = round(supervised * tokens) * shape.vocab_size
+    logits = round(supervised * tokens) * shape.vocab_size
     device = "cuda" if on_gpu else "cpu"
-    forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], every)
-    backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], every)
+    forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], logits)
+    backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], logits)
     return Memory(
-        state=(STATE * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
+        state=(STATE_BYTES_PER_WEIGHT * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
         activations=kept + layer,  # one layer more: recomputed, or on its way back
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
-        working=working + (CONTEXT if on_gpu else 0),
+        working=working + (CUDA_CONTEXT_BYTES if on_gpu else 0),
     )
 
 
@@ -108,13 +110,13 @@ def frozen_bytes(adapter: LoraSection | None, shape: ModelShape) -> int:
     if adapter.type != "qlora":
         return 4 * shape.parameters
     in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in _matrices(shape).values())
-    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4 * in_four_bits)
+    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4_BYTES_PER_WEIGHT * in_four_bits)
 
 
 def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:
     """Weights of an adapter: rank x (inputs + outputs) of every layer it stands on; under dora a length an output."""
-    lengths = 1 if section.type == "dora" else 0
-    sizes = [section.r * (inputs + outputs) + lengths * outputs for inputs, outputs in _adapted(section, shape)]
+    magnitudes = 1 if section.type == "dora" else 0
+    sizes = [section.r * (inputs + outputs) + magnitudes * outputs for inputs, outputs in _adapted(section, shape)]
     return shape.layers * sum(sizes)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from nesso_tune.recipes.builtin import local_path
 from nesso_tune.recipes.sections import ModelSection
 
-NAMES = (
+CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
-TABLE: dict[str, tuple[Any, ...]] = {
+KNOWN_CONFIGS: dict[str, tuple[Any, ...]] = {
     "mii-llm/zagreus-0.4B-ita": ("llama", 128256, 960, 2560, 32, 15, 5, 64, True, 4096),
     "meta-llama/Llama-3.2-1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True, 131072),
     "meta-llama/Llama-3.2-3B": ("llama", 128256, 3072, 8192, 28, 24, 8, 128, True, 131072),
@@ -43,10 +43,10 @@ TABLE: dict[str, tuple[Any, ...]] = {
 
 def known_config(base: str) -> dict[str, Any] | None:
     """The sizes of a known base by its hub id, in the words of config.json; None if it is not known."""
-    return dict(zip(NAMES, TABLE[base], strict=True)) if base in TABLE else None
+    return dict(zip(CONFIG_KEYS, KNOWN_CONFIGS[base], strict=True)) if base in KNOWN_CONFIGS else None
 
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "gpt2")  # where config.json does not say
 
 
@@ -132,7 +132,7 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
 
 def unsupported(config: dict[str, Any]) -> str | None:
     """Why a model is not in version 1, by its config.json; None if it is a dense decoder of text."""
-    if any(config.get(name) for name in EXPERTS):
+    if any(config.get(name) for name in EXPERT_COUNT_KEYS):
         return "is a mixture of experts; version 1 trains dense decoders"
     if any(isinstance(config.get(name), dict) for name in ("text_config", "vision_config", "audio_config")):
         return "is multimodal; version 1 trains decoders of text"

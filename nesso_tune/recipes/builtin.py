@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 
 VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
-OF_SOURCE = "/source/"  # in the name of a metric: what follows names a source
+SOURCE_SEPARATOR = "/source/"  # in the name of a metric: what follows names a source
 PATH_ERROR = "path"  # type of the error that `FilePath` raises
 
 
@@ -87,7 +87,7 @@ def _expanded(text: str) -> str:
 
 
 def _of_expanded(metric: str) -> str:
-    whole, of_source, name = metric.partition(OF_SOURCE)
+    whole, of_source, name = metric.partition(SOURCE_SEPARATOR)
     return f"{whole}{of_source}{os.path.expanduser(name)}"
 
 
@@ -117,10 +117,10 @@ def _parts(annotation: Any) -> list[Any]:
 
 
 PACKAGE = Path(__file__).resolve().parent.parent
-BUNDLED_TOKENS = 2
+BUNDLED_TOKENS_RATIO = 2
 
 
-def shipped(kind: str) -> Path:
+def shipped_folder(kind: str) -> Path:
     """The folder of shipped `recipes` or `data_templates`: inside an installed package, beside it in a checkout."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
@@ -129,15 +129,15 @@ def shipped(kind: str) -> Path:
 @cache
 def template_names(kind: str) -> tuple[str, ...]:
     """The names of the shipped files of data_templates/KIND/."""
-    return tuple(sorted(file.stem for file in (shipped("data_templates") / kind).glob("*.yaml")))
+    return tuple(sorted(file.stem for file in (shipped_folder("data_templates") / kind).glob("*.yaml")))
 
 
 def bundled_base() -> str:
     """The quickstart's base, whose small tokenizer stands in for one that is not at hand.
 
-    It makes about twice as many tokens of a text as one with a large vocabulary: `BUNDLED_TOKENS`.
+    It makes about twice as many tokens of a text as one with a large vocabulary: `BUNDLED_TOKENS_RATIO`.
     """
-    return str(shipped("recipes") / "quickstart" / "base")
+    return str(shipped_folder("recipes") / "quickstart" / "base")
 
 
 def local_path(text: str) -> Path:
@@ -146,11 +146,11 @@ def local_path(text: str) -> Path:
     So the quickstart runs from any folder, installed or not.
     """
     path = Path(text)
-    inside = shipped("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
+    inside = shipped_folder("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
     return inside if inside is not None and not path.exists() and inside.exists() else path
 
 
-def is_result(base: str) -> bool:
+def is_run_output(base: str) -> bool:
     """Whether a base is named as what a run makes: `OUTPUT_DIR/final`, which may not exist yet."""
     return base.rstrip("/").endswith("/final")
 
@@ -160,11 +160,11 @@ def find_recipe(name: str | Path) -> Path:
     path = Path(flag_path(str(name)))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return local_path(str(path))
-    return next((p for p in (shipped("recipes") / f"{name}.yaml",) if p.is_file()), path)
+    return next((p for p in (shipped_folder("recipes") / f"{name}.yaml",) if p.is_file()), path)
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecipeSummary:
     """What the head of a shipped recipe says: its title, the command that runs it, the hardware, and what it costs."""
 
     name: str
@@ -174,20 +174,20 @@ class Entry:
     cost: str
 
 
-def catalogue() -> list[Entry]:
+def recipe_summaries() -> list[RecipeSummary]:
     """All shipped recipes, by what their first comment says."""
     entries = []
     for name in shipped_recipes():
-        text = (shipped("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (shipped_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
         head = [line[1:].rstrip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
         said = [line.strip() for line in head if not line.strip().startswith("yaml-language-server")]
         command = next(line.strip() for line in head if line.startswith("   "))
         facts = dict(line.split(": ", 1) for line in said if line.startswith(("Hardware: ", "Cost: ")))
-        entries.append(Entry(name, said[0].rstrip("."), command, facts["Hardware"], facts["Cost"]))
+        entries.append(RecipeSummary(name, said[0].rstrip("."), command, facts["Hardware"], facts["Cost"]))
     return entries
 
 
 def shipped_recipes() -> list[str]:
     """The names of all shipped recipes."""
-    root = shipped("recipes")
+    root = shipped_folder("recipes")
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))

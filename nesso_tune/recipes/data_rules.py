@@ -10,14 +10,14 @@ from typing import Any
 from nesso_tune.conversation import LANGUAGE_NAMES, OTHER_LANGUAGES, language_code
 from nesso_tune.errors import closest, shortened
 from nesso_tune.recipes.builtin import template_names
+from nesso_tune.recipes.yaml_source import KeyPath
 
-KeyPath = tuple[str | int, ...]
 Raw = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One inert or contradictory knob: where it stands, why it is wrong, and the remedy."""
+    """One inert or contradictory key: where it stands, why it is wrong, and the remedy."""
 
     path: KeyPath
     what: str
@@ -38,7 +38,7 @@ MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
 INSTRUCTION_FIELDS = ("input_field", "response_field")
 PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
 CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
-KNOBS_OF_FORMAT: dict[str, tuple[str, ...]] = {  # what has an effect under each shipped format, of the keys below
+FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # what has an effect under each shipped format, of the keys below
     "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
     "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
     "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
@@ -48,7 +48,7 @@ KNOBS_OF_FORMAT: dict[str, tuple[str, ...]] = {  # what has an effect under each
     "completion": ("text_field",),
     "pretokenized": (),
 }  # fmt: skip
-KNOBS = sorted({knob for knobs in KNOBS_OF_FORMAT.values() for knob in knobs})
+ALL_FORMAT_KEYS = sorted({key for keys in FORMAT_KEYS.values() for key in keys})
 
 
 def _sources(raw: Raw) -> Iterator[Finding]:
@@ -77,7 +77,7 @@ def unknown_template(here: KeyPath, name: Any, kind: str) -> Iterator[Finding]:
         yield Finding(here, f"`{shortened(name)}` is not known", remedy)
 
 
-def wrong_code(here: KeyPath, code: Any) -> Iterator[Finding]:
+def invalid_language_code(here: KeyPath, code: Any) -> Iterator[Finding]:
     """A language that rows are never said to be in: what they say becomes a code such as `it` first."""
     if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
         return
@@ -98,14 +98,14 @@ def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
     yield from unknown_template((*here, "format"), style, "formats")
     yield from _language((*here, "language"), get(source, "language"))
     for code, _ in _rules(source):
-        yield from wrong_code((*here, "rules", code), code)
-    used = KNOBS_OF_FORMAT.get(style) if isinstance(style, str) else None
+        yield from invalid_language_code((*here, "rules", code), code)
+    used = FORMAT_KEYS.get(style) if isinstance(style, str) else None
     own = isinstance(style, str) and ".py:" in style
     if own:
         used, style = ("tools_file",), "of your own reader"
-    for knob in KNOBS if used is not None else ():
-        if knob not in (used or ()) and get(source, knob) is not None:
-            yield Finding((*here, knob), f"has no effect under format: {style}", "remove it, or name another format")
+    for key in ALL_FORMAT_KEYS if used is not None else ():
+        if key not in (used or ()) and get(source, key) is not None:
+            yield Finding((*here, key), f"has no effect under format: {style}", "remove it, or name another format")
     if get(source, "reads") and not own:
         yield Finding((*here, "reads"), "has no effect without a reader of your own", "set format: FILE.py:FUNCTION")
     scored: list[KeyPath] = [("min_score",)] if get(source, "min_score") is not None else []
@@ -118,9 +118,9 @@ def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
     if language not in (None, "auto") and get(source, "language_field") is not None:
         yield Finding((*here, "language_field"), "has no effect beside language", "keep one of the two")
     for code, rule in _rules(source):
-        for knob in ("min_score", "weight"):
-            if get(rule, "keep") is False and get(rule, knob) is not None:
-                yield Finding((*here, "rules", code, knob), "has no effect beside keep: false", "keep one of the two")
+        for key in ("min_score", "weight"):
+            if get(rule, "keep") is False and get(rule, key) is not None:
+                yield Finding((*here, "rules", code, key), "has no effect beside keep: false", "keep one of the two")
 
 
 def _rules(source: Any) -> list[tuple[str, Any]]:
@@ -133,7 +133,7 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
     if not isinstance(shares, Mapping):
         return
     for code in shares if get(raw, "data", "mixture", "by") == "language" else ():
-        yield from wrong_code((*here, code), code)
+        yield from invalid_language_code((*here, code), code)
     numbers = [share for share in shares.values() if isinstance(share, (int, float))]
     if len(numbers) == len(shares) and abs(sum(numbers) - 1) > 1e-6:
         yield Finding(here, f"add up to {sum(numbers):g}", "make it 1, e.g. {it: 0.6, en: 0.4}")
@@ -147,7 +147,7 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
                 ("data", "sources", i, *path), "contradicts data.mixture: its shares say how often", "keep one"
             )
     if get(raw, "data", "mixture", "by") == "source":
-        names = names_of(sources)
+        names = source_names(sources)
         for name in shares:
             if expanduser(str(name)) not in (*names, "other"):
                 guess = closest(str(name), names)
@@ -155,32 +155,32 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
                 yield Finding((*here, str(name)), "is no source of this recipe", remedy)
 
 
-def names_of(sources: Any) -> list[str]:
+def source_names(sources: Any) -> list[str]:
     """What sources are called: before a recipe is validated, their paths may still begin with `~`."""
     return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
 
 
-def unknown_source(raw: Raw, name: str, held: bool) -> tuple[str, str] | None:
+def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] | None:
     """Why no part of a metric is of a source that is called so, and what to do; None if there may be one.
 
     Args:
         raw: the recipe.
         name: of the source, by its alias, its path, or the number of a private one.
-        held: whether it is measured on `validation_sources`, if there are any.
+        on_validation: whether it is measured on `validation_sources`, if there are any.
     """
-    held = held and bool(get(raw, "data", "validation_sources"))
-    sources = get(raw, "data", "validation_sources" if held else "sources")
+    on_validation = on_validation and bool(get(raw, "data", "validation_sources"))
+    sources = get(raw, "data", "validation_sources" if on_validation else "sources")
     if not isinstance(sources, (list, tuple)) or not sources:
         return None
-    names, private = names_of(sources), any(get(source, "private") for source in sources)
+    names, private = source_names(sources), any(get(source, "private") for source in sources)
     if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private ones have a number each
         return "is not measured: it is only where there are several sources", "name the metric over all"
-    kind = "private validation source" if held else "private source"
+    kind = "private validation source" if on_validation else "private source"
     known = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
     if expanduser(name) in known:
         return None
     guess = closest(name, names)
-    section = "data.validation_sources" if held else "data.sources"
+    section = "data.validation_sources" if on_validation else "data.sources"
     return f"is not measured: {section} has none that is called so", (
         f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
     )

@@ -10,13 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from nesso_tune.errors import Problem, closest, shortened
 from nesso_tune.recipes.builtin import PATH_ERROR
-from nesso_tune.recipes.other_tools import FOREIGN, NAMES_LIST
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS, UNSUPPORTED_KEYS
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
-from nesso_tune.recipes.yaml_source import Document
-
-Path = tuple[str | int, ...]
+from nesso_tune.recipes.yaml_source import Document, KeyPath
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
@@ -38,7 +36,7 @@ def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] |
     return out
 
 
-def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
+def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The section that stands at `path` (list positions are skipped); the model itself at the root."""
     names = tuple(part for part in path if isinstance(part, str))
     if not names:
@@ -46,14 +44,14 @@ def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
     return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a name of the user's own, as in rules.en
 
 
-def suggest_key(model: type[BaseModel], path: Path) -> str:
+def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
     """The remedy for the unknown key at `path`: the name it has here, its right place, or its right spelling."""
     *above, key = [str(part) for part in path if isinstance(part, str)]
-    if key in NAMES_LIST:
-        return f"remove it: {NAMES_LIST[key]}"
+    if key in UNSUPPORTED_KEYS:
+        return f"remove it: {UNSUPPORTED_KEYS[key]}"
     section = section_at(model, path[:-1])
     siblings = list(section.model_fields) if section else []
-    ours = FOREIGN.get(key, key)
+    ours = EQUIVALENT_KEYS.get(key, key)
     if ours in siblings:
         return f"it is called `{'.'.join((*map(shortened, above), ours))}` here"
     if places := _places(model, key, above):
@@ -108,52 +106,52 @@ PATTERNS = {  # of `sections.py`, in words
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
-MOST = 50  # mistakes of a file that are listed
+MAX_PROBLEMS = 50  # mistakes of a file that are listed
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
-def complaints(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
+def recipe_problems(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
     """The problems of a recipe, inert and contradictory knobs included, in the order of the file."""
-    by_path: dict[Path, list[Mapping[str, Any]]] = {}
+    by_path: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
         by_path.setdefault(_real_path(item, document.value), []).append(item)
     findings = lint_problems(document)
     wrong = [*by_path, *(where for where, _ in findings)]
     above = {path[:end] for path in wrong for end in range(len(path))}  # of these, what is wrong inside speaks
     found = sorted((path for path in by_path if path not in above), key=lambda path: _line(document, path))
-    listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MOST + 1]]
+    listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MAX_PROBLEMS + 1]]
     listed = sorted([*listed, *findings], key=lambda pair: _line(document, pair[0]))
-    return first_of([problem for _, problem in listed], document, len(found) + len(findings))
+    return limit_problems([problem for _, problem in listed], document, len(found) + len(findings))
 
 
-def first_of(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
+def limit_problems(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
     """As many of a file's problems as are read by anyone; of `count`, if these are only the first ones."""
-    left = (len(problems) if count is None else count) - MOST
-    if left <= 0 or len(problems) <= MOST:
+    left = (len(problems) if count is None else count) - MAX_PROBLEMS
+    if left <= 0 or len(problems) <= MAX_PROBLEMS:
         return problems
-    return [*problems[:MOST], Problem(document.name, f"has {left:,} more mistakes", "correct these first")]
+    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {left:,} more mistakes", "correct these first")]
 
 
-def lint_problems(document: Document) -> list[tuple[Path, Problem]]:
+def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
     """Inert and contradictory knobs of a document."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
     return [(f.path, Problem(document.where(f.path), f"{_called(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
-def _line(document: Document, path: Path) -> int:
+def _line(document: Document, path: KeyPath) -> int:
     where = document.where(path).rsplit(":", 1)[-1]
     return int(where) if where.isdigit() else 0
 
 
-def _called(path: Path) -> str:
+def _called(path: KeyPath) -> str:
     return f"`{_dotted(path)}`" if path else "a key"
 
 
-def _dotted(path: Path) -> str:
+def _dotted(path: KeyPath) -> str:
     return ".".join(shortened(str(part)) for part in path)
 
 
-def _real_path(item: Mapping[str, Any], value: Any) -> Path:
+def _real_path(item: Mapping[str, Any], value: Any) -> KeyPath:
     """The part of pydantic's location that exists in the file: the branches of a union are not keys of it."""
     path: list[str | int] = []
     for part in item["loc"]:
@@ -164,7 +162,7 @@ def _real_path(item: Mapping[str, Any], value: Any) -> Path:
     return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
 
 
-def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
+def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
     where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
@@ -192,7 +190,7 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
     return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_shown(value)}", remedy)
 
 
-def _meant(path: Path, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
+def _meant(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
     """What someone who wrote this value most likely meant."""
     if isinstance(value, str):
         number = value.strip().replace(",", ".")
@@ -241,7 +239,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _description(model: type[BaseModel], path: Path) -> str:
+def _description(model: type[BaseModel], path: KeyPath) -> str:
     """What a key is for, from its own documentation."""
     names = [part for part in path if isinstance(part, str)] or [""]
     section = section_at(model, tuple(names[:-1]))

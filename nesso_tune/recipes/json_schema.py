@@ -7,12 +7,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nesso_tune.recipes.builtin import template_names
-from nesso_tune.recipes.data_rules import KeyPath
 from nesso_tune.recipes.rules import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
+from nesso_tune.recipes.yaml_source import KeyPath
 
-FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
-NAMED = (  # keys that take the name of a shipped file: ((section, key), its folder under data_templates/, other names)
+SCHEMA_FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
+SHIPPED_FILE_KEYS = (  # keys that take the name of a shipped file: ((section, key), its folder under data_templates/, other names)
     (("ChatSection", "template"), "chat", ()),
     (("Source", "format"), "formats", ("auto",)),
 )
@@ -33,7 +33,7 @@ def recipe_schema() -> dict[str, Any]:
         schema["required"] = ["method", *schema["required"]]
     for section, rule in _rules():
         definitions[_definition(definitions, section)].setdefault("allOf", []).append(rule)
-    for (name, key), folder, more in NAMED:
+    for (name, key), folder, more in SHIPPED_FILE_KEYS:
         definitions[name]["properties"][key]["examples"] = [*more, *template_names(folder)]
     for definition in definitions.values():  # pydantic leaves out what a section's own docstring says alike
         for entry in definition.get("properties", {}).values():

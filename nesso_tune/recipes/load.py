@@ -11,9 +11,16 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from nesso_tune.errors import Problem, RecipeError, closest, shortened
-from nesso_tune.recipes.builtin import find_recipe, local_path, reader_file, shipped, shipped_recipes, template_names
-from nesso_tune.recipes.error_messages import complaints, first_of
-from nesso_tune.recipes.other_tools import FOREIGN
+from nesso_tune.recipes.builtin import (
+    find_recipe,
+    local_path,
+    reader_file,
+    shipped_folder,
+    shipped_recipes,
+    template_names,
+)
+from nesso_tune.recipes.error_messages import limit_problems, recipe_problems
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.rules import EXCLUSIVE
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked
@@ -35,7 +42,7 @@ def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Pat
     Raises:
         RecipeError: if there is none, with the names that there are.
     """
-    folder = shipped("data_templates") / kind
+    folder = shipped_folder("data_templates") / kind
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         names = [*also, *template_names(kind)]
@@ -58,9 +65,9 @@ def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:
     try:
         spec = kind.model_validate(document.value)
     except ValidationError as error:
-        problems += complaints(error, document, kind)
+        problems += recipe_problems(error, document, kind)
     if problems:
-        raise RecipeError(first_of(problems, document))
+        raise RecipeError(limit_problems(problems, document))
     return spec, document
 
 
@@ -126,9 +133,9 @@ def validate(document: Document) -> Recipe:
     try:
         recipe = model.model_validate({**raw, "method": model.model_fields["method"].default})
     except ValidationError as error:
-        problems += complaints(error, document, model)
+        problems += recipe_problems(error, document, model)
     if problems or document.problems:
-        mistakes = first_of(_in_order([*document.problems, *problems]), document)
+        mistakes = limit_problems(_in_order([*document.problems, *problems]), document)
         raise RecipeError(Problem(masked(one.where), masked(one.what), masked(one.remedy)) for one in mistakes)
     return recipe
 
@@ -169,7 +176,7 @@ def _method(document: Document, raw: Mapping[str, Any]) -> tuple[type[SFTRecipe]
         return model, [
             Problem(document.where(("method",)), f"`method` must be sft or dpo, not {shortened(repr(method))}", remedy)
         ]
-    said = next((key for key in raw if FOREIGN.get(str(key)) == "method"), None)
+    said = next((key for key in raw if EQUIVALENT_KEYS.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{said}`" if said else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
 

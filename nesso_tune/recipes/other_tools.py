@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Keys of Axolotl, TRL / transformers and LLaMA-Factory, by what they are called here.
-CALLED_HERE: dict[str, tuple[str, ...]] = {
+OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "method": ("rl", "stage", "task", "rl_type"),
     "output_dir": ("output", "out_dir", "output_path", "save_dir"),
     "model.base": ("base_model", "model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
@@ -69,8 +69,8 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     "format": ("type", "formatting", "kind"),
     "language": ("lang",),
 }  # fmt: skip
-FOREIGN = {theirs: ours for ours, names in CALLED_HERE.items() for theirs in names}
-NAMES_LIST = {
+EQUIVALENT_KEYS = {theirs: ours for ours, names in OTHER_TOOL_KEYS.items() for theirs in names}
+UNSUPPORTED_KEYS = {
     "neftune_noise_alpha": "NEFTune is not offered",
     "greater_is_better": "the name of train.best_metric says which way is better",
     "early_stopping_threshold": "any improvement of train.best_metric counts",

@@ -18,39 +18,39 @@ from nesso_tune.metrics import (
     overall_metric,
     suggest_metric,
 )
-from nesso_tune.recipes.builtin import OF_SOURCE
+from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
 from nesso_tune.recipes.data_rules import (
     DATA_RULES,
     Finding,
-    KeyPath,
     Raw,
     get,
+    invalid_language_code,
     unknown_source,
     unknown_template,
-    wrong_code,
 )
-from nesso_tune.recipes.secrets import find_secrets, names_a_secret
+from nesso_tune.recipes.secrets import find_secrets, is_secret_name
+from nesso_tune.recipes.yaml_source import KeyPath
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 SORTED_LOSSES = ("aot", "aot_unpaired")  # they compare the sorted ratios of a batch, so none is a mean over pairs
 # What a Slurm job is told once, from these keys: said a second time it could disagree.
-_COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
-JOB_OPTIONS = {
+_USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
+RESERVED_JOB_OPTIONS = {
     **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
-                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _COUNTED),
+                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _USE_CLUSTER_KEYS),
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
     "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
     "signal": "use cluster.save_before_s",
     **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
     "array": "remove it: its jobs would all write into one run directory",
 }  # fmt: skip
-JOB_VARIABLES = {
+RESERVED_JOB_VARIABLES = {
     "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
     "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
     **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
                      "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
 }  # fmt: skip
-JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
+RESERVED_VARIABLE_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
 
 
 @dataclass(frozen=True)
@@ -101,9 +101,9 @@ def _exclusive(raw: Raw) -> Iterator[Finding]:
 def _inert(raw: Raw) -> Iterator[Finding]:
     for rule in INERT:
         if get(raw, *rule.section, rule.key) == rule.value:
-            for knob in rule.inert:
-                if get(raw, *rule.section, knob) is not None:
-                    yield Finding((*rule.section, knob), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
+            for key in rule.inert:
+                if get(raw, *rule.section, key) is not None:
+                    yield Finding((*rule.section, key), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
 
 
 def _schedule(raw: Raw) -> Iterator[Finding]:
@@ -133,18 +133,18 @@ def _validation(raw: Raw) -> Iterator[Finding]:
         )
 
 
-def _best(raw: Raw) -> Iterator[Finding]:
+def _best_metric(raw: Raw) -> Iterator[Finding]:
     metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
     if patience is not None and metric is None:  # what is waited for also decides what final/ holds: it has to be said
         yield Finding(
             ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
             "set train.best_metric: eval_loss, or remove it",
         )  # fmt: skip
-    if isinstance(metric, str) and (fault := _unmeasured(raw, metric)) is not None:
+    if isinstance(metric, str) and (fault := _best_metric_problem(raw, metric)) is not None:
         yield Finding(("train", "best_metric"), *fault)
 
 
-def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
+def _best_metric_problem(raw: Raw, metric: str) -> tuple[str, str] | None:
     """Why this recipe does not measure a metric, and the remedy; None if it may measure it."""
     overall, registered = overall_metric(metric), metric_of(metric)
     if overall is None or registered is None:
@@ -167,8 +167,8 @@ def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
             f"`{metric}` is measured on generated answers, and evaluation.samples is 0",
             "set evaluation.samples: 8",
         )
-    if metric.startswith(f"{overall}{OF_SOURCE}"):
-        fault = unknown_source(raw, metric.removeprefix(f"{overall}{OF_SOURCE}"), not on_training_prompts)
+    if metric.startswith(f"{overall}{SOURCE_SEPARATOR}"):
+        fault = unknown_source(raw, metric.removeprefix(f"{overall}{SOURCE_SEPARATOR}"), not on_training_prompts)
         return (f"`{metric}` {fault[0]}", fault[1]) if fault is not None else None
     return None
 
@@ -221,14 +221,16 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
     extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
         name = str(option).removeprefix("--").split("=")[0]
-        said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
+        said = next(
+            (known for known in RESERVED_JOB_OPTIONS if name and known.startswith(name)), None
+        )  # it takes abbreviations
         if said is not None:
-            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
+            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", RESERVED_JOB_OPTIONS[said])
     for name, value in env.items() if isinstance(env, Mapping) else ():
-        if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
-            remedy = JOB_VARIABLES.get(name, "remove it")
+        if name in RESERVED_JOB_VARIABLES or str(name).startswith(RESERVED_VARIABLE_PREFIXES):
+            remedy = RESERVED_JOB_VARIABLES.get(name, "remove it")
             yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
-        elif names_a_secret(str(name), str(value)):
+        elif is_secret_name(str(name), str(value)):
             remedy = "export it where you call `launch`: jobs inherit that environment"
             yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):
@@ -245,7 +247,7 @@ def _template(raw: Raw) -> Iterator[Finding]:
     yield from unknown_template(("chat", "template"), get(raw, "chat", "template"), "chat")
     systems = get(raw, "chat", "default_system")
     for code in systems if isinstance(systems, Mapping) else ():
-        yield from wrong_code(("chat", "default_system", code), code)
+        yield from invalid_language_code(("chat", "default_system", code), code)
 
 
 def _output(raw: Raw) -> Iterator[Finding]:
@@ -273,12 +275,12 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
             ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
         )
     for name in sorted(names & set(SORTED_LOSSES)):
-        yield from _of_a_whole_step(raw, name)
+        yield from _sorted_loss(raw, name)
     if get(raw, "dpo", "ld_alpha") == 1:
         yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
 
 
-def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
+def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
     """What keeps a loss that sorts the pairs of a micro batch from sorting those of the optimizer step."""
     rows, whole, times = (
         get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
@@ -297,6 +299,6 @@ def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _compile, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets,
+    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _qlora, _distributed, _cluster, _secrets,
     _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-Path = tuple[str | int, ...]
+from nesso_tune.recipes.yaml_source import KeyPath
 
-HIDDEN = "…"
+MASK = "…"
 # Who issues a token, and its form. A `(?P<secret>…)` is the part to mask, where the rest may be shown. Words that
 # happen to begin alike (`hf_some_words`, `sk-learn`) have neither capitals nor digits in their long part.
 _MIXED = r"(?=[\w-]{0,99}[A-Z0-9])"
-FORMS = {
+TOKEN_PATTERNS = {
     "of Anthropic": r"(?<![\w/-])sk-ant-[\w-]{10,}",
     "of OpenRouter": r"(?<![\w/-])sk-or-v\d-[\w-]{16,}",
     "of an API": rf"(?<![\w/-])sk-(?:(?:proj|svcacct|admin|None|[a-z0-9]{{2,8}})-){{0,2}}{_MIXED}[\w-]{{16,}}"
@@ -91,7 +91,7 @@ _KEYS = (
     "|x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|credentials?"
 )
 _PLAIN_USERS = "git|hg|svn|user|username|anonymous|guest|me|nobody"
-CALLED = {
+CONTEXT_PATTERNS = {
     "in a URL": r"\w://[^/\s:@?#]*:(?P<secret>(?![${<…])[^/\s@]+)@"
                 rf"|\bhttps?://(?P<user>(?!(?:{_PLAIN_USERS})@)(?![${{<…])[^/\s:@?#]+)@"
                 rf"|(?i:[?&#](?:{_KEYS}))=(?P<parameter>(?![${{<…])[^&\s#\"'$]{{6,}})"
@@ -103,13 +103,13 @@ CALLED = {
                     r"|\bsshpass\s+-p\s?[\"']?(?P<password>(?![${<…*])[^\s\"']{4,})"
                     r"|\b(?:docker|podman)\s+login\s(?:[^\n|;]{0,300}\s)?-p\s?[\"']?(?P<p>(?![${<…*])[^\s\"']{4,})",
 }  # fmt: skip
-KINDS = {kind: re.compile(form) for kind, form in {**FORMS, **CALLED}.items()}
+PATTERNS = {kind: re.compile(form) for kind, form in {**TOKEN_PATTERNS, **CONTEXT_PATTERNS}.items()}
 # What a name is set to: in a line of shell, in `KEY=value`, in YAML and JSON, in an option, in a .netrc.
-ASSIGNED = re.compile(
+ASSIGNMENT_PATTERN = re.compile(
     r"(?<![\w$])(?P<name>[A-Za-z][\w-]{0,60})(?P<sign>[\"']?[ \t]{0,3}[:=][ \t]{0,3})"
     r"(?=[\"']?(?P<secret>[^\s\"'$;&|]{4,999}))"  # looked at only: what follows may be a name itself
 )
-SPOKEN = re.compile(
+OPTION_PATTERN = re.compile(
     r"(?:(?<![\w-])--(?P<name>[A-Za-z][\w-]{0,60})|\b(?P<netrc>passw(?:or)?d))[ \t]{1,3}"
     r"[\"']?(?P<secret>[^\s\"'$;&|]{7,})"
 )
@@ -123,7 +123,7 @@ _PLACEHOLDER = re.compile(
     re.IGNORECASE,
 )
 RANDOM, ASSIGNMENT = "(a long random text)", "(a variable that is named so)"
-WINDOW, OVERLAP = 8_000, 1_000  # characters that are searched at once: no text, however long, takes long
+WINDOW_CHARS, OVERLAP_CHARS = 8_000, 1_000  # characters that are searched at once: no text, however long, takes long
 
 # Words of a variable's name that say: this is a secret; those that also do so as the end of a word (`DBPASS`); the
 # words that only end alike; those that say something else before one of them (`MAX_TOKENS`, `SORT_KEY`); and those
@@ -133,33 +133,33 @@ ENDINGS = (*PASSWORDS, "TOKENS", "TOKEN", "SECRETS", "SECRET", "KEYS", "KEY", "C
            "PAT", "JWT")  # fmt: skip
 WORDS = (*ENDINGS, "CRED", "AUTH", "BEARER", "COOKIE", "OTP", "PIN", "SIGNATURE", "SK")
 _WORD = re.compile(rf"(?P<before>.*?)(?P<noun>{'|'.join(ENDINGS)})|(?P<whole>{'|'.join(WORDS)})")
-ONLY_LAST = frozenset({"PWD", "SK"})  # and never alone: PWD is the working directory
-ALIKE = frozenset({
+LAST_WORD_ONLY = frozenset({"PWD", "SK"})  # and never alone: PWD is the working directory
+NON_SECRET_WORDS = frozenset({
     "BYPASS", "COMPASS", "ENCOMPASS", "TRESPASS", "OVERPASS", "UNDERPASS", "SURPASS", "LOWPASS", "HIGHPASS", "BANDPASS",
     "MONKEY", "DONKEY", "TURKEY", "WHISKEY", "JOCKEY", "DISCJOCKEY", "HOCKEY", "MICKEY", "MALARKEY", "LACKEY", "JOKEY",
     "SMOKEY", "COMPAT", "EXPAT", "SPAT", "OLDPWD",
 })  # fmt: skip
-_OF_TOKENS = frozenset({"MAX", "MIN", "NUM", "N", "TOTAL", "PAD", "EOS", "BOS", "UNK", "SEP", "CLS", "MASK", "EOT",
+_TOKEN_QUALIFIERS = frozenset({"MAX", "MIN", "NUM", "N", "TOTAL", "PAD", "EOS", "BOS", "UNK", "SEP", "CLS", "MASK", "EOT",
                         "EOD", "EOM", "SPECIAL", "STOP", "EXTRA", "ADDED", "BATCHED", "IMAGE", "FIM"})  # fmt: skip
-_OF_KEYS = frozenset({"SORT", "PRIMARY", "FOREIGN", "PARTITION", "SHARD", "GROUP", "CACHE", "INDEX", "JOIN", "HASH",
+_KEY_QUALIFIERS = frozenset({"SORT", "PRIMARY", "FOREIGN", "PARTITION", "SHARD", "GROUP", "CACHE", "INDEX", "JOIN", "HASH",
                       "DICT", "MAP", "LOOKUP", "OBJECT", "COLUMN", "METRIC", "TEXT", "PROMPT", "IMAGE", "PUBLIC", "PUB",
                       "HOT", "PUBLISHABLE", "UNIQUE", "ROUTING", "NUM", "MAX", "STATE"})  # fmt: skip
-_OF_PASSES = frozenset({"FORWARD", "BACKWARD", "SINGLE", "MULTI", "FIRST", "SECOND", "ONE", "TWO", "NUM", "MAX"})
-OF_OTHERS = {
-    "TOKEN": _OF_TOKENS, "TOKENS": _OF_TOKENS | {"NEW", "PROMPT", "INPUT", "OUTPUT"},
-    "KEY": _OF_KEYS, "KEYS": _OF_KEYS, "PASS": _OF_PASSES,
+_PASS_QUALIFIERS = frozenset({"FORWARD", "BACKWARD", "SINGLE", "MULTI", "FIRST", "SECOND", "ONE", "TWO", "NUM", "MAX"})
+NON_SECRET_QUALIFIERS = {
+    "TOKEN": _TOKEN_QUALIFIERS, "TOKENS": _TOKEN_QUALIFIERS | {"NEW", "PROMPT", "INPUT", "OUTPUT"},
+    "KEY": _KEY_QUALIFIERS, "KEYS": _KEY_QUALIFIERS, "PASS": _PASS_QUALIFIERS,
     "PIN": frozenset({"CPU", "GPU", "CORE", "THREAD", "NUMA", "MEMORY", "OMP"}),
     "AUTH": frozenset({"NCCL", "USE", "ENABLE", "DISABLE", "REQUIRE", "NO", "SKIP"}),
     "SK": frozenset({"LANG", "LANGUAGE", "LOCALE", "WIKI"}),  # Slovak
 }  # fmt: skip
-OTHERWISE = frozenset({
+NON_SECRET_LAST_WORDS = frozenset({
     "FILE", "FILES", "FILENAME", "PATH", "DIR", "DIRECTORY", "FOLDER", "SOCK", "SOCKET", "URL", "URI", "HOST", "PORT",
     "TYPE", "METHOD", "MODE", "NAME", "LIMIT", "LENGTH", "LEN", "SIZE", "COUNT", "TIMEOUT", "TTL", "FORMAT", "ENABLED",
     "DISABLED", "VERSION", "ALGORITHM", "REGION", "PROVIDER", "ENDPOINT", "REQUIRED", "CACHE", "PARALLELISM", "HELPER",
     "THREADS", "COLUMN", "FIELD", "EXPIRY", "LEVEL", "THROUGH", "STEP", "STEPS", "BATCH", "RATE", "RATIO", "BUDGET",
     "MEMORY", "CPU", "CORES", "AT", "K", "LOSS", "LOSSES", "MASK", "IDS", "EMBEDDINGS", "WEIGHT",
 })  # fmt: skip
-FLAGS = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
+FLAG_VALUES = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
 
 # Keys of a recipe whose values may well be random: hashes, names of files and of data sets, values of the data.
 MAY_BE_RANDOM = frozenset({"revision", "path", "base", "files", "reads", "tools_file", "format", "template", "subset",
@@ -169,18 +169,18 @@ _PIECE = re.compile(r"[A-Za-z0-9]{20,}")
 _CHUNK = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 _HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
 _CONTENT_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}|baf[a-z2-7]{50,}")  # IPFS: a hash, in other letters
-DIGESTS = ("sha256-", "sha384-", "sha512-")  # of a package, in base64
+DIGEST_PREFIXES = ("sha256-", "sha384-", "sha512-")  # of a package, in base64
 _NUMBER = re.compile(r"[+-]?[\d._]{1,9}(?:[eE][+-]?\d{1,3})?")
 
 
-def kind_of(text: str) -> str | None:
+def secret_kind(text: str) -> str | None:
     """Whose secret a text holds, told by its form or by what the text calls it; None for none."""
-    return next((kind for kind, _ in _named(text)), None)
+    return next((kind for kind, _ in _pattern_spans(text)), None)
 
 
 def masked(text: str) -> str:
     """A text without the secrets in it."""
-    return _without(text, [*(span for _, span in _named(text)), *_random(text)])
+    return _hide_spans(text, [*(span for _, span in _pattern_spans(text)), *_random_spans(text)])
 
 
 def masked_word(word: str) -> str:
@@ -189,39 +189,39 @@ def masked_word(word: str) -> str:
     From there on nothing is shown: the value may hold whatever ends one elsewhere.
     """
     for found in _NAMED_IN_WORD.finditer(word):
-        if names_a_secret(found["name"]):
-            return f"{masked(word[: found.end()])}{HIDDEN}" if found.end() < len(word) else masked(word)
+        if is_secret_name(found["name"]):
+            return f"{masked(word[: found.end()])}{MASK}" if found.end() < len(word) else masked(word)
     return masked(word)
 
 
-def names_a_secret(variable: str, value: str = "unknown") -> bool:
+def is_secret_name(variable: str, value: str = "unknown") -> bool:
     """Whether an environment variable's name says that it holds a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`.
 
     Its value, where it is known, may say that it holds the path of one, or a number, or only turns something on.
     """
     said = value.strip()
-    if said.lower() in FLAGS or _is_path(said):
+    if said.lower() in FLAG_VALUES or _is_path(said):
         return False
-    nouns = {noun for _, noun in _nouns(variable)}
+    nouns = {noun for _, noun in _secret_words(variable)}
     return bool(nouns) and not (_NUMBER.fullmatch(said) and nouns.isdisjoint((*PASSWORDS, "PIN", "OTP", "SECRET")))
 
 
-def _nouns(variable: str) -> list[tuple[str, str]]:
+def _secret_words(variable: str) -> list[tuple[str, str]]:
     """The words in a variable's name that say that it holds a secret, each with what stands before it."""
     words = [word for part in re.split(r"[\W_]+", variable.upper()) if (word := part.rstrip("0123456789"))]
-    if not words or words[-1] in OTHERWISE or "PER" in words:  # TOKENS_PER_STEP
+    if not words or words[-1] in NON_SECRET_LAST_WORDS or "PER" in words:  # TOKENS_PER_STEP
         return []
-    counted = not _OF_TOKENS.isdisjoint(words)  # MAX_NEW_TOKENS
+    counted = not _TOKEN_QUALIFIERS.isdisjoint(words)  # MAX_NEW_TOKENS
     nouns = []
     for i, word in enumerate(words):
         found = _WORD.fullmatch(word)
-        if not found or word in ALIKE:
+        if not found or word in NON_SECRET_WORDS:
             continue
         noun = found["noun"] or found["whole"]
         before = found["before"] or (words[i - 1] if i else "")
-        if noun in ONLY_LAST and (i < len(words) - 1 or not before):
+        if noun in LAST_WORD_ONLY and (i < len(words) - 1 or not before):
             continue
-        of_other = before in OF_OTHERS.get(noun, ()) or (noun == "TOKENS" and counted)
+        of_other = before in NON_SECRET_QUALIFIERS.get(noun, ()) or (noun == "TOKENS" and counted)
         if not of_other:
             nouns.append((before, noun))
     return nouns
@@ -231,17 +231,17 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~/", "./", "../"))
 
 
-def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
+def find_secrets(raw: Any, here: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
     """Where texts of nested data, keys among them, hold a secret, and whose."""
     if isinstance(raw, str):
-        kind = kind_of(raw)
-        if kind is None and MAY_BE_RANDOM.isdisjoint(map(str, here)) and any(True for _ in _random(raw)):
+        kind = secret_kind(raw)
+        if kind is None and MAY_BE_RANDOM.isdisjoint(map(str, here)) and any(True for _ in _random_spans(raw)):
             kind = RANDOM
         if kind:
             yield here, kind
     elif isinstance(raw, Mapping):
         for key, value in raw.items():
-            if isinstance(key, str) and (kind := kind_of(key)):
+            if isinstance(key, str) and (kind := secret_kind(key)):
                 yield here, kind
             yield from find_secrets(value, (*here, key))
     elif isinstance(raw, (list, tuple)):
@@ -249,15 +249,15 @@ def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
             yield from find_secrets(value, (*here, i))
 
 
-def _named(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _pattern_spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """Secrets that are told by their form or their name: the kind, and where the part to mask stands."""
-    for start in range(0, max(1, len(text)), WINDOW):
-        window = text[start : start + WINDOW + OVERLAP]
-        for kind, form in KINDS.items():
+    for start in range(0, max(1, len(text)), WINDOW_CHARS):
+        window = text[start : start + WINDOW_CHARS + OVERLAP_CHARS]
+        for kind, form in PATTERNS.items():
             for found in form.finditer(window):
                 named = next((name for name, part in found.groupdict().items() if part), 0)
                 yield kind, (start + found.start(named), start + found.end(named))
-        for found in (*ASSIGNED.finditer(window), *SPOKEN.finditer(window)):
+        for found in (*ASSIGNMENT_PATTERN.finditer(window), *OPTION_PATTERN.finditer(window)):
             if _is_assigned(**found.groupdict()):
                 yield ASSIGNMENT, (start + found.start("secret"), start + found.end("secret"))
 
@@ -268,9 +268,9 @@ def _is_assigned(name: str | None, secret: str, sign: str = " ", netrc: str | No
     `DB_PASS=anything` is one; elsewhere a value has to look like one, where the name does not say much even more so.
     """
     name, value = name or netrc or "", secret.rstrip(",)}]`")
-    if not names_a_secret(name, value) or _PLACEHOLDER.fullmatch(value):
+    if not is_secret_name(name, value) or _PLACEHOLDER.fullmatch(value):
         return False
-    before, noun = _nouns(name)[0]
+    before, noun = _secret_words(name)[0]
     if sign == "=" and name != name.lower() and (before or noun in PASSWORDS or noun.startswith("SECRET")):
         return True
     if noun in ("KEY", "KEYS", "PAT", "SK") and before not in ("API", "ACCESS", "SECRET", "ACCOUNT", "AUTH"):
@@ -278,14 +278,16 @@ def _is_assigned(name: str | None, secret: str, sign: str = " ", netrc: str | No
     return len(value) >= 7 and bool(_LETTER_AND_DIGIT.fullmatch(value.rstrip(".")))
 
 
-def _random(text: str) -> Iterator[tuple[int, int]]:
+def _random_spans(text: str) -> Iterator[tuple[int, int]]:
     """Stretches that nobody wrote: long, of letters of both cases and digits, that change places all the time.
 
     Hexadecimal ones are hashes and UUIDs for the most part. What looks like a path, or has an ending, is a name.
     """
     for stretch in _STRETCH.finditer(text):
         said = stretch[0].rstrip(".%")  # the end of a sentence is no ending of a file
-        is_name = said.startswith(("/", *DIGESTS)) or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
+        is_name = (
+            said.startswith(("/", *DIGEST_PREFIXES)) or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
+        )
         if not is_name and any(map(_is_random, _PIECE.findall(said))):
             yield stretch.span()
 
@@ -301,7 +303,7 @@ def _is_random(piece: str) -> bool:
     return len(piece) >= 28 and len(piece) / chunks <= 3.0  # one case and digits
 
 
-def _without(text: str, spans: list[tuple[int, int]]) -> str:
+def _hide_spans(text: str, spans: list[tuple[int, int]]) -> str:
     """The text with each of the spans, which may overlap, hidden."""
     merged: list[list[int]] = []
     for start, end in sorted(spans):
@@ -310,4 +312,4 @@ def _without(text: str, spans: list[tuple[int, int]]) -> str:
         else:
             merged.append([start, end])
     borders = [0, *(border for span in merged for border in span), len(text)]
-    return HIDDEN.join(text[a:b] for a, b in list(pairwise(borders))[::2])
+    return MASK.join(text[a:b] for a, b in list(pairwise(borders))[::2])

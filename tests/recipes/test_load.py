@@ -6,10 +6,10 @@ import pytest
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe, yaml_source
-from nesso_tune.recipes.builtin import catalogue, shipped_recipes
-from nesso_tune.recipes.error_messages import MOST, key_paths, section_at
+from nesso_tune.recipes.builtin import recipe_summaries, shipped_recipes
+from nesso_tune.recipes.error_messages import MAX_PROBLEMS, key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
-from nesso_tune.recipes.other_tools import FOREIGN
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.schema import RECIPES
 from tests.support.recipe_texts import DPO, SFT, problem, problems, read
 
@@ -23,7 +23,7 @@ def test_shipped_recipes_load(name):
 
 
 def test_each_shipped_recipe_says_its_command_hardware_and_cost():
-    entries = catalogue()
+    entries = recipe_summaries()
     assert {entry.name for entry in entries} >= {"sft", "dpo", "open-zagreus", "lora", "agentic", "sft-8b"}
     for entry in entries:
         assert entry.title, entry
@@ -155,9 +155,9 @@ def test_a_name_of_another_tool_in_a_source():
     assert "called `data.sources.messages_field` here" in problem(SFT + "      field_messages: conversations")
 
 
-@pytest.mark.parametrize("theirs", FOREIGN)
+@pytest.mark.parametrize("theirs", EQUIVALENT_KEYS)
 def test_every_translated_name_leads_to_a_key(theirs):
-    base = DPO if FOREIGN[theirs].startswith("dpo.") else SFT
+    base = DPO if EQUIVALENT_KEYS[theirs].startswith("dpo.") else SFT
     said = problem(f"{base}{theirs}: x\n")
     assert "called `" in said or "belongs to" in said, said  # `type` is a key here too, of other sections
 
@@ -240,7 +240,7 @@ def test_what_is_said_of_an_oversized_recipe_stays_short(text):
     began = time.process_time()
     found = problems(text)
     assert time.process_time() - began < 20, "of this process's own time, a second or two on any machine"
-    assert len(found) <= MOST + 1
+    assert len(found) <= MAX_PROBLEMS + 1
     assert all(len(str(one)) < 1000 for one in found)
     assert "..." in str(found[0]) or len(found) == 1 or found[-1].what.endswith("more mistakes")
 

@@ -6,7 +6,7 @@ from ruamel.yaml import YAML
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import find_recipe, shipped_recipes
 from nesso_tune.recipes.rules import RULES, lint
-from nesso_tune.recipes.secrets import kind_of, masked
+from nesso_tune.recipes.secrets import masked, secret_kind
 from tests.support.recipe_texts import SFT, read
 
 
@@ -246,12 +246,12 @@ def test_a_finding_stops_a_recipe():
      "runs/hf_conversazioniitaliane", "a94a8fe5ccb19ba61c4c0873d391e987982fbbd3", "sk-some-long-words-of-a-name"],
 )  # fmt: skip
 def test_names_that_are_no_secrets(said):
-    assert kind_of(said) is None
+    assert secret_kind(said) is None
 
 
 @pytest.mark.parametrize("said", ["hf_" + "aB3" * 11, "sk-proj-" + "aB3" * 12, "sk-" + "aB3" * 16, "ghp_" + "aB3" * 12])
 def test_a_secret_is_seen_and_masked(said):
-    assert kind_of(f"x {said}") is not None
+    assert secret_kind(f"x {said}") is not None
     assert said not in masked(f"x {said} y")
 
 
