@@ -1,4 +1,4 @@
-"""Learning rates that are known to work, with the model and the batch they were tuned for."""
+"""Advice on a planned run (`advise`), and default learning rates from tuned runs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nesso_tune.recipes.sections import SFTData
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A run whose learning rate is known to be good.
+    """A run with a tuned learning rate.
 
     Attributes:
-        parameters: size of the model.
-        learning_rate: its peak.
+        parameters: number of parameters of the model.
+        learning_rate: peak learning rate.
         batch: tokens (SFT) or pairs (DPO) per optimizer step.
-        source: where it comes from.
+        source: model or paper.
     """
 
     parameters: float
@@ -32,7 +32,7 @@ class TunedRun:
     source: str
 
 
-# Ordered by size. Between two sizes the learning rate is interpolated on log scales.
+# Ordered by size. Learning rates between two sizes are interpolated in log-log space.
 TUNED: dict[str, tuple[TunedRun, ...]] = {
     "sft": (
         TunedRun(1e6, 1e-3, 512, "nesso-tune quickstart"),
@@ -45,15 +45,15 @@ TUNED: dict[str, tuple[TunedRun, ...]] = {
         TunedRun(8e9, 5e-7, 128, "Llama-3.1-8B, Tulu 3 (arXiv:2411.15124)"),
     ),
 }
-DEFAULT_LEARNING_RATE = {"sft": 2e-5, "dpo": 1e-6}  # of a model whose size is unknown
+DEFAULT_LEARNING_RATE = {"sft": 2e-5, "dpo": 1e-6}  # if the model size is unknown
 ADAPTER_LEARNING_RATE = {
     "sft": 2e-4,
     "dpo": 5e-6,
-}  # the usual rates of low-rank adapters, which need more than whole weights
+}  # usual rates of LoRA; higher than for full fine-tuning
 
 
 def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = False) -> float:
-    """The learning rate for a model of this size: that of the tuned runs around it, to two digits."""
+    """Learning rate for a model of this size, interpolated between tuned runs and rounded to two digits."""
     if adapter:
         return ADAPTER_LEARNING_RATE[method]
     if shape is None:
@@ -62,20 +62,20 @@ def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = Fa
     size = min(max(float(shape.parameters), runs[0].parameters), runs[-1].parameters)
     for small, large in pairwise(runs):
         if size <= large.parameters:
-            way = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
-            rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** way
+            fraction = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
+            rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** fraction
             return float(f"{rate:.1e}")
     return runs[-1].learning_rate
 
 
 def nearest_tuned_run(method: str, shape: ModelShape) -> TunedRun:
-    """The tuned run whose model is closest in size."""
+    """The tuned run with the closest model size."""
     return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
 
 
 @dataclass(frozen=True)
 class BatchMismatch:
-    """A tuned run of another batch, and the learning rate that would go with this one."""
+    """A tuned run with a different batch size, and its learning rate rescaled to the batch of this run."""
 
     run: TunedRun
     rate: float
@@ -84,16 +84,16 @@ class BatchMismatch:
 def find_batch_mismatch(
     method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int
 ) -> BatchMismatch | None:
-    """The tuned run of such a model and rate, if its batch is far from this one; None if it is near, or the rate is.
+    """The nearest tuned run if it has a similar learning rate and a batch at least 4x larger or smaller; else None.
 
-    The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
+    The suggested rate scales with the square root of the batch size (Malladi et al., 2022, arXiv:2205.10287).
 
     Args:
         method: `sft` or `dpo`.
-        shape: the model's.
-        learning_rate: the peak.
-        rows: packed rows (SFT) or pairs (DPO) a step.
-        per_row: tokens of a row (SFT); 1 for pairs.
+        shape: shape of the model.
+        learning_rate: peak learning rate.
+        rows: packed rows (SFT) or pairs (DPO) per step.
+        per_row: tokens per row (SFT); 1 for pairs.
     """
     run = nearest_tuned_run(method, shape)
     ratio = rows * per_row / run.batch
@@ -102,26 +102,20 @@ def find_batch_mismatch(
     return BatchMismatch(run, learning_rate * math.sqrt(ratio))
 
 
-MEMORY_SAFE_SHARE = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
-MIN_VALIDATION_ROWS, MAX_VALIDATION_ROWS = (
-    20,
-    20_000,
-)  # held-out rows below which a loss is noise, and above which it takes long
-MIN_STEPS = 30
-EPOCHS_TOLERANCE = 0.1  # share of epochs beyond those of the recipe that is worth a word
-MAX_EPOCHS_RATIO = (
-    4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
-)
-MAX_DROPPED_SHARE, SMALL_DATASET_ROWS = (
-    0.2,
-    200,
-)  # share of rows lost that is worth a word; rows below which no held-out share is enough
-SHORT_RUN_STEPS = 1000  # steps; a rate tuned for long runs is no guide below
-MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate from which a run without warm-up is risky
+MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
+MIN_VALIDATION_ROWS = 20  # with fewer rows, the loss is noise
+MAX_VALIDATION_ROWS = 20_000  # with more rows, evaluation is slow
+MIN_STEPS = 30  # optimizer steps
+EPOCHS_TOLERANCE = 0.1  # relative increase of epochs by rounding that is not reported
+MAX_EPOCHS_RATIO = 4  # relative to the default epochs; few epochs are not reported
+MAX_DROPPED_SHARE = 0.2  # share of rows dropped as too long
+SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
+SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
+MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
 
 
 def advise(recipe: Recipe, plan: Plan) -> list[str]:
-    """All advice, the most urgent first."""
+    """All advice, most urgent first."""
     return [text for rule in RULES for text in rule(recipe, plan)]
 
 
@@ -143,7 +137,7 @@ def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield f"{gpu.name} has no bfloat16: set model.dtype: float32"
     if memory is None or memory.total <= gpu.memory:
         return
-    fixed = memory.state + memory.working > gpu.memory  # what no shorter or smaller batch changes
+    fixed = memory.state + memory.working > gpu.memory  # independent of the batch
     ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
     ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
@@ -180,14 +174,14 @@ def _learning_rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def _batch_setting(recipe: Recipe, plan: Plan, rows: int) -> str:
-    """How this recipe says a global batch of `rows`."""
+    """The recipe setting for a global batch of `rows`."""
     if recipe.train.gradient_accumulation_steps is None:
         return f"train.global_batch_size: {rows}"
     return f"train.gradient_accumulation_steps: {rows // (plan.micro_batch * plan.processes)} (global batch {rows})"
 
 
 def _smaller_batch(recipe: Recipe) -> str | None:
-    """What makes the global batch of this recipe smaller; None where it is as small as it can be."""
+    """The setting that reduces the global batch of this recipe; None if it is minimal."""
     train = recipe.train
     if train.global_batch_size is not None:
         return "lower train.global_batch_size" if train.global_batch_size > 1 else None
@@ -217,7 +211,7 @@ def _zero_rate_tail(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """Equal results in less time, where the GPU has the memory for it."""
+    """Faster settings with equal results that fit into GPU memory."""
     gpu, memory, shape = plan.gpu, plan.memory, plan.shape
     if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
         return
@@ -275,14 +269,14 @@ def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 
 def epochs_rounded_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """Said as a run begins, too."""
-    asked, volume = recipe.num_epochs, plan.volume
-    if asked is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
+    """Warns if whole steps add epochs. Also called at the start of a run."""
+    requested, volume = recipe.num_epochs, plan.volume
+    if requested is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
         return
-    if plan.epochs > asked * (1 + EPOCHS_TOLERANCE):
+    if plan.epochs > requested * (1 + EPOCHS_TOLERANCE):
         steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
         way = _smaller_batch(recipe) or "give more data"
-        yield f"{asked:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
+        yield f"{requested:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
 
 
 def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -309,7 +303,7 @@ def _patience(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if patience is None or plan.total_steps is None or plan.evaluate_every is None:
         return
     evaluations = math.ceil(plan.total_steps / plan.evaluate_every)
-    if patience >= evaluations - 1:  # the first is always the best so far, and after the last the run is over
+    if patience >= evaluations - 1:  # the first is always best, and the run ends after the last
         yield (
             f"train.early_stopping_patience: {patience} cannot end a run of {evaluations} evaluation(s): lower it, or "
             "lower evaluation.every_steps"

@@ -114,9 +114,9 @@ def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bo
     setting = recipe.train.gradient_checkpointing
     if setting != "auto" or world.gpu is None:
         return None if setting == "auto" else setting
-    return (
-        shape is None or _memory(recipe, shape, world, checkpointing=False).total > MEMORY_SAFE_SHARE * world.gpu.memory
-    )
+    if shape is None:
+        return True
+    return _memory(recipe, shape, world, checkpointing=False).total > MEMORY_SAFE_SHARE * world.gpu.memory
 
 
 def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int | None) -> bool:

@@ -1,4 +1,4 @@
-"""Rules for the `data` section: keys that have no effect, and keys that contradict each other."""
+"""Lint rules of the `data` section: keys without effect and contradictory keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Raw = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """One inert or contradictory key: where it stands, why it is wrong, and the remedy."""
+    """A key that has no effect or contradicts another: its path, what is wrong, and what to do."""
 
     path: KeyPath
     what: str
@@ -25,7 +25,7 @@ class Finding:
 
 
 def get(raw: Any, *path: str | int) -> Any:
-    """The value at a path of plain nested data; None if there is none."""
+    """The value at a path of nested data, or None."""
     for part in path:
         try:
             raw = raw[part]
@@ -38,7 +38,7 @@ MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
 INSTRUCTION_FIELDS = ("input_field", "response_field")
 PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
 CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
-FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # what has an effect under each shipped format, of the keys below
+FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # keys that each shipped format reads
     "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
     "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
     "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
@@ -67,30 +67,30 @@ def _sources(raw: Raw) -> Iterator[Finding]:
 
 
 def unknown_template(here: KeyPath, name: Any, kind: str) -> Iterator[Finding]:
-    """A name that is neither a shipped file of data_templates/KIND/ nor the path of one's own."""
-    known = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
+    """Reports a name that is neither a shipped file of data_templates/KIND/ nor the path of a user's file."""
+    names = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
     own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
-    if isinstance(name, str) and name.strip() and not own and name not in known:
+    if isinstance(name, str) and name.strip() and not own and name not in names:
         files = "FILE.yaml or FILE.py:FUNCTION" if kind == "formats" else "FILE.yaml"
-        guess = closest(name, known)
-        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(known)}, or {files}"
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or {files}"
         yield Finding(here, f"`{shortened(name)}` is not known", remedy)
 
 
 def invalid_language_code(here: KeyPath, code: Any) -> Iterator[Finding]:
-    """A language that rows are never said to be in: what they say becomes a code such as `it` first."""
+    """Reports a language that is not a code such as `it`: the languages of rows are normalized to codes."""
     if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
         return
     name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
     yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
 
 
-def _language(here: KeyPath, said: Any) -> Iterator[Finding]:
-    """The language of a whole source, which may also be said by its name."""
-    if isinstance(said, str) and said.strip() and said != "auto" and language_code(said) is None:
-        guess = closest(said, ["auto", *LANGUAGE_NAMES])
+def _language(here: KeyPath, language: Any) -> Iterator[Finding]:
+    """Reports an unknown language of a source; a code or a name such as `italian` is valid."""
+    if isinstance(language, str) and language.strip() and language != "auto" and language_code(language) is None:
+        guess = closest(language, ["auto", *LANGUAGE_NAMES])
         remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
-        yield Finding(here, f"`{shortened(said)}` is no language code", remedy)
+        yield Finding(here, f"`{shortened(language)}` is no language code", remedy)
 
 
 def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
@@ -156,28 +156,28 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
 
 
 def source_names(sources: Any) -> list[str]:
-    """What sources are called: before a recipe is validated, their paths may still begin with `~`."""
+    """Aliases or paths of sources, with `~` expanded: the rules run on the raw recipe."""
     return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
 
 
 def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] | None:
-    """Why no part of a metric is of a source that is called so, and what to do; None if there may be one.
+    """Why there is no metric for a source of this name, and the remedy; None if there can be one.
 
     Args:
         raw: the recipe.
-        name: of the source, by its alias, its path, or the number of a private one.
-        on_validation: whether it is measured on `validation_sources`, if there are any.
+        name: alias or path of the source, or the label of a private one.
+        on_validation: whether the metric is measured on `validation_sources`, if any.
     """
     on_validation = on_validation and bool(get(raw, "data", "validation_sources"))
     sources = get(raw, "data", "validation_sources" if on_validation else "sources")
     if not isinstance(sources, (list, tuple)) or not sources:
         return None
     names, private = source_names(sources), any(get(source, "private") for source in sources)
-    if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private ones have a number each
+    if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private sources are numbered
         return "is not measured: it is only where there are several sources", "name the metric over all"
     kind = "private validation source" if on_validation else "private source"
-    known = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
-    if expanduser(name) in known:
+    labels = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
+    if expanduser(name) in labels:
         return None
     guess = closest(name, names)
     section = "data.validation_sources" if on_validation else "data.sources"

@@ -1,4 +1,8 @@
-"""All key paths of the recipe models, to tell a misplaced key from a misspelt one."""
+"""Turns pydantic validation errors into problems with file, line and remedy.
+
+Unknown keys are compared with all keys of the recipe models and with those of other tools, to suggest the right name
+or section.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +22,7 @@ from nesso_tune.recipes.yaml_source import Document, KeyPath
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, looked for inside Optional, tuple and Annotated."""
+    """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
@@ -26,7 +30,7 @@ def _section(annotation: Any) -> type[BaseModel] | None:
 
 @cache
 def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
-    """Every key of `model` by its path (list positions left out), with the section it opens, if any."""
+    """All keys of `model` by path (without list indices), each with its section model, if any."""
     out: dict[tuple[str, ...], type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
@@ -37,47 +41,45 @@ def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] |
 
 
 def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The section that stands at `path` (list positions are skipped); the model itself at the root."""
+    """The section model at `path` (list indices are skipped); the model itself at the root."""
     names = tuple(part for part in path if isinstance(part, str))
     if not names:
         return model
-    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a name of the user's own, as in rules.en
+    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a user-defined name, as in rules.en
 
 
 def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
-    """The remedy for the unknown key at `path`: the name it has here, its right place, or its right spelling."""
+    """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
     *above, key = [str(part) for part in path if isinstance(part, str)]
     if key in UNSUPPORTED_KEYS:
         return f"remove it: {UNSUPPORTED_KEYS[key]}"
     section = section_at(model, path[:-1])
     siblings = list(section.model_fields) if section else []
-    ours = EQUIVALENT_KEYS.get(key, key)
-    if ours in siblings:
-        return f"it is called `{'.'.join((*map(shortened, above), ours))}` here"
+    name = EQUIVALENT_KEYS.get(key, key)
+    if name in siblings:
+        return f"it is called `{'.'.join((*map(shortened, above), name))}` here"
     if places := _places(model, key, above):
         return f"it belongs to {places}"
-    if places := _places(model, ours, above):
+    if places := _places(model, name, above):
         return f"it is called {places} here"
     for method, other in RECIPES.items():
-        if model in RECIPES.values() and (places := _places(other, ours, above)):
+        if model in RECIPES.values() and (places := _places(other, name, above)):
             return f"remove it: {places} is only for method: {method}"
     everywhere = sorted({names[-1] for names in key_paths(model)})
     for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
         if guess := closest(key, names, cutoff):
-            here = ".".join(
-                shortened(str(part)) for part in (*path[:-1], guess)
-            )  # with the positions in lists, as --set takes them
+            here = ".".join(shortened(str(part)) for part in (*path[:-1], guess))  # with list indices, as in --set
             places = f"`{here}`" if guess in siblings else _places(model, guess, above)
             return f"did you mean {places}?"
     return f"remove it; the keys here are {', '.join(siblings)}"
 
 
-def _places(model: type[BaseModel], name: str, near: list[str]) -> str:
-    """The places of a key (a name or a dotted path), those in the section `near` if there are any; "" if none."""
+def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
+    """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
     wanted = tuple(name.split("."))
     found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
     found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
-    found = [names for names in found if list(names[: len(near)]) == near] or found
+    found = [names for names in found if list(names[: len(section)]) == section] or found
     return " or ".join(f"`{'.'.join(names)}`" for names in found)
 
 
@@ -101,23 +103,23 @@ BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
-PATTERNS = {  # of `sections.py`, in words
+PATTERNS = {  # descriptions of the patterns in `sections.py`
     SLURM_WORD: "one word without quotes, # or \\",
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
-MAX_PROBLEMS = 50  # mistakes of a file that are listed
+MAX_PROBLEMS = 50  # problems listed per file
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
 def recipe_problems(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
-    """The problems of a recipe, inert and contradictory knobs included, in the order of the file."""
+    """All problems of a recipe in file order: validation errors and findings of the lint rules."""
     by_path: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        by_path.setdefault(_real_path(item, document.value), []).append(item)
+        by_path.setdefault(_path_in_file(item, document.value), []).append(item)
     findings = lint_problems(document)
     wrong = [*by_path, *(where for where, _ in findings)]
-    above = {path[:end] for path in wrong for end in range(len(path))}  # of these, what is wrong inside speaks
+    above = {path[:end] for path in wrong for end in range(len(path))}  # a section is not reported if a key in it is
     found = sorted((path for path in by_path if path not in above), key=lambda path: _line(document, path))
     listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MAX_PROBLEMS + 1]]
     listed = sorted([*listed, *findings], key=lambda pair: _line(document, pair[0]))
@@ -125,17 +127,17 @@ def recipe_problems(error: ValidationError, document: Document, model: type[Base
 
 
 def limit_problems(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
-    """As many of a file's problems as are read by anyone; of `count`, if these are only the first ones."""
-    left = (len(problems) if count is None else count) - MAX_PROBLEMS
-    if left <= 0 or len(problems) <= MAX_PROBLEMS:
+    """The first `MAX_PROBLEMS` problems of a file, and the number of the others. `count` is the total number."""
+    remaining = (len(problems) if count is None else count) - MAX_PROBLEMS
+    if remaining <= 0 or len(problems) <= MAX_PROBLEMS:
         return problems
-    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {left:,} more mistakes", "correct these first")]
+    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {remaining:,} more mistakes", "correct these first")]
 
 
 def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
-    """Inert and contradictory knobs of a document."""
+    """Findings of the lint rules, as problems with their key paths."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
-    return [(f.path, Problem(document.where(f.path), f"{_called(f.path)} {f.what}", f.remedy)) for f in findings]
+    return [(f.path, Problem(document.where(f.path), f"{_quoted(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
 def _line(document: Document, path: KeyPath) -> int:
@@ -143,7 +145,7 @@ def _line(document: Document, path: KeyPath) -> int:
     return int(where) if where.isdigit() else 0
 
 
-def _called(path: KeyPath) -> str:
+def _quoted(path: KeyPath) -> str:
     return f"`{_dotted(path)}`" if path else "a key"
 
 
@@ -151,8 +153,8 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(shortened(str(part)) for part in path)
 
 
-def _real_path(item: Mapping[str, Any], value: Any) -> KeyPath:
-    """The part of pydantic's location that exists in the file: the branches of a union are not keys of it."""
+def _path_in_file(item: Mapping[str, Any], value: Any) -> KeyPath:
+    """The part of pydantic's location that exists in the file: union branches are not keys."""
     path: list[str | int] = []
     for part in item["loc"]:
         in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
@@ -182,16 +184,16 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
     if blank and any(one["type"] in EMPTY for one in items):
         return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
-        return Problem(where, f"{key} must be {words}, not {_shown(value)}", f"write {words}")
+        return Problem(where, f"{key} must be {words}, not {_value_text(value)}", f"write {words}")
     wanted = _alternatives(items)
     choices = [c for one in items if one["type"] == "literal_error" for c in _choices(one)]
     guess = closest(str(value), choices) if choices else None
-    remedy = f"did you mean `{guess}`?" if guess else _meant(path, value, wanted, model)
-    return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_shown(value)}", remedy)
+    remedy = f"did you mean `{guess}`?" if guess else _remedy(path, value, wanted, model)
+    return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_value_text(value)}", remedy)
 
 
-def _meant(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
-    """What someone who wrote this value most likely meant."""
+def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
+    """The most likely intended value."""
     if isinstance(value, str):
         number = value.strip().replace(",", ".")
         if any(word.startswith("a number") or word == "a whole number" for word in wanted) and _is_number(number):
@@ -217,7 +219,7 @@ def _choices(item: Mapping[str, Any]) -> list[str]:
 
 
 def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:
-    """What the branches of a union want, said once."""
+    """Expected values of all union branches, without duplicates."""
     first_bound = next((one for one in items if one["type"] in BOUNDS), None)
     wanted = dict.fromkeys(_wanted(one) for one in items if one["type"] not in BOUNDS or one is first_bound)
     return [words for words in wanted if words != "a whole number" or "a number" not in wanted]
@@ -234,13 +236,13 @@ def _wanted(item: Mapping[str, Any]) -> str:
     return EXPECTED.get(kind) or str(item["msg"]).lower()
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _description(model: type[BaseModel], path: KeyPath) -> str:
-    """What a key is for, from its own documentation."""
+    """Description of a key in the schema."""
     names = [part for part in path if isinstance(part, str)] or [""]
     section = section_at(model, tuple(names[:-1]))
     field = section.model_fields.get(names[-1]) if section else None

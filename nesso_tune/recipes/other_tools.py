@@ -1,8 +1,8 @@
-"""What Axolotl, TRL, transformers and LLaMA-Factory call the keys of a recipe."""
+"""Equivalent keys of Axolotl, TRL, transformers and LLaMA-Factory, for suggestions in error messages."""
 
 from __future__ import annotations
 
-# Keys of Axolotl, TRL / transformers and LLaMA-Factory, by what they are called here.
+# Recipe key: its names in other tools.
 OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "method": ("rl", "stage", "task", "rl_type"),
     "output_dir": ("output", "out_dir", "output_path", "save_dir"),
@@ -69,7 +69,9 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "format": ("type", "formatting", "kind"),
     "language": ("lang",),
 }  # fmt: skip
+# Key of another tool: recipe key.
 EQUIVALENT_KEYS = {theirs: ours for ours, names in OTHER_TOOL_KEYS.items() for theirs in names}
+# Key of another tool without an equivalent: the reason.
 UNSUPPORTED_KEYS = {
     "neftune_noise_alpha": "NEFTune is not offered",
     "greater_is_better": "the name of train.best_metric says which way is better",

@@ -1,6 +1,6 @@
-"""Rules for recipes: keys that have no effect and keys that contradict each other are errors.
+"""Lint rules of recipes: keys without effect and contradictory keys are errors.
 
-The rules read the recipe as plain nested data, so they run even when other keys are invalid.
+The rules read the raw recipe, so they run even if other keys are invalid.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from nesso_tune.recipes.secrets import find_secrets, is_secret_name
 from nesso_tune.recipes.yaml_source import KeyPath
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
-SORTED_LOSSES = ("aot", "aot_unpaired")  # they compare the sorted ratios of a batch, so none is a mean over pairs
-# What a Slurm job is told once, from these keys: said a second time it could disagree.
+SORTED_LOSSES = ("aot", "aot_unpaired")  # over the sorted log-ratios of a batch: not a mean over pairs
+# sbatch options and variables that `launch` sets from the recipe: setting them again could conflict.
 _USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
 RESERVED_JOB_OPTIONS = {
     **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
@@ -55,7 +55,7 @@ RESERVED_VARIABLE_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_",
 
 @dataclass(frozen=True)
 class Exclusive:
-    """Keys of a section of which only one may be set."""
+    """Two mutually exclusive keys of a section."""
 
     section: KeyPath
     keys: tuple[str, str]
@@ -64,7 +64,7 @@ class Exclusive:
 
 @dataclass(frozen=True)
 class Inert:
-    """Keys of a section that do nothing while another key of it has a value."""
+    """Keys of a section that have no effect while another key of it has the given value."""
 
     section: KeyPath
     key: str
@@ -73,7 +73,7 @@ class Inert:
     remedy: str
 
 
-# The rules that a JSON Schema can express; `json_schema.py` says them to editors.
+# Rules that JSON Schema can express; `json_schema.py` exports them for editors.
 EXCLUSIVE = (
     Exclusive(("train", "schedule"), ("warmup_ratio", "warmup_steps"), "keep one of the two"),
     Exclusive(("train",), ("max_steps", "num_epochs"), "set one and null the other"),
@@ -85,7 +85,7 @@ INERT = (
 
 
 def lint(raw: Raw) -> list[Finding]:
-    """All findings of all rules. A key counts as set when it is there and not null."""
+    """Findings of all rules. A key is set if it is present and not null."""
     return [finding for rule in RULES for finding in rule(raw)]
 
 
@@ -135,7 +135,7 @@ def _validation(raw: Raw) -> Iterator[Finding]:
 
 def _best_metric(raw: Raw) -> Iterator[Finding]:
     metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
-    if patience is not None and metric is None:  # what is waited for also decides what final/ holds: it has to be said
+    if patience is not None and metric is None:  # the metric also selects the weights in final/, so it must be explicit
         yield Finding(
             ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
             "set train.best_metric: eval_loss, or remove it",
@@ -145,7 +145,7 @@ def _best_metric(raw: Raw) -> Iterator[Finding]:
 
 
 def _best_metric_problem(raw: Raw, metric: str) -> tuple[str, str] | None:
-    """Why this recipe does not measure a metric, and the remedy; None if it may measure it."""
+    """Why this recipe does not measure a metric, and the remedy; None if it can measure it."""
     overall, registered = overall_metric(metric), metric_of(metric)
     if overall is None or registered is None:
         names = [*VALIDATION_METRICS, *ANSWER_METRICS]
@@ -221,11 +221,10 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
     extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
         name = str(option).removeprefix("--").split("=")[0]
-        said = next(
-            (known for known in RESERVED_JOB_OPTIONS if name and known.startswith(name)), None
-        )  # it takes abbreviations
-        if said is not None:
-            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", RESERVED_JOB_OPTIONS[said])
+        # sbatch accepts abbreviated options
+        reserved = next((full for full in RESERVED_JOB_OPTIONS if name and full.startswith(name)), None)
+        if reserved is not None:
+            yield Finding(("cluster", "extra", i), f"--{reserved} is set by other keys", RESERVED_JOB_OPTIONS[reserved])
     for name, value in env.items() if isinstance(env, Mapping) else ():
         if name in RESERVED_JOB_VARIABLES or str(name).startswith(RESERVED_VARIABLE_PREFIXES):
             remedy = RESERVED_JOB_VARIABLES.get(name, "remove it")
@@ -281,7 +280,7 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
 
 
 def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
-    """What keeps a loss that sorts the pairs of a micro batch from sorting those of the optimizer step."""
+    """Reports a sorted loss if a micro batch is not the whole batch of an optimizer step."""
     rows, whole, times = (
         get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
     )
@@ -299,6 +298,6 @@ def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _qlora, _distributed, _cluster, _secrets,
-    _template, _output, _dpo, *DATA_RULES,
+    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _qlora, _distributed, _cluster,
+    _secrets, _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

@@ -16,12 +16,8 @@ from tests.support.examples import examples
 from tests.support.recipe_texts import DPO, SFT, with_value
 
 OURS = sorted({path[-1] for model in (SFTRecipe, DPORecipe) for path in key_paths(model)})
-KEYS = (
-    st.sampled_from(OURS)
-    | st.sampled_from(sorted(EQUIVALENT_KEYS))
-    | st.text(max_size=8)
-    | st.integers()
-    | st.booleans()
+KEYS = st.one_of(
+    st.sampled_from(OURS), st.sampled_from(sorted(EQUIVALENT_KEYS)), st.text(max_size=8), st.integers(), st.booleans()
 )
 WORDS = st.sampled_from(
     ["sft", "dpo", "auto", "cosine", "constant", "assistant", "messages", "lora", "sigmoid", "1e-3"]

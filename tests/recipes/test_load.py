@@ -212,7 +212,7 @@ def test_a_missing_section_is_told_with_what_it_is_for():
         "r.yaml:1: the key `output_dir` is missing", "r.yaml:1: the key `model` is missing",
         "r.yaml:1: the key `data` is missing",
     ]  # fmt: skip
-    assert "the run directory" in found[0].remedy
+    assert "run directory" in found[0].remedy
 
 
 def test_types_of_the_two_methods():

@@ -145,7 +145,7 @@ FIRES = {
     ),
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
-                        "--gres is written from elsewhere"),
+                        "--gres is set by other keys"),
     "time said twice": ('cluster: {extra: ["--time=1:00:00"]}', "cluster.extra.0", "--time"),
     "an abbreviation": ('cluster: {extra: ["--gpus-per-no=3"]}', "cluster.extra.0", "--gpus-per-node is written"),
     "many jobs": ('cluster: {extra: ["--array=1-2"]}', "cluster.extra.0", "--array"),
