@@ -14,6 +14,15 @@ from typing import Any
 
 from nesso_tune.logs import visible
 
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+# Messages of libraries that do not raise OSError: safetensors and tokenizers (Rust), torch.
+DISK_FULL_MESSAGES = (
+    "No space left on device",
+    "Disk quota exceeded",
+    *(f"os error {number})" for number in DISK_FULL_ERRNOS),
+)
+MAX_NAME_LENGTH = 200  # longer texts are not matched: they are not misspelled names
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -25,23 +34,6 @@ class Problem:
 
     def __str__(self) -> str:
         return visible(f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}")
-
-
-def _clipped(text: str, max_length: int = 2000) -> str:
-    """Removes the middle of a very long text: user data and keys have no length limit."""
-    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"
-
-
-def first_line(error: BaseException) -> str:
-    """First line of a third-party error message, at most 200 characters; the class name if the message is empty."""
-    return (_message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _message_of(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # `__str__` of a user-defined exception can raise
-        return ""
 
 
 class NessoError(Exception):
@@ -107,26 +99,6 @@ class Preempted(NessoError):
     exit_code = 75
 
 
-DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
-# Messages of libraries that do not raise OSError: safetensors and tokenizers (Rust), torch.
-DISK_FULL_MESSAGES = (
-    "No space left on device",
-    "Disk quota exceeded",
-    *(f"os error {number})" for number in DISK_FULL_ERRNOS),
-)
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or any error in its chain, reports a full disk or an exceeded quota."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
-            return True
-        if any(words in _message_of(error) for words in DISK_FULL_MESSAGES):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def from_os_error(error: OSError) -> RunEnvironmentError:
     """Converts an OSError to a RunEnvironmentError."""
     where = str(error.filename or "disk")
@@ -144,7 +116,20 @@ def from_os_error(error: OSError) -> RunEnvironmentError:
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")
 
 
-MAX_NAME_LENGTH = 200  # longer texts are not matched: they are not misspelled names
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or any error in its chain, reports a full disk or an exceeded quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            return True
+        if any(words in _message_of(error) for words in DISK_FULL_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a third-party error message, at most 200 characters; the class name if the message is empty."""
+    return (_message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -159,3 +144,15 @@ def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
 def shortened(text: str, max_length: int = 60) -> str:
     """Shortens a name or value for a message: its beginning and its length."""
     return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text):,} characters)"
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # `__str__` of a user-defined exception can raise
+        return ""
+
+
+def _clipped(text: str, max_length: int = 2000) -> str:
+    """Removes the middle of a very long text: user data and keys have no length limit."""
+    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"

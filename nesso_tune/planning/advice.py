@@ -14,6 +14,17 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS, Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData
 
+MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
+MIN_VALIDATION_ROWS = 20  # with fewer rows, the loss is noise
+MAX_VALIDATION_ROWS = 20_000  # with more rows, evaluation is slow
+MIN_STEPS = 30  # optimizer steps
+EPOCHS_TOLERANCE = 0.1  # relative increase of epochs by rounding that is not reported
+MAX_EPOCHS_RATIO = 4  # relative to the default epochs; few epochs are not reported
+MAX_DROPPED_SHARE = 0.2  # share of rows dropped as too long
+SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
+SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
+MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
+
 
 @dataclass(frozen=True)
 class TunedRun:
@@ -50,6 +61,11 @@ ADAPTER_LEARNING_RATE = {
     "sft": 2e-4,
     "dpo": 5e-6,
 }  # usual rates of LoRA; higher than for full fine-tuning
+
+
+def advise(recipe: Recipe, plan: Plan) -> list[str]:
+    """All advice, most urgent first."""
+    return [text for rule in RULES for text in rule(recipe, plan)]
 
 
 def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = False) -> float:
@@ -100,23 +116,6 @@ def find_batch_mismatch(
     if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
         return None
     return BatchMismatch(run, learning_rate * math.sqrt(ratio))
-
-
-MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
-MIN_VALIDATION_ROWS = 20  # with fewer rows, the loss is noise
-MAX_VALIDATION_ROWS = 20_000  # with more rows, evaluation is slow
-MIN_STEPS = 30  # optimizer steps
-EPOCHS_TOLERANCE = 0.1  # relative increase of epochs by rounding that is not reported
-MAX_EPOCHS_RATIO = 4  # relative to the default epochs; few epochs are not reported
-MAX_DROPPED_SHARE = 0.2  # share of rows dropped as too long
-SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
-SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
-MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
-
-
-def advise(recipe: Recipe, plan: Plan) -> list[str]:
-    """All advice, most urgent first."""
-    return [text for rule in RULES for text in rule(recipe, plan)]
 
 
 def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:

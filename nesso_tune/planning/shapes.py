@@ -36,13 +36,6 @@ KNOWN_CONFIGS: dict[str, tuple[Any, ...]] = {
     "sapienzanlp/Minerva-3B-base-v1.0": ("mistral", 32768, 2560, 8960, 32, 32, 8, 80, False, 16384),
     "sapienzanlp/Minerva-7B-base-v1.0": ("mistral", 51200, 4096, 14336, 32, 32, 8, 128, False, 4096),
 }
-
-
-def known_config(base: str) -> dict[str, Any] | None:
-    """The config.json sizes of a base model in the table, by hub id; None if it is not listed."""
-    return dict(zip(CONFIG_KEYS, KNOWN_CONFIGS[base], strict=True)) if base in KNOWN_CONFIGS else None
-
-
 EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "gpt2")  # if config.json does not set it
 
@@ -98,6 +91,11 @@ def find_config(model: ModelSection) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) else None
+
+
+def known_config(base: str) -> dict[str, Any] | None:
+    """The config.json sizes of a base model in the table, by hub id; None if it is not listed."""
+    return dict(zip(CONFIG_KEYS, KNOWN_CONFIGS[base], strict=True)) if base in KNOWN_CONFIGS else None
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

@@ -13,6 +13,21 @@ from nesso_tune.recipes.builtin import template_names
 from nesso_tune.recipes.yaml_source import KeyPath
 
 Raw = Mapping[str, Any]
+MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
+INSTRUCTION_FIELDS = ("input_field", "response_field")
+PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
+FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # keys that each shipped format reads
+    "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
+    "preference": (*PREFERENCE_FIELDS, "prompt_field", "role_field", "content_field", "messages_field", "roles",
+                   "system_field", "tools_field", "tools_file"),
+    "choice": (*CHOICE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
+    "completion": ("text_field",),
+    "pretokenized": (),
+}  # fmt: skip
+ALL_FORMAT_KEYS = sorted({key for keys in FORMAT_KEYS.values() for key in keys})
 
 
 @dataclass(frozen=True)
@@ -34,23 +49,6 @@ def get(raw: Any, *path: str | int) -> Any:
     return raw
 
 
-MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
-INSTRUCTION_FIELDS = ("input_field", "response_field")
-PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
-CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
-FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # keys that each shipped format reads
-    "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
-    "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
-    "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
-    "preference": (*PREFERENCE_FIELDS, "prompt_field", "role_field", "content_field", "messages_field", "roles",
-                   "system_field", "tools_field", "tools_file"),
-    "choice": (*CHOICE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
-    "completion": ("text_field",),
-    "pretokenized": (),
-}  # fmt: skip
-ALL_FORMAT_KEYS = sorted({key for keys in FORMAT_KEYS.values() for key in keys})
-
-
 def _sources(raw: Raw) -> Iterator[Finding]:
     for section in ("sources", "validation_sources"):
         sources = get(raw, "data", section)
@@ -64,33 +62,6 @@ def _sources(raw: Raw) -> Iterator[Finding]:
                 if get(rule, "weight") is not None:
                     here = ("data", section, i, "rules", code, "weight")
                     yield Finding(here, "has no effect: evaluation sees every row once", "remove it")
-
-
-def unknown_template(here: KeyPath, name: Any, kind: str) -> Iterator[Finding]:
-    """Reports a name that is neither a shipped file of data_templates/KIND/ nor the path of a user's file."""
-    names = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
-    own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
-    if isinstance(name, str) and name.strip() and not own and name not in names:
-        files = "FILE.yaml or FILE.py:FUNCTION" if kind == "formats" else "FILE.yaml"
-        guess = closest(name, names)
-        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or {files}"
-        yield Finding(here, f"`{shortened(name)}` is not known", remedy)
-
-
-def invalid_language_code(here: KeyPath, code: Any) -> Iterator[Finding]:
-    """Reports a language that is not a code such as `it`: the languages of rows are normalized to codes."""
-    if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
-        return
-    name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
-    yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
-
-
-def _language(here: KeyPath, language: Any) -> Iterator[Finding]:
-    """Reports an unknown language of a source; a code or a name such as `italian` is valid."""
-    if isinstance(language, str) and language.strip() and language != "auto" and language_code(language) is None:
-        guess = closest(language, ["auto", *LANGUAGE_NAMES])
-        remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
-        yield Finding(here, f"`{shortened(language)}` is no language code", remedy)
 
 
 def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
@@ -123,9 +94,12 @@ def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
                 yield Finding((*here, "rules", code, key), "has no effect beside keep: false", "keep one of the two")
 
 
-def _rules(source: Any) -> list[tuple[str, Any]]:
-    rules = get(source, "rules")
-    return [(str(code), rule) for code, rule in rules.items()] if isinstance(rules, Mapping) else []
+def _language(here: KeyPath, language: Any) -> Iterator[Finding]:
+    """Reports an unknown language of a source; a code or a name such as `italian` is valid."""
+    if isinstance(language, str) and language.strip() and language != "auto" and language_code(language) is None:
+        guess = closest(language, ["auto", *LANGUAGE_NAMES])
+        remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
+        yield Finding(here, f"`{shortened(language)}` is no language code", remedy)
 
 
 def _mixture(raw: Raw) -> Iterator[Finding]:
@@ -155,9 +129,44 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
                 yield Finding((*here, str(name)), "is no source of this recipe", remedy)
 
 
-def source_names(sources: Any) -> list[str]:
-    """Aliases or paths of sources, with `~` expanded: the rules run on the raw recipe."""
-    return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
+def _clean(raw: Raw) -> Iterator[Finding]:
+    overlap = get(raw, "data", "clean", "validation_overlap") == "drop"
+    if overlap and get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources"):
+        yield Finding(("data", "clean", "validation_overlap"), "has no effect: nothing is held out", "remove it")
+
+
+def _limits(raw: Raw) -> Iterator[Finding]:
+    limits = get(raw, "data", "preferences")
+    for name in limits if isinstance(limits, Mapping) else ():
+        warn, fail = get(limits, name, "warn"), get(limits, name, "fail")
+        if isinstance(warn, (int, float)) and isinstance(fail, (int, float)) and warn > fail:
+            yield Finding(
+                ("data", "preferences", str(name), "warn"), f"never speaks: it fails from {fail:g}", "lower it"
+            )
+
+
+def _rules(source: Any) -> list[tuple[str, Any]]:
+    rules = get(source, "rules")
+    return [(str(code), rule) for code, rule in rules.items()] if isinstance(rules, Mapping) else []
+
+
+def unknown_template(here: KeyPath, name: Any, kind: str) -> Iterator[Finding]:
+    """Reports a name that is neither a shipped file of data_templates/KIND/ nor the path of a user's file."""
+    names = [*(["auto"] if kind == "formats" else []), *template_names(kind)]
+    own = isinstance(name, str) and (name.endswith((".yaml", ".yml")) or ".py:" in name)
+    if isinstance(name, str) and name.strip() and not own and name not in names:
+        files = "FILE.yaml or FILE.py:FUNCTION" if kind == "formats" else "FILE.yaml"
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or {files}"
+        yield Finding(here, f"`{shortened(name)}` is not known", remedy)
+
+
+def invalid_language_code(here: KeyPath, code: Any) -> Iterator[Finding]:
+    """Reports a language that is not a code such as `it`: the languages of rows are normalized to codes."""
+    if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
+        return
+    name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
+    yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
 
 
 def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] | None:
@@ -186,20 +195,9 @@ def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] 
     )
 
 
-def _clean(raw: Raw) -> Iterator[Finding]:
-    overlap = get(raw, "data", "clean", "validation_overlap") == "drop"
-    if overlap and get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources"):
-        yield Finding(("data", "clean", "validation_overlap"), "has no effect: nothing is held out", "remove it")
-
-
-def _limits(raw: Raw) -> Iterator[Finding]:
-    limits = get(raw, "data", "preferences")
-    for name in limits if isinstance(limits, Mapping) else ():
-        warn, fail = get(limits, name, "warn"), get(limits, name, "fail")
-        if isinstance(warn, (int, float)) and isinstance(fail, (int, float)) and warn > fail:
-            yield Finding(
-                ("data", "preferences", str(name), "warn"), f"never speaks: it fails from {fail:g}", "lower it"
-            )
+def source_names(sources: Any) -> list[str]:
+    """Aliases or paths of sources, with `~` expanded: the rules run on the raw recipe."""
+    return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
 
 
 DATA_RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_sources, _mixture, _clean, _limits)

@@ -20,69 +20,7 @@ from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 from nesso_tune.recipes.yaml_source import Document, KeyPath
 
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
-
-
-@cache
-def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
-    """All keys of `model` by path (without list indices), each with its section model, if any."""
-    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
-    for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        out[(name,)] = section
-        if section is not None:
-            out |= {(name, *below): kind for below, kind in key_paths(section).items()}
-    return out
-
-
-def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
-    """The section model at `path` (list indices are skipped); the model itself at the root."""
-    names = tuple(part for part in path if isinstance(part, str))
-    if not names:
-        return model
-    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a user-defined name, as in rules.en
-
-
-def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
-    """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
-    *above, key = [str(part) for part in path if isinstance(part, str)]
-    if key in UNSUPPORTED_KEYS:
-        return f"remove it: {UNSUPPORTED_KEYS[key]}"
-    section = section_at(model, path[:-1])
-    siblings = list(section.model_fields) if section else []
-    name = EQUIVALENT_KEYS.get(key, key)
-    if name in siblings:
-        return f"it is called `{'.'.join((*map(shortened, above), name))}` here"
-    if places := _places(model, key, above):
-        return f"it belongs to {places}"
-    if places := _places(model, name, above):
-        return f"it is called {places} here"
-    for method, other in RECIPES.items():
-        if model in RECIPES.values() and (places := _places(other, name, above)):
-            return f"remove it: {places} is only for method: {method}"
-    everywhere = sorted({names[-1] for names in key_paths(model)})
-    for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
-        if guess := closest(key, names, cutoff):
-            here = ".".join(shortened(str(part)) for part in (*path[:-1], guess))  # with list indices, as in --set
-            places = f"`{here}`" if guess in siblings else _places(model, guess, above)
-            return f"did you mean {places}?"
-    return f"remove it; the keys here are {', '.join(siblings)}"
-
-
-def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
-    """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
-    wanted = tuple(name.split("."))
-    found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
-    found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
-    found = [names for names in found if list(names[: len(section)]) == section] or found
-    return " or ".join(f"`{'.'.join(names)}`" for names in found)
-
-
+MAX_PROBLEMS = 50  # problems listed per file
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -108,7 +46,6 @@ PATTERNS = {  # descriptions of the patterns in `sections.py`
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
-MAX_PROBLEMS = 50  # problems listed per file
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
@@ -140,30 +77,6 @@ def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
     return [(f.path, Problem(document.where(f.path), f"{_quoted(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
-def _line(document: Document, path: KeyPath) -> int:
-    where = document.where(path).rsplit(":", 1)[-1]
-    return int(where) if where.isdigit() else 0
-
-
-def _quoted(path: KeyPath) -> str:
-    return f"`{_dotted(path)}`" if path else "a key"
-
-
-def _dotted(path: KeyPath) -> str:
-    return ".".join(shortened(str(part)) for part in path)
-
-
-def _path_in_file(item: Mapping[str, Any], value: Any) -> KeyPath:
-    """The part of pydantic's location that exists in the file: union branches are not keys."""
-    path: list[str | int] = []
-    for part in item["loc"]:
-        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if in_list or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-            path.append(part)
-    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
-
-
 def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
     where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
@@ -192,6 +105,68 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
     return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_value_text(value)}", remedy)
 
 
+def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
+    """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
+    *above, key = [str(part) for part in path if isinstance(part, str)]
+    if key in UNSUPPORTED_KEYS:
+        return f"remove it: {UNSUPPORTED_KEYS[key]}"
+    section = section_at(model, path[:-1])
+    siblings = list(section.model_fields) if section else []
+    name = EQUIVALENT_KEYS.get(key, key)
+    if name in siblings:
+        return f"it is called `{'.'.join((*map(shortened, above), name))}` here"
+    if places := _places(model, key, above):
+        return f"it belongs to {places}"
+    if places := _places(model, name, above):
+        return f"it is called {places} here"
+    for method, other in RECIPES.items():
+        if model in RECIPES.values() and (places := _places(other, name, above)):
+            return f"remove it: {places} is only for method: {method}"
+    everywhere = sorted({names[-1] for names in key_paths(model)})
+    for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
+        if guess := closest(key, names, cutoff):
+            here = ".".join(shortened(str(part)) for part in (*path[:-1], guess))  # with list indices, as in --set
+            places = f"`{here}`" if guess in siblings else _places(model, guess, above)
+            return f"did you mean {places}?"
+    return f"remove it; the keys here are {', '.join(siblings)}"
+
+
+def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The section model at `path` (list indices are skipped); the model itself at the root."""
+    names = tuple(part for part in path if isinstance(part, str))
+    if not names:
+        return model
+    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a user-defined name, as in rules.en
+
+
+@cache
+def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
+    """All keys of `model` by path (without list indices), each with its section model, if any."""
+    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        out[(name,)] = section
+        if section is not None:
+            out |= {(name, *below): kind for below, kind in key_paths(section).items()}
+    return out
+
+
+def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
+    """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
+    wanted = tuple(name.split("."))
+    found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
+    found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
+    found = [names for names in found if list(names[: len(section)]) == section] or found
+    return " or ".join(f"`{'.'.join(names)}`" for names in found)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
+
+
 def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
     """The most likely intended value."""
     if isinstance(value, str):
@@ -214,10 +189,6 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _choices(item: Mapping[str, Any]) -> list[str]:
-    return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-
-
 def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:
     """Expected values of all union branches, without duplicates."""
     first_bound = next((one for one in items if one["type"] in BOUNDS), None)
@@ -236,9 +207,8 @@ def _wanted(item: Mapping[str, Any]) -> str:
     return EXPECTED.get(kind) or str(item["msg"]).lower()
 
 
-def _value_text(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _choices(item: Mapping[str, Any]) -> list[str]:
+    return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
 def _description(model: type[BaseModel], path: KeyPath) -> str:
@@ -248,3 +218,32 @@ def _description(model: type[BaseModel], path: KeyPath) -> str:
     field = section.model_fields.get(names[-1]) if section else None
     text = (field.description if field else None) or "see the schema"
     return text[0].lower() + text[1:].rstrip(".")
+
+
+def _value_text(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _quoted(path: KeyPath) -> str:
+    return f"`{_dotted(path)}`" if path else "a key"
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(shortened(str(part)) for part in path)
+
+
+def _line(document: Document, path: KeyPath) -> int:
+    where = document.where(path).rsplit(":", 1)[-1]
+    return int(where) if where.isdigit() else 0
+
+
+def _path_in_file(item: Mapping[str, Any], value: Any) -> KeyPath:
+    """The part of pydantic's location that exists in the file: union branches are not keys."""
+    path: list[str | int] = []
+    for part in item["loc"]:
+        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, Mapping) and part in value):
+            value = value[part]
+            path.append(part)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)

@@ -30,47 +30,6 @@ from nesso_tune.recipes.yaml_source import MAX_DEPTH, OVERRIDE, Document, KeyPat
 Spec = TypeVar("Spec", bound=Section)
 
 
-def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Path:
-    """The YAML file of a chat template or data format: a path, or a shipped file of data_templates/KIND/.
-
-    Args:
-        kind: folder under data_templates/.
-        name: value in the recipe.
-        key: key of the recipe, for the error.
-        also: valid names that are not files.
-
-    Raises:
-        RecipeError: if there is no such file; lists the valid names.
-    """
-    folder = shipped_folder("data_templates") / kind
-    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
-        names = [*also, *template_names(kind)]
-        guess = closest(name, names)
-        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
-        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name, 300)}`", remedy)
-    return path
-
-
-def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:
-    """Reads and validates a YAML file; returns the model and the document with the line of every key.
-
-    Raises:
-        RecipeError: with all problems of the file.
-    """
-    document = read_document(path)
-    if not isinstance(document.value, Mapping):
-        raise RecipeError(f"{path}:1", "is not a section of keys", "start from a shipped file under data_templates/")
-    problems = list(document.problems)
-    try:
-        spec = kind.model_validate(document.value)
-    except ValidationError as error:
-        problems += recipe_problems(error, document, kind)
-    if problems:
-        raise RecipeError(limit_problems(problems, document))
-    return spec, document
-
-
 def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Reads and validates a recipe.
 
@@ -140,28 +99,45 @@ def validate(document: Document) -> Recipe:
     return recipe
 
 
-def _check_files(recipe: Recipe, document: Document) -> None:
-    """Raises RecipeError if a template, format, reader or tools file is missing."""
-    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
-    for section in ("sources", "validation_sources"):
-        for i, source in enumerate(getattr(recipe.data, section)):
-            named[("data", section, i, "format")] = reader_file(source.format)
-            named[("data", section, i, "tools_file")] = source.tools_file
-    missing = [
-        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",
-                "correct the path") for path, name in named.items()
-        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
-    ]  # fmt: skip
-    if missing:
-        raise RecipeError(missing)
+def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Path:
+    """The YAML file of a chat template or data format: a path, or a shipped file of data_templates/KIND/.
+
+    Args:
+        kind: folder under data_templates/.
+        name: value in the recipe.
+        key: key of the recipe, for the error.
+        also: valid names that are not files.
+
+    Raises:
+        RecipeError: if there is no such file; lists the valid names.
+    """
+    folder = shipped_folder("data_templates") / kind
+    path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        names = [*also, *template_names(kind)]
+        guess = closest(name, names)
+        remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"
+        raise RecipeError(key, f"there is no {key.rsplit('.', 1)[-1]} `{shortened(name, 300)}`", remedy)
+    return path
 
 
-def _in_order(problems: list[Problem]) -> list[Problem]:
-    def line(problem: Problem) -> int:
-        tail = problem.where.rsplit(":", 1)[-1]
-        return int(tail) if tail.isdigit() else 0
+def read_spec(path: Path, kind: type[Spec]) -> tuple[Spec, Document]:
+    """Reads and validates a YAML file; returns the model and the document with the line of every key.
 
-    return sorted(dict.fromkeys(problems), key=line)
+    Raises:
+        RecipeError: with all problems of the file.
+    """
+    document = read_document(path)
+    if not isinstance(document.value, Mapping):
+        raise RecipeError(f"{path}:1", "is not a section of keys", "start from a shipped file under data_templates/")
+    problems = list(document.problems)
+    try:
+        spec = kind.model_validate(document.value)
+    except ValidationError as error:
+        problems += recipe_problems(error, document, kind)
+    if problems:
+        raise RecipeError(limit_problems(problems, document))
+    return spec, document
 
 
 def _recipe_model(
@@ -186,16 +162,28 @@ def _recipe_model(
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
 
 
-def _remove_excluded(document: Document, overrides: Mapping[str, Any]) -> None:
-    """Removes keys of the file that are mutually exclusive with an override."""
-    for rule in EXCLUSIVE:
-        names = {key: ".".join(map(str, (*rule.section, key))) for key in rule.keys}
-        for key, other in (rule.keys, rule.keys[::-1]):
-            section: Any = document.value
-            for part in rule.section:
-                section = section.get(part) if isinstance(section, dict) else None
-            if overrides.get(names[key]) is not None and names[other] not in overrides and isinstance(section, dict):
-                section.pop(other, None)
+def _check_files(recipe: Recipe, document: Document) -> None:
+    """Raises RecipeError if a template, format, reader or tools file is missing."""
+    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
+    for section in ("sources", "validation_sources"):
+        for i, source in enumerate(getattr(recipe.data, section)):
+            named[("data", section, i, "format")] = reader_file(source.format)
+            named[("data", section, i, "tools_file")] = source.tools_file
+    missing = [
+        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",
+                "correct the path") for path, name in named.items()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise RecipeError(missing)
+
+
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    def line(problem: Problem) -> int:
+        tail = problem.where.rsplit(":", 1)[-1]
+        return int(tail) if tail.isdigit() else 0
+
+    return sorted(dict.fromkeys(problems), key=line)
 
 
 def _override(document: Document, key: str, value: Any) -> None:
@@ -227,3 +215,15 @@ def _list_index(items: list[Any], name: str, key: str) -> int:
         return int(name)
     remedy = f"use 0 to {len(items) - 1}" if items else "set the whole list"
     raise RecipeError(OVERRIDE, f"`{shortened(key)}`: there is no item `{shortened(name)}` in this list", remedy)
+
+
+def _remove_excluded(document: Document, overrides: Mapping[str, Any]) -> None:
+    """Removes keys of the file that are mutually exclusive with an override."""
+    for rule in EXCLUSIVE:
+        names = {key: ".".join(map(str, (*rule.section, key))) for key in rule.keys}
+        for key, other in (rule.keys, rule.keys[::-1]):
+            section: Any = document.value
+            for part in rule.section:
+                section = section.get(part) if isinstance(section, dict) else None
+            if overrides.get(names[key]) is not None and names[other] not in overrides and isinstance(section, dict):
+                section.pop(other, None)

@@ -17,6 +17,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from nesso_tune.errors import Problem, RecipeError, shortened
 
 KeyPath = tuple[str | int, ...]  # path of a key: section names, keys and list indices
+OVERRIDE = "--set"  # location of values set on the command line; their line is 0
 MAX_NODES = 20_000  # guards against exponential alias expansion
 MAX_DEPTH = 50
 MAX_BYTES = 2_000_000
@@ -48,9 +49,6 @@ class Document:
                 line = self.lines[path[:end]]
                 return f"{self.name}:{line}" if line else OVERRIDE
         return f"{self.name}:1"
-
-
-OVERRIDE = "--set"  # location of values set on the command line; their line is 0
 
 
 def read_document(path: Path) -> Document:
