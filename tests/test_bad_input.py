@@ -57,7 +57,7 @@ def swaps(old, new):
 
 RECIPES = {
     "an empty file": (lambda _: "", "this is nothing"),
-    "a list": (lambda _: "- method: sft\n", "a recipe is a section of keys"),
+    "a list": (lambda _: "- method: sft\n", "a recipe must be a section of keys"),
     "no YAML": (adds("train: {a\n"), "r.yaml:"),
     "a tab": (adds("\ttrain:\n"), "r.yaml:"),
     "two documents": (adds("---\nmethod: dpo\n"), "r.yaml:"),
@@ -87,7 +87,7 @@ RECIPES = {
     "a token": (swaps("random_init: true", "random_init: true, revision: hf_abcdefghijklmnopqrst0"), "a secret"),
     "a token as a number": (swaps("max_steps: 2", "learning_rate: hf_abcdefghijklmnopqrst0"), "a secret"),
     "a NUL": (lambda text: re.sub("output_dir: .*", 'output_dir: "a\\\\0b"', text), "NUL"),
-    "a way out": (lambda text: re.sub("output_dir: .*", "output_dir: ../../x", text), "leads out"),
+    "a way out": (lambda text: re.sub("output_dir: .*", "output_dir: ../../x", text), "outside the working directory"),
     "a spike of another kind": (swaps("max_steps: 2", "on_spike: ignore"), "on_spike"),
     "a template that is not there": (adds("chat: {template: chatmll}\n"), "did you mean `chatml`?"),
     "a batch that does not divide": (swaps("max_steps: 2", "global_batch_size: 3, micro_batch_size: 2"), "multiple"),

@@ -83,7 +83,7 @@ def test_a_job_file_holds_no_secret(tmp_path, talks, name):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     settings = {f"cluster.env.{name}": "x"}
     if name == "HF_TOKEN":
-        with pytest.raises(RecipeError, match=r"cluster\.env.*names a secret"):
+        with pytest.raises(RecipeError, match=r"cluster\.env.*is a secret"):
             load_recipe(path, settings)
     else:
         load_recipe(path, settings)
@@ -165,7 +165,7 @@ def test_an_output_folder_does_not_lead_out_of_the_working_directory(tmp_path, t
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     code, _, said = main_here(capsys, "train", path, "--set", f"output_dir={folder}")
     assert code == 2
-    assert "leads out of the working directory" in said
+    assert "is outside the working directory" in said
 
 
 def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path, talks):

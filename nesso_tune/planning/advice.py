@@ -125,7 +125,7 @@ def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if data.train_on_eos == "none":
         yield "data.train_on_eos: none never teaches the model to stop; use turn"
     elif data.train_on_eos != "all" and "assistant" not in data.roles_to_train:
-        yield "the end token of assistant turns is not learned (data.roles_to_train): the model will not stop"
+        yield "the end token of assistant turns is not supervised (data.roles_to_train): the model will not stop"
 
 
 def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -145,8 +145,8 @@ def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
         ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
         ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
     elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
-        ways += ["hold the base in 4 bits (model.adapter.type: qlora)"]
-    ways = ways or ["take a GPU with more memory, or a smaller base"]
+        ways += ["quantize the base to 4 bits (model.adapter.type: qlora)"]
+    ways = ways or ["use a GPU with more memory, or a smaller base"]
     needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
 
@@ -166,7 +166,7 @@ def _learning_rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
     wanted = 2 ** max(0, round(math.log2(batch.run.batch / per_row)))
     fits = wanted % (plan.micro_batch * plan.processes) == 0 and (plan.volume is None or wanted < plan.volume.rows)
     yield (
-        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} a step ({batch.run.source}); "
+        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} per step ({batch.run.source}); "
         f"this run has {rows}{plan.global_batch * per_row:,} {unit}: consider {batch.rate:.1e}"
         + (f", or {_batch_setting(recipe, plan, wanted)}" if fits else "")
     )
@@ -204,7 +204,7 @@ def _zero_rate_tail(recipe: Recipe, plan: Plan) -> Iterator[str]:
     end = 1.0 if schedule.constant_ratio is None else schedule.constant_ratio
     if schedule.type != "constant" and end < 1 and not schedule.min_ratio:
         yield (
-            f"the last {1 - end:.0%} of the run train at a learning rate of 0, which changes nothing: set "
+            f"the last {1 - end:.0%} of the run has a learning rate of 0 and does not change the model: set "
             "train.schedule.min_ratio: 0.1, or constant_ratio: 1.0"
         )
 
@@ -225,7 +225,7 @@ def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
         checkpointing = False
         yield (
             f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
-            "set train.gradient_checkpointing: auto or false and nothing is computed twice"
+            "set train.gradient_checkpointing: auto or false to avoid recomputation"
         )
     splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
     room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= MEMORY_SAFE_SHARE * gpu.memory]
@@ -243,7 +243,7 @@ def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
 def _context(recipe: Recipe, plan: Plan) -> Iterator[str]:
     length, shape = recipe.data.sequence_len, plan.shape
     if shape and shape.context and length > shape.context:
-        yield f"data.sequence_len {length} is beyond the base model's context of {shape.context}"
+        yield f"data.sequence_len {length} exceeds the base model's context length of {shape.context}"
 
 
 def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -261,7 +261,7 @@ def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if lost < MAX_DROPPED_SHARE:
         return
     room = plan.shape is None or not plan.shape.context or recipe.data.sequence_len < plan.shape.context
-    ways = ["raise data.sequence_len"] if room else ["take a base of longer context"]
+    ways = ["raise data.sequence_len"] if room else ["use a base with a longer context"]
     ways += ["set data.too_long: truncate"] if isinstance(recipe.data, SFTData) else []
     length = recipe.data.sequence_len
     yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
@@ -275,7 +275,7 @@ def epochs_rounded_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if plan.epochs > requested * (1 + EPOCHS_TOLERANCE):
         steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
         way = _smaller_batch(recipe) or "give more data"
-        yield f"{requested:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
+        yield f"{requested:g} epoch(s) of {volume.rows:,} rows are rounded up to {plan.epochs:.3g} by {steps}: {way}"
 
 
 def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -285,8 +285,8 @@ def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     usual = DEFAULT_EPOCHS[recipe.method]
     if epochs > MAX_EPOCHS_RATIO * usual:
         yield (
-            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
-            "heart; lower it, or set it to null and train.num_epochs instead"
+            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, the default is {usual:g}: the model will "
+            "memorize the rows; lower it, or set it to null and train.num_epochs instead"
         )
 
 
@@ -317,16 +317,16 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
     where, size = "data.validation_sources" if data.validation_sources else "data.validation_size", data.validation_size
     little = isinstance(size, float) and not data.validation_sources and held / size < SMALL_DATASET_ROWS
     if held == 0 and not size:
-        yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
+        yield "there are no validation rows: overfitting cannot be detected; set data.validation_size"
     elif little:
-        yield f"{held} rows held out are few, and so is the data: read the evaluation with care"
+        yield f"only {held} validation rows, and the data set is small: interpret the evaluation with care"
     elif held < MIN_VALIDATION_ROWS:
-        yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
+        yield f"only {held} validation rows: their loss is mostly noise; raise {where}"
     elif held > MAX_VALIDATION_ROWS:
-        yield f"{held:,} rows are held out and read at every evaluation; a few thousand say as much: lower {where}"
+        yield f"{held:,} validation rows are read at every evaluation; a few thousand are enough: lower {where}"
     packed = isinstance(data, SFTData) and data.packing
     if not data.validation_sources and not packed and plan.volume.rows and held > plan.volume.rows:
-        yield "more rows are held out for evaluation than trained on; lower data.validation_size"
+        yield "there are more validation rows than training rows; lower data.validation_size"
 
 
 RULES = (

@@ -128,12 +128,12 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
 def unsupported(config: dict[str, Any]) -> str | None:
     """Why a model is not supported, from its config.json; None for a dense text decoder."""
     if any(config.get(name) for name in EXPERT_COUNT_KEYS):
-        return "is a mixture of experts; version 1 trains dense decoders"
+        return "is a mixture of experts; only dense decoders are supported"
     if any(isinstance(config.get(name), dict) for name in ("text_config", "vision_config", "audio_config")):
-        return "is multimodal; version 1 trains decoders of text"
+        return "is multimodal; only text decoders are supported"
     if config.get("quantization_config"):
-        return "is quantised; version 1 trains the model that it was made of (qlora quantises by itself)"
-    return "is an encoder-decoder; version 1 trains decoders" if config.get("is_encoder_decoder") else None
+        return "is quantized; use the original model (qlora quantizes it while loading)"
+    return "is an encoder-decoder; only decoders are supported" if config.get("is_encoder_decoder") else None
 
 
 def hub_cache() -> Path:

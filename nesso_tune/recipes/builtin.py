@@ -31,7 +31,7 @@ def expand_home(text: str) -> str:
     """
     path = os.path.expanduser(text)
     if path == text and text.startswith("~") and "/" in text:
-        raise ValueError(f"there is no user `{text[1:].partition('/')[0]}` here")
+        raise ValueError(f"there is no user `{text[1:].partition('/')[0]}`")
     return path
 
 
@@ -50,7 +50,7 @@ def flag_path(text: str) -> str:
     try:
         return expand_home(text)
     except ValueError as error:
-        raise RecipeError(text, str(error), "write the whole path") from None
+        raise RecipeError(text, str(error), "write the full path") from None
 
 
 def environment_path(name: str) -> str | None:
@@ -63,26 +63,26 @@ def environment_path(name: str) -> str | None:
     if not text:
         return None
     if found := VARIABLE.search(text):
-        what = f"is {text}, and nothing expands {found[0]} in it"
+        what = f"contains the unexpanded variable {found[0]}: {text}"
         raise RunEnvironmentError(name, what, f'export {name}="{text}" in a shell, or write the path itself')
     try:
         return expand_home(text)
     except ValueError as error:
-        raise RunEnvironmentError(name, str(error), "write the whole path") from None
+        raise RunEnvironmentError(name, str(error), "write the full path") from None
 
 
 def _expanded(text: str) -> str:
     if found := VARIABLE.search(text):
         raise PydanticCustomError(
             PATH_ERROR, "{what}; {remedy}",
-            {"what": f"holds {found[0]}, which is not expanded in a recipe",
+            {"what": f"contains {found[0]}, but variables are not expanded in recipes",
              "remedy": "write the path itself, or let the shell expand it:"},
         )  # fmt: skip
     try:
         return expand_home(text)
     except ValueError as error:
         raise PydanticCustomError(
-            PATH_ERROR, "{what}; {remedy}", {"what": f"is {text}, and {error}", "remedy": "write the whole path"}
+            PATH_ERROR, "{what}; {remedy}", {"what": f"is {text}, and {error}", "remedy": "write the full path"}
         ) from None
 
 

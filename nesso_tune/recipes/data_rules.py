@@ -73,12 +73,12 @@ def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
     used = FORMAT_KEYS.get(style) if isinstance(style, str) else None
     own = isinstance(style, str) and ".py:" in style
     if own:
-        used, style = ("tools_file",), "of your own reader"
+        used, style = ("tools_file",), "a user-defined reader"
     for key in ALL_FORMAT_KEYS if used is not None else ():
         if key not in (used or ()) and get(source, key) is not None:
             yield Finding((*here, key), f"has no effect under format: {style}", "remove it, or name another format")
     if get(source, "reads") and not own:
-        yield Finding((*here, "reads"), "has no effect without a reader of your own", "set format: FILE.py:FUNCTION")
+        yield Finding((*here, "reads"), "has no effect without a user-defined reader", "set format: FILE.py:FUNCTION")
     scored: list[KeyPath] = [("min_score",)] if get(source, "min_score") is not None else []
     scored += [("rules", code, "min_score") for code, rule in _rules(source) if get(rule, "min_score") is not None]
     for path in scored if get(source, "score_field") is None else ():
@@ -99,7 +99,7 @@ def _language(here: KeyPath, language: Any) -> Iterator[Finding]:
     if isinstance(language, str) and language.strip() and language != "auto" and language_code(language) is None:
         guess = closest(language, ["auto", *LANGUAGE_NAMES])
         remedy = f"did you mean `{LANGUAGE_NAMES.get(guess, guess)}`?" if guess else "write a code such as it, or auto"
-        yield Finding(here, f"`{shortened(language)}` is no language code", remedy)
+        yield Finding(here, f"`{shortened(language)}` is not a language code", remedy)
 
 
 def _mixture(raw: Raw) -> Iterator[Finding]:
@@ -110,7 +110,7 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
         yield from invalid_language_code((*here, code), code)
     numbers = [share for share in shares.values() if isinstance(share, (int, float))]
     if len(numbers) == len(shares) and abs(sum(numbers) - 1) > 1e-6:
-        yield Finding(here, f"add up to {sum(numbers):g}", "make it 1, e.g. {it: 0.6, en: 0.4}")
+        yield Finding(here, f"sum to {sum(numbers):g}", "make them sum to 1, e.g. {it: 0.6, en: 0.4}")
     sources = get(raw, "data", "sources")
     sources = sources if isinstance(sources, (list, tuple)) else ()
     for i, source in enumerate(sources):
@@ -118,7 +118,7 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
         weighted += [("rules", code, "weight") for code, rule in _rules(source) if get(rule, "weight") is not None]
         for path in weighted:
             yield Finding(
-                ("data", "sources", i, *path), "contradicts data.mixture: its shares say how often", "keep one"
+                ("data", "sources", i, *path), "contradicts data.mixture: the shares set the weights", "keep one"
             )
     if get(raw, "data", "mixture", "by") == "source":
         names = source_names(sources)
@@ -126,13 +126,15 @@ def _mixture(raw: Raw) -> Iterator[Finding]:
             if expanduser(str(name)) not in (*names, "other"):
                 guess = closest(str(name), names)
                 remedy = f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
-                yield Finding((*here, str(name)), "is no source of this recipe", remedy)
+                yield Finding((*here, str(name)), "is not a source of this recipe", remedy)
 
 
 def _clean(raw: Raw) -> Iterator[Finding]:
     overlap = get(raw, "data", "clean", "validation_overlap") == "drop"
     if overlap and get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources"):
-        yield Finding(("data", "clean", "validation_overlap"), "has no effect: nothing is held out", "remove it")
+        yield Finding(
+            ("data", "clean", "validation_overlap"), "has no effect: there are no validation rows", "remove it"
+        )
 
 
 def _limits(raw: Raw) -> Iterator[Finding]:
@@ -140,9 +142,7 @@ def _limits(raw: Raw) -> Iterator[Finding]:
     for name in limits if isinstance(limits, Mapping) else ():
         warn, fail = get(limits, name, "warn"), get(limits, name, "fail")
         if isinstance(warn, (int, float)) and isinstance(fail, (int, float)) and warn > fail:
-            yield Finding(
-                ("data", "preferences", str(name), "warn"), f"never speaks: it fails from {fail:g}", "lower it"
-            )
+            yield Finding(("data", "preferences", str(name), "warn"), f"never warns: fail is {fail:g}", "lower it")
 
 
 def _rules(source: Any) -> list[tuple[str, Any]]:
@@ -166,7 +166,7 @@ def invalid_language_code(here: KeyPath, code: Any) -> Iterator[Finding]:
     if not isinstance(code, str) or not code.strip() or code in OTHER_LANGUAGES or language_code(code) == code:
         return
     name = language_code(code) or LANGUAGE_NAMES.get(closest(code, LANGUAGE_NAMES) or "")
-    yield Finding(here, f"`{shortened(code)}` is no language code", f"write {name or 'a code such as it or en'}")
+    yield Finding(here, f"`{shortened(code)}` is not a language code", f"write {name or 'a code such as it or en'}")
 
 
 def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] | None:
@@ -183,14 +183,14 @@ def unknown_source(raw: Raw, name: str, on_validation: bool) -> tuple[str, str] 
         return None
     names, private = source_names(sources), any(get(source, "private") for source in sources)
     if len(sources) == 1 or (len(set(names)) == 1 and not private):  # private sources are numbered
-        return "is not measured: it is only where there are several sources", "name the metric over all"
+        return "is only measured with several sources", "use the overall metric"
     kind = "private validation source" if on_validation else "private source"
     labels = [*names, *(f"{kind} {i}" for i in range(1, len(sources) + 1) if private)]
     if expanduser(name) in labels:
         return None
     guess = closest(name, names)
     section = "data.validation_sources" if on_validation else "data.sources"
-    return f"is not measured: {section} has none that is called so", (
+    return f"is not measured: {section} has no source of this name", (
         f"did you mean `{guess}`?" if guess else "name a source by its alias or path"
     )
 

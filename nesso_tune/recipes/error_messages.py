@@ -68,7 +68,7 @@ def limit_problems(problems: list[Problem], document: Document, count: int | Non
     remaining = (len(problems) if count is None else count) - MAX_PROBLEMS
     if remaining <= 0 or len(problems) <= MAX_PROBLEMS:
         return problems
-    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {remaining:,} more mistakes", "correct these first")]
+    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {remaining:,} more problems", "correct these first")]
 
 
 def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
@@ -95,7 +95,7 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
     blank = not value.strip() if isinstance(value, str) else value in ([], {})
     if blank and any(one["type"] in EMPTY for one in items):
-        return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
+        return Problem(where, f"{key} must not be empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
         return Problem(where, f"{key} must be {words}, not {_value_text(value)}", f"write {words}")
     wanted = _alternatives(items)

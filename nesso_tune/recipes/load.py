@@ -86,7 +86,7 @@ def validate(document: Document) -> Recipe:
         kinds = {"NoneType": "nothing", "list": "a list", "str": "text"}
         found = kinds.get(type(raw).__name__, "a single value")
         raise RecipeError(
-            f"{document.name}:1", f"a recipe is a section of keys, this is {found}", "start with method: sft"
+            f"{document.name}:1", f"a recipe must be a section of keys, not {found}", "start with method: sft"
         )
     model, problems = _recipe_model(document, raw)
     try:
@@ -170,7 +170,7 @@ def _check_files(recipe: Recipe, document: Document) -> None:
             named[("data", section, i, "format")] = reader_file(source.format)
             named[("data", section, i, "tools_file")] = source.tools_file
     missing = [
-        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that is not there: {name}",
+        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that does not exist: {name}",
                 "correct the path") for path, name in named.items()
         if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
     ]  # fmt: skip

@@ -73,9 +73,9 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
 EQUIVALENT_KEYS = {theirs: ours for ours, names in OTHER_TOOL_KEYS.items() for theirs in names}
 # Key of another tool without an equivalent: the reason.
 UNSUPPORTED_KEYS = {
-    "neftune_noise_alpha": "NEFTune is not offered",
-    "greater_is_better": "the name of train.best_metric says which way is better",
+    "neftune_noise_alpha": "NEFTune is not supported",
+    "greater_is_better": "train.best_metric determines the direction",
     "early_stopping_threshold": "any improvement of train.best_metric counts",
-    "tensor_parallel_size": "tensor parallelism is not in version 1",
-    "load_in_8bit": "a base is held in 4 bits (model.adapter.type: qlora) or not quantised",
+    "tensor_parallel_size": "tensor parallelism is not supported",
+    "load_in_8bit": "only 4-bit quantization is supported (model.adapter.type: qlora)",
 }

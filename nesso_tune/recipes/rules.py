@@ -34,7 +34,7 @@ from nesso_tune.recipes.yaml_source import KeyPath
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 SORTED_LOSSES = ("aot", "aot_unpaired")  # over the sorted log-ratios of a batch: not a mean over pairs
 # sbatch options and variables that `launch` sets from the recipe: setting them again could conflict.
-_USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
+_USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process per GPU"
 RESERVED_JOB_OPTIONS = {
     **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
                      "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _USE_CLUSTER_KEYS),
@@ -119,7 +119,7 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
     if decays and isinstance(end, (int, float)) and 0 < end < 1 and get(raw, *here, "min_ratio") is None:
         yield Finding(
             (*here, "constant_ratio"),
-            f"trains the last {1 - end:.0%} of the run at a learning rate of 0: min_ratio is not set",
+            f"keeps the learning rate at 0 for the last {1 - end:.0%} of the run: min_ratio is not set",
             "set min_ratio: 0.1, or constant_ratio: 1.0",
         )
 
@@ -137,7 +137,7 @@ def _best_metric(raw: Raw) -> Iterator[Finding]:
     metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
     if patience is not None and metric is None:  # the metric also selects the weights in final/, so it must be explicit
         yield Finding(
-            ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
+            ("train", "early_stopping_patience"), "requires train.best_metric",
             "set train.best_metric: eval_loss, or remove it",
         )  # fmt: skip
     if isinstance(metric, str) and (fault := _best_metric_problem(raw, metric)) is not None:
@@ -154,7 +154,7 @@ def _best_metric_problem(raw: Raw, metric: str) -> tuple[str, str] | None:
     on_training_prompts = overall.startswith(TRAIN_PREFIX)
     no_validation = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
     if "evaluation" in raw and evaluation is None:
-        return "nothing is measured with evaluation: null", "set evaluation: {}, or remove it"
+        return "evaluation: null disables all metrics", "set evaluation: {}, or remove it"
     if registered.method is not None and method in ("sft", "dpo") and method != registered.method:
         return f"`{metric}` is measured under method: {registered.method} only", "use eval_loss"
     if no_validation and not on_training_prompts:
@@ -179,7 +179,7 @@ def _compile(raw: Raw) -> Iterator[Finding]:
     lacking = "pairs" if get(raw, "method") == "dpo" else "rows that are not packed"
     if get(raw, "method") == "dpo" or get(raw, "data", "packing") is False:
         yield Finding(
-            ("train", "torch_compile"), f"compiles for one constant length, which {lacking} do not have",
+            ("train", "torch_compile"), f"requires a constant sequence length, which {lacking} do not have",
             "set it to false",
         )  # fmt: skip
 
@@ -187,9 +187,7 @@ def _compile(raw: Raw) -> Iterator[Finding]:
 def _model(raw: Raw) -> Iterator[Finding]:
     if get(raw, "model", "random_init") is True:
         if get(raw, "model", "adapter") is not None:
-            yield Finding(
-                ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
-            )
+            yield Finding(("model", "adapter"), "is not useful with random weights", "set adapter: null")
         runs_code = get(raw, "model", "trust_remote_code") is True
         if get(raw, "model", "revision") is not None and not runs_code:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
@@ -201,7 +199,9 @@ def _qlora(raw: Raw) -> Iterator[Finding]:
     for key, value in (("fsdp", "full_shard"), ("state_dict", "sharded")):
         if get(raw, "distributed", key) == value:
             remedy = "remove it, or set model.adapter.type: lora"
-            yield Finding(("distributed", key), "has no effect under model.adapter.type: qlora, of one process", remedy)
+            yield Finding(
+                ("distributed", key), "has no effect under model.adapter.type: qlora, which runs in one process", remedy
+            )
     for key in ("nodes", "gpus_per_node"):
         count = get(raw, "cluster", key)
         if isinstance(count, int) and count > 1:
@@ -231,14 +231,14 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
             yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
         elif is_secret_name(str(name), str(value)):
             remedy = "export it where you call `launch`: jobs inherit that environment"
-            yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
+            yield Finding(("cluster", "env", name), "is a secret, and would be written to the job file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):
-        yield Finding(("cluster", "python"), f"{python} is taken as it stands, nothing is expanded", "write the path")
+        yield Finding(("cluster", "python"), f"{python} is not expanded", "write the path")
 
 
 def _secrets(raw: Raw) -> Iterator[Finding]:
     for path, kind in find_secrets(raw):
-        remedy = "remove it, revoke it if it was shared, and give it by an environment variable (HF_TOKEN and the like)"
+        remedy = "remove it, revoke it if it was shared, and use an environment variable such as HF_TOKEN"
         yield Finding(path, f"looks like a secret {kind}: a recipe is recorded and shared", remedy)
 
 
@@ -252,9 +252,11 @@ def _template(raw: Raw) -> Iterator[Finding]:
 def _output(raw: Raw) -> Iterator[Finding]:
     folder = get(raw, "output_dir")
     if isinstance(folder, str) and "\0" in folder:
-        yield Finding(("output_dir",), "holds a NUL character", "correct it")
+        yield Finding(("output_dir",), "contains a NUL character", "correct it")
     if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
-        yield Finding(("output_dir",), f"{folder} leads out of the working directory", "write the whole path if meant")
+        yield Finding(
+            ("output_dir",), f"{folder} is outside the working directory", "use an absolute path if this is intended"
+        )
 
 
 def _dpo(raw: Raw) -> Iterator[Finding]:
@@ -276,7 +278,7 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
     for name in sorted(names & set(SORTED_LOSSES)):
         yield from _sorted_loss(raw, name)
     if get(raw, "dpo", "ld_alpha") == 1:
-        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
+        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens equally, like null", "remove it")
 
 
 def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
@@ -290,11 +292,11 @@ def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
     step = whole if isinstance(whole, int) else rows * times if isinstance(times, int) else rows
     if step > rows:
         yield Finding(
-            ("dpo", "loss"), f"{loss} sorts the pairs of a step, and the {step} of a step come {rows} at a time",
+            ("dpo", "loss"), f"{loss} sorts all pairs of a step, but its {step} pairs are in micro batches of {rows}",
             f"set train.micro_batch_size: {step} and one device, or use another loss",
         )  # fmt: skip
     elif step == 1:
-        yield Finding(("dpo", "loss"), f"{loss} sorts pairs, and a step has one", "raise train.micro_batch_size")
+        yield Finding(("dpo", "loss"), f"{loss} needs more than one pair per step", "raise train.micro_batch_size")
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (

@@ -122,7 +122,7 @@ _PLACEHOLDER = re.compile(
     r"|(?:my|the|some|an?|il|la)[-_][a-z_-]+|values?|valore|secret|token|password|key|todo|tbd|string",
     re.IGNORECASE,
 )
-RANDOM, ASSIGNMENT = "(a long random text)", "(a variable that is named so)"
+RANDOM, ASSIGNMENT = "(long random text)", "(by the name of the variable)"
 WINDOW_CHARS, OVERLAP_CHARS = 8_000, 1_000  # bounds the cost of the patterns on long texts
 
 # Words in variable names: ENDINGS denote a secret, also as a suffix (`DBPASS`); WORDS only as a whole word;

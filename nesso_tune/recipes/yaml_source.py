@@ -68,7 +68,7 @@ def read_document(path: Path) -> Document:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "name a readable YAML file") from None
     if len(raw) > MAX_BYTES or path.suffix in (".jsonl", ".parquet"):
         raise RecipeError(
-            str(path), f"{len(raw):,} bytes of data are no recipe", f"make one: nesso-tune init --data {path}"
+            str(path), f"{len(raw):,} bytes of data are not a recipe", f"make one: nesso-tune init --data {path}"
         )
     try:
         text = raw.decode("utf-8-sig")
@@ -147,7 +147,7 @@ class _Builder:
         if str(node.tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
             where = f"{self.document.name}:{node.start_mark.line + 1}"
             raise RecipeError(
-                where, f"the tag `{shortened(str(node.tag))}` is not read here", "remove it: values are plain data"
+                where, f"the tag `{shortened(str(node.tag))}` is not supported", "remove it: values are plain data"
             )
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
@@ -162,7 +162,7 @@ class _Builder:
             line = key_node.start_mark.line + 1
             where = f"{self.document.name}:{line}"
             if str(key_node.tag).endswith(":merge"):
-                raise RecipeError(where, "merge keys (`<<`) are not read", "write the merged keys out")
+                raise RecipeError(where, "merge keys (`<<`) are not supported", "write the merged keys out")
             if key is None:
                 raise RecipeError(where, "this key cannot be used", "write plain text keys")
             key = key if isinstance(key, str) else str(key_node.value)
