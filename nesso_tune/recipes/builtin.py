@@ -71,7 +71,7 @@ def environment_path(name: str) -> str | None:
         raise RunEnvironmentError(name, str(error), "write the full path") from None
 
 
-def _expanded(text: str) -> str:
+def _expanded_path(text: str) -> str:
     if found := VARIABLE.search(text):
         raise PydanticCustomError(
             PATH_ERROR, "{what}; {remedy}",
@@ -86,15 +86,15 @@ def _expanded(text: str) -> str:
         ) from None
 
 
-def _of_expanded(metric: str) -> str:
+def _expanded_metric(metric: str) -> str:
     whole, of_source, name = metric.partition(SOURCE_SEPARATOR)
     return f"{whole}{of_source}{os.path.expanduser(name)}"
 
 
-_PATH = AfterValidator(_expanded)
+_PATH = AfterValidator(_expanded_path)
 FilePath = Annotated[str, Field(pattern=r"\S"), _PATH]  # path, hub id or name
 PathName = Annotated[str, Field(pattern=r"\S"), AfterValidator(os.path.expanduser)]  # name; the default is a path
-MetricName = Annotated[str, Field(pattern=r"\S"), AfterValidator(_of_expanded)]  # optionally with /source/NAME
+MetricName = Annotated[str, Field(pattern=r"\S"), AfterValidator(_expanded_metric)]  # optionally with /source/NAME
 
 
 @cache
@@ -102,7 +102,7 @@ def path_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
     """Paths of all keys of `model` with a file path or a list of file paths as value."""
     found: set[tuple[str, ...]] = set()
     for name, field in model.model_fields.items():
-        parts = [*field.metadata, *_parts(field.annotation)]
+        parts = [*field.metadata, *_type_arguments(field.annotation)]
         if _PATH in parts:
             found.add((name,))
         for part in parts:
@@ -111,9 +111,9 @@ def path_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
     return frozenset(found)
 
 
-def _parts(annotation: Any) -> list[Any]:
+def _type_arguments(annotation: Any) -> list[Any]:
     """An annotation and its type arguments, recursively."""
-    return [annotation, *(part for inside in get_args(annotation) for part in _parts(inside))]
+    return [annotation, *(part for inside in get_args(annotation) for part in _type_arguments(inside))]
 
 
 PACKAGE = Path(__file__).resolve().parent.parent

@@ -58,7 +58,8 @@ FIRES = {
         "{model: {adapter: {type: qlora}}, distributed: {fsdp: full_shard}}", "distributed.fsdp", "has no effect under",
     ),
     "shards of a qlora": (
-        "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict", "one process",
+        "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict",
+        "which runs in one process",
     ),
     "GPUs of a qlora": (
         "{model: {adapter: {type: qlora}}, cluster: {gpus_per_node: 4}}", "cluster.gpus_per_node", "contradicts",
@@ -110,7 +111,8 @@ FIRES = {
         "data.sources.0.weight", "contradicts data.mixture",
     ),
     "overlap with nothing": (
-        "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap", "no validation",
+        "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap",
+        "no validation rows",
     ),
     "a late warning": (
         "data: {preferences: {conflicting: {warn: 0.5, fail: 0.1}}}", "data.preferences.conflicting.warn", "never",
