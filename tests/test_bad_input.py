@@ -56,7 +56,7 @@ def swaps(old, new):
 
 
 RECIPES = {
-    "an empty file": (lambda _: "", "this is nothing"),
+    "an empty file": (lambda _: "", "not nothing"),
     "a list": (lambda _: "- method: sft\n", "a recipe must be a section of keys"),
     "no YAML": (adds("train: {a\n"), "r.yaml:"),
     "a tab": (adds("\ttrain:\n"), "r.yaml:"),
@@ -66,7 +66,7 @@ RECIPES = {
     "another method": (swaps("method: sft", "method: grpo"), "grpo"),
     "no output_dir": (lambda text: re.sub("output_dir.*\n", "", text), "output_dir"),
     "no sources": (lambda text: re.sub("  sources.*\n", "", text), "data.sources"),
-    "sources of none": (lambda text: re.sub("sources: .*", "sources: []", text), "not empty"),
+    "sources of none": (lambda text: re.sub("sources: .*", "sources: []", text), "must not be empty"),
     "a misspelt key": (adds("evaluatoin: null\n"), "did you mean `evaluation`?"),
     "a misspelt nested key": (swaps("max_steps", "max_step"), "did you mean `train.max_steps`?"),
     "a key of another tool": (adds("micro_batch_size: 4\n"), "train.micro_batch_size"),
@@ -222,7 +222,7 @@ ENVIRONMENTS = {
     ),
     "a cache in a file": ({"NESSO_TUNE_CACHE": "{file}/cache"}, {}, 5, "not a directory"),
     "code of the hub without a commit": (
-        {}, {"model": {"base": "some/one", "random_init": False, "trust_remote_code": True}}, 2, "full commit",
+        {}, {"model": {"base": "some/one", "random_init": False, "trust_remote_code": True}}, 2, "full hash",
     ),
     "bytes for a cache": ({"NESSO_TUNE_CACHE": "/proc/nesso"}, {}, 5, "/proc"),
 }  # fmt: skip

@@ -137,7 +137,7 @@ def test_code_from_the_hub_runs_only_of_a_full_commit(tmp_path, talks, capsys, r
         code, _, said = main_here(capsys, verb, path)
         assert code == 2
         assert "model.trust_remote_code: would run code of someone/strange" in said
-        assert "full commit" in said
+        assert "full hash" in said
     code, _, said = main_here(capsys, "check", path, "--set", f"model.revision={'a1' * 20}")
     assert code == 0, said
 
