@@ -149,7 +149,7 @@ def driver(monkeypatch, tmp_path):
     """A machine whose driver lists four GPUs."""
     for i in range(4):
         (tmp_path / "gpus" / str(i)).mkdir(parents=True)
-    monkeypatch.setattr(launch_command, "DRIVER", tmp_path / "gpus")
+    monkeypatch.setattr(launch_command, "DRIVER_GPUS", tmp_path / "gpus")
 
 
 CLUSTER = ("--set", "cluster={nodes: 2, gpus_per_node: 8}")
