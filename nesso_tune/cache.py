@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from filelock import Timeout
 from platformdirs import user_cache_dir
 
-from nesso_tune.errors import RunEnvironmentError, is_full
+from nesso_tune.errors import RunEnvironmentError, is_disk_full
 from nesso_tune.files import acquire_lock, format_bytes, fsync, json_sha256, sha256
 from nesso_tune.logs import print_notes
 from nesso_tune.recipes.builtin import environment_path
@@ -132,7 +132,7 @@ def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dic
         staging.rename(root / key)
         _sync_folder(root)
     except Exception as error:
-        if not is_full(error):
+        if not is_disk_full(error):
             raise
         written = sum(file.stat().st_size for file in staging.iterdir())
         shutil.rmtree(staging, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What can go wrong, said in one form: *where: what is wrong; what to do*.
+"""Exceptions with exit codes, and helpers for error messages.
 
-Every error a user can cause is a `NessoError`. Its class fixes the exit code of the command line; its problems
-carry the place, the fault and the remedy, so that many mistakes can be reported at once.
+Every error that a user can cause is a `NessoError`. Its class sets the exit code of the command line. It holds one or
+more problems, each printed as *where: what is wrong; what to do*.
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ from typing import Any
 
 from nesso_tune.logs import visible
 
+DISK_FULL_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
+# Messages of libraries that do not raise OSError: safetensors and tokenizers (Rust), torch.
+DISK_FULL_MESSAGES = (
+    "No space left on device",
+    "Disk quota exceeded",
+    *(f"os error {number})" for number in DISK_FULL_ERRNOS),
+)
+MAX_NAME_LENGTH = 200  # longer texts are not matched: they are not misspelled names
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the place (`recipes/sft.yaml:12`), the fault, and the remedy."""
+    """One problem: its location (`recipes/sft.yaml:12`), what is wrong, and what to do."""
 
     where: str
     what: str
@@ -27,108 +36,77 @@ class Problem:
         return visible(f"{_clipped(self.where)}: {_clipped(self.what)}; {_clipped(self.remedy)}")
 
 
-def _clipped(text: str, most: int = 2000) -> str:
-    """A text without its middle where it is very long: a row or key of a user's may be of any length."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of others says, short enough for a line of ours; its kind where it says nothing."""
-    return (_text(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # of a user's own kind, that cannot even be said
-        return ""
-
-
 class NessoError(Exception):
-    """Base of all errors that a user can cause and mend.
+    """Base class of all errors that a user can cause and fix.
 
-    `exit_code` is what the command line ends with. `speaks` says whether this one of several processes prints the
-    message; None leaves it to the command line.
+    Attributes:
+        exit_code: exit code of the command line.
+        prints_message: whether this rank prints the message; if None, the command line decides.
+        problems: all problems of the error.
     """
 
     exit_code = 1
-    speaks: bool | None = None
+    prints_message: bool | None = None
 
     def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
-        """Takes either one problem as three texts, or the problems themselves."""
+        """Takes one problem as three strings, or an iterable of problems."""
         self.problems: tuple[Problem, ...] = (Problem(where, what, remedy),) if isinstance(where, str) else tuple(where)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.problems,)  # from one process to another with its problems, not with their text
+        return type(self), (self.problems,)  # pickles the problems, not only their text
 
 
 class RecipeError(NessoError):
-    """The recipe is wrong, contradicts itself, or differs from the run it should continue."""
+    """The recipe is invalid, contradictory, or differs from that of the run to resume."""
 
     exit_code = 2
 
 
 class DataError(NessoError):
-    """A data file cannot be read, or nothing usable is in it."""
+    """A data file cannot be read, or has no usable records."""
 
     exit_code = 3
 
 
 class ModelError(NessoError):
-    """The base model or its tokenizer is missing, damaged, or does not fit."""
+    """The base model or its tokenizer is missing, corrupt or incompatible."""
 
     exit_code = 4
 
 
 class RunEnvironmentError(NessoError):
-    """Disk, devices, network, a locked or foreign output folder, no usable checkpoint."""
+    """Disk, device or network error, locked or unrelated output folder, or no usable checkpoint."""
 
     exit_code = 5
 
 
 class NumericalError(NessoError):
-    """NaN or infinity in the loss or the gradients, or a reference that is not the policy it starts from."""
+    """NaN or infinity in the loss or the gradients, or a reference that differs from the initial policy."""
 
     exit_code = 6
 
 
 class GateRefused(NessoError):
-    """The model was measured and did not pass its gate."""
+    """The evaluated model did not pass its gate."""
 
     exit_code = 7
 
 
 class Preempted(NessoError):
-    """The run was asked to stop; a checkpoint is saved and the same command continues it."""
+    """The run received a stop signal and saved a checkpoint; the same command resumes it."""
 
     exit_code = 75
 
 
-FULL = {errno.ENOSPC, errno.EDQUOT}
-# How libraries that do not raise OSError say the same: safetensors and tokenizers in Rust, torch in a traceback.
-SAID_FULL = ("No space left on device", "Disk quota exceeded", *(f"os error {number})" for number in FULL))
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came of, says that the disk or a quota is full."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return True
-        if any(words in _text(error) for words in SAID_FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def of_os(error: OSError) -> RunEnvironmentError:
-    """What the operating system refused, in our form."""
+def from_os_error(error: OSError) -> RunEnvironmentError:
+    """Converts an OSError to a RunEnvironmentError."""
     where = str(error.filename or "disk")
-    if error.errno in FULL:
+    if error.errno in DISK_FULL_ERRNOS:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
-    if error.errno == errno.ENOLCK:  # of a library's lock; ours say where else to go
+    if error.errno == errno.ENOLCK:  # from a library's lock; our own locks raise a more specific error
         remedy = "mount it with locks, or put output_dir, NESSO_TUNE_CACHE and HF_HOME on another disk"
         return RunEnvironmentError(where, "the file system does not support file locks", remedy)
     if isinstance(error, (IsADirectoryError, NotADirectoryError, FileNotFoundError)):
@@ -138,18 +116,43 @@ def of_os(error: OSError) -> RunEnvironmentError:
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")
 
 
-LONGEST = 200  # characters from which a word is no misspelt name
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or any error in its chain, reports a full disk or an exceeded quota."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS:
+            return True
+        if any(words in _message_of(error) for words in DISK_FULL_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """First line of a third-party error message, at most 200 characters; the class name if the message is empty."""
+    return (_message_of(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The choice that `word` was most likely meant to be, or None."""
-    if len(word) > LONGEST:
+    """The choice most similar to `word` (difflib ratio of at least `cutoff`), or None."""
+    if len(word) > MAX_NAME_LENGTH:
         return None
-    short = [choice for choice in choices if len(choice) <= LONGEST]  # a comparison's time grows with both lengths
+    short = [choice for choice in choices if len(choice) <= MAX_NAME_LENGTH]  # cost grows with both lengths
     found = difflib.get_close_matches(word.lower(), short, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 
-def shortened(text: str, most: int = 60) -> str:
-    """A name or value as a message shows it: whole, or its beginning and how long it is."""
-    return text if len(text) <= most else f"{text[: most - 20]}... ({len(text):,} characters)"
+def shortened(text: str, max_length: int = 60) -> str:
+    """Shortens a name or value for a message: its beginning and its length."""
+    return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text):,} characters)"
+
+
+def _message_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # `__str__` of a user-defined exception can raise
+        return ""
+
+
+def _clipped(text: str, max_length: int = 2000) -> str:
+    """Removes the middle of a very long text: user data and keys have no length limit."""
+    return text if len(text) <= max_length else f"{text[: max_length // 2]} ... {text[-max_length // 2 :]}"

@@ -11,8 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, closest
-from nesso_tune.planning.shapes import TABLE, unsupported
-from nesso_tune.recipes.builtin import is_result, local_path
+from nesso_tune.planning.shapes import KNOWN_CONFIGS, unsupported
+from nesso_tune.recipes.builtin import is_run_output, local_path
 from nesso_tune.recipes.sections import ModelSection
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.model", "config.json",
@@ -56,7 +56,7 @@ def local_base_folder(base: str, revision: str | None = None) -> Path | None:
     Raises:
         ModelError: if a path is not a folder, unless a run will create it.
     """
-    if local_path(base).exists() or (not is_result(base) and not is_hub_id(base)):
+    if local_path(base).exists() or (not is_run_output(base) and not is_hub_id(base)):
         return base_folder(base, revision)
     if not is_hub_id(base):
         return None
@@ -130,7 +130,7 @@ def check_local_base(model: ModelSection) -> None:
     base = model.base
     check_pinned(model)
     if not local_path(base).exists():
-        if is_result(base) or (is_hub_id(base) and (base in TABLE or not local_path(base).parent.is_dir())):
+        if is_run_output(base) or (is_hub_id(base) and (base in KNOWN_CONFIGS or not local_path(base).parent.is_dir())):
             return
         raise _no_such_folder(base, f"model.base {base}")
     check_model_folder(base_folder(base, model.revision), model)
@@ -198,14 +198,14 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 def is_hub_id(base: str) -> bool:
     """Whether a name that is not a local folder has the form of a hub id."""
-    return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not is_result(base)
+    return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not is_run_output(base)
 
 
 def missing_base_note(base: str) -> str | None:
     """A note about a base model that is not found: a run creates it, or its name may be misspelt. Else None."""
-    if local_path(base).is_dir() or base in TABLE:
+    if local_path(base).is_dir() or base in KNOWN_CONFIGS:
         return None
-    if is_result(base):
+    if is_run_output(base):
         return f"{base} does not exist yet: an earlier recipe creates it"
     return f"{base} is not a local folder or a known model, so its size is unknown{_suggestion(base)}"
 
@@ -214,16 +214,16 @@ def _no_such_folder(base: str, where: str) -> ModelError:
     near = _suggestion(base)
     if near:
         return ModelError(where, "no such folder", near.removeprefix("; "))
-    hint = "run the recipe that creates it first" if is_result(base) else "check the path, or name a hub id"
+    hint = "run the recipe that creates it first" if is_run_output(base) else "check the path, or name a hub id"
     return ModelError(where, "no such folder", hint)
 
 
 def _suggestion(base: str) -> str:
     """`; did you mean …?` with a known model or a folder of a similar name, or an empty string."""
-    if base in TABLE:
+    if base in KNOWN_CONFIGS:
         return ""
     parent = local_path(base).parent
     folders = [str(path) for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    guess = closest(base, [*TABLE, *folders], 0.8)
-    exact = next((name for name in TABLE if name.lower() == base.lower()), guess)
+    guess = closest(base, [*KNOWN_CONFIGS, *folders], 0.8)
+    exact = next((name for name in KNOWN_CONFIGS if name.lower() == base.lower()), guess)
     return f"; did you mean {exact}?" if exact else ""

@@ -15,9 +15,9 @@ from nesso_tune.data.detect import NEARLY_ALL, DetectedSource
 from nesso_tune.data.estimate import CHARACTERS_PER_TOKEN
 from nesso_tune.errors import ModelError
 from nesso_tune.logs import visible
-from nesso_tune.planning.advice import auto_learning_rate, tuned_near
+from nesso_tune.planning.advice import auto_learning_rate, nearest_tuned_run
 from nesso_tune.planning.shapes import ModelShape
-from nesso_tune.recipes.json_schema import FILE
+from nesso_tune.recipes.json_schema import SCHEMA_FILE
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
 from nesso_tune.recipes.sections import AUTO
 
@@ -122,7 +122,7 @@ def _head(name: str, file: str, base: BaseModelInfo, method: str) -> list[str]:
     kind = "supervised fine-tuning" if method == "sft" else "preference training"
     title, command = f"{name}: {kind} of {base.name}.", visible(shlex.quote(file))
     return [
-        f"# yaml-language-server: $schema={FILE}",
+        f"# yaml-language-server: $schema={SCHEMA_FILE}",
         f"# {''.join(c if c.isprintable() else ' ' for c in title)}",
         "#",
         f"#   nesso-tune check {command}",
@@ -203,7 +203,7 @@ def _size(shape: ModelShape | None) -> str:
 def _rate_note(method: str, shape: ModelShape | None) -> str:
     if shape is None:
         return "a conservative value, since the size of the base is unknown"
-    run = tuned_near(method, shape)
+    run = nearest_tuned_run(method, shape)
     return f"for this model size; tuned: {run.learning_rate:g} ({run.source})"
 
 

@@ -34,7 +34,7 @@ from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attention_description
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import base_hash, can_compile, load_model
-from nesso_tune.planning.advice import more_epochs
+from nesso_tune.planning.advice import epochs_rounded_up
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
@@ -148,7 +148,7 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
             disk.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
-                _say_all(more_epochs(recipe, plan), say)
+                _say_all(epochs_rounded_up(recipe, plan), say)
             write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
         barrier()

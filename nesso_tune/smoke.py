@@ -27,7 +27,7 @@ from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.hub import check_local_base, local_base_folder, missing_base_note, tokenizer_files
 from nesso_tune.metrics import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
-from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, local_path, shipped
+from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, local_path, shipped_folder
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
@@ -85,7 +85,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
         raw["model"] |= {"dtype": "float32", "attention": attention}
     if not own_tokenizer:  # the bundled tokenizer lacks the base's tokens
         raw["chat"]["pad_token"] = None
-        raw["data"]["sequence_len"] *= BUNDLED_TOKENS
+        raw["data"]["sequence_len"] *= BUNDLED_TOKENS_RATIO
     for section, limits in LIMITS.items():
         if (values := raw[section]) is not None:
             values |= {key: min(values[key], limit) for key, limit in limits.items() if values[key] is not None}
@@ -133,7 +133,7 @@ def _data_keys(recipe: Recipe, say: Say) -> dict[str, Any]:
     """The changed keys of `data`: the first rows of available sources, and bundled rows for the others."""
     sources = _available_sources(recipe.data.sources, recipe.method, say)
     if len(sources) < len(recipe.data.sources):
-        folder = shipped("recipes") / "quickstart" / "data"
+        folder = shipped_folder("recipes") / "quickstart" / "data"
         sources += [
             Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS_PER_SOURCE[recipe.method])
             for name in BUNDLED_ROWS[recipe.method]

@@ -56,8 +56,8 @@ def swaps(old, new):
 
 
 RECIPES = {
-    "an empty file": (lambda _: "", "this is nothing"),
-    "a list": (lambda _: "- method: sft\n", "a recipe is a section of keys"),
+    "an empty file": (lambda _: "", "not nothing"),
+    "a list": (lambda _: "- method: sft\n", "a recipe must be a section of keys"),
     "no YAML": (adds("train: {a\n"), "r.yaml:"),
     "a tab": (adds("\ttrain:\n"), "r.yaml:"),
     "two documents": (adds("---\nmethod: dpo\n"), "r.yaml:"),
@@ -66,7 +66,7 @@ RECIPES = {
     "another method": (swaps("method: sft", "method: grpo"), "grpo"),
     "no output_dir": (lambda text: re.sub("output_dir.*\n", "", text), "output_dir"),
     "no sources": (lambda text: re.sub("  sources.*\n", "", text), "data.sources"),
-    "sources of none": (lambda text: re.sub("sources: .*", "sources: []", text), "not empty"),
+    "sources of none": (lambda text: re.sub("sources: .*", "sources: []", text), "must not be empty"),
     "a misspelt key": (adds("evaluatoin: null\n"), "did you mean `evaluation`?"),
     "a misspelt nested key": (swaps("max_steps", "max_step"), "did you mean `train.max_steps`?"),
     "a key of another tool": (adds("micro_batch_size: 4\n"), "train.micro_batch_size"),
@@ -87,7 +87,7 @@ RECIPES = {
     "a token": (swaps("random_init: true", "random_init: true, revision: hf_abcdefghijklmnopqrst0"), "a secret"),
     "a token as a number": (swaps("max_steps: 2", "learning_rate: hf_abcdefghijklmnopqrst0"), "a secret"),
     "a NUL": (lambda text: re.sub("output_dir: .*", 'output_dir: "a\\\\0b"', text), "NUL"),
-    "a way out": (lambda text: re.sub("output_dir: .*", "output_dir: ../../x", text), "leads out"),
+    "a way out": (lambda text: re.sub("output_dir: .*", "output_dir: ../../x", text), "outside the working directory"),
     "a spike of another kind": (swaps("max_steps: 2", "on_spike: ignore"), "on_spike"),
     "a template that is not there": (adds("chat: {template: chatmll}\n"), "did you mean `chatml`?"),
     "a batch that does not divide": (swaps("max_steps: 2", "global_batch_size: 3, micro_batch_size: 2"), "multiple"),

@@ -45,7 +45,7 @@ def test_epochs_are_steps_times_batch_by_rows(tmp_path, rows, plan, batch, made,
     assert f"{made} steps of {batch} rows, {epochs} epochs" in report
     told = [text for text in said if "whole step(s)" in text]
     assert told == (
-        ["1 epoch(s) of 10 rows become 3.2 in 1 whole step(s) of 32 rows: lower train.global_batch_size"]
+        ["1 epoch(s) of 10 rows are rounded up to 3.2 by 1 whole step(s) of 32 rows: lower train.global_batch_size"]
         if batch == 32
         else []
     )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from nesso_tune import ModelError, RecipeError
 from nesso_tune.recipes.load import load_recipe
-from nesso_tune.recipes.secrets import kind_of
+from nesso_tune.recipes.secrets import secret_kind
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
 from tests.support.runs import ROOT, fresh_command, main_here, metrics, recipe, write_recipe
@@ -68,7 +68,7 @@ def test_secrets_of_the_environment_are_written_nowhere(tmp_path, talks, whole_b
         assert not leaks, name
 
 
-@pytest.mark.parametrize("secret", filter(kind_of, CANARIES.values()))  # the others are told by a variable's name
+@pytest.mark.parametrize("secret", filter(secret_kind, CANARIES.values()))  # the others are told by a variable's name
 def test_a_secret_in_a_recipe_is_refused_and_not_repeated(tmp_path, talks, capsys, secret):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     code, out, said = main_here(capsys, "train", path, "--set", f"model.revision={secret}")
@@ -83,7 +83,7 @@ def test_a_job_file_holds_no_secret(tmp_path, talks, name):
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     settings = {f"cluster.env.{name}": "x"}
     if name == "HF_TOKEN":
-        with pytest.raises(RecipeError, match=r"cluster\.env.*names a secret"):
+        with pytest.raises(RecipeError, match=r"cluster\.env.*is a secret"):
             load_recipe(path, settings)
     else:
         load_recipe(path, settings)
@@ -165,7 +165,7 @@ def test_an_output_folder_does_not_lead_out_of_the_working_directory(tmp_path, t
     path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
     code, _, said = main_here(capsys, "train", path, "--set", f"output_dir={folder}")
     assert code == 2
-    assert "leads out of the working directory" in said
+    assert "is outside the working directory" in said
 
 
 def test_a_manifest_does_not_lead_out_of_its_checkpoint(tmp_path, talks):

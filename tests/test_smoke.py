@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nesso_tune.errors import DataError, ModelError
-from nesso_tune.planning.shapes import TABLE, known_config
+from nesso_tune.planning.shapes import KNOWN_CONFIGS, known_config
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.smoke import MAX_SEQUENCE_LEN, ROWS_PER_SOURCE, STEPS, build_tiny_model, smoke_recipe, tiny_config
@@ -119,9 +119,9 @@ def test_a_base_with_weights_keeps_its_tokenizer_and_shape(talks, base, tmp_path
     assert (made["model_type"], made["vocab_size"], made["num_hidden_layers"]) == ("qwen3", 1900, 2)
 
 
-@pytest.mark.parametrize("name", sorted({config[0] for config in TABLE.values()}))
+@pytest.mark.parametrize("name", sorted({config[0] for config in KNOWN_CONFIGS.values()}))
 def test_tiny_models_are_tiny_and_of_their_architecture(name, tmp_path):
-    config = next(known_config(base) for base in TABLE if TABLE[base][0] == name)
+    config = next(known_config(base) for base in KNOWN_CONFIGS if KNOWN_CONFIGS[base][0] == name)
     assert build_tiny_model(tmp_path, tiny_config(config, 100)) == name
     weights = load_file(tmp_path / "model.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) < 200_000

@@ -25,7 +25,7 @@ from nesso_tune.chat.special_tokens import (
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.conversation import Conversation, Message
 from nesso_tune.errors import ModelError, RecipeError, first_line
-from nesso_tune.recipes.builtin import local_path, shipped
+from nesso_tune.recipes.builtin import local_path, shipped_folder
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 
 DEFAULT_TEMPLATE = "chatml"  # for base models without a chat template
@@ -149,7 +149,7 @@ def match_base_template(folder: Path, bos: str | None, default_system: DefaultSy
         return None
     theirs = _render_samples(templates, bos or "")
     names = sorted(
-        (file.stem for file in (shipped("data_templates") / "chat").glob("*.yaml")), key=DEFAULT_TEMPLATE.__ne__
+        (file.stem for file in (shipped_folder("data_templates") / "chat").glob("*.yaml")), key=DEFAULT_TEMPLATE.__ne__
     )
     differences = {}
     for name in names:

@@ -26,8 +26,8 @@ from nesso_tune.recipe_draft import (
     too_long_share,
     unusable_note,
 )
-from nesso_tune.recipes.builtin import catalogue, flag_path, is_result, local_path
-from nesso_tune.recipes.json_schema import FILE, recipe_schema
+from nesso_tune.recipes.builtin import flag_path, is_run_output, local_path, recipe_summaries
+from nesso_tune.recipes.json_schema import SCHEMA_FILE, recipe_schema
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ModelSection
@@ -74,7 +74,7 @@ def init(
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
-    (file.parent / FILE).write_text(schema, encoding="utf-8")
+    (file.parent / SCHEMA_FILE).write_text(schema, encoding="utf-8")
     print_lines(*_summary(file, kind, start, found))
     if (dropped := too_long_share(kind, found, start.shape)) >= 0.05:
         limit = "the context of the base" if start.shape else "sequence_len"
@@ -144,7 +144,7 @@ def _inspect_base(base: str) -> BaseModelInfo:
     check_local_base(model)
     shape = find_shape(model)
     config = local_path(base) / "tokenizer_config.json"
-    if is_result(base) and not local_path(base).exists():
+    if is_run_output(base) and not local_path(base).exists():
         return BaseModelInfo(base, shape, None)  # a run will create it
     if config.is_file() and has_nesso_template(config):
         return BaseModelInfo(base, shape, None)
@@ -163,7 +163,7 @@ def _inspect_base(base: str) -> BaseModelInfo:
 
 def _recipe_that_creates(base: str, folder: Path) -> tuple[Path, Recipe] | None:
     """The recipe in the same folder that creates the base, if the base does not exist yet."""
-    if not is_result(base) or local_path(base).exists() or not folder.is_dir():
+    if not is_run_output(base) or local_path(base).exists() or not folder.is_dir():
         return None
     for file in sorted(folder.glob("*.yaml")):
         try:
@@ -185,7 +185,7 @@ def _summary(file: Path, method: str, base: BaseModelInfo, found: Sequence[Detec
         lines.append(f"  {part.path}: {rows}format {part.format}{columns}; {languages_of(part)}{tools}")
         lines += [f"  note: {note}" for note in [unusable_note(part)] if note]
         lines += [f"  unused columns: {', '.join(part.unused)}"] if part.unused else []
-    return [*lines, f"  {file.parent / FILE}: JSON Schema for completion and validation in editors",
+    return [*lines, f"  {file.parent / SCHEMA_FILE}: JSON Schema for completion and validation in editors",
             f"next: nesso-tune check {shlex.quote(str(file))}"]  # fmt: skip
 
 
@@ -197,5 +197,5 @@ def _entry_lines() -> list[str]:
     return [
         f"{entry.name}\n  {entry.title}\n  hardware  {entry.hardware}\n  cost      {entry.cost}\n"
         f"  command   {entry.command}"
-        for entry in catalogue()
+        for entry in recipe_summaries()
     ]

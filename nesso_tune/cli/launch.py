@@ -23,7 +23,7 @@ from nesso_tune.launch.slurm import sbatch_text
 from nesso_tune.logs import print_lines, print_text
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.recipes.builtin import flag_path, is_result
+from nesso_tune.recipes.builtin import flag_path, is_run_output
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 
@@ -154,7 +154,7 @@ def _check_cached(names: list[str], recipes: list[Recipe]) -> None:
     for name, recipe in zip(names, recipes, strict=True):
         base = recipe.model.base
         folder = local_base_folder(base, recipe.model.revision)
-        uncached = [] if is_result(base) or (folder and has_weights(folder)) or recipe.model.random_init else [base]
+        uncached = [] if is_run_output(base) or (folder and has_weights(folder)) or recipe.model.random_init else [base]
         sources = (*recipe.data.sources, *recipe.data.validation_sources)
         uncached += [source.path for source in sources if not is_local(source.path) and not is_cached(source)]
         remedy = f"run `nesso-tune prepare {shlex.quote(name)}` on the login node, or set cluster.offline: false"

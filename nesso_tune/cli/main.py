@@ -19,7 +19,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nesso_tune.errors import NessoError, RunEnvironmentError, of_os
+from nesso_tune.errors import NessoError, RunEnvironmentError, from_os_error
 from nesso_tune.launch.command import EXIT_FILE
 from nesso_tune.logs import print_lines, print_notes, print_text
 
@@ -129,7 +129,7 @@ def _run(arguments: list[str] | None) -> None:
     except NessoError as error:
         _exit_with(error, debug)
     except OSError as error:
-        _exit_with(of_os(error), debug)
+        _exit_with(from_os_error(error), debug)
     except MemoryError:
         remedy = "lower train.micro_batch_size or data.sequence_len"
         _exit_with(RunEnvironmentError("memory", "not enough", remedy), debug)
@@ -146,11 +146,11 @@ def _exit_with(error: NessoError, debug: bool) -> None:
     """Prints an error once per run, or once per machine if it concerns the machine, and exits with its code."""
     if debug:
         print_text(traceback.format_exc(), error=True)
-    speaks = error.speaks
-    if speaks is None:
+    prints_message = error.prints_message
+    if prints_message is None:
         rank = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
-        speaks = rank == "0" or not rank.isdecimal()
-    if speaks:
+        prints_message = rank == "0" or not rank.isdecimal()
+    if prints_message:
         from nesso_tune.recipes.secrets import masked
 
         print_notes(*(masked(str(problem)) for problem in error.problems))

@@ -14,7 +14,7 @@ from nesso_tune.errors import ModelError, RecipeError, closest
 from nesso_tune.hub import check_local_base
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.recipes.builtin import is_result, local_path
+from nesso_tune.recipes.builtin import is_run_output, local_path
 from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.runs.layout import OVERWRITTEN
@@ -88,7 +88,7 @@ def check_bases(recipes: list[Recipe]) -> None:
         base = recipe.model.base
         if Path(base).resolve() not in outputs:
             check_local_base(recipe.model)
-            if is_result(base) and not local_path(base).exists():
+            if is_run_output(base) and not local_path(base).exists():
                 raise ModelError(
                     f"model.base {base}", "no such folder",
                     "run the recipe that creates it first, in the same command or before",

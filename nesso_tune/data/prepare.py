@@ -30,7 +30,7 @@ from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray
 from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError, RecipeError
 from nesso_tune.planning.plan import DataVolume
-from nesso_tune.recipes.builtin import shipped
+from nesso_tune.recipes.builtin import shipped_folder
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 
@@ -360,7 +360,7 @@ def software_versions() -> list[str]:
     """Identifies the code that encodes rows: hash of this package's code and formats, and versions of packages."""
     package = Path(__file__).parents[1]
     code = [file for folder in ("chat", "data") for file in sorted((package / folder).glob("*.py"))]
-    formats = sorted((shipped("data_templates") / "formats").glob("*.yaml"))
+    formats = sorted((shipped_folder("data_templates") / "formats").glob("*.yaml"))
     own = content_hash([*code, package / "conversation.py", *formats])
     return [own, unicodedata.unidata_version, *(f"{name} {version(name)}" for name in PACKAGES)]
 

@@ -21,7 +21,7 @@ from nesso_tune.data.files import expand, is_glob, is_local
 from nesso_tune.data.locations import ROW_NUMBER
 from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.errors import DataError
-from nesso_tune.recipes.builtin import OF_SOURCE, local_path, reader_file
+from nesso_tune.recipes.builtin import SOURCE_SEPARATOR, local_path, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.sections import DataSection, Source
 
@@ -114,7 +114,7 @@ class Privacy:
 
     def metric_name(self, metric: str) -> str:
         """Public name of a metric: `eval_loss/source/ALIAS` with the number of a private source."""
-        stem, by_source, name = metric.partition(OF_SOURCE)
+        stem, by_source, name = metric.partition(SOURCE_SEPARATOR)
         validation = bool(self.data.validation_sources)
         sources = self.data.validation_sources if validation else self.data.sources
         shown = dict(zip(map(source_name, sources), self.source_names(validation), strict=True))

@@ -44,7 +44,7 @@ def wait_for_ranks(world_size: int, timeout_s: int) -> Membership:
     missing = missing_ranks(store, "host", world_size, timeout_s)
     if missing:
         error = did_not_join(nodes_of(missing), timeout_s)
-        error.speaks = _rank() == min(set(range(world_size)) - set(missing))
+        error.prints_message = _rank() == min(set(range(world_size)) - set(missing))
         raise error
     return Membership(store, [store.get(f"host/{rank}").decode() for rank in range(world_size)], launcher_store)
 
@@ -142,7 +142,7 @@ def connect_store(
             f"{address}:{port}", f"cannot be reached from {socket.gethostname()} (rank {rank})",
             "check that the process on the first node is running, and that no firewall blocks the port",
         )  # fmt: skip
-        unreachable.speaks = None if "TORCHELASTIC_RUN_ID" in os.environ else True
+        unreachable.prints_message = None if "TORCHELASTIC_RUN_ID" in os.environ else True
         raise unreachable from None
 
 

@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from nesso_tune.distributed.membership import Membership, wait_for_ranks
-from nesso_tune.errors import NessoError, RunEnvironmentError, first_line, of_os
+from nesso_tune.errors import NessoError, RunEnvironmentError, first_line, from_os_error
 from nesso_tune.planning.hardware import Gpu
 from nesso_tune.planning.plan import World
 
@@ -143,9 +143,9 @@ def report_lost_ranks() -> Iterator[None]:
     try:
         yield
     except (NessoError, OSError) as raised:
-        own_error = of_os(raised) if isinstance(raised, OSError) else raised
-        if _membership is not None and own_error.speaks is None:
-            own_error.speaks = _membership.claim_message(str(own_error))
+        own_error = from_os_error(raised) if isinstance(raised, OSError) else raised
+        if _membership is not None and own_error.prints_message is None:
+            own_error.prints_message = _membership.claim_message(str(own_error))
         if own_error is raised:
             raise
         raise own_error from raised
@@ -167,13 +167,13 @@ def _lost_rank_error(error: Exception) -> RunEnvironmentError:
         shares_host = (
             _membership is not None and not _membership.launcher_store and _membership.hosts[0] == socket.gethostname()
         )
-        speaks = os.environ.get("LOCAL_RANK", "0") == ("1" if shares_host else "0")  # one rank of each node
+        prints_message = os.environ.get("LOCAL_RANK", "0") == ("1" if shares_host else "0")  # one rank of each node
     else:
         names = ", ".join(_membership.describe(rank) for rank in lost)
         first_alive = min(set(range(world_size())) - set(lost))
-        speaks = int(os.environ["RANK"]) == first_alive and not _membership.have_reported(lost)
+        prints_message = int(os.environ["RANK"]) == first_alive and not _membership.have_reported(lost)
     result = RunEnvironmentError(_this_rank(), f"lost contact with {names} ({first_line(error)})", remedy)
-    result.speaks = speaks
+    result.prints_message = prints_message
     return result
 
 

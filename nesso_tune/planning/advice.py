@@ -1,4 +1,4 @@
-"""Learning rates that are known to work, with the model and the batch they were tuned for."""
+"""Advice on a planned run (`advise`), and default learning rates from tuned runs."""
 
 from __future__ import annotations
 
@@ -14,16 +14,27 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS, Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData
 
+MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
+MIN_VALIDATION_ROWS = 20  # with fewer rows, the loss is noise
+MAX_VALIDATION_ROWS = 20_000  # with more rows, evaluation is slow
+MIN_STEPS = 30  # optimizer steps
+EPOCHS_TOLERANCE = 0.1  # relative increase of epochs by rounding that is not reported
+MAX_EPOCHS_RATIO = 4  # relative to the default epochs; few epochs are not reported
+MAX_DROPPED_SHARE = 0.2  # share of rows dropped as too long
+SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
+SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
+MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
+
 
 @dataclass(frozen=True)
 class TunedRun:
-    """A run whose learning rate is known to be good.
+    """A run with a tuned learning rate.
 
     Attributes:
-        parameters: size of the model.
-        learning_rate: its peak.
+        parameters: number of parameters of the model.
+        learning_rate: peak learning rate.
         batch: tokens (SFT) or pairs (DPO) per optimizer step.
-        source: where it comes from.
+        source: model or paper.
     """
 
     parameters: float
@@ -32,7 +43,7 @@ class TunedRun:
     source: str
 
 
-# Ordered by size. Between two sizes the learning rate is interpolated on log scales.
+# Ordered by size. Learning rates between two sizes are interpolated in log-log space.
 TUNED: dict[str, tuple[TunedRun, ...]] = {
     "sft": (
         TunedRun(1e6, 1e-3, 512, "nesso-tune quickstart"),
@@ -45,71 +56,66 @@ TUNED: dict[str, tuple[TunedRun, ...]] = {
         TunedRun(8e9, 5e-7, 128, "Llama-3.1-8B, Tulu 3 (arXiv:2411.15124)"),
     ),
 }
-FALLBACK = {"sft": 2e-5, "dpo": 1e-6}  # of a model whose size is unknown
-ADAPTER = {"sft": 2e-4, "dpo": 5e-6}  # the usual rates of low-rank adapters, which need more than whole weights
+DEFAULT_LEARNING_RATE = {"sft": 2e-5, "dpo": 1e-6}  # if the model size is unknown
+ADAPTER_LEARNING_RATE = {
+    "sft": 2e-4,
+    "dpo": 5e-6,
+}  # usual rates of LoRA; higher than for full fine-tuning
+
+
+def advise(recipe: Recipe, plan: Plan) -> list[str]:
+    """All advice, most urgent first."""
+    return [text for rule in RULES for text in rule(recipe, plan)]
 
 
 def auto_learning_rate(method: str, shape: ModelShape | None, adapter: bool = False) -> float:
-    """The learning rate for a model of this size: that of the tuned runs around it, to two digits."""
+    """Learning rate for a model of this size, interpolated between tuned runs and rounded to two digits."""
     if adapter:
-        return ADAPTER[method]
+        return ADAPTER_LEARNING_RATE[method]
     if shape is None:
-        return FALLBACK[method]
+        return DEFAULT_LEARNING_RATE[method]
     runs = TUNED[method]
     size = min(max(float(shape.parameters), runs[0].parameters), runs[-1].parameters)
     for small, large in pairwise(runs):
         if size <= large.parameters:
-            way = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
-            rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** way
+            fraction = math.log(size / small.parameters) / math.log(large.parameters / small.parameters)
+            rate = small.learning_rate * (large.learning_rate / small.learning_rate) ** fraction
             return float(f"{rate:.1e}")
     return runs[-1].learning_rate
 
 
-def tuned_near(method: str, shape: ModelShape) -> TunedRun:
-    """The tuned run whose model is closest in size."""
+def nearest_tuned_run(method: str, shape: ModelShape) -> TunedRun:
+    """The tuned run with the closest model size."""
     return min(TUNED[method], key=lambda run: abs(math.log(run.parameters / shape.parameters)))
 
 
 @dataclass(frozen=True)
-class FarBatch:
-    """A tuned run of another batch, and the learning rate that would go with this one."""
+class BatchMismatch:
+    """A tuned run with a different batch size, and its learning rate rescaled to the batch of this run."""
 
     run: TunedRun
     rate: float
 
 
-def far_batch(method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int) -> FarBatch | None:
-    """The tuned run of such a model and rate, if its batch is far from this one; None if it is near, or the rate is.
+def find_batch_mismatch(
+    method: str, shape: ModelShape, learning_rate: float, rows: int, per_row: int
+) -> BatchMismatch | None:
+    """The nearest tuned run if it has a similar learning rate and a batch at least 4x larger or smaller; else None.
 
-    The proposed rate follows the square root of the batch (Malladi et al., 2022, arXiv:2205.10287).
+    The suggested rate scales with the square root of the batch size (Malladi et al., 2022, arXiv:2205.10287).
 
     Args:
         method: `sft` or `dpo`.
-        shape: the model's.
-        learning_rate: the peak.
-        rows: packed rows (SFT) or pairs (DPO) a step.
-        per_row: tokens of a row (SFT); 1 for pairs.
+        shape: shape of the model.
+        learning_rate: peak learning rate.
+        rows: packed rows (SFT) or pairs (DPO) per step.
+        per_row: tokens per row (SFT); 1 for pairs.
     """
-    run = tuned_near(method, shape)
+    run = nearest_tuned_run(method, shape)
     ratio = rows * per_row / run.batch
     if 1 / 4 < ratio < 4 or not 1 / 2 <= learning_rate / run.learning_rate <= 2:
         return None
-    return FarBatch(run, learning_rate * math.sqrt(ratio))
-
-
-ROOMY = 0.7  # share of a GPU's memory that an estimate may fill and still be trusted
-FEW, MANY = 20, 20_000  # held-out rows below which a loss is noise, and above which it takes long
-FEW_STEPS = 30
-MORE = 0.1  # share of epochs beyond those of the recipe that is worth a word
-OFTEN = 4  # times the usual epochs from which `max_steps` are many for the data; few are asked for on purpose
-MUCH, LITTLE = 0.2, 200  # share of rows lost that is worth a word; rows below which no held-out share is enough
-SHORT_RUN = 1000  # steps; a rate tuned for long runs is no guide below
-COLD_START = 1e-4  # peak learning rate from which a run without warm-up is risky
-
-
-def advise(recipe: Recipe, plan: Plan) -> list[str]:
-    """All advice, the most urgent first."""
-    return [text for rule in RULES for text in rule(recipe, plan)]
+    return BatchMismatch(run, learning_rate * math.sqrt(ratio))
 
 
 def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -119,10 +125,10 @@ def _end_token(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if data.train_on_eos == "none":
         yield "data.train_on_eos: none never teaches the model to stop; use turn"
     elif data.train_on_eos != "all" and "assistant" not in data.roles_to_train:
-        yield "the end token of assistant turns is not learned (data.roles_to_train): the model will not stop"
+        yield "the end token of assistant turns is not supervised (data.roles_to_train): the model will not stop"
 
 
-def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
     gpu, memory = plan.gpu, plan.memory
     if gpu is None:
         return
@@ -130,7 +136,7 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
         yield f"{gpu.name} has no bfloat16: set model.dtype: float32"
     if memory is None or memory.total <= gpu.memory:
         return
-    fixed = memory.state + memory.working > gpu.memory  # what no shorter or smaller batch changes
+    fixed = memory.state + memory.working > gpu.memory  # independent of the batch
     ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
     ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
@@ -139,20 +145,20 @@ def _fits(recipe: Recipe, plan: Plan) -> Iterator[str]:
         ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
         ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
     elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
-        ways += ["hold the base in 4 bits (model.adapter.type: qlora)"]
-    ways = ways or ["take a GPU with more memory, or a smaller base"]
+        ways += ["quantize the base to 4 bits (model.adapter.type: qlora)"]
+    ways = ways or ["use a GPU with more memory, or a smaller base"]
     needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
 
 
-def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN
+def _learning_rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    short = plan.total_steps is not None and plan.total_steps < SHORT_RUN_STEPS
     if short or plan.shape is None or recipe.model.adapter is not None:
         return
     per_row = recipe.data.sequence_len if isinstance(recipe, SFTRecipe) else 1
     if isinstance(recipe, SFTRecipe) and plan.volume and plan.volume.rows:
         per_row = max(1, round(plan.volume.tokens / plan.volume.rows))
-    batch = far_batch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
+    batch = find_batch_mismatch(recipe.method, plan.shape, plan.learning_rate, plan.global_batch, per_row)
     if batch is None:
         return
     unit = "tokens" if recipe.method == "sft" else "pairs"
@@ -160,21 +166,21 @@ def _rate(recipe: Recipe, plan: Plan) -> Iterator[str]:
     wanted = 2 ** max(0, round(math.log2(batch.run.batch / per_row)))
     fits = wanted % (plan.micro_batch * plan.processes) == 0 and (plan.volume is None or wanted < plan.volume.rows)
     yield (
-        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} a step ({batch.run.source}); "
+        f"learning rate {plan.learning_rate:g} was tuned for {batch.run.batch:,} {unit} per step ({batch.run.source}); "
         f"this run has {rows}{plan.global_batch * per_row:,} {unit}: consider {batch.rate:.1e}"
-        + (f", or {_batch_of(recipe, plan, wanted)}" if fits else "")
+        + (f", or {_batch_setting(recipe, plan, wanted)}" if fits else "")
     )
 
 
-def _batch_of(recipe: Recipe, plan: Plan, rows: int) -> str:
-    """How this recipe says a global batch of `rows`."""
+def _batch_setting(recipe: Recipe, plan: Plan, rows: int) -> str:
+    """The recipe setting for a global batch of `rows`."""
     if recipe.train.gradient_accumulation_steps is None:
         return f"train.global_batch_size: {rows}"
     return f"train.gradient_accumulation_steps: {rows // (plan.micro_batch * plan.processes)} (global batch {rows})"
 
 
 def _smaller_batch(recipe: Recipe) -> str | None:
-    """What makes the global batch of this recipe smaller; None where it is as small as it can be."""
+    """The setting that reduces the global batch of this recipe; None if it is minimal."""
     train = recipe.train
     if train.global_batch_size is not None:
         return "lower train.global_batch_size" if train.global_batch_size > 1 else None
@@ -186,25 +192,25 @@ def _smaller_batch(recipe: Recipe) -> str | None:
 def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
     schedule = recipe.train.schedule
     cold = schedule.warmup_steps == 0 or schedule.warmup_ratio == 0
-    run = None if plan.shape is None else tuned_near(recipe.method, plan.shape)
-    high = COLD_START if run is None else min(COLD_START, run.learning_rate / 2)
+    run = None if plan.shape is None else nearest_tuned_run(recipe.method, plan.shape)
+    high = MAX_RATE_WITHOUT_WARMUP if run is None else min(MAX_RATE_WITHOUT_WARMUP, run.learning_rate / 2)
     if cold and plan.learning_rate >= high:
         instead = " instead of warmup_steps" if schedule.warmup_steps == 0 else ""
         yield f"no warm-up at a learning rate of {plan.learning_rate:g}: set train.schedule.warmup_ratio: 0.03{instead}"
 
 
-def _rest(recipe: Recipe, plan: Plan) -> Iterator[str]:
+def _zero_rate_tail(recipe: Recipe, plan: Plan) -> Iterator[str]:
     schedule = recipe.train.schedule
     end = 1.0 if schedule.constant_ratio is None else schedule.constant_ratio
     if schedule.type != "constant" and end < 1 and not schedule.min_ratio:
         yield (
-            f"the last {1 - end:.0%} of the run train at a learning rate of 0, which changes nothing: set "
+            f"the last {1 - end:.0%} of the run has a learning rate of 0 and does not change the model: set "
             "train.schedule.min_ratio: 0.1, or constant_ratio: 1.0"
         )
 
 
-def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """Equal results in less time, where the GPU has the memory for it."""
+def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Faster settings with equal results that fit into GPU memory."""
     gpu, memory, shape = plan.gpu, plan.memory, plan.shape
     if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
         return
@@ -215,14 +221,14 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
         ).total
 
     checkpointing = bool(plan.gradient_checkpointing)
-    if checkpointing and (without := total(plan.micro_batch, False)) <= ROOMY * gpu.memory:
+    if checkpointing and (without := total(plan.micro_batch, False)) <= MEMORY_SAFE_SHARE * gpu.memory:
         checkpointing = False
         yield (
             f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
-            "set train.gradient_checkpointing: auto or false and nothing is computed twice"
+            "set train.gradient_checkpointing: auto or false to avoid recomputation"
         )
     splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
-    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= ROOMY * gpu.memory]
+    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= MEMORY_SAFE_SHARE * gpu.memory]
     if room:
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
         follows = recipe.train.global_batch_size is not None
@@ -237,7 +243,7 @@ def _faster(recipe: Recipe, plan: Plan) -> Iterator[str]:
 def _context(recipe: Recipe, plan: Plan) -> Iterator[str]:
     length, shape = recipe.data.sequence_len, plan.shape
     if shape and shape.context and length > shape.context:
-        yield f"data.sequence_len {length} is beyond the base model's context of {shape.context}"
+        yield f"data.sequence_len {length} exceeds the base model's context length of {shape.context}"
 
 
 def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -252,24 +258,24 @@ def _small_epoch(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 def _too_long(recipe: Recipe, plan: Plan) -> Iterator[str]:
     lost = plan.volume.dropped.get("too_long", 0.0) if plan.volume else 0.0
-    if lost < MUCH:
+    if lost < MAX_DROPPED_SHARE:
         return
     room = plan.shape is None or not plan.shape.context or recipe.data.sequence_len < plan.shape.context
-    ways = ["raise data.sequence_len"] if room else ["take a base of longer context"]
+    ways = ["raise data.sequence_len"] if room else ["use a base with a longer context"]
     ways += ["set data.too_long: truncate"] if isinstance(recipe.data, SFTData) else []
     length = recipe.data.sequence_len
     yield f"{lost:.0%} of the rows are longer than data.sequence_len {length} and are dropped: {', or '.join(ways)}"
 
 
-def more_epochs(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    """Said as a run begins, too."""
-    asked, volume = recipe.num_epochs, plan.volume
-    if asked is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
+def epochs_rounded_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Warns if whole steps add epochs. Also called at the start of a run."""
+    requested, volume = recipe.num_epochs, plan.volume
+    if requested is None or plan.epochs is None or plan.total_steps is None or not volume or not volume.rows:
         return
-    if plan.epochs > asked * (1 + MORE):
+    if plan.epochs > requested * (1 + EPOCHS_TOLERANCE):
         steps = f"{plan.total_steps:,} whole step(s) of {plan.global_batch:,} rows"
         way = _smaller_batch(recipe) or "give more data"
-        yield f"{asked:g} epoch(s) of {volume.rows:,} rows become {plan.epochs:.3g} in {steps}: {way}"
+        yield f"{requested:g} epoch(s) of {volume.rows:,} rows are rounded up to {plan.epochs:.3g} by {steps}: {way}"
 
 
 def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -277,15 +283,15 @@ def _max_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if steps is None or epochs is None:
         return
     usual = DEFAULT_EPOCHS[recipe.method]
-    if epochs > OFTEN * usual:
+    if epochs > MAX_EPOCHS_RATIO * usual:
         yield (
-            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, usual are {usual:g}: the model learns the rows by "
-            "heart; lower it, or set it to null and train.num_epochs instead"
+            f"train.max_steps: {steps:,} are {epochs:,.3g} epochs, the default is {usual:g}: the model will "
+            "memorize the rows; lower it, or set it to null and train.num_epochs instead"
         )
 
 
 def _few_steps(recipe: Recipe, plan: Plan) -> Iterator[str]:
-    if plan.total_steps is None or plan.total_steps >= FEW_STEPS or recipe.train.max_steps is not None:
+    if plan.total_steps is None or plan.total_steps >= MIN_STEPS or recipe.train.max_steps is not None:
         return
     lower = _smaller_batch(recipe)
     yield f"only {plan.total_steps} steps: {f'{lower}, or ' if lower else ''}raise train.num_epochs"
@@ -296,7 +302,7 @@ def _patience(recipe: Recipe, plan: Plan) -> Iterator[str]:
     if patience is None or plan.total_steps is None or plan.evaluate_every is None:
         return
     evaluations = math.ceil(plan.total_steps / plan.evaluate_every)
-    if patience >= evaluations - 1:  # the first is always the best so far, and after the last the run is over
+    if patience >= evaluations - 1:  # the first is always best, and the run ends after the last
         yield (
             f"train.early_stopping_patience: {patience} cannot end a run of {evaluations} evaluation(s): lower it, or "
             "lower evaluation.every_steps"
@@ -309,31 +315,31 @@ def _validation(recipe: Recipe, plan: Plan) -> Iterator[str]:
         return
     held = plan.volume.validation_rows
     where, size = "data.validation_sources" if data.validation_sources else "data.validation_size", data.validation_size
-    little = isinstance(size, float) and not data.validation_sources and held / size < LITTLE
+    little = isinstance(size, float) and not data.validation_sources and held / size < SMALL_DATASET_ROWS
     if held == 0 and not size:
-        yield "no rows are held out: nothing shows when the model begins to learn by heart; set data.validation_size"
+        yield "there are no validation rows: overfitting cannot be detected; set data.validation_size"
     elif little:
-        yield f"{held} rows held out are few, and so is the data: read the evaluation with care"
-    elif held < FEW:
-        yield f"only {held} rows are held out: their loss is mostly noise; raise {where}"
-    elif held > MANY:
-        yield f"{held:,} rows are held out and read at every evaluation; a few thousand say as much: lower {where}"
+        yield f"only {held} validation rows, and the data set is small: interpret the evaluation with care"
+    elif held < MIN_VALIDATION_ROWS:
+        yield f"only {held} validation rows: their loss is mostly noise; raise {where}"
+    elif held > MAX_VALIDATION_ROWS:
+        yield f"{held:,} validation rows are read at every evaluation; a few thousand are enough: lower {where}"
     packed = isinstance(data, SFTData) and data.packing
     if not data.validation_sources and not packed and plan.volume.rows and held > plan.volume.rows:
-        yield "more rows are held out for evaluation than trained on; lower data.validation_size"
+        yield "there are more validation rows than training rows; lower data.validation_size"
 
 
 RULES = (
     _end_token,
     _too_long,
-    _fits,
-    _rate,
+    _memory,
+    _learning_rate,
     _warm_up,
-    _rest,
-    _faster,
+    _zero_rate_tail,
+    _throughput,
     _context,
     _small_epoch,
-    more_epochs,
+    epochs_rounded_up,
     _max_steps,
     _few_steps,
     _patience,

@@ -1,4 +1,4 @@
-"""GPUs by name: how much memory they have, and how fast they multiply at most."""
+"""Memory and peak bfloat16 throughput of GPUs, by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Gpu:
     """One kind of GPU.
 
     Attributes:
-        name: as `--gpu` takes it.
+        name: name for `--gpu`.
         memory: bytes.
-        teraflops: dense bfloat16 peak, 10^12 operations a second; None where it is not known.
-        bfloat16: whether it computes in bfloat16.
+        teraflops: dense bfloat16 peak in TFLOP/s; None if unknown.
+        bfloat16: whether it supports bfloat16.
     """
 
     name: str
@@ -27,8 +27,8 @@ class Gpu:
     bfloat16: bool = True
 
 
-# name: (GiB, dense bfloat16 TFLOP/s by NVIDIA's data sheets; None: has no bfloat16)
-TABLE: dict[str, tuple[int, float | None]] = {
+# Name: (GiB, dense bfloat16 TFLOP/s from NVIDIA's data sheets; None: no bfloat16 support)
+GPUS: dict[str, tuple[int, float | None]] = {
     "t4-16gb": (15, None),
     "v100-16gb": (16, None),
     "v100-32gb": (32, None),
@@ -48,41 +48,39 @@ TABLE: dict[str, tuple[int, float | None]] = {
     "b200-180gb": (179, 2250),
 }
 
-# Of a kind in the table, those that multiply at another rate: (word, another word) of the name: TFLOP/s
-OTHERWISE = {("h100", "pcie"): 756.0, ("h100", "nvl"): 835.0, ("h200", "nvl"): 836.0}
-SLOWER = {"mig", "laptop", "max", "ti", "d", "super"}  # parts and variants of a GPU: not its peak
+# Variants with another peak: (kind, variant), both words of the device name: TFLOP/s
+VARIANT_PEAKS = {("h100", "pcie"): 756.0, ("h100", "nvl"): 835.0, ("h200", "nvl"): 836.0}
+UNLISTED_VARIANTS = {"mig", "laptop", "max", "ti", "d", "super"}  # partitions and variants with an unlisted peak
 
 
 def bf16_peak(device_name: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a GPU by the name that its driver gives it, e.g. `NVIDIA A100-SXM4-80GB`.
+    """Dense bfloat16 TFLOP/s of a GPU by its device name, e.g. `NVIDIA A100-SXM4-80GB`.
 
-    None where the table does not have it, or has only a larger or another variant of it.
+    None if the GPU or its variant is not listed.
     """
     words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
-    for (kind, variant), peak in OTHERWISE.items():
+    for (kind, variant), peak in VARIANT_PEAKS.items():
         if {kind, variant} <= words:
             return peak
-    if words & SLOWER:
+    if words & UNLISTED_VARIANTS:
         return None
-    return next((peak for name, (_, peak) in TABLE.items() if set(name.split("-")[:-1]) <= words), None)
+    return next((peak for name, (_, peak) in GPUS.items() if set(name.split("-")[:-1]) <= words), None)
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU of a name such as `a100-80gb`.
+    """The GPU with a name such as `a100-80gb`.
 
     Raises:
-        RecipeError: if the table does not have it, with the names that it has.
+        RecipeError: if the GPU is not listed; names the listed ones.
     """
     wanted = name.lower().replace("_", "-").replace(" ", "-").removeprefix("nvidia-")
     plain = wanted.replace("-", "")
-    same_kind = [
-        known for known in TABLE if plain in (known.replace("-", ""), known.rsplit("-", 1)[0].replace("-", ""))
-    ]
-    if wanted not in TABLE and len(same_kind) == 1:  # `h200` alone says enough
+    same_kind = [gpu for gpu in GPUS if plain in (gpu.replace("-", ""), gpu.rsplit("-", 1)[0].replace("-", ""))]
+    if wanted not in GPUS and len(same_kind) == 1:  # `h200` is unambiguous
         wanted = same_kind[0]
-    if wanted not in TABLE:
-        guess = None if same_kind else closest(wanted, TABLE)
-        remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or TABLE)}"
+    if wanted not in GPUS:
+        guess = None if same_kind else closest(wanted, GPUS)
+        remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or GPUS)}"
         raise RecipeError("--gpu", f"`{name}` is not in the table of GPUs", remedy)
-    memory, peak = TABLE[wanted]
+    memory, peak = GPUS[wanted]
     return Gpu(wanted, memory * GIB, peak, bfloat16=peak is not None)

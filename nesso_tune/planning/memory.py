@@ -1,8 +1,7 @@
-"""How much memory a training step needs on each GPU or on a CPU, from the shape of the model: an estimate to plan with.
+"""Estimates the peak memory of a training step per process, from the shape of the model.
 
-What autograd keeps of a decoder layer is counted tensor by tensor for transformers' Llama layers that attend by
-document; a test holds the count against what torch really keeps. The rest is arithmetic over the parameters
-(Rajbhandari et al., 2020, arXiv:1910.02054, for what is sharded).
+Activations are counted tensor by tensor for transformers' Llama layers with document attention; a test compares the
+count with the tensors that autograd saves. Sharded state follows ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054).
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import LoraSection
 
-CONTEXT = 1_000_000_000  # bytes that CUDA, its kernels and fragments of the allocator take
-# Logits in one chunk of the LM head (`model/lm_head.py`), by device type. The forward pass holds 6 bytes a logit in
+CUDA_CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels and allocator fragmentation
+# Logits per chunk of the LM head (`model/lm_head.py`), by device type. The forward pass needs 6 bytes per logit in
 # bfloat16 and 8 in float32; the backward pass 4 and 8.
 HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
-STATE = 16  # bytes a trained weight: itself, its gradient, and AdamW's two moments, all float32
-NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # bytes a weight in 4 bits: it, a byte for 64, and a float32 for 256 of these
+STATE_BYTES_PER_WEIGHT = 16  # weight, gradient and two AdamW moments in float32
+NF4_BYTES_PER_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bits, one byte per block of 64, one float32 per 256 blocks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU, or of one process on a CPU, at the height of a step.
+    """Peak memory of a step in bytes, per process.
 
     Attributes:
-        state: weights, gradients and optimizer, its share where they are sharded.
-        activations: what the backward pass needs.
-        logits: the head's chunk of logits and its gradient.
-        working: weights in compute precision or gathered from the other processes, and CUDA itself.
+        state: weights, gradients and optimizer state; one shard if sharded.
+        activations: tensors saved for the backward pass.
+        logits: one chunk of logits and the gradient of the LM head.
+        working: weights in compute precision or gathered from other ranks, and the CUDA context.
     """
 
     state: int
@@ -41,7 +40,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Sum of all parts."""
         return self.state + self.activations + self.logits + self.working
 
 
@@ -49,20 +48,20 @@ def estimate_memory(
     recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool, on_gpu: bool,
     supervised: float = 1.0,
 ) -> Memory:  # fmt: skip
-    """The memory of a step of `micro_batch` rows (or pairs, of two sequences each) of full length.
+    """Memory of a step with `micro_batch` rows (DPO: pairs of two sequences) of length `data.sequence_len`.
 
-    `supervised` is the share of the tokens that are learned.
+    `supervised` is the share of supervised tokens.
     """
     bfloat16 = recipe.model.dtype == "bfloat16"
     sharded = recipe.distributed.shards(processes)
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
     trained = trained_parameters(adapter, shape)
-    compute = 2 if bfloat16 else 0  # a float32 computation takes the weights as they are
-    if sharded:  # of the blocks two are gathered at a time, of the embeddings all for the whole step
+    compute = 2 if bfloat16 else 0  # float32 needs no cast copy
+    if sharded:  # two layers at a time; the embeddings for the whole step
         working = (compute or 4) * (2 * shape.layer_parameters + shape.embedding_parameters)
-        working += 4 * (shape.layer_parameters + shape.embedding_parameters)  # their whole gradients
-    elif adapter is not None and adapter.type == "qlora":  # one matrix at a time, and the head
+        working += 4 * (shape.layer_parameters + shape.embedding_parameters)  # unsharded gradients
+    elif adapter is not None and adapter.type == "qlora":  # one dequantized matrix at a time, and the LM head
         working = (compute or 4) * shape.hidden_size * shape.intermediate_size
         working += compute * shape.vocab_size * shape.hidden_size
     else:
@@ -72,23 +71,23 @@ def estimate_memory(
         layer += tokens * dora_activations(adapter, shape, bfloat16)
         working += dora_working(shape, bfloat16)
     kept = shape.layers * (4 * tokens * shape.hidden_size if checkpointing else layer)
-    every = round(supervised * tokens) * shape.vocab_size
+    logits = round(supervised * tokens) * shape.vocab_size
     device = "cuda" if on_gpu else "cpu"
-    forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], every)
-    backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], every)
+    forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], logits)
+    backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], logits)
     return Memory(
-        state=(STATE * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
-        activations=kept + layer,  # one layer more: recomputed, or on its way back
+        state=(STATE_BYTES_PER_WEIGHT * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
+        activations=kept + layer,  # plus one layer: recomputed, or its gradients
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
-        working=working + (CONTEXT if on_gpu else 0),
+        working=working + (CUDA_CONTEXT_BYTES if on_gpu else 0),
     )
 
 
 def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
-    """Bytes that autograd keeps of one decoder layer for each token.
+    """Bytes per token that autograd saves for one decoder layer.
 
-    Norms compute in float32; the products keep their inputs, attention its queries, keys, values, normalizer and
-    result (run by run, and the runs together), the gated MLP four tensors of its inner width.
+    Norms compute in float32. Linear layers save their inputs; attention saves queries, keys, values, log-sum-exp and
+    output (per document and concatenated); the gated MLP saves four tensors of its intermediate size.
     """
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     wide = queries * 3 / 2 + keys + 2 * shape.intermediate_size
@@ -97,42 +96,44 @@ def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
 
 
 def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:
-    """Weights that the optimizer changes."""
+    """Number of trainable parameters."""
     return shape.parameters if adapter is None else adapter_parameters(adapter, shape)
 
 
 def frozen_bytes(adapter: LoraSection | None, shape: ModelShape) -> int:
-    """Bytes of the base beside an adapter: float32, but for the matrices of its layers under qlora."""
+    """Bytes of the frozen base model under an adapter: float32, or NF4 for its layers' matrices under qlora."""
     if adapter is None:
         return 0
     if adapter.type != "qlora":
         return 4 * shape.parameters
     in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in _matrices(shape).values())
-    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4 * in_four_bits)
+    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4_BYTES_PER_WEIGHT * in_four_bits)
 
 
 def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:
-    """Weights of an adapter: rank x (inputs + outputs) of every layer it stands on; under dora a length an output."""
-    lengths = 1 if section.type == "dora" else 0
-    sizes = [section.r * (inputs + outputs) + lengths * outputs for inputs, outputs in _adapted(section, shape)]
+    """Parameters of an adapter: rank * (inputs + outputs) per target layer, plus one magnitude per output for dora."""
+    magnitudes = 1 if section.type == "dora" else 0
+    sizes = [section.r * (inputs + outputs) + magnitudes * outputs for inputs, outputs in _adapted(section, shape)]
     return shape.layers * sum(sizes)
 
 
 def dora_activations(section: LoraSection, shape: ModelShape, bfloat16: bool) -> int:
-    """Bytes that autograd keeps more of a decoder layer for each token: two results of every layer that is scaled."""
+    """Additional bytes per token that DoRA saves for a decoder layer: two outputs per target layer."""
     return (4 if bfloat16 else 8) * sum(outputs for _, outputs in _adapted(section, shape))
 
 
 def dora_working(shape: ModelShape, bfloat16: bool) -> int:
-    """Bytes that peft takes to measure the outputs of the widest layer: it makes the update's matrix from that of ones,
-    and adds it to the weights."""
+    """Bytes that peft needs for the DoRA weight norm of the widest layer.
+
+    peft computes the dense update by applying the adapter to an identity matrix, then adds it to the weights.
+    """
     wide, narrow = shape.intermediate_size, shape.hidden_size
     square, matrix = wide * wide, wide * narrow
     return max(6 * square + 2 * matrix, 2 * square + 12 * matrix) if bfloat16 else 4 * square + 12 * matrix
 
 
 def _adapted(section: LoraSection, shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of a decoder layer's matrices that have an adapter."""
+    """(inputs, outputs) of the target matrices of a decoder layer."""
     sizes, targets = _matrices(shape), section.target_modules
     names = sizes if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
     last = [name.rsplit(".", 1)[-1] for name in names]
@@ -140,7 +141,7 @@ def _adapted(section: LoraSection, shape: ModelShape) -> list[tuple[int, int]]:
 
 
 def _matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of a decoder layer's matrices."""
+    """(inputs, outputs) of the matrices of a decoder layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return {

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.lr_schedule import check_schedule
-from nesso_tune.planning.advice import ROOMY, advise, auto_learning_rate
+from nesso_tune.planning.advice import MEMORY_SAFE_SHARE, advise, auto_learning_rate
 from nesso_tune.planning.memory import Memory, estimate_memory, trained_parameters
 from nesso_tune.planning.plan import TYPICAL_UTILIZATION, DataVolume, Plan, SchedulePlan, World
 from nesso_tune.planning.shapes import ModelShape, find_shape
@@ -114,7 +114,9 @@ def _checkpointing(recipe: Recipe, shape: ModelShape | None, world: World) -> bo
     setting = recipe.train.gradient_checkpointing
     if setting != "auto" or world.gpu is None:
         return None if setting == "auto" else setting
-    return shape is None or _memory(recipe, shape, world, checkpointing=False).total > ROOMY * world.gpu.memory
+    if shape is None:
+        return True
+    return _memory(recipe, shape, world, checkpointing=False).total > MEMORY_SAFE_SHARE * world.gpu.memory
 
 
 def _compiles(recipe: Recipe, shape: ModelShape | None, world: World, steps: int | None) -> bool:

@@ -1,7 +1,4 @@
-"""Base models whose shape is known without their files, so that a plan can be made before anything is fetched.
-
-Each entry holds what the model's config.json says.
-"""
+"""Model shapes from config.json or, for common base models, from a table, without downloads."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from typing import Any
 from nesso_tune.recipes.builtin import local_path
 from nesso_tune.recipes.sections import ModelSection
 
-NAMES = (
+CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
 )  # fmt: skip
-TABLE: dict[str, tuple[Any, ...]] = {
+KNOWN_CONFIGS: dict[str, tuple[Any, ...]] = {
     "mii-llm/zagreus-0.4B-ita": ("llama", 128256, 960, 2560, 32, 15, 5, 64, True, 4096),
     "meta-llama/Llama-3.2-1B": ("llama", 128256, 2048, 8192, 16, 32, 8, 64, True, 131072),
     "meta-llama/Llama-3.2-3B": ("llama", 128256, 3072, 8192, 28, 24, 8, 128, True, 131072),
@@ -39,15 +36,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
     "sapienzanlp/Minerva-3B-base-v1.0": ("mistral", 32768, 2560, 8960, 32, 32, 8, 80, False, 16384),
     "sapienzanlp/Minerva-7B-base-v1.0": ("mistral", 51200, 4096, 14336, 32, 32, 8, 128, False, 4096),
 }
-
-
-def known_config(base: str) -> dict[str, Any] | None:
-    """The sizes of a known base by its hub id, in the words of config.json; None if it is not known."""
-    return dict(zip(NAMES, TABLE[base], strict=True)) if base in TABLE else None
-
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "gpt2")  # where config.json does not say
+EXPERT_COUNT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "cohere", "gpt2")  # if config.json does not set it
 
 
 @dataclass(frozen=True)
@@ -63,27 +53,27 @@ class ModelShape:
     head_dim: int
     tied: bool
     context: int
-    biases: int = 0  # weights of a layer beyond its matrices and the two norms
+    biases: int = 0  # parameters of a layer besides its matrices and two norms
 
     @property
     def layer_parameters(self) -> int:
-        """Weights of one decoder layer: attention, gated MLP and RMS norms."""
+        """Parameters of one decoder layer: attention, gated MLP and RMS norms."""
         attention = self.hidden_size * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + self.biases
 
     @property
     def embedding_parameters(self) -> int:
-        """Weights of the embedding and of the LM head, which may be one and the same."""
+        """Parameters of the embedding and the LM head, which can be tied."""
         return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
-        """Number of weights."""
+        """Total number of parameters."""
         return self.embedding_parameters + self.layers * self.layer_parameters + self.hidden_size
 
 
 def find_shape(model: ModelSection) -> ModelShape | None:
-    """The shape of the base from its folder, the hub's local cache, or the table of known bases; None if unknown."""
+    """Shape of the base model from its folder, the local hub cache or the table; None if unknown."""
     config = find_config(model)
     try:
         return None if config is None else shape_of(config)
@@ -92,7 +82,7 @@ def find_shape(model: ModelSection) -> ModelShape | None:
 
 
 def find_config(model: ModelSection) -> dict[str, Any] | None:
-    """What is known of the base's config.json without fetching anything: from its folder, the hub's cache, a table."""
+    """The base model's config without downloads: from its folder, the local hub cache or the table."""
     file = _config_file(model)
     if file is None:
         return known_config(model.base)
@@ -103,8 +93,13 @@ def find_config(model: ModelSection) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def known_config(base: str) -> dict[str, Any] | None:
+    """The config.json sizes of a base model in the table, by hub id; None if it is not listed."""
+    return dict(zip(CONFIG_KEYS, KNOWN_CONFIGS[base], strict=True)) if base in KNOWN_CONFIGS else None
+
+
 def shape_of(config: dict[str, Any]) -> ModelShape:
-    """The shape of a dense decoder that a config.json describes.
+    """Shape of a dense decoder from its config.json.
 
     Raises:
         KeyError, TypeError, ValueError: if a size is missing or not a positive number, or the model is not dense.
@@ -131,22 +126,22 @@ def shape_of(config: dict[str, Any]) -> ModelShape:
 
 
 def unsupported(config: dict[str, Any]) -> str | None:
-    """Why a model is not in version 1, by its config.json; None if it is a dense decoder of text."""
-    if any(config.get(name) for name in EXPERTS):
-        return "is a mixture of experts; version 1 trains dense decoders"
+    """Why a model is not supported, from its config.json; None for a dense text decoder."""
+    if any(config.get(name) for name in EXPERT_COUNT_KEYS):
+        return "is a mixture of experts; only dense decoders are supported"
     if any(isinstance(config.get(name), dict) for name in ("text_config", "vision_config", "audio_config")):
-        return "is multimodal; version 1 trains decoders of text"
+        return "is multimodal; only text decoders are supported"
     if config.get("quantization_config"):
-        return "is quantised; version 1 trains the model that it was made of (qlora quantises by itself)"
-    return "is an encoder-decoder; version 1 trains decoders" if config.get("is_encoder_decoder") else None
+        return "is quantized; use the original model (qlora quantizes it while loading)"
+    return "is an encoder-decoder; only decoders are supported" if config.get("is_encoder_decoder") else None
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it fetched, by its own rules, without importing it."""
+    """The cache folder of huggingface_hub, by its own rules, without importing it."""
     caches = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", os.path.join(os.path.expanduser(caches), "huggingface"))
-    said = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(os.path.expanduser(said)))
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(os.path.expanduser(cache)))
 
 
 def _config_file(model: ModelSection) -> Path | None:

@@ -1,4 +1,4 @@
-"""Recipes: the schema, reading and checking files, and the plan of a run. Imports no torch."""
+"""Recipes: schema, loading, validation and lint rules. Does not import torch."""
 
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe

@@ -1,6 +1,6 @@
-"""Paths as a recipe, a flag or the environment names them: `~` is expanded once, here, and nowhere later.
+"""Shipped recipes and data templates, and paths in recipes, flags and environment variables.
 
-Libraries expand `~` too, each in its own place; a path that still held one would mean two folders.
+`~` is expanded here only: libraries expand it too, and a path that is not yet expanded could refer to two folders.
 """
 
 from __future__ import annotations
@@ -19,90 +19,90 @@ from pydantic_core import PydanticCustomError
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 
 VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
-OF_SOURCE = "/source/"  # in the name of a metric: what follows names a source
-PATH_ERROR = "path"  # type of the error that `FilePath` raises
+SOURCE_SEPARATOR = "/source/"  # in metric names: METRIC/source/NAME
+PATH_ERROR = "path"  # pydantic error type of `FilePath`
 
 
 def expand_home(text: str) -> str:
-    """A path with a leading `~` or `~user` expanded; anything else, a hub id or a name included, stays as it is.
+    """Expands a leading `~` or `~user`; other text, such as a hub id, is returned unchanged.
 
     Raises:
-        ValueError: for a folder of a user that does not exist here. A file may be called `~draft.jsonl`.
+        ValueError: if the user does not exist. `~draft.jsonl` is a valid file name.
     """
     path = os.path.expanduser(text)
     if path == text and text.startswith("~") and "/" in text:
-        raise ValueError(f"there is no user `{text[1:].partition('/')[0]}` here")
+        raise ValueError(f"there is no user `{text[1:].partition('/')[0]}`")
     return path
 
 
 def reader_file(name: str) -> str:
-    """The file of a reader of the user's, `FILE.py:FUNCTION`; any other text as it is."""
+    """The file of a user-defined reader (`FILE.py:FUNCTION`); other text is returned unchanged."""
     file, colon, _ = name.rpartition(":")
     return file if colon and file.endswith(".py") else name
 
 
 def flag_path(text: str) -> str:
-    """A path that a command line or a caller gives. The shell has expanded variables, but not `--flag=~/x`.
+    """Expands a path from the command line or an API call: the shell does not expand `--flag=~/x`.
 
     Raises:
-        RecipeError: for a folder of a user that does not exist here.
+        RecipeError: if the user in `~user/` does not exist.
     """
     try:
         return expand_home(text)
     except ValueError as error:
-        raise RecipeError(text, str(error), "write the whole path") from None
+        raise RecipeError(text, str(error), "write the full path") from None
 
 
 def environment_path(name: str) -> str | None:
-    """The path in an environment variable; None if it is unset or empty.
+    """The path in an environment variable; None if the variable is unset or empty.
 
     Raises:
-        RunEnvironmentError: if it holds a variable that no shell expanded.
+        RunEnvironmentError: if the value contains an unexpanded variable, or its user does not exist.
     """
     text = os.environ.get(name)
     if not text:
         return None
     if found := VARIABLE.search(text):
-        what = f"is {text}, and nothing expands {found[0]} in it"
+        what = f"contains the unexpanded variable {found[0]}: {text}"
         raise RunEnvironmentError(name, what, f'export {name}="{text}" in a shell, or write the path itself')
     try:
         return expand_home(text)
     except ValueError as error:
-        raise RunEnvironmentError(name, str(error), "write the whole path") from None
+        raise RunEnvironmentError(name, str(error), "write the full path") from None
 
 
-def _expanded(text: str) -> str:
+def _expanded_path(text: str) -> str:
     if found := VARIABLE.search(text):
         raise PydanticCustomError(
             PATH_ERROR, "{what}; {remedy}",
-            {"what": f"holds {found[0]}, which is not expanded in a recipe",
+            {"what": f"contains {found[0]}, but variables are not expanded in recipes",
              "remedy": "write the path itself, or let the shell expand it:"},
         )  # fmt: skip
     try:
         return expand_home(text)
     except ValueError as error:
         raise PydanticCustomError(
-            PATH_ERROR, "{what}; {remedy}", {"what": f"is {text}, and {error}", "remedy": "write the whole path"}
+            PATH_ERROR, "{what}; {remedy}", {"what": f"is {text}, and {error}", "remedy": "write the full path"}
         ) from None
 
 
-def _of_expanded(metric: str) -> str:
-    whole, of_source, name = metric.partition(OF_SOURCE)
+def _expanded_metric(metric: str) -> str:
+    whole, of_source, name = metric.partition(SOURCE_SEPARATOR)
     return f"{whole}{of_source}{os.path.expanduser(name)}"
 
 
-_PATH = AfterValidator(_expanded)
-FilePath = Annotated[str, Field(pattern=r"\S"), _PATH]  # of a file or folder; also what may be a hub id or a name
-PathName = Annotated[str, Field(pattern=r"\S"), AfterValidator(os.path.expanduser)]  # a name, by default a path
-MetricName = Annotated[str, Field(pattern=r"\S"), AfterValidator(_of_expanded)]  # may end with the name of a source
+_PATH = AfterValidator(_expanded_path)
+FilePath = Annotated[str, Field(pattern=r"\S"), _PATH]  # path, hub id or name
+PathName = Annotated[str, Field(pattern=r"\S"), AfterValidator(os.path.expanduser)]  # name; the default is a path
+MetricName = Annotated[str, Field(pattern=r"\S"), AfterValidator(_expanded_metric)]  # optionally with /source/NAME
 
 
 @cache
 def path_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
-    """Every key of `model`, with the sections that lead to it, whose value is a path or a list of paths."""
+    """Paths of all keys of `model` with a file path or a list of file paths as value."""
     found: set[tuple[str, ...]] = set()
     for name, field in model.model_fields.items():
-        parts = [*field.metadata, *_parts(field.annotation)]
+        parts = [*field.metadata, *_type_arguments(field.annotation)]
         if _PATH in parts:
             found.add((name,))
         for part in parts:
@@ -111,61 +111,58 @@ def path_keys(model: type[BaseModel]) -> frozenset[tuple[str, ...]]:
     return frozenset(found)
 
 
-def _parts(annotation: Any) -> list[Any]:
-    """An annotation and all that is inside Optional, tuple, dict and Annotated."""
-    return [annotation, *(part for inside in get_args(annotation) for part in _parts(inside))]
+def _type_arguments(annotation: Any) -> list[Any]:
+    """An annotation and its type arguments, recursively."""
+    return [annotation, *(part for inside in get_args(annotation) for part in _type_arguments(inside))]
 
 
 PACKAGE = Path(__file__).resolve().parent.parent
-BUNDLED_TOKENS = 2
+BUNDLED_TOKENS_RATIO = 2  # tokens per text of the bundled tokenizer, relative to one with a large vocabulary
 
 
-def shipped(kind: str) -> Path:
-    """The folder of shipped `recipes` or `data_templates`: inside an installed package, beside it in a checkout."""
+def shipped_folder(kind: str) -> Path:
+    """Folder of the shipped `recipes` or `data_templates`: in the package if installed, in the repository otherwise."""
     inside = PACKAGE / "shipped" / kind
     return inside if inside.is_dir() else PACKAGE.parent / kind
 
 
 @cache
 def template_names(kind: str) -> tuple[str, ...]:
-    """The names of the shipped files of data_templates/KIND/."""
-    return tuple(sorted(file.stem for file in (shipped("data_templates") / kind).glob("*.yaml")))
+    """Names of the shipped files in data_templates/KIND/."""
+    return tuple(sorted(file.stem for file in (shipped_folder("data_templates") / kind).glob("*.yaml")))
 
 
 def bundled_base() -> str:
-    """The quickstart's base, whose small tokenizer stands in for one that is not at hand.
-
-    It makes about twice as many tokens of a text as one with a large vocabulary: `BUNDLED_TOKENS`.
-    """
-    return str(shipped("recipes") / "quickstart" / "base")
+    """Base model of the quickstart. Its small tokenizer replaces one that is not available (`BUNDLED_TOKENS_RATIO`)."""
+    return str(shipped_folder("recipes") / "quickstart" / "base")
 
 
 def local_path(text: str) -> Path:
-    """The path that a recipe means: relative to the working directory, or, for `recipes/…`, a file that is shipped.
+    """Resolves a path relative to the working directory; `recipes/…` falls back to the shipped files.
 
-    So the quickstart runs from any folder, installed or not.
+    The quickstart therefore runs from any folder.
     """
     path = Path(text)
-    inside = shipped("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
+    inside = shipped_folder("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
     return inside if inside is not None and not path.exists() and inside.exists() else path
 
 
-def is_result(base: str) -> bool:
-    """Whether a base is named as what a run makes: `OUTPUT_DIR/final`, which may not exist yet."""
+def is_run_output(base: str) -> bool:
+    """Whether a base is the final model of a run, `OUTPUT_DIR/final`. It need not exist yet."""
     return base.rstrip("/").endswith("/final")
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The file a recipe name means: a path as it is, or a shipped recipe by its name (`quickstart/sft`)."""
+    """Path of a recipe, given by a path or by the name of a shipped recipe (`quickstart/sft`)."""
     path = Path(flag_path(str(name)))
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return local_path(str(path))
-    return next((p for p in (shipped("recipes") / f"{name}.yaml",) if p.is_file()), path)
+    return next((p for p in (shipped_folder("recipes") / f"{name}.yaml",) if p.is_file()), path)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the head of a shipped recipe says: its title, the command that runs it, the hardware, and what it costs."""
+class RecipeSummary:
+    """Header of a shipped recipe: title, command, hardware and cost."""
 
     name: str
     title: str
@@ -174,20 +171,20 @@ class Entry:
     cost: str
 
 
-def catalogue() -> list[Entry]:
-    """All shipped recipes, by what their first comment says."""
-    entries = []
+def recipe_summaries() -> list[RecipeSummary]:
+    """Summaries of all shipped recipes, from their header comments."""
+    summaries = []
     for name in shipped_recipes():
-        text = (shipped("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-        head = [line[1:].rstrip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
-        said = [line.strip() for line in head if not line.strip().startswith("yaml-language-server")]
-        command = next(line.strip() for line in head if line.startswith("   "))
-        facts = dict(line.split(": ", 1) for line in said if line.startswith(("Hardware: ", "Cost: ")))
-        entries.append(Entry(name, said[0].rstrip("."), command, facts["Hardware"], facts["Cost"]))
-    return entries
+        text = (shipped_folder("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        header = [line[1:].rstrip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())]
+        lines = [line.strip() for line in header if not line.strip().startswith("yaml-language-server")]
+        command = next(line.strip() for line in header if line.startswith("   "))
+        facts = dict(line.split(": ", 1) for line in lines if line.startswith(("Hardware: ", "Cost: ")))
+        summaries.append(RecipeSummary(name, lines[0].rstrip("."), command, facts["Hardware"], facts["Cost"]))
+    return summaries
 
 
 def shipped_recipes() -> list[str]:
-    """The names of all shipped recipes."""
-    root = shipped("recipes")
+    """Names of all shipped recipes."""
+    root = shipped_folder("recipes")
     return sorted(str(path.relative_to(root).with_suffix("")) for path in root.rglob("*.yaml"))

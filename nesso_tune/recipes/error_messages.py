@@ -1,4 +1,8 @@
-"""All key paths of the recipe models, to tell a misplaced key from a misspelt one."""
+"""Turns pydantic validation errors into problems with file, line and remedy.
+
+Unknown keys are compared with all keys of the recipe models and with those of other tools, to suggest the right name
+or section.
+"""
 
 from __future__ import annotations
 
@@ -10,79 +14,13 @@ from pydantic import BaseModel, ValidationError
 
 from nesso_tune.errors import Problem, closest, shortened
 from nesso_tune.recipes.builtin import PATH_ERROR
-from nesso_tune.recipes.other_tools import FOREIGN, NAMES_LIST
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS, UNSUPPORTED_KEYS
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.schema import RECIPES
 from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
-from nesso_tune.recipes.yaml_source import Document
+from nesso_tune.recipes.yaml_source import Document, KeyPath
 
-Path = tuple[str | int, ...]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, looked for inside Optional, tuple and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
-
-
-@cache
-def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
-    """Every key of `model` by its path (list positions left out), with the section it opens, if any."""
-    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
-    for name, field in model.model_fields.items():
-        section = _section(field.annotation)
-        out[(name,)] = section
-        if section is not None:
-            out |= {(name, *below): kind for below, kind in key_paths(section).items()}
-    return out
-
-
-def section_at(model: type[BaseModel], path: Path) -> type[BaseModel] | None:
-    """The section that stands at `path` (list positions are skipped); the model itself at the root."""
-    names = tuple(part for part in path if isinstance(part, str))
-    if not names:
-        return model
-    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a name of the user's own, as in rules.en
-
-
-def suggest_key(model: type[BaseModel], path: Path) -> str:
-    """The remedy for the unknown key at `path`: the name it has here, its right place, or its right spelling."""
-    *above, key = [str(part) for part in path if isinstance(part, str)]
-    if key in NAMES_LIST:
-        return f"remove it: {NAMES_LIST[key]}"
-    section = section_at(model, path[:-1])
-    siblings = list(section.model_fields) if section else []
-    ours = FOREIGN.get(key, key)
-    if ours in siblings:
-        return f"it is called `{'.'.join((*map(shortened, above), ours))}` here"
-    if places := _places(model, key, above):
-        return f"it belongs to {places}"
-    if places := _places(model, ours, above):
-        return f"it is called {places} here"
-    for method, other in RECIPES.items():
-        if model in RECIPES.values() and (places := _places(other, ours, above)):
-            return f"remove it: {places} is only for method: {method}"
-    everywhere = sorted({names[-1] for names in key_paths(model)})
-    for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
-        if guess := closest(key, names, cutoff):
-            here = ".".join(
-                shortened(str(part)) for part in (*path[:-1], guess)
-            )  # with the positions in lists, as --set takes them
-            places = f"`{here}`" if guess in siblings else _places(model, guess, above)
-            return f"did you mean {places}?"
-    return f"remove it; the keys here are {', '.join(siblings)}"
-
-
-def _places(model: type[BaseModel], name: str, near: list[str]) -> str:
-    """The places of a key (a name or a dotted path), those in the section `near` if there are any; "" if none."""
-    wanted = tuple(name.split("."))
-    found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
-    found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
-    found = [names for names in found if list(names[: len(near)]) == near] or found
-    return " or ".join(f"`{'.'.join(names)}`" for names in found)
-
-
+MAX_PROBLEMS = 50  # problems listed per file
 EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -103,68 +41,43 @@ BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
-PATTERNS = {  # of `sections.py`, in words
+PATTERNS = {  # descriptions of the patterns in `sections.py`
     SLURM_WORD: "one word without quotes, # or \\",
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
-MOST = 50  # mistakes of a file that are listed
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
-def complaints(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
-    """The problems of a recipe, inert and contradictory knobs included, in the order of the file."""
-    by_path: dict[Path, list[Mapping[str, Any]]] = {}
+def recipe_problems(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
+    """All problems of a recipe in file order: validation errors and findings of the lint rules."""
+    by_path: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        by_path.setdefault(_real_path(item, document.value), []).append(item)
+        by_path.setdefault(_path_in_file(item, document.value), []).append(item)
     findings = lint_problems(document)
     wrong = [*by_path, *(where for where, _ in findings)]
-    above = {path[:end] for path in wrong for end in range(len(path))}  # of these, what is wrong inside speaks
+    above = {path[:end] for path in wrong for end in range(len(path))}  # a section is not reported if a key in it is
     found = sorted((path for path in by_path if path not in above), key=lambda path: _line(document, path))
-    listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MOST + 1]]
+    listed = [(path, _problem(path, by_path[path], document, model)) for path in found[: MAX_PROBLEMS + 1]]
     listed = sorted([*listed, *findings], key=lambda pair: _line(document, pair[0]))
-    return first_of([problem for _, problem in listed], document, len(found) + len(findings))
+    return limit_problems([problem for _, problem in listed], document, len(found) + len(findings))
 
 
-def first_of(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
-    """As many of a file's problems as are read by anyone; of `count`, if these are only the first ones."""
-    left = (len(problems) if count is None else count) - MOST
-    if left <= 0 or len(problems) <= MOST:
+def limit_problems(problems: list[Problem], document: Document, count: int | None = None) -> list[Problem]:
+    """The first `MAX_PROBLEMS` problems of a file, and the number of the others. `count` is the total number."""
+    remaining = (len(problems) if count is None else count) - MAX_PROBLEMS
+    if remaining <= 0 or len(problems) <= MAX_PROBLEMS:
         return problems
-    return [*problems[:MOST], Problem(document.name, f"has {left:,} more mistakes", "correct these first")]
+    return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {remaining:,} more problems", "correct these first")]
 
 
-def lint_problems(document: Document) -> list[tuple[Path, Problem]]:
-    """Inert and contradictory knobs of a document."""
+def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
+    """Findings of the lint rules, as problems with their key paths."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
-    return [(f.path, Problem(document.where(f.path), f"{_called(f.path)} {f.what}", f.remedy)) for f in findings]
+    return [(f.path, Problem(document.where(f.path), f"{_quoted(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
-def _line(document: Document, path: Path) -> int:
-    where = document.where(path).rsplit(":", 1)[-1]
-    return int(where) if where.isdigit() else 0
-
-
-def _called(path: Path) -> str:
-    return f"`{_dotted(path)}`" if path else "a key"
-
-
-def _dotted(path: Path) -> str:
-    return ".".join(shortened(str(part)) for part in path)
-
-
-def _real_path(item: Mapping[str, Any], value: Any) -> Path:
-    """The part of pydantic's location that exists in the file: the branches of a union are not keys of it."""
-    path: list[str | int] = []
-    for part in item["loc"]:
-        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
-        if in_list or (isinstance(value, Mapping) and part in value):
-            value = value[part]
-            path.append(part)
-    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)
-
-
-def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
+def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
     where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
@@ -182,18 +95,80 @@ def _problem(path: Path, items: list[Mapping[str, Any]], document: Document, mod
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
     blank = not value.strip() if isinstance(value, str) else value in ([], {})
     if blank and any(one["type"] in EMPTY for one in items):
-        return Problem(where, f"{key} must be not empty", f"give it a value: {_description(model, path)}")
+        return Problem(where, f"{key} must not be empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
-        return Problem(where, f"{key} must be {words}, not {_shown(value)}", f"write {words}")
+        return Problem(where, f"{key} must be {words}, not {_value_text(value)}", f"write {words}")
     wanted = _alternatives(items)
     choices = [c for one in items if one["type"] == "literal_error" for c in _choices(one)]
     guess = closest(str(value), choices) if choices else None
-    remedy = f"did you mean `{guess}`?" if guess else _meant(path, value, wanted, model)
-    return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_shown(value)}", remedy)
+    remedy = f"did you mean `{guess}`?" if guess else _remedy(path, value, wanted, model)
+    return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_value_text(value)}", remedy)
 
 
-def _meant(path: Path, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
-    """What someone who wrote this value most likely meant."""
+def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
+    """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
+    *above, key = [str(part) for part in path if isinstance(part, str)]
+    if key in UNSUPPORTED_KEYS:
+        return f"remove it: {UNSUPPORTED_KEYS[key]}"
+    section = section_at(model, path[:-1])
+    siblings = list(section.model_fields) if section else []
+    name = EQUIVALENT_KEYS.get(key, key)
+    if name in siblings:
+        return f"it is called `{'.'.join((*map(shortened, above), name))}` here"
+    if places := _places(model, key, above):
+        return f"it belongs to {places}"
+    if places := _places(model, name, above):
+        return f"it is called {places} here"
+    for method, other in RECIPES.items():
+        if model in RECIPES.values() and (places := _places(other, name, above)):
+            return f"remove it: {places} is only for method: {method}"
+    everywhere = sorted({names[-1] for names in key_paths(model)})
+    for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
+        if guess := closest(key, names, cutoff):
+            here = ".".join(shortened(str(part)) for part in (*path[:-1], guess))  # with list indices, as in --set
+            places = f"`{here}`" if guess in siblings else _places(model, guess, above)
+            return f"did you mean {places}?"
+    return f"remove it; the keys here are {', '.join(siblings)}"
+
+
+def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+    """The section model at `path` (list indices are skipped); the model itself at the root."""
+    names = tuple(part for part in path if isinstance(part, str))
+    if not names:
+        return model
+    return key_paths(model).get(names) or key_paths(model).get(names[:-1])  # a user-defined name, as in rules.en
+
+
+@cache
+def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
+    """All keys of `model` by path (without list indices), each with its section model, if any."""
+    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        out[(name,)] = section
+        if section is not None:
+            out |= {(name, *below): kind for below, kind in key_paths(section).items()}
+    return out
+
+
+def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
+    """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
+    wanted = tuple(name.split("."))
+    found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
+    found = [names for names in found if "validation_sources" not in names[:-1]]  # `sources` has the same keys
+    found = [names for names in found if list(names[: len(section)]) == section] or found
+    return " or ".join(f"`{'.'.join(names)}`" for names in found)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
+
+
+def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
+    """The most likely intended value."""
     if isinstance(value, str):
         number = value.strip().replace(",", ".")
         if any(word.startswith("a number") or word == "a whole number" for word in wanted) and _is_number(number):
@@ -214,12 +189,8 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _choices(item: Mapping[str, Any]) -> list[str]:
-    return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-
-
 def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:
-    """What the branches of a union want, said once."""
+    """Expected values of all union branches, without duplicates."""
     first_bound = next((one for one in items if one["type"] in BOUNDS), None)
     wanted = dict.fromkeys(_wanted(one) for one in items if one["type"] not in BOUNDS or one is first_bound)
     return [words for words in wanted if words != "a whole number" or "a number" not in wanted]
@@ -236,15 +207,43 @@ def _wanted(item: Mapping[str, Any]) -> str:
     return EXPECTED.get(kind) or str(item["msg"]).lower()
 
 
-def _shown(value: Any) -> str:
-    text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _choices(item: Mapping[str, Any]) -> list[str]:
+    return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
-def _description(model: type[BaseModel], path: Path) -> str:
-    """What a key is for, from its own documentation."""
+def _description(model: type[BaseModel], path: KeyPath) -> str:
+    """Description of a key in the schema."""
     names = [part for part in path if isinstance(part, str)] or [""]
     section = section_at(model, tuple(names[:-1]))
     field = section.model_fields.get(names[-1]) if section else None
     text = (field.description if field else None) or "see the schema"
     return text[0].lower() + text[1:].rstrip(".")
+
+
+def _value_text(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _quoted(path: KeyPath) -> str:
+    return f"`{_dotted(path)}`" if path else "a key"
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(shortened(str(part)) for part in path)
+
+
+def _line(document: Document, path: KeyPath) -> int:
+    where = document.where(path).rsplit(":", 1)[-1]
+    return int(where) if where.isdigit() else 0
+
+
+def _path_in_file(item: Mapping[str, Any], value: Any) -> KeyPath:
+    """The part of pydantic's location that exists in the file: union branches are not keys."""
+    path: list[str | int] = []
+    for part in item["loc"]:
+        in_list = isinstance(value, list | tuple) and isinstance(part, int) and part < len(value)
+        if in_list or (isinstance(value, Mapping) and part in value):
+            value = value[part]
+            path.append(part)
+    return (*path, item["loc"][-1]) if item["type"] == "missing" else tuple(path)

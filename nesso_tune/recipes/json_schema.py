@@ -1,4 +1,4 @@
-"""The recipe as JSON Schema, so that editors complete keys, show what they do, and mark mistakes while one types."""
+"""JSON Schema of recipes, for completion, documentation and validation in editors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nesso_tune.recipes.builtin import template_names
-from nesso_tune.recipes.data_rules import KeyPath
 from nesso_tune.recipes.rules import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
+from nesso_tune.recipes.yaml_source import KeyPath
 
-FILE = "nesso-tune.schema.json"  # its name beside the shipped recipes, and beside those that `init` writes
-NAMED = (  # keys that take the name of a shipped file: ((section, key), its folder under data_templates/, other names)
+SCHEMA_FILE = "nesso-tune.schema.json"  # written next to recipes
+# Keys that take the name of a shipped file: ((section, key), folder under data_templates/, other names)
+SHIPPED_FILE_KEYS = (
     (("ChatSection", "template"), "chat", ()),
     (("Source", "format"), "formats", ("auto",)),
 )
@@ -20,10 +21,10 @@ NOT_NULL = {"not": {"type": "null"}}
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a recipe; `method` decides between the two kinds.
+    """JSON Schema (draft 2020-12) of a recipe; `method` selects SFT or DPO.
 
-    It accepts every recipe that loads. Besides names and types it knows the contradictions that a schema can express;
-    `nesso-tune check` knows all.
+    It accepts every recipe that loads. It includes the lint rules that JSON Schema can express; `nesso-tune check`
+    runs all rules.
     """
     recipes = {name: TypeAdapter(kind).json_schema() for name, kind in RECIPES.items()}
     definitions: dict[str, Any] = {}
@@ -33,9 +34,9 @@ def recipe_schema() -> dict[str, Any]:
         schema["required"] = ["method", *schema["required"]]
     for section, rule in _rules():
         definitions[_definition(definitions, section)].setdefault("allOf", []).append(rule)
-    for (name, key), folder, more in NAMED:
+    for (name, key), folder, more in SHIPPED_FILE_KEYS:
         definitions[name]["properties"][key]["examples"] = [*more, *template_names(folder)]
-    for definition in definitions.values():  # pydantic leaves out what a section's own docstring says alike
+    for definition in definitions.values():  # pydantic omits a description equal to the section's docstring
         for entry in definition.get("properties", {}).values():
             if "$ref" in entry:
                 entry.setdefault("description", definitions[entry["$ref"].rsplit("/", 1)[-1]]["description"])
@@ -54,7 +55,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def _tidy(schema: Any) -> Any:
-    """Without the titles that pydantic makes of names, and with descriptions in one line."""
+    """Removes titles that pydantic generates and joins descriptions into one line."""
     if isinstance(schema, list):
         return [_tidy(item) for item in schema]
     if not isinstance(schema, dict):
@@ -66,20 +67,20 @@ def _tidy(schema: Any) -> Any:
 
 
 def _rules() -> list[tuple[KeyPath, dict[str, Any]]]:
-    """Contradictions and knobs without effect, by section."""
+    """Schemas of the lint rules, by section."""
     rules: list[tuple[KeyPath, dict[str, Any]]] = []
     for pair in EXCLUSIVE:
         both = {"required": list(pair.keys), "properties": dict.fromkeys(pair.keys, NOT_NULL)}
         rules.append((pair.section, {"not": both, "$comment": f"{' and '.join(pair.keys)}: {pair.remedy}"}))
-    for knob in INERT:
-        when = {"properties": {knob.key: {"const": knob.value}}, "required": [knob.key]}
-        then = {"properties": {key: {"type": "null"} for key in knob.inert}}
-        rules.append((knob.section, {"if": when, "then": then}))
+    for inert in INERT:
+        when = {"properties": {inert.key: {"const": inert.value}}, "required": [inert.key]}
+        then = {"properties": {key: {"type": "null"} for key in inert.inert}}
+        rules.append((inert.section, {"if": when, "then": then}))
     return rules
 
 
 def _definition(definitions: dict[str, Any], section: KeyPath) -> str:
-    """The name of the definition that a section refers to."""
+    """Name of a section's definition in `$defs`."""
     name = SFTRecipe.__name__
     for key in section:
         name = definitions[name]["properties"][key]["$ref"].rsplit("/", 1)[-1]

@@ -1,9 +1,9 @@
-"""What Axolotl, TRL, transformers and LLaMA-Factory call the keys of a recipe."""
+"""Equivalent keys of Axolotl, TRL, transformers and LLaMA-Factory, for suggestions in error messages."""
 
 from __future__ import annotations
 
-# Keys of Axolotl, TRL / transformers and LLaMA-Factory, by what they are called here.
-CALLED_HERE: dict[str, tuple[str, ...]] = {
+# Recipe key: its names in other tools.
+OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "method": ("rl", "stage", "task", "rl_type"),
     "output_dir": ("output", "out_dir", "output_path", "save_dir"),
     "model.base": ("base_model", "model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
@@ -69,11 +69,13 @@ CALLED_HERE: dict[str, tuple[str, ...]] = {
     "format": ("type", "formatting", "kind"),
     "language": ("lang",),
 }  # fmt: skip
-FOREIGN = {theirs: ours for ours, names in CALLED_HERE.items() for theirs in names}
-NAMES_LIST = {
-    "neftune_noise_alpha": "NEFTune is not offered",
-    "greater_is_better": "the name of train.best_metric says which way is better",
+# Key of another tool: recipe key.
+EQUIVALENT_KEYS = {theirs: ours for ours, names in OTHER_TOOL_KEYS.items() for theirs in names}
+# Key of another tool without an equivalent: the reason.
+UNSUPPORTED_KEYS = {
+    "neftune_noise_alpha": "NEFTune is not supported",
+    "greater_is_better": "train.best_metric determines the direction",
     "early_stopping_threshold": "any improvement of train.best_metric counts",
-    "tensor_parallel_size": "tensor parallelism is not in version 1",
-    "load_in_8bit": "a base is held in 4 bits (model.adapter.type: qlora) or not quantised",
+    "tensor_parallel_size": "tensor parallelism is not supported",
+    "load_in_8bit": "only 4-bit quantization is supported (model.adapter.type: qlora)",
 }

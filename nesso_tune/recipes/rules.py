@@ -1,6 +1,6 @@
-"""Rules for recipes: keys that have no effect and keys that contradict each other are errors.
+"""Lint rules of recipes: keys without effect and contradictory keys are errors.
 
-The rules read the recipe as plain nested data, so they run even when other keys are invalid.
+The rules read the raw recipe, so they run even if other keys are invalid.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from nesso_tune.metrics import (
     overall_metric,
     suggest_metric,
 )
-from nesso_tune.recipes.builtin import OF_SOURCE
+from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
 from nesso_tune.recipes.data_rules import (
     DATA_RULES,
     Finding,
-    KeyPath,
     Raw,
     get,
+    invalid_language_code,
     unknown_source,
     unknown_template,
-    wrong_code,
 )
-from nesso_tune.recipes.secrets import find_secrets, names_a_secret
+from nesso_tune.recipes.secrets import find_secrets, is_secret_name
+from nesso_tune.recipes.yaml_source import KeyPath
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
-SORTED_LOSSES = ("aot", "aot_unpaired")  # they compare the sorted ratios of a batch, so none is a mean over pairs
-# What a Slurm job is told once, from these keys: said a second time it could disagree.
-_COUNTED = "use cluster.nodes and cluster.gpus_per_node: there is one process a GPU"
-JOB_OPTIONS = {
+SORTED_LOSSES = ("aot", "aot_unpaired")  # over the sorted log-ratios of a batch: not a mean over pairs
+# sbatch options and variables that `launch` sets from the recipe: setting them again could conflict.
+_USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process per GPU"
+RESERVED_JOB_OPTIONS = {
     **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
-                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _COUNTED),
+                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _USE_CLUSTER_KEYS),
     **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
     "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
     "signal": "use cluster.save_before_s",
     **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
     "array": "remove it: its jobs would all write into one run directory",
 }  # fmt: skip
-JOB_VARIABLES = {
+RESERVED_JOB_VARIABLES = {
     "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
     "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
     **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
                      "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
 }  # fmt: skip
-JOB_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
+RESERVED_VARIABLE_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
 
 
 @dataclass(frozen=True)
 class Exclusive:
-    """Keys of a section of which only one may be set."""
+    """Two mutually exclusive keys of a section."""
 
     section: KeyPath
     keys: tuple[str, str]
@@ -64,7 +64,7 @@ class Exclusive:
 
 @dataclass(frozen=True)
 class Inert:
-    """Keys of a section that do nothing while another key of it has a value."""
+    """Keys of a section that have no effect while another key of it has the given value."""
 
     section: KeyPath
     key: str
@@ -73,7 +73,7 @@ class Inert:
     remedy: str
 
 
-# The rules that a JSON Schema can express; `json_schema.py` says them to editors.
+# Rules that JSON Schema can express; `json_schema.py` exports them for editors.
 EXCLUSIVE = (
     Exclusive(("train", "schedule"), ("warmup_ratio", "warmup_steps"), "keep one of the two"),
     Exclusive(("train",), ("max_steps", "num_epochs"), "set one and null the other"),
@@ -85,7 +85,7 @@ INERT = (
 
 
 def lint(raw: Raw) -> list[Finding]:
-    """All findings of all rules. A key counts as set when it is there and not null."""
+    """Findings of all rules. A key is set if it is present and not null."""
     return [finding for rule in RULES for finding in rule(raw)]
 
 
@@ -101,9 +101,9 @@ def _exclusive(raw: Raw) -> Iterator[Finding]:
 def _inert(raw: Raw) -> Iterator[Finding]:
     for rule in INERT:
         if get(raw, *rule.section, rule.key) == rule.value:
-            for knob in rule.inert:
-                if get(raw, *rule.section, knob) is not None:
-                    yield Finding((*rule.section, knob), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
+            for key in rule.inert:
+                if get(raw, *rule.section, key) is not None:
+                    yield Finding((*rule.section, key), f"has no effect under {rule.key}: {rule.value}", rule.remedy)
 
 
 def _schedule(raw: Raw) -> Iterator[Finding]:
@@ -119,7 +119,7 @@ def _schedule(raw: Raw) -> Iterator[Finding]:
     if decays and isinstance(end, (int, float)) and 0 < end < 1 and get(raw, *here, "min_ratio") is None:
         yield Finding(
             (*here, "constant_ratio"),
-            f"trains the last {1 - end:.0%} of the run at a learning rate of 0: min_ratio is not set",
+            f"keeps the learning rate at 0 for the last {1 - end:.0%} of the run: min_ratio is not set",
             "set min_ratio: 0.1, or constant_ratio: 1.0",
         )
 
@@ -133,19 +133,19 @@ def _validation(raw: Raw) -> Iterator[Finding]:
         )
 
 
-def _best(raw: Raw) -> Iterator[Finding]:
+def _best_metric(raw: Raw) -> Iterator[Finding]:
     metric, patience = get(raw, "train", "best_metric"), get(raw, "train", "early_stopping_patience")
-    if patience is not None and metric is None:  # what is waited for also decides what final/ holds: it has to be said
+    if patience is not None and metric is None:  # the metric also selects the weights in final/, so it must be explicit
         yield Finding(
-            ("train", "early_stopping_patience"), "waits for a better train.best_metric, and there is none",
+            ("train", "early_stopping_patience"), "requires train.best_metric",
             "set train.best_metric: eval_loss, or remove it",
         )  # fmt: skip
-    if isinstance(metric, str) and (fault := _unmeasured(raw, metric)) is not None:
+    if isinstance(metric, str) and (fault := _best_metric_problem(raw, metric)) is not None:
         yield Finding(("train", "best_metric"), *fault)
 
 
-def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
-    """Why this recipe does not measure a metric, and the remedy; None if it may measure it."""
+def _best_metric_problem(raw: Raw, metric: str) -> tuple[str, str] | None:
+    """Why this recipe does not measure a metric, and the remedy; None if it can measure it."""
     overall, registered = overall_metric(metric), metric_of(metric)
     if overall is None or registered is None:
         names = [*VALIDATION_METRICS, *ANSWER_METRICS]
@@ -154,7 +154,7 @@ def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
     on_training_prompts = overall.startswith(TRAIN_PREFIX)
     no_validation = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
     if "evaluation" in raw and evaluation is None:
-        return "nothing is measured with evaluation: null", "set evaluation: {}, or remove it"
+        return "evaluation: null disables all metrics", "set evaluation: {}, or remove it"
     if registered.method is not None and method in ("sft", "dpo") and method != registered.method:
         return f"`{metric}` is measured under method: {registered.method} only", "use eval_loss"
     if no_validation and not on_training_prompts:
@@ -167,8 +167,8 @@ def _unmeasured(raw: Raw, metric: str) -> tuple[str, str] | None:
             f"`{metric}` is measured on generated answers, and evaluation.samples is 0",
             "set evaluation.samples: 8",
         )
-    if metric.startswith(f"{overall}{OF_SOURCE}"):
-        fault = unknown_source(raw, metric.removeprefix(f"{overall}{OF_SOURCE}"), not on_training_prompts)
+    if metric.startswith(f"{overall}{SOURCE_SEPARATOR}"):
+        fault = unknown_source(raw, metric.removeprefix(f"{overall}{SOURCE_SEPARATOR}"), not on_training_prompts)
         return (f"`{metric}` {fault[0]}", fault[1]) if fault is not None else None
     return None
 
@@ -179,7 +179,7 @@ def _compile(raw: Raw) -> Iterator[Finding]:
     lacking = "pairs" if get(raw, "method") == "dpo" else "rows that are not packed"
     if get(raw, "method") == "dpo" or get(raw, "data", "packing") is False:
         yield Finding(
-            ("train", "torch_compile"), f"compiles for one constant length, which {lacking} do not have",
+            ("train", "torch_compile"), f"requires a constant sequence length, which {lacking} do not have",
             "set it to false",
         )  # fmt: skip
 
@@ -187,9 +187,7 @@ def _compile(raw: Raw) -> Iterator[Finding]:
 def _model(raw: Raw) -> Iterator[Finding]:
     if get(raw, "model", "random_init") is True:
         if get(raw, "model", "adapter") is not None:
-            yield Finding(
-                ("model", "adapter"), "an adapter over random weights learns nothing useful", "set adapter: null"
-            )
+            yield Finding(("model", "adapter"), "is not useful with random weights", "set adapter: null")
         runs_code = get(raw, "model", "trust_remote_code") is True
         if get(raw, "model", "revision") is not None and not runs_code:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
@@ -201,7 +199,9 @@ def _qlora(raw: Raw) -> Iterator[Finding]:
     for key, value in (("fsdp", "full_shard"), ("state_dict", "sharded")):
         if get(raw, "distributed", key) == value:
             remedy = "remove it, or set model.adapter.type: lora"
-            yield Finding(("distributed", key), "has no effect under model.adapter.type: qlora, of one process", remedy)
+            yield Finding(
+                ("distributed", key), "has no effect under model.adapter.type: qlora, which runs in one process", remedy
+            )
     for key in ("nodes", "gpus_per_node"):
         count = get(raw, "cluster", key)
         if isinstance(count, int) and count > 1:
@@ -221,23 +221,24 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
     extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
     for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
         name = str(option).removeprefix("--").split("=")[0]
-        said = next((known for known in JOB_OPTIONS if name and known.startswith(name)), None)  # it takes abbreviations
-        if said is not None:
-            yield Finding(("cluster", "extra", i), f"--{said} is written from elsewhere", JOB_OPTIONS[said])
+        # sbatch accepts abbreviated options
+        reserved = next((full for full in RESERVED_JOB_OPTIONS if name and full.startswith(name)), None)
+        if reserved is not None:
+            yield Finding(("cluster", "extra", i), f"--{reserved} is set by other keys", RESERVED_JOB_OPTIONS[reserved])
     for name, value in env.items() if isinstance(env, Mapping) else ():
-        if name in JOB_VARIABLES or str(name).startswith(JOB_PREFIXES):
-            remedy = JOB_VARIABLES.get(name, "remove it")
+        if name in RESERVED_JOB_VARIABLES or str(name).startswith(RESERVED_VARIABLE_PREFIXES):
+            remedy = RESERVED_JOB_VARIABLES.get(name, "remove it")
             yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
-        elif names_a_secret(str(name), str(value)):
+        elif is_secret_name(str(name), str(value)):
             remedy = "export it where you call `launch`: jobs inherit that environment"
-            yield Finding(("cluster", "env", name), "names a secret, and would stand in the job's file", remedy)
+            yield Finding(("cluster", "env", name), "is a secret, and would be written to the job file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):
-        yield Finding(("cluster", "python"), f"{python} is taken as it stands, nothing is expanded", "write the path")
+        yield Finding(("cluster", "python"), f"{python} is not expanded", "write the path")
 
 
 def _secrets(raw: Raw) -> Iterator[Finding]:
     for path, kind in find_secrets(raw):
-        remedy = "remove it, revoke it if it was shared, and give it by an environment variable (HF_TOKEN and the like)"
+        remedy = "remove it, revoke it if it was shared, and use an environment variable such as HF_TOKEN"
         yield Finding(path, f"looks like a secret {kind}: a recipe is recorded and shared", remedy)
 
 
@@ -245,15 +246,17 @@ def _template(raw: Raw) -> Iterator[Finding]:
     yield from unknown_template(("chat", "template"), get(raw, "chat", "template"), "chat")
     systems = get(raw, "chat", "default_system")
     for code in systems if isinstance(systems, Mapping) else ():
-        yield from wrong_code(("chat", "default_system", code), code)
+        yield from invalid_language_code(("chat", "default_system", code), code)
 
 
 def _output(raw: Raw) -> Iterator[Finding]:
     folder = get(raw, "output_dir")
     if isinstance(folder, str) and "\0" in folder:
-        yield Finding(("output_dir",), "holds a NUL character", "correct it")
+        yield Finding(("output_dir",), "contains a NUL character", "correct it")
     if isinstance(folder, str) and normpath(folder).split("/")[0] == "..":
-        yield Finding(("output_dir",), f"{folder} leads out of the working directory", "write the whole path if meant")
+        yield Finding(
+            ("output_dir",), f"{folder} is outside the working directory", "use an absolute path if this is intended"
+        )
 
 
 def _dpo(raw: Raw) -> Iterator[Finding]:
@@ -273,13 +276,13 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
             ("dpo", "beta"), "has no effect on the loss sft alone", "add a preference loss, e.g. sigmoid: 1.0"
         )
     for name in sorted(names & set(SORTED_LOSSES)):
-        yield from _of_a_whole_step(raw, name)
+        yield from _sorted_loss(raw, name)
     if get(raw, "dpo", "ld_alpha") == 1:
-        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens alike, which is what null does", "remove it")
+        yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens equally, like null", "remove it")
 
 
-def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
-    """What keeps a loss that sorts the pairs of a micro batch from sorting those of the optimizer step."""
+def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
+    """Reports a sorted loss if a micro batch is not the whole batch of an optimizer step."""
     rows, whole, times = (
         get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
     )
@@ -289,14 +292,14 @@ def _of_a_whole_step(raw: Raw, loss: str) -> Iterator[Finding]:
     step = whole if isinstance(whole, int) else rows * times if isinstance(times, int) else rows
     if step > rows:
         yield Finding(
-            ("dpo", "loss"), f"{loss} sorts the pairs of a step, and the {step} of a step come {rows} at a time",
+            ("dpo", "loss"), f"{loss} sorts all pairs of a step, but its {step} pairs are in micro batches of {rows}",
             f"set train.micro_batch_size: {step} and one device, or use another loss",
         )  # fmt: skip
     elif step == 1:
-        yield Finding(("dpo", "loss"), f"{loss} sorts pairs, and a step has one", "raise train.micro_batch_size")
+        yield Finding(("dpo", "loss"), f"{loss} needs more than one pair per step", "raise train.micro_batch_size")
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _compile, _validation, _best, _model, _qlora, _distributed, _cluster, _secrets,
-    _template, _output, _dpo, *DATA_RULES,
+    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _qlora, _distributed, _cluster,
+    _secrets, _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

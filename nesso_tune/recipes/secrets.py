@@ -1,7 +1,7 @@
-"""What looks like a secret: it belongs into the environment, not into a file that is recorded, shared and published.
+"""Detects and masks secrets: recipes and run files are recorded, shared and published.
 
-Three ways to tell one: by its form (what issuers put before their tokens), by what a text calls it (`DB_PASS=…`,
-`?token=…`, `https://token@host`), and, for the many tokens without a form, by how random it is.
+There are three criteria: the issuer's token format, the context (`DB_PASS=…`, `?token=…`, `https://token@host`), and
+randomness, for tokens without a fixed format.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-Path = tuple[str | int, ...]
+from nesso_tune.recipes.yaml_source import KeyPath
 
-HIDDEN = "…"
-# Who issues a token, and its form. A `(?P<secret>…)` is the part to mask, where the rest may be shown. Words that
-# happen to begin alike (`hf_some_words`, `sk-learn`) have neither capitals nor digits in their long part.
+MASK = "…"
+# Issuer: token format. A group `(?P<secret>…)` limits what is masked. Look-aheads for capitals and digits exclude words
+# with the same prefix (`hf_some_words`, `sk-learn`).
 _MIXED = r"(?=[\w-]{0,99}[A-Z0-9])"
-FORMS = {
+TOKEN_PATTERNS = {
     "of Anthropic": r"(?<![\w/-])sk-ant-[\w-]{10,}",
     "of OpenRouter": r"(?<![\w/-])sk-or-v\d-[\w-]{16,}",
     "of an API": rf"(?<![\w/-])sk-(?:(?:proj|svcacct|admin|None|[a-z0-9]{{2,8}})-){{0,2}}{_MIXED}[\w-]{{16,}}"
@@ -30,7 +30,7 @@ FORMS = {
     "of AWS": r"\b(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}\b|\bABSK[A-Za-z0-9+/]{60,}",
     "of Azure": r"(?i:AccountKey|SharedAccessKey|SharedAccessSignature)=(?P<secret>[^\s;\"'${<]{16,})"
                 r"|\b[\w~.]{3}\dQ~[\w~.-]{31,}"
-                # A storage account's key alone; the digest of a package (`sha512-…`) is as long.
+                # Key of a storage account; excludes package digests (`sha512-…`), which have the same length.
                 r"|(?<![A-Za-z0-9+/])(?<!sha512[-:])[A-Za-z0-9+/]{86}==(?![\w=])",
     "of npm": r"\bnpm_(?=[A-Za-z]*\d)[A-Za-z0-9]{20,}",
     "of PyPI": r"\bpypi-(?=[\w-]{0,99}[A-Z])[\w-]{16,}",
@@ -84,14 +84,14 @@ FORMS = {
     "a private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----(?:[^-]+-----END [A-Z0-9 ]*-----)?"
                      r"|\bAGE-SECRET-KEY-1[0-9A-Z]{20,}|\bPuTTY-User-Key-File-\d",
 }  # fmt: skip
-# What a text itself calls a secret. A reference (`$TOKEN`, `{token}`, `<token>`) is none.
+# Secrets by context. References (`$TOKEN`, `{token}`, `<token>`) are not secrets.
 _KEYS = (
     "token|access[-_]?token|auth[-_]?token|refresh[-_]?token|id[-_]?token|private[-_]?token|job[-_]?token|bearer"
     "|api[-_]?key|apikey|access[-_]?key|secret[-_]?key|account[-_]?key|secret|client[-_]?secret|password|passwd|pass|pwd"
     "|x-amz-signature|x-amz-security-token|x-goog-signature|signature|sig|credentials?"
 )
 _PLAIN_USERS = "git|hg|svn|user|username|anonymous|guest|me|nobody"
-CALLED = {
+CONTEXT_PATTERNS = {
     "in a URL": r"\w://[^/\s:@?#]*:(?P<secret>(?![${<…])[^/\s@]+)@"
                 rf"|\bhttps?://(?P<user>(?!(?:{_PLAIN_USERS})@)(?![${{<…])[^/\s:@?#]+)@"
                 rf"|(?i:[?&#](?:{_KEYS}))=(?P<parameter>(?![${{<…])[^&\s#\"'$]{{6,}})"
@@ -103,125 +103,126 @@ CALLED = {
                     r"|\bsshpass\s+-p\s?[\"']?(?P<password>(?![${<…*])[^\s\"']{4,})"
                     r"|\b(?:docker|podman)\s+login\s(?:[^\n|;]{0,300}\s)?-p\s?[\"']?(?P<p>(?![${<…*])[^\s\"']{4,})",
 }  # fmt: skip
-KINDS = {kind: re.compile(form) for kind, form in {**FORMS, **CALLED}.items()}
-# What a name is set to: in a line of shell, in `KEY=value`, in YAML and JSON, in an option, in a .netrc.
-ASSIGNED = re.compile(
+PATTERNS = {kind: re.compile(form) for kind, form in {**TOKEN_PATTERNS, **CONTEXT_PATTERNS}.items()}
+# Values of names: in shell, `KEY=value`, YAML and JSON (assignment); in options and .netrc (option).
+ASSIGNMENT_PATTERN = re.compile(
     r"(?<![\w$])(?P<name>[A-Za-z][\w-]{0,60})(?P<sign>[\"']?[ \t]{0,3}[:=][ \t]{0,3})"
-    r"(?=[\"']?(?P<secret>[^\s\"'$;&|]{4,999}))"  # looked at only: what follows may be a name itself
+    r"(?=[\"']?(?P<secret>[^\s\"'$;&|]{4,999}))"  # look-ahead: the value can itself be a name
 )
-SPOKEN = re.compile(
+OPTION_PATTERN = re.compile(
     r"(?:(?<![\w-])--(?P<name>[A-Za-z][\w-]{0,60})|\b(?P<netrc>passw(?:or)?d))[ \t]{1,3}"
     r"[\"']?(?P<secret>[^\s\"'$;&|]{7,})"
 )
 _NAMED_IN_WORD = re.compile(r"(?<![\w-])-{0,2}(?P<name>[A-Za-z_][\w-]{0,99})[\\\"']{0,4}\s{0,9}[:=]\s{0,9}")
 _LETTER_AND_DIGIT = re.compile(r"(?=[^a-zA-Z]*[a-zA-Z])(?=\D*\d)[^()\[\]{}<>,`]+")
-# What stands for a secret in an example.
+# Placeholders in examples.
 _PLACEHOLDER = re.compile(
     r"[<{\[(%$].*|.*(?:…|\.{3}).*|(?:\w{1,8}[-_])?[x*.•_-]+|abc(?:d(?:ef?)?)?(?:123)?|.*[-_]here"
     r"|(?:your|insert|enter|replace|example|placeholder|redacted|hidden|masked|dummy|change[-_]?me|inserisci)[\w-]*"
     r"|(?:my|the|some|an?|il|la)[-_][a-z_-]+|values?|valore|secret|token|password|key|todo|tbd|string",
     re.IGNORECASE,
 )
-RANDOM, ASSIGNMENT = "(a long random text)", "(a variable that is named so)"
-WINDOW, OVERLAP = 8_000, 1_000  # characters that are searched at once: no text, however long, takes long
+RANDOM, ASSIGNMENT = "(long random text)", "(by the name of the variable)"
+WINDOW_CHARS, OVERLAP_CHARS = 8_000, 1_000  # bounds the cost of the patterns on long texts
 
-# Words of a variable's name that say: this is a secret; those that also do so as the end of a word (`DBPASS`); the
-# words that only end alike; those that say something else before one of them (`MAX_TOKENS`, `SORT_KEY`); and those
-# that, as the last word, say what else it is.
+# Words in variable names: ENDINGS denote a secret, also as a suffix (`DBPASS`); WORDS only as a whole word;
+# NON_SECRET_WORDS share a suffix only; NON_SECRET_QUALIFIERS before a word change its meaning (`MAX_TOKENS`,
+# `SORT_KEY`), as do NON_SECRET_LAST_WORDS at the end.
 PASSWORDS = ("PASSWORDS", "PASSWORD", "PASSWD", "PASSPHRASE", "PASSCODE", "PASS", "PWD")
 ENDINGS = (*PASSWORDS, "TOKENS", "TOKEN", "SECRETS", "SECRET", "KEYS", "KEY", "CREDENTIALS", "CREDENTIAL", "CREDS",
            "PAT", "JWT")  # fmt: skip
 WORDS = (*ENDINGS, "CRED", "AUTH", "BEARER", "COOKIE", "OTP", "PIN", "SIGNATURE", "SK")
 _WORD = re.compile(rf"(?P<before>.*?)(?P<noun>{'|'.join(ENDINGS)})|(?P<whole>{'|'.join(WORDS)})")
-ONLY_LAST = frozenset({"PWD", "SK"})  # and never alone: PWD is the working directory
-ALIKE = frozenset({
+LAST_WORD_ONLY = frozenset({"PWD", "SK"})  # and not alone: PWD is the working directory
+NON_SECRET_WORDS = frozenset({
     "BYPASS", "COMPASS", "ENCOMPASS", "TRESPASS", "OVERPASS", "UNDERPASS", "SURPASS", "LOWPASS", "HIGHPASS", "BANDPASS",
     "MONKEY", "DONKEY", "TURKEY", "WHISKEY", "JOCKEY", "DISCJOCKEY", "HOCKEY", "MICKEY", "MALARKEY", "LACKEY", "JOKEY",
     "SMOKEY", "COMPAT", "EXPAT", "SPAT", "OLDPWD",
 })  # fmt: skip
-_OF_TOKENS = frozenset({"MAX", "MIN", "NUM", "N", "TOTAL", "PAD", "EOS", "BOS", "UNK", "SEP", "CLS", "MASK", "EOT",
-                        "EOD", "EOM", "SPECIAL", "STOP", "EXTRA", "ADDED", "BATCHED", "IMAGE", "FIM"})  # fmt: skip
-_OF_KEYS = frozenset({"SORT", "PRIMARY", "FOREIGN", "PARTITION", "SHARD", "GROUP", "CACHE", "INDEX", "JOIN", "HASH",
-                      "DICT", "MAP", "LOOKUP", "OBJECT", "COLUMN", "METRIC", "TEXT", "PROMPT", "IMAGE", "PUBLIC", "PUB",
-                      "HOT", "PUBLISHABLE", "UNIQUE", "ROUTING", "NUM", "MAX", "STATE"})  # fmt: skip
-_OF_PASSES = frozenset({"FORWARD", "BACKWARD", "SINGLE", "MULTI", "FIRST", "SECOND", "ONE", "TWO", "NUM", "MAX"})
-OF_OTHERS = {
-    "TOKEN": _OF_TOKENS, "TOKENS": _OF_TOKENS | {"NEW", "PROMPT", "INPUT", "OUTPUT"},
-    "KEY": _OF_KEYS, "KEYS": _OF_KEYS, "PASS": _OF_PASSES,
+_TOKEN_QUALIFIERS = frozenset({"MAX", "MIN", "NUM", "N", "TOTAL", "PAD", "EOS", "BOS", "UNK", "SEP", "CLS", "MASK",
+                        "EOT", "EOD", "EOM", "SPECIAL", "STOP", "EXTRA", "ADDED", "BATCHED", "IMAGE",
+                        "FIM"})  # fmt: skip
+_KEY_QUALIFIERS = frozenset({"SORT", "PRIMARY", "FOREIGN", "PARTITION", "SHARD", "GROUP", "CACHE", "INDEX", "JOIN",
+                      "HASH", "DICT", "MAP", "LOOKUP", "OBJECT", "COLUMN", "METRIC", "TEXT", "PROMPT", "IMAGE",
+                      "PUBLIC", "PUB", "HOT", "PUBLISHABLE", "UNIQUE", "ROUTING", "NUM", "MAX", "STATE"})  # fmt: skip
+_PASS_QUALIFIERS = frozenset({"FORWARD", "BACKWARD", "SINGLE", "MULTI", "FIRST", "SECOND", "ONE", "TWO", "NUM", "MAX"})
+NON_SECRET_QUALIFIERS = {
+    "TOKEN": _TOKEN_QUALIFIERS, "TOKENS": _TOKEN_QUALIFIERS | {"NEW", "PROMPT", "INPUT", "OUTPUT"},
+    "KEY": _KEY_QUALIFIERS, "KEYS": _KEY_QUALIFIERS, "PASS": _PASS_QUALIFIERS,
     "PIN": frozenset({"CPU", "GPU", "CORE", "THREAD", "NUMA", "MEMORY", "OMP"}),
     "AUTH": frozenset({"NCCL", "USE", "ENABLE", "DISABLE", "REQUIRE", "NO", "SKIP"}),
     "SK": frozenset({"LANG", "LANGUAGE", "LOCALE", "WIKI"}),  # Slovak
 }  # fmt: skip
-OTHERWISE = frozenset({
+NON_SECRET_LAST_WORDS = frozenset({
     "FILE", "FILES", "FILENAME", "PATH", "DIR", "DIRECTORY", "FOLDER", "SOCK", "SOCKET", "URL", "URI", "HOST", "PORT",
     "TYPE", "METHOD", "MODE", "NAME", "LIMIT", "LENGTH", "LEN", "SIZE", "COUNT", "TIMEOUT", "TTL", "FORMAT", "ENABLED",
     "DISABLED", "VERSION", "ALGORITHM", "REGION", "PROVIDER", "ENDPOINT", "REQUIRED", "CACHE", "PARALLELISM", "HELPER",
     "THREADS", "COLUMN", "FIELD", "EXPIRY", "LEVEL", "THROUGH", "STEP", "STEPS", "BATCH", "RATE", "RATIO", "BUDGET",
     "MEMORY", "CPU", "CORES", "AT", "K", "LOSS", "LOSSES", "MASK", "IDS", "EMBEDDINGS", "WEIGHT",
 })  # fmt: skip
-FLAGS = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
+FLAG_VALUES = frozenset({"", "0", "1", "true", "false", "yes", "no", "on", "off", "none", "null", "auto", "basic"})
 
-# Keys of a recipe whose values may well be random: hashes, names of files and of data sets, values of the data.
+# Recipe keys with values that can look random: hashes, names of files and data sets, values of the data.
 MAY_BE_RANDOM = frozenset({"revision", "path", "base", "files", "reads", "tools_file", "format", "template", "subset",
                            "split", "output_dir", "python", "where", "labels", "roles", "alias"})  # fmt: skip
 _STRETCH = re.compile(r"[\w+/.~%-]{20,}={0,2}")
 _PIECE = re.compile(r"[A-Za-z0-9]{20,}")
 _CHUNK = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|\d+")
 _HEX = re.compile(r"[0-9a-f]+|[0-9A-F]+")
-_CONTENT_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}|baf[a-z2-7]{50,}")  # IPFS: a hash, in other letters
-DIGESTS = ("sha256-", "sha384-", "sha512-")  # of a package, in base64
+_CONTENT_ID = re.compile(r"Qm[1-9A-HJ-NP-Za-km-z]{44}|baf[a-z2-7]{50,}")  # IPFS hash
+DIGEST_PREFIXES = ("sha256-", "sha384-", "sha512-")  # package digests in base64
 _NUMBER = re.compile(r"[+-]?[\d._]{1,9}(?:[eE][+-]?\d{1,3})?")
 
 
-def kind_of(text: str) -> str | None:
-    """Whose secret a text holds, told by its form or by what the text calls it; None for none."""
-    return next((kind for kind, _ in _named(text)), None)
+def secret_kind(text: str) -> str | None:
+    """Kind of the first secret in a text, by format or context (not by randomness); None if there is none."""
+    return next((kind for kind, _ in _pattern_spans(text)), None)
 
 
 def masked(text: str) -> str:
-    """A text without the secrets in it."""
-    return _without(text, [*(span for _, span in _named(text)), *_random(text)])
+    """Masks all secrets in a text."""
+    return _hide_spans(text, [*(span for _, span in _pattern_spans(text)), *_random_spans(text)])
 
 
 def masked_word(word: str) -> str:
-    """A word of a command line without secrets: also what a name in it that names one is set to.
+    """Masks secrets in a word of a command line, including the value of a name that denotes a secret.
 
-    From there on nothing is shown: the value may hold whatever ends one elsewhere.
+    Everything after such a name is masked: its value can contain any delimiter.
     """
     for found in _NAMED_IN_WORD.finditer(word):
-        if names_a_secret(found["name"]):
-            return f"{masked(word[: found.end()])}{HIDDEN}" if found.end() < len(word) else masked(word)
+        if is_secret_name(found["name"]):
+            return f"{masked(word[: found.end()])}{MASK}" if found.end() < len(word) else masked(word)
     return masked(word)
 
 
-def names_a_secret(variable: str, value: str = "unknown") -> bool:
-    """Whether an environment variable's name says that it holds a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`.
+def is_secret_name(variable: str, value: str = "unknown") -> bool:
+    """Whether the name of an environment variable denotes a secret: `HF_TOKEN`, not `TOKENIZERS_PARALLELISM`.
 
-    Its value, where it is known, may say that it holds the path of one, or a number, or only turns something on.
+    The value, if given, can rule this out: it is a path, a number or a flag.
     """
-    said = value.strip()
-    if said.lower() in FLAGS or _is_path(said):
+    value = value.strip()
+    if value.lower() in FLAG_VALUES or _is_path(value):
         return False
-    nouns = {noun for _, noun in _nouns(variable)}
-    return bool(nouns) and not (_NUMBER.fullmatch(said) and nouns.isdisjoint((*PASSWORDS, "PIN", "OTP", "SECRET")))
+    nouns = {noun for _, noun in _secret_words(variable)}
+    return bool(nouns) and not (_NUMBER.fullmatch(value) and nouns.isdisjoint((*PASSWORDS, "PIN", "OTP", "SECRET")))
 
 
-def _nouns(variable: str) -> list[tuple[str, str]]:
-    """The words in a variable's name that say that it holds a secret, each with what stands before it."""
+def _secret_words(variable: str) -> list[tuple[str, str]]:
+    """Words of a variable name that denote a secret, each as (preceding word, word)."""
     words = [word for part in re.split(r"[\W_]+", variable.upper()) if (word := part.rstrip("0123456789"))]
-    if not words or words[-1] in OTHERWISE or "PER" in words:  # TOKENS_PER_STEP
+    if not words or words[-1] in NON_SECRET_LAST_WORDS or "PER" in words:  # TOKENS_PER_STEP
         return []
-    counted = not _OF_TOKENS.isdisjoint(words)  # MAX_NEW_TOKENS
+    counted = not _TOKEN_QUALIFIERS.isdisjoint(words)  # MAX_NEW_TOKENS
     nouns = []
     for i, word in enumerate(words):
         found = _WORD.fullmatch(word)
-        if not found or word in ALIKE:
+        if not found or word in NON_SECRET_WORDS:
             continue
         noun = found["noun"] or found["whole"]
         before = found["before"] or (words[i - 1] if i else "")
-        if noun in ONLY_LAST and (i < len(words) - 1 or not before):
+        if noun in LAST_WORD_ONLY and (i < len(words) - 1 or not before):
             continue
-        of_other = before in OF_OTHERS.get(noun, ()) or (noun == "TOKENS" and counted)
+        of_other = before in NON_SECRET_QUALIFIERS.get(noun, ()) or (noun == "TOKENS" and counted)
         if not of_other:
             nouns.append((before, noun))
     return nouns
@@ -231,17 +232,17 @@ def _is_path(value: str) -> bool:
     return value.startswith(("/", "~/", "./", "../"))
 
 
-def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
-    """Where texts of nested data, keys among them, hold a secret, and whose."""
+def find_secrets(raw: Any, here: KeyPath = ()) -> Iterator[tuple[KeyPath, str]]:
+    """Paths and kinds of secrets in the strings and keys of nested data."""
     if isinstance(raw, str):
-        kind = kind_of(raw)
-        if kind is None and MAY_BE_RANDOM.isdisjoint(map(str, here)) and any(True for _ in _random(raw)):
+        kind = secret_kind(raw)
+        if kind is None and MAY_BE_RANDOM.isdisjoint(map(str, here)) and any(True for _ in _random_spans(raw)):
             kind = RANDOM
         if kind:
             yield here, kind
     elif isinstance(raw, Mapping):
         for key, value in raw.items():
-            if isinstance(key, str) and (kind := kind_of(key)):
+            if isinstance(key, str) and (kind := secret_kind(key)):
                 yield here, kind
             yield from find_secrets(value, (*here, key))
     elif isinstance(raw, (list, tuple)):
@@ -249,28 +250,28 @@ def find_secrets(raw: Any, here: Path = ()) -> Iterator[tuple[Path, str]]:
             yield from find_secrets(value, (*here, i))
 
 
-def _named(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Secrets that are told by their form or their name: the kind, and where the part to mask stands."""
-    for start in range(0, max(1, len(text)), WINDOW):
-        window = text[start : start + WINDOW + OVERLAP]
-        for kind, form in KINDS.items():
+def _pattern_spans(text: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Secrets found by format or context: the kind and the span to mask."""
+    for start in range(0, max(1, len(text)), WINDOW_CHARS):
+        window = text[start : start + WINDOW_CHARS + OVERLAP_CHARS]
+        for kind, form in PATTERNS.items():
             for found in form.finditer(window):
                 named = next((name for name, part in found.groupdict().items() if part), 0)
                 yield kind, (start + found.start(named), start + found.end(named))
-        for found in (*ASSIGNED.finditer(window), *SPOKEN.finditer(window)):
+        for found in (*ASSIGNMENT_PATTERN.finditer(window), *OPTION_PATTERN.finditer(window)):
             if _is_assigned(**found.groupdict()):
                 yield ASSIGNMENT, (start + found.start("secret"), start + found.end("secret"))
 
 
 def _is_assigned(name: str | None, secret: str, sign: str = " ", netrc: str | None = None) -> bool:
-    """Whether a value that a text gives a name is a secret, and no example, code or prose.
+    """Whether the value of a name is a secret and not an example, code or prose.
 
-    `DB_PASS=anything` is one; elsewhere a value has to look like one, where the name does not say much even more so.
+    `DB_PASS=anything` is a secret. Otherwise the value must look like a secret; the test is stricter for vague names.
     """
     name, value = name or netrc or "", secret.rstrip(",)}]`")
-    if not names_a_secret(name, value) or _PLACEHOLDER.fullmatch(value):
+    if not is_secret_name(name, value) or _PLACEHOLDER.fullmatch(value):
         return False
-    before, noun = _nouns(name)[0]
+    before, noun = _secret_words(name)[0]
     if sign == "=" and name != name.lower() and (before or noun in PASSWORDS or noun.startswith("SECRET")):
         return True
     if noun in ("KEY", "KEYS", "PAT", "SK") and before not in ("API", "ACCESS", "SECRET", "ACCOUNT", "AUTH"):
@@ -278,20 +279,22 @@ def _is_assigned(name: str | None, secret: str, sign: str = " ", netrc: str | No
     return len(value) >= 7 and bool(_LETTER_AND_DIGIT.fullmatch(value.rstrip(".")))
 
 
-def _random(text: str) -> Iterator[tuple[int, int]]:
-    """Stretches that nobody wrote: long, of letters of both cases and digits, that change places all the time.
+def _random_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Spans of random text: long, with frequent changes between upper case, lower case and digits.
 
-    Hexadecimal ones are hashes and UUIDs for the most part. What looks like a path, or has an ending, is a name.
+    Hexadecimal text (hashes, UUIDs), paths and file names are excluded.
     """
     for stretch in _STRETCH.finditer(text):
-        said = stretch[0].rstrip(".%")  # the end of a sentence is no ending of a file
-        is_name = said.startswith(("/", *DIGESTS)) or said.count("/") > 2 or not {".", "~", "%"}.isdisjoint(said)
-        if not is_name and any(map(_is_random, _PIECE.findall(said))):
+        word = stretch[0].rstrip(".%")  # a full stop is not a file extension
+        is_name = (
+            word.startswith(("/", *DIGEST_PREFIXES)) or word.count("/") > 2 or not {".", "~", "%"}.isdisjoint(word)
+        )
+        if not is_name and any(map(_is_random, _PIECE.findall(word))):
             yield stretch.span()
 
 
 def _is_random(piece: str) -> bool:
-    """Random text changes between capitals, small letters and digits every second character; names do so rarely."""
+    """Random text changes between upper case, lower case and digits about every second character; names rarely do."""
     chunks = len(_CHUNK.findall(piece))
     kinds = [any(map(is_kind, piece)) for is_kind in (str.isupper, str.islower, str.isdigit)]
     if _HEX.fullmatch(piece) or _CONTENT_ID.fullmatch(piece) or sum(kinds) < 2 or not kinds[2]:
@@ -301,8 +304,8 @@ def _is_random(piece: str) -> bool:
     return len(piece) >= 28 and len(piece) / chunks <= 3.0  # one case and digits
 
 
-def _without(text: str, spans: list[tuple[int, int]]) -> str:
-    """The text with each of the spans, which may overlap, hidden."""
+def _hide_spans(text: str, spans: list[tuple[int, int]]) -> str:
+    """Replaces spans, which can overlap, with `MASK`."""
     merged: list[list[int]] = []
     for start, end in sorted(spans):
         if merged and start < merged[-1][1]:
@@ -310,4 +313,4 @@ def _without(text: str, spans: list[tuple[int, int]]) -> str:
         else:
             merged.append([start, end])
     borders = [0, *(border for span in merged for border in span), len(text)]
-    return HIDDEN.join(text[a:b] for a, b in list(pairwise(borders))[::2])
+    return MASK.join(text[a:b] for a, b in list(pairwise(borders))[::2])

@@ -1,6 +1,6 @@
-"""Reading a YAML file with the line of every key.
+"""Reads YAML files with the line number of every key.
 
-YAML 1.2 through ruamel: `1e-3` is a number, `no` is a word, and a key given twice is an error.
+Uses YAML 1.2 (ruamel): `1e-3` is a number, `no` is a string, and duplicate keys are errors.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from nesso_tune.errors import Problem, RecipeError, shortened
 
-KeyPath = tuple[str | int, ...]
-MAX_NODES = 20_000  # far above any recipe; a nest of aliases that grows beyond it is refused
+KeyPath = tuple[str | int, ...]  # path of a key: section names, keys and list indices
+OVERRIDE = "--set"  # location of values set on the command line; their line is 0
+MAX_NODES = 20_000  # guards against exponential alias expansion
 MAX_DEPTH = 50
 MAX_BYTES = 2_000_000
-MAX_NUMBER = 1e300  # beyond it a number is no number any more, infinity and NaN included
+MAX_NUMBER = 1e300  # larger values, infinity and NaN are kept as text, which validation rejects
 PLAIN_TAGS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 TOO_DEEP = ("is too large or nested too deeply", "remove the nested aliases")
 
 
 @dataclass
 class Document:
-    """A YAML file as plain data.
+    """A parsed YAML file.
 
     Attributes:
-        name: what errors call the file.
+        name: name of the file in errors.
         value: nested dicts, lists and scalars.
         lines: the 1-based line of every key and list item, by path from the root.
-        problems: keys given twice and the like, already in their final wording.
+        problems: duplicate keys.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of a key, or of the nearest key above it that the file has."""
+        """`file:line` of a key, or of its nearest ancestor in the file."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 line = self.lines[path[:end]]
@@ -50,11 +51,8 @@ class Document:
         return f"{self.name}:1"
 
 
-OVERRIDE = "--set"  # where a value given on the command line stands; its line is 0
-
-
 def read_document(path: Path) -> Document:
-    """Reads a YAML file of plain data.
+    """Reads a YAML file.
 
     Raises:
         RecipeError: if the file is missing, not text, or not YAML.
@@ -70,7 +68,7 @@ def read_document(path: Path) -> Document:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "name a readable YAML file") from None
     if len(raw) > MAX_BYTES or path.suffix in (".jsonl", ".parquet"):
         raise RecipeError(
-            str(path), f"{len(raw):,} bytes of data are no recipe", f"make one: nesso-tune init --data {path}"
+            str(path), f"{len(raw):,} bytes of data are not a recipe", f"make one: nesso-tune init --data {path}"
         )
     try:
         text = raw.decode("utf-8-sig")
@@ -90,8 +88,8 @@ def parse_document(text: str, name: str) -> Document:
         if root is not None:
             document.value = _Builder(document, yaml).build(root, ())
     except MarkedYAMLError as error:
-        line, *said = _explain(error, text)
-        raise RecipeError(f"{name}:{line}", *said) from None
+        line, *fault = _explain(error, text)
+        raise RecipeError(f"{name}:{line}", *fault) from None
     except RecursionError:
         raise RecipeError(name, *TOO_DEEP) from None
     except (YAMLError, ValueError) as error:
@@ -100,14 +98,14 @@ def parse_document(text: str, name: str) -> Document:
 
 
 def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:
-    """The line that is wrong, what is wrong with it, and the remedy."""
+    """Line of a syntax error, what is wrong, and the remedy."""
     problem = (error.problem or "syntax error").strip()
     line = error.problem_mark.line + 1 if error.problem_mark else 1
-    start = error.context_mark.line + 1 if error.context_mark else line  # where the broken part begins
+    start = error.context_mark.line + 1 if error.context_mark else line  # first line of the enclosing construct
     lines = text.splitlines()
-    found = lines[line - 1] if line <= len(lines) else ""
+    source_line = lines[line - 1] if line <= len(lines) else ""
     unclosed = "end of stream" in problem or "<stream end>" in problem or problem.startswith("expected ',' or")
-    if "\t" in found[: len(found) - len(found.lstrip())] or "'\\t'" in problem:
+    if "\t" in source_line[: len(source_line) - len(source_line.lstrip())] or "'\\t'" in problem:
         return line, "a tab is used for indentation", "indent with spaces"
     if "mapping values are not allowed" in problem or (unclosed and "but got ':'" in problem and line == start):
         remedy = "quote the text, or indent the line like its neighbours"
@@ -122,19 +120,19 @@ def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:
 
 
 class _Composer(Composer):
-    """Stops at a file that is far too large, instead of composing all of it first."""
+    """Composer that stops at `MAX_NODES`, before an oversized file is fully composed."""
 
     nodes = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.nodes += 1
-        if self.nodes > 2 * MAX_NODES:  # keys are nodes here too
+        if self.nodes > 2 * MAX_NODES:  # keys count as nodes
             raise RecursionError
         return super().compose_node(parent, index)
 
 
 class _Builder:
-    """Turns YAML nodes into plain data and notes where each key stands."""
+    """Converts YAML nodes to plain data and records the line of each key."""
 
     def __init__(self, document: Document, yaml: YAML) -> None:
         self.document = document
@@ -149,7 +147,7 @@ class _Builder:
         if str(node.tag).removeprefix("tag:yaml.org,2002:") not in PLAIN_TAGS:
             where = f"{self.document.name}:{node.start_mark.line + 1}"
             raise RecipeError(
-                where, f"the tag `{shortened(str(node.tag))}` is not read here", "remove it: values are plain data"
+                where, f"the tag `{shortened(str(node.tag))}` is not supported", "remove it: values are plain data"
             )
         if isinstance(node, MappingNode):
             return self._mapping(node, path)
@@ -164,16 +162,16 @@ class _Builder:
             line = key_node.start_mark.line + 1
             where = f"{self.document.name}:{line}"
             if str(key_node.tag).endswith(":merge"):
-                raise RecipeError(where, "merge keys (`<<`) are not read", "write the merged keys out")
+                raise RecipeError(where, "merge keys (`<<`) are not supported", "write the merged keys out")
             if key is None:
                 raise RecipeError(where, "this key cannot be used", "write plain text keys")
             key = key if isinstance(key, str) else str(key_node.value)
             here = (*path, key)
             if key in out:
                 first = self.document.lines[here]
-                called = ".".join(shortened(str(part)) for part in here)
-                twice = Problem(where, f"`{called}` is given twice (first in line {first})", "keep one")
-                self.document.problems.append(twice)
+                dotted = ".".join(shortened(str(part)) for part in here)
+                duplicate = Problem(where, f"`{dotted}` is given twice (first in line {first})", "keep one")
+                self.document.problems.append(duplicate)
                 continue
             self.document.lines[here] = line
             out[key] = self.build(value_node, here)
@@ -182,9 +180,9 @@ class _Builder:
     def _scalar(self, node: Node) -> Any:
         kind = str(node.tag).rsplit(":", 1)[-1]
         if kind not in ("int", "float", "bool", "null"):
-            return node.value  # text, and what YAML would turn into dates or binary data
+            return node.value  # strings; timestamps and binary data stay text
         try:
             value = self.yaml.constructor.construct_object(node)
-        except (ValueError, LookupError):  # `!!int abc`, or more digits than Python reads
+        except (ValueError, LookupError):  # `!!int abc`, or more digits than `int` accepts
             return node.value
         return value if value is None or abs(value) < MAX_NUMBER else node.value

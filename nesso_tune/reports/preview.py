@@ -20,7 +20,7 @@ from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
-from nesso_tune.recipes.builtin import BUNDLED_TOKENS, bundled_base, is_result, local_path
+from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, is_run_output, local_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.reports.html import escape_invisible, render
 from nesso_tune.training.dataset import ConversationCollator, PairCollator
@@ -269,7 +269,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     if local_path(base).exists():
         return recipe, ()
     with suppress(RunEnvironmentError):
-        if not is_result(base):
+        if not is_run_output(base):
             base_folder(base, recipe.model.revision)
             return recipe, ()
     model = recipe.model.model_copy(update={"base": bundled_base(), "revision": None})
@@ -277,7 +277,7 @@ def _with_tokenizer(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
         f"the tokenizer of {base} is not available locally; using a small bundled tokenizer. The same text is "
         "supervised, but token counts and packing differ, and rows may be twice as long"
     )
-    length = BUNDLED_TOKENS * recipe.data.sequence_len
+    length = BUNDLED_TOKENS_RATIO * recipe.data.sequence_len
     data = recipe.data.model_copy(update={"sequence_len": length, "too_long": "drop"})
     chat = recipe.chat.model_copy(update={"pad_token": None})
     return recipe.model_copy(update={"model": model, "data": data, "chat": chat}), (note,)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nesso_tune.errors import RunEnvironmentError, is_full
+from nesso_tune.errors import RunEnvironmentError, is_disk_full
 from nesso_tune.files import format_bytes, remove_staging
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.checkpoint import checkpoints
@@ -91,7 +91,7 @@ class DiskSpace:
         try:
             yield
         except Exception as error:
-            if not is_full(error):
+            if not is_disk_full(error):
                 raise
             if remove_partial:
                 remove_staging(self.run)

@@ -24,7 +24,7 @@ from nesso_tune.generation.answers import (
     select_prompts,
 )
 from nesso_tune.metrics import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
-from nesso_tune.recipes.builtin import OF_SOURCE
+from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
@@ -223,7 +223,7 @@ def best_checkpoint_for(recipe: Recipe, spec: MetricSpec, validation: Rows) -> B
         ]
         grouped = whole.removeprefix("eval_") not in spec.ungrouped
         # whether this source has validation rows is known at the first evaluation
-        of_source = grouped and metric.startswith(f"{whole}{OF_SOURCE}")
+        of_source = grouped and metric.startswith(f"{whole}{SOURCE_SEPARATOR}")
         if (whole if of_source else metric) not in measured:
             raise RecipeError(BEST_METRIC, f"`{metric}` is not measured by this run", suggest_metric(metric, measured))
     return BestCheckpoint(metric, recipe.train.early_stopping_patience)

@@ -134,7 +134,7 @@ BAD = {
         r":4: `eos_token` is not in control_tokens",
     ),
     "eos is not end": (GOOD.replace('eos_token: "<|b|>"', 'eos_token: "<|a|>"'), r":4: turns end with <\|b\|>"),
-    "no words": (GOOD.replace("start", '""'), r":3: .*must be not empty"),
+    "no words": (GOOD.replace("start", '""'), r":3: .*must not be empty"),
     "duplicate key": (GOOD + 'end: "<|b|>"\n', r":6: `end` is given twice"),
     "not yaml": ('header: "', r":1: "),
     "a list": ("- header\n", r":1: "),

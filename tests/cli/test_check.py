@@ -96,7 +96,7 @@ def test_all_mistakes_come_in_one_block(check, tmp_path):
         f"{path}:3: `model.base` is missing; add it: hub id or local folder of the base model; for DPO, the `final/` "
         "folder of the SFT run",
         f"{path}:3: unknown key `model.bas`; did you mean `model.base`?",
-        f"{path}:4: `data.sources` must be not empty; give it a value: sources of training rows",
+        f"{path}:4: `data.sources` must not be empty; give it a value: sources of training rows",
         f"{path}:6: unknown key `train.learning_rte`; did you mean `train.learning_rate`?",
     ]
 

@@ -187,7 +187,7 @@ def test_a_declared_file_must_exist_and_requires_a_reader(reader, sft):
     with pytest.raises(DataError, match=r"mop\.json: no such file; did you mean .*map\.json"):
         prepare_data(sft(source))
     for fmt in ("auto", "messages"):
-        with pytest.raises(ValueError, match=r"reads: has no effect without a reader of your own; set format: FILE"):
+        with pytest.raises(ValueError, match=r"reads: has no effect without a user-defined reader; set format: FILE"):
             sft(source | {"format": fmt})
 
 

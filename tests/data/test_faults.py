@@ -973,7 +973,7 @@ def test_a_share_of_an_unknown_source(tmp_path, capsys):
     path.write_text(path.read_text().replace("corpus: 1.0", "corpo: 1.0"))
     code, _, said = main_here(capsys, "prepare", path)
     assert code == 2, said
-    assert "corpo` is no source of this recipe; did you mean `corpus`?" in said
+    assert "corpo` is not a source of this recipe; did you mean `corpus`?" in said
     assert not trusted(tmp_path)
 
 

@@ -97,9 +97,9 @@ BAD = {
     "unknown key": (OWN + "answer_field: [x]\n", r":4: unknown key `answer_field`"),
     "unknown kind": (OWN.replace("instruction", "chat"), r":1: `kind` must be one of"),
     "unknown role": (OWN + "roles: {capo: boss}\n", r":4: "),
-    "a blank name": (OWN.replace("[risposta]", "['']"), r":3: `response_field.0` must be not empty"),
+    "a blank name": (OWN.replace("[risposta]", "['']"), r":3: `response_field.0` must not be empty"),
     "a name that is null": (OWN.replace("[risposta]", "[null]"), r":3: `response_field.0` is not set"),
-    "no template": (OWN + "prompt_template: ''\n", r":4: `prompt_template` must be not empty"),
+    "no template": (OWN + "prompt_template: ''\n", r":4: `prompt_template` must not be empty"),
     "given twice": (OWN + "kind: preference\n", r":4: `kind` is given twice"),
     "empty": ("", r":1: is not a section of keys"),
 }

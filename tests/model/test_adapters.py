@@ -81,7 +81,7 @@ def test_a_quantised_base_is_refused(tmp_path, talks, capsys, kind):
     for verb in ("check", "train"):
         code, _, err = main_here(capsys, verb, path)
         assert code == ModelError.exit_code
-        assert "is quantised; version 1 trains the model that it was made of" in err
+        assert "is quantized; use the original model" in err
 
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,

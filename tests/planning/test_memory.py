@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config, quantise
 from nesso_tune.model.attention import AttentionSpans, enable_document_attention, last_hidden_states
-from nesso_tune.planning.advice import ROOMY
-from nesso_tune.planning.hardware import GIB, TABLE, Gpu, find_gpu
+from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
+from nesso_tune.planning.hardware import GIB, GPUS, Gpu, find_gpu
 from nesso_tune.planning.memory import (
     adapter_parameters,
     dora_activations,
@@ -205,7 +205,7 @@ def test_gpus_have_names():
         find_gpu("a100-81gb")
     with pytest.raises(RecipeError, match="use one of t4-16gb"):
         find_gpu("zzz")
-    assert all(name == name.lower() and name.endswith("gb") for name in TABLE)
+    assert all(name == name.lower() and name.endswith("gb") for name in GPUS)
 
 
 def plan(keys="", gpu="a100-80gb", shape=ZAGREUS, processes=1, text=SFT, volume=None):
@@ -217,7 +217,7 @@ def test_checkpointing_is_decided_by_the_memory():
     for gpu, expected in ((80, False), (16, True)):
         decided = plan("max_steps: 2000", gpu=gpu)
         assert decided.gradient_checkpointing is expected
-        assert (decided.memory.total <= ROOMY * gpu * GIB) is True
+        assert (decided.memory.total <= MEMORY_SAFE_SHARE * gpu * GIB) is True
     assert plan("gradient_checkpointing: true").gradient_checkpointing is True
     assert plan("gradient_checkpointing: false", gpu=2).gradient_checkpointing is False
     unknown = make_plan(read(SFT), World(1, find_gpu("l4")), None, None)
@@ -243,11 +243,11 @@ ADVICE = {
     "no warm-up, large": (COLD_EIGHT, {"shape": EIGHT}, "no warm-up"),
     "no end": ("max_steps: 90", data("train_on_eos: none"), "never teaches the model to stop"),
     "no assistant": ("max_steps: 90", data("roles_to_train: [user]"), "the model will not stop"),
-    "few held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 rows are held out"),
-    "many held out": ("max_steps: 90", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 rows are held out"),
+    "few held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 9)}, "only 9 validation rows"),
+    "many held out": ("max_steps: 90", {"volume": DataVolume(9 * 10**5, 9**9, 9, 90_000)}, "90,000 validation rows"),
     "none held out": ("max_steps: 90", {"volume": DataVolume(900, 9000, 900, 0), **data("validation_size: 0")},
-                      "no rows are held out"),
-    "little data": ("max_steps: 90", {"volume": DataVolume(9, 900, 90, 1)}, "1 rows held out are few, and so is"),
+                      "no validation rows"),
+    "little data": ("max_steps: 90", {"volume": DataVolume(9, 900, 90, 1)}, "only 1 validation rows, and the data"),
     "too long": ("max_steps: 90", {"volume": DataVolume(9, 900, 90, 50, dropped={"too_long": 0.9}),
                  **data("sequence_len: 1024")}, "90% of the rows are longer than data.sequence_len 1024 "
                  "and are dropped: raise data.sequence_len, or set data.too_long: truncate"),

@@ -72,12 +72,12 @@ def test_steps_are_rounded_up(epochs, rows, batch, steps):
 def test_epochs_are_those_of_whole_steps(epochs, rows, batch, trained):
     of = plan(f"num_epochs: {epochs}, global_batch_size: {batch}", rows)
     assert of.epochs == of.total_steps * batch / rows == pytest.approx(trained, rel=1e-4)
-    said = f"{epochs} epoch(s) of {rows} rows become {trained:.3g} in "
+    said = f"{epochs} epoch(s) of {rows} rows are rounded up to {trained:.3g} by "
     assert (said in " / ".join(of.advice)) == (trained > 1.1 * epochs)
 
 
 @pytest.mark.parametrize(
-    ("steps", "words"), [(900, "train.max_steps: 900 are 45 epochs, usual are 3"), (240, ""), (9, "")]
+    ("steps", "words"), [(900, "train.max_steps: 900 are 45 epochs, the default is 3"), (240, ""), (9, "")]
 )
 def test_max_steps_far_from_the_data(steps, words):
     said = [text for text in plan(f"max_steps: {steps}, global_batch_size: 10", 200).advice if "max_steps" in text]
@@ -187,7 +187,7 @@ def advice(*arguments, **keys):
 
 def test_advice_for_a_batch_far_from_the_tuned_one():
     small = advice("learning_rate: 1.0e-3, global_batch_size: 8", shape=ZAGREUS)
-    assert "tuned for 1,048,576 tokens a step" in small
+    assert "tuned for 1,048,576 tokens per step" in small
     assert (
         "this run has 8 rows, 32,768 tokens: consider 1.8e-04, or train.global_batch_size: 256" in small
     )  # the square root of the batch
@@ -199,10 +199,10 @@ def test_advice_on_data_and_context():
     text = SFT.replace("data:", "data:\n  packing: false")
     assert "one epoch (5 rows) is smaller than one global batch (8)" in advice("global_batch_size: 8", 5)
     assert advice("global_batch_size: 8", 80, validation_rows=80) == ""
-    assert "more rows are held out" in advice("", 50, validation_rows=51, text=text)
+    assert "more validation rows" in advice("", 50, validation_rows=51, text=text)
     assert advice("", 50, validation_rows=51) == ""  # packed rows say nothing about conversations
     long = SFT.replace("data:", "data:\n  sequence_len: 8192")
-    assert "beyond the base model's context of 4096" in advice("learning_rate: 0.1", shape=ZAGREUS, text=long)
+    assert "exceeds the base model's context length of 4096" in advice("learning_rate: 0.1", shape=ZAGREUS, text=long)
 
 
 def test_sizes_on_disk():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nesso_tune.planning.shapes import TABLE, find_shape, known_config, shape_of
+from nesso_tune.planning.shapes import KNOWN_CONFIGS, find_shape, known_config, shape_of
 from nesso_tune.recipes.sections import ModelSection
 
 ID = "mii-llm/zagreus-0.4B-ita"
@@ -30,7 +30,7 @@ def test_parameters_are_those_of_published_models():
     assert shape_of(known_config(ID)).parameters == pytest.approx(438e6, rel=0.01)
 
 
-@pytest.mark.parametrize("base", TABLE)
+@pytest.mark.parametrize("base", KNOWN_CONFIGS)
 def test_known_bases_have_the_parameters_that_transformers_makes(base):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -59,15 +59,17 @@ def test_every_path_is_expanded_once_and_holds_no_variable(key, home):
     for variable in ("$SCRATCH", "${SCRATCH}"):
         with pytest.raises(RecipeError) as error:
             validate(document(key, f"{variable}/b{suffix}"))
-        assert f"holds {variable}, which is not expanded in a recipe; write the path itself, or let the shell" in str(
-            error.value
+        assert (
+            f"contains {variable}, but variables are not expanded in recipes; write the path itself, or let the shell"
+            in str(error.value)
         )
 
 
 def test_a_variable_is_named_with_its_line_and_what_works_instead():
+    where = "r.yaml:2: `output_dir`"
     assert problem(SFT.replace("output_dir: out", "output_dir: $SCRATCH/run")) == (
-        "r.yaml:2: `output_dir` holds $SCRATCH, which is not expanded in a recipe; write the path itself, or let the "
-        'shell expand it: --set output_dir="$SCRATCH/run"'
+        f"{where} contains $SCRATCH, but variables are not expanded in recipes; write the path itself, or "
+        'let the shell expand it: --set output_dir="$SCRATCH/run"'
     )
     assert 'it: --set data.sources.0.path="${D}/x.jsonl"' in problem(SFT.replace("rows.jsonl", "${D}/x.jsonl"))
 
@@ -79,7 +81,7 @@ def test_the_text_of_a_cluster_keeps_its_variables():
 
 
 def test_folders_of_nobody_are_refused_and_odd_names_are_names(home):
-    assert "`output_dir` is ~nobody0/x, and there is no user `nobody0` here; write the whole path" in problem(
+    assert "`output_dir` is ~nobody0/x, and there is no user `nobody0`; write the full path" in problem(
         SFT.replace("output_dir: out", "output_dir: ~nobody0/x")
     )
     for name in ("~draft.jsonl", "a~b/c.jsonl", "./~/x.jsonl", "cost$.jsonl", "a$5.jsonl", "org/name"):
@@ -97,9 +99,9 @@ def test_in_python_and_on_the_command_line(recipe_file, home, capsys, monkeypatc
     assert (recipe.output_dir, recipe.data.sources[0].path) == (f"{home}/x", f"{home}/d.jsonl")
     code, _, said = main_here(capsys, "check", file, "--set", "output_dir=$SCRATCH/run")
     assert (code, said.count("\n")) == (2, 1)
-    assert said.startswith("--set: `output_dir` holds $SCRATCH")
+    assert said.startswith("--set: `output_dir` contains $SCRATCH")
     code, _, said = main_here(capsys, "preview", "quickstart/sft", "--html=~nobody0/page.html")
-    assert (code, said) == (2, "~nobody0/page.html: there is no user `nobody0` here; write the whole path\n")
+    assert (code, said) == (2, "~nobody0/page.html: there is no user `nobody0`; write the full path\n")
     monkeypatch.chdir(home)
     assert main_here(capsys, "preview", "quickstart/sft", "-n", 1, "--html=~/pages/a.html")[0] == 0
     assert (Path(home) / "pages" / "a.html").is_file()
@@ -121,7 +123,7 @@ def test_the_environment(home, monkeypatch):
     monkeypatch.setenv("NESSO_TUNE_CACHE", "cache")
     assert cache_root() == Path.cwd() / "cache"
     monkeypatch.setenv("NESSO_TUNE_CACHE", "$SCRATCH/cache")
-    with pytest.raises(RunEnvironmentError, match=r"NESSO_TUNE_CACHE: is \$SCRATCH/cache, and nothing expands \$SCR"):
+    with pytest.raises(RunEnvironmentError, match=r"_CACHE: contains the unexpanded variable \$SCRATCH: \$SCR"):
         cache_root()
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -9,14 +9,16 @@ from ruamel.yaml import YAML
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.load import parse_overrides, validate
-from nesso_tune.recipes.other_tools import FOREIGN
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
 from nesso_tune.recipes.yaml_source import parse_document
 from tests.support.examples import examples
 from tests.support.recipe_texts import DPO, SFT, with_value
 
 OURS = sorted({path[-1] for model in (SFTRecipe, DPORecipe) for path in key_paths(model)})
-KEYS = st.sampled_from(OURS) | st.sampled_from(sorted(FOREIGN)) | st.text(max_size=8) | st.integers() | st.booleans()
+KEYS = st.one_of(
+    st.sampled_from(OURS), st.sampled_from(sorted(EQUIVALENT_KEYS)), st.text(max_size=8), st.integers(), st.booleans()
+)
 WORDS = st.sampled_from(
     ["sft", "dpo", "auto", "cosine", "constant", "assistant", "messages", "lora", "sigmoid", "1e-3"]
 )

@@ -10,9 +10,9 @@ from jsonschema import Draft202012Validator
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import load_recipe
-from nesso_tune.recipes.builtin import find_recipe, shipped, shipped_recipes
+from nesso_tune.recipes.builtin import find_recipe, shipped_folder, shipped_recipes
 from nesso_tune.recipes.error_messages import key_paths
-from nesso_tune.recipes.json_schema import FILE, recipe_schema
+from nesso_tune.recipes.json_schema import SCHEMA_FILE, recipe_schema
 from nesso_tune.recipes.load import validate
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe, dump
 from nesso_tune.recipes.yaml_source import parse_document, read_document
@@ -33,7 +33,7 @@ def test_it_is_a_schema():
 
 
 def test_the_shipped_file_is_current():
-    written = json.loads((shipped("recipes") / FILE).read_text(encoding="utf-8"))
+    written = json.loads((shipped_folder("recipes") / SCHEMA_FILE).read_text(encoding="utf-8"))
     assert written == SCHEMA, "run: nesso-tune schema > recipes/nesso-tune.schema.json"
 
 
@@ -43,7 +43,7 @@ def test_shipped_recipes_are_valid_and_name_it(name):
     assert list(VALIDATOR.iter_errors(read_document(file).value)) == []
     assert list(VALIDATOR.iter_errors(dump(load_recipe(name)))) == [], "resolved recipes too"
     (said,) = re.findall(r"^# yaml-language-server: \$schema=(.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-    assert (file.parent / said).resolve() == (shipped("recipes") / FILE).resolve()
+    assert (file.parent / said).resolve() == (shipped_folder("recipes") / SCHEMA_FILE).resolve()
 
 
 @pytest.mark.parametrize("name", [name for name in MISTAKES if name not in ONLY_READ])

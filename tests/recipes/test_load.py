@@ -6,10 +6,10 @@ import pytest
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe, yaml_source
-from nesso_tune.recipes.builtin import catalogue, shipped_recipes
-from nesso_tune.recipes.error_messages import MOST, key_paths, section_at
+from nesso_tune.recipes.builtin import recipe_summaries, shipped_recipes
+from nesso_tune.recipes.error_messages import MAX_PROBLEMS, key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
-from nesso_tune.recipes.other_tools import FOREIGN
+from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.schema import RECIPES
 from tests.support.recipe_texts import DPO, SFT, problem, problems, read
 
@@ -23,7 +23,7 @@ def test_shipped_recipes_load(name):
 
 
 def test_each_shipped_recipe_says_its_command_hardware_and_cost():
-    entries = catalogue()
+    entries = recipe_summaries()
     assert {entry.name for entry in entries} >= {"sft", "dpo", "open-zagreus", "lora", "agentic", "sft-8b"}
     for entry in entries:
         assert entry.title, entry
@@ -55,7 +55,7 @@ MISTAKES = {
     "tab": (SFT + "train:\n\tmax_steps: 3", 8, ["a tab", "indent with spaces"]),
     "path unset": (SFT.replace(" rows.jsonl", ""), 6, ["`data.sources.0.path` is not set", "hub id of a dataset"]),
     "path missing": (SFT.replace("path: rows.jsonl", "split: x"), 6, ["`data.sources.0.path` is missing", "add it"]),
-    "blank": (SFT.replace("rows.jsonl", "'  '"), 6, ["`data.sources.0.path` must be not empty", "give it a value"]),
+    "blank": (SFT.replace("rows.jsonl", "'  '"), 6, ["`data.sources.0.path` must not be empty", "give it a value"]),
     "unset section": (SFT + "train:", 7, ["`train` is not set"]),
     "misspelt choice": (SFT + "chat: {new_tokens: resise}", 7, ["one of auto", "did you mean `resize`?"]),
     "misspelt loss": (DPO + "dpo: {loss: {sigmod: 1.0}}", 7, ["`dpo.loss.sigmod`", "did you mean `sigmoid`?"]),
@@ -67,7 +67,7 @@ MISTAKES = {
     "misplaced and misspelt": (SFT + "warmup_ration: 0.1", 7, ["did you mean `train.schedule.warmup_ratio`?"]),
     "other method's section": (SFT + "dpo: {beta: 0.1}", 7, ["unknown key `dpo`", "only for method: dpo"]),
     "other method's key": (DPO.replace("data:", "data:\n  packing: true"), 5, ["unknown key", "only for method: sft"]),
-    "not offered": (IN_TRAIN + "neftune_noise_alpha: 5", 8, ["remove it", "NEFTune is not offered"]),
+    "not offered": (IN_TRAIN + "neftune_noise_alpha: 5", 8, ["remove it", "NEFTune is not supported"]),
     "unknown": (SFT + "größe: 1", 7, ["unknown key `größe`", "the keys here are output_dir, seed, model"]),
     "number as key": (SFT + "7: 1", 7, ["unknown key `7`"]),
     "true for a count": (IN_TRAIN + "micro_batch_size: true", 8, ["a whole number", "not true"]),
@@ -81,7 +81,7 @@ MISTAKES = {
     "quoted number": (IN_TRAIN + "learning_rate: '1e-3'", 8, ["a number or auto", "not '1e-3'"]),
     "number as text": (SFT.replace("out\n", "2024\n"), 2, ["`output_dir` must be text, not 2024"]),
     "no sources": (
-        SFT.replace("\n    - path: rows.jsonl", " []"), 5, ["must be not empty", "sources of training rows"],
+        SFT.replace("\n    - path: rows.jsonl", " []"), 5, ["must not be empty", "sources of training rows"],
     ),
     "sources as a section": (SFT.replace("- path", "path"), 5, ["`data.sources` must be a list"]),
     "source as text": (SFT.replace("- path: ", "- "), 6, ["`data.sources.0` must be a section"]),
@@ -92,8 +92,8 @@ MISTAKES = {
     "held out: above 1": (SFT.replace("data:", "data:\n  validation_size: 1.5"), 5, ["whole number or", "below 1"]),
     "a share of 1.0": (SFT + "checkpoint: {every_steps: 1.0}", 7, ["whole number or a number below 1"]),
     "no interval": (SFT + "checkpoint: {every_steps: 0}", 7, ["at least 1, not 0"]),
-    "no default system": (SFT + "chat: {default_system: {}}", 7, ["`chat.default_system` must be not empty"]),
-    "nothing selected": (IN_SOURCE + "where: {a: []}", 7, ["`data.sources.0.where.a` must be not empty"]),
+    "no default system": (SFT + "chat: {default_system: {}}", 7, ["`chat.default_system` must not be empty"]),
+    "nothing selected": (IN_SOURCE + "where: {a: []}", 7, ["`data.sources.0.where.a` must not be empty"]),
     "in a choice of types": (SFT + "chat: {default_system: {it: 3}}", 7, ["`chat.default_system.it` must be text"]),
     "a wrong weight": (DPO + "dpo: {loss: {sigmoid: -1}}", 7, ["`dpo.loss.sigmoid`", "above 0"]),
     "a wrong role": (IN_SOURCE + "roles: {utente: usr}", 7, ["`data.sources.0.roles.utente`", "did you mean `user`?"]),
@@ -155,9 +155,9 @@ def test_a_name_of_another_tool_in_a_source():
     assert "called `data.sources.messages_field` here" in problem(SFT + "      field_messages: conversations")
 
 
-@pytest.mark.parametrize("theirs", FOREIGN)
+@pytest.mark.parametrize("theirs", EQUIVALENT_KEYS)
 def test_every_translated_name_leads_to_a_key(theirs):
-    base = DPO if FOREIGN[theirs].startswith("dpo.") else SFT
+    base = DPO if EQUIVALENT_KEYS[theirs].startswith("dpo.") else SFT
     said = problem(f"{base}{theirs}: x\n")
     assert "called `" in said or "belongs to" in said, said  # `type` is a key here too, of other sections
 
@@ -240,9 +240,9 @@ def test_what_is_said_of_an_oversized_recipe_stays_short(text):
     began = time.process_time()
     found = problems(text)
     assert time.process_time() - began < 20, "of this process's own time, a second or two on any machine"
-    assert len(found) <= MOST + 1
+    assert len(found) <= MAX_PROBLEMS + 1
     assert all(len(str(one)) < 1000 for one in found)
-    assert "..." in str(found[0]) or len(found) == 1 or found[-1].what.endswith("more mistakes")
+    assert "..." in str(found[0]) or len(found) == 1 or found[-1].what.endswith("more problems")
 
 
 def test_a_file_of_far_too_many_values_is_not_read_to_its_end(monkeypatch):
@@ -271,7 +271,7 @@ chat: {{template: {tmp_path}/chat.yaml}}
         load_recipe(recipe_file(text))
     said = sorted(map(str, caught.value.problems))
     assert [one.split(".yaml:", 1)[1][:2].rstrip(":") for one in said] == ["10", "7", "8", "9"]
-    assert all("names a file that is not there" in one for one in said)
+    assert all("names a file that does not exist" in one for one in said)
     for name in ("own.py", "tools.json", "own.yml", "chat.yaml"):
         (tmp_path / name).write_text("")
     assert load_recipe(recipe_file(text)).data.sources[0].tools_file

@@ -6,7 +6,7 @@ from ruamel.yaml import YAML
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import find_recipe, shipped_recipes
 from nesso_tune.recipes.rules import RULES, lint
-from nesso_tune.recipes.secrets import kind_of, masked
+from nesso_tune.recipes.secrets import masked, secret_kind
 from tests.support.recipe_texts import SFT, read
 
 
@@ -35,17 +35,17 @@ FIRES = {
         schedule("warmup_ratio: 0.5, constant_ratio: 0.4, min_ratio: 0"), "train.schedule.warmup_ratio", ".4",
     ),
     "a rest without a rate": (
-        schedule("type: linear, constant_ratio: 0.8"), "train.schedule.constant_ratio", "the last 20% of the run at",
+        schedule("type: linear, constant_ratio: 0.8"), "train.schedule.constant_ratio", "for the last 20% of the run",
     ),
     "a template": ("chat: {template: chatlm}", "chat.template", "`chatlm` is not known"),
     "a default system message": (
-        "chat: {default_system: {Italian: x}}", "chat.default_system.Italian", "`Italian` is no language code",
+        "chat: {default_system: {Italian: x}}", "chat.default_system.Italian", "`Italian` is not a language code",
     ),
     "a format": (source("format: sharegtp"), "data.sources.1.format", "`sharegtp` is not known"),
-    "a language": (source("language: Pyhton"), "data.sources.1.language", "`Pyhton` is no language code"),
-    "a language's rule": (source("rules: {IT: {weight: 2}}"), "data.sources.1.rules.IT", "`IT` is no language code"),
+    "a language": (source("language: Pyhton"), "data.sources.1.language", "`Pyhton` is not a language code"),
+    "a language's rule": (source("rules: {IT: {weight: 2}}"), "data.sources.1.rules.IT", "`IT` is not a language code"),
     "a language's share": (
-        "data: {mixture: {by: language, shares: {it: 0.5, EN: 0.5}}}", "data.mixture.shares.EN", "no language code",
+        "data: {mixture: {by: language, shares: {it: 0.5, EN: 0.5}}}", "data.mixture.shares.EN", "not a language code",
     ),
     "two lengths": ("train: {num_epochs: 1, max_steps: 5}", "train.num_epochs", "contradicts train.max_steps"),
     "two batches": (
@@ -53,12 +53,13 @@ FIRES = {
         "contradicts train.global_batch_size",
     ),
     "two splits": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "beside"),
-    "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "learns nothing"),
+    "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "not useful"),
     "shares of a qlora": (
         "{model: {adapter: {type: qlora}}, distributed: {fsdp: full_shard}}", "distributed.fsdp", "has no effect under",
     ),
     "shards of a qlora": (
-        "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict", "of one",
+        "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict",
+        "which runs in one process",
     ),
     "GPUs of a qlora": (
         "{model: {adapter: {type: qlora}}, cluster: {gpus_per_node: 4}}", "cluster.gpus_per_node", "contradicts",
@@ -71,14 +72,14 @@ FIRES = {
     "exo without smoothing": ("dpo: {loss: {exo_pair: 1.0}}", "dpo.loss", "needs label_smoothing"),
     "sorted by parts": (
         "{dpo: {loss: {aot: 1.0}}, train: {micro_batch_size: 4, global_batch_size: 16}}", "dpo.loss",
-        "aot sorts the pairs of a step, and the 16 of a step come 4 at a time",
+        "aot sorts all pairs of a step, but its 16 pairs are in micro batches of 4",
     ),
     "sorted by accumulation": (
         "{dpo: {loss: {sft: 1.0, aot_unpaired: 1.0}}, train: {gradient_accumulation_steps: 3}}", "dpo.loss",
-        "aot_unpaired sorts the pairs of a step, and the 3",
+        "aot_unpaired sorts all pairs of a step, but its 3",
     ),
-    "sorted alone": ("dpo: {loss: {aot: 1.0}}", "dpo.loss", "sorts pairs, and a step has one"),
-    "alike": ("dpo: {ld_alpha: 1.0}", "dpo.ld_alpha", "what null does"),
+    "sorted alone": ("dpo: {loss: {aot: 1.0}}", "dpo.loss", "needs more than one pair per step"),
+    "alike": ("dpo: {ld_alpha: 1.0}", "dpo.ld_alpha", "like null"),
     "answer in messages": (source("format: messages, response_field: x"), "data.sources.1.response_field", "messages"),
     "prompt in sharegpt": (source("format: sharegpt, prompt_field: x"), "data.sources.1.prompt_field", "sharegpt"),
     "messages in alpaca": (source("format: alpaca, roles: {utente: user}"), "data.sources.1.roles", "alpaca"),
@@ -93,30 +94,31 @@ FIRES = {
         "beside keep: false",
     ),
     "text in messages": (source("format: messages, text_field: x"), "data.sources.1.text_field", "format: messages"),
-    "columns of a reader": (source("format: a.py:f, prompt_field: x"), "data.sources.1.prompt_field", "own reader"),
+    "columns of a reader": (source("format: a.py:f, prompt_field: x"), "data.sources.1.prompt_field", "user-defined"),
     "weight of a rule held out": (
         "data: {validation_sources: [{path: v, rules: {it: {weight: 2.0}}}]}",
         "data.validation_sources.0.rules.it.weight", "sees every row once",
     ),
     "shares of more than all": (
-        "data: {mixture: {by: language, shares: {it: 0.6, en: 0.6}}}", "data.mixture.shares", "add up to 1.2",
+        "data: {mixture: {by: language, shares: {it: 0.6, en: 0.6}}}", "data.mixture.shares", "sum to 1.2",
     ),
     "shares of nobody": (
         "data: {sources: [{path: a.jsonl}], mixture: {by: source, shares: {a.json: 1.0}}}",
-        "data.mixture.shares.a.json", "is no source",
+        "data.mixture.shares.a.json", "is not a source",
     ),
     "shares and weights": (
         "data: {sources: [{path: a, weight: 2.0}], mixture: {by: language, shares: {it: 1.0}}}",
         "data.sources.0.weight", "contradicts data.mixture",
     ),
     "overlap with nothing": (
-        "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap", "held out",
+        "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap",
+        "no validation rows",
     ),
     "a late warning": (
         "data: {preferences: {conflicting: {warn: 0.5, fail: 0.1}}}", "data.preferences.conflicting.warn", "never",
     ),
     "patience for nothing": (
-        "train: {early_stopping_patience: 2}", "train.early_stopping_patience", "waits for a better train.best_metric",
+        "train: {early_stopping_patience: 2}", "train.early_stopping_patience", "requires train.best_metric",
     ),
     "the best of what": ("train: {best_metric: eval_los}", "train.best_metric", "select weights"),
     "the best of a reward": (
@@ -134,26 +136,26 @@ FIRES = {
     ),
     "the best of no source": (
         "{data: {sources: [{path: a}, {path: b, alias: bb}]}, train: {best_metric: eval_loss/source/b}}",
-        "train.best_metric", "data.sources has none that is called so",
+        "train.best_metric", "data.sources has no source of this name",
     ),
     "the best of a source that is only trained on": (
         "{data: {sources: [{path: a}, {path: b}], validation_sources: [{path: c}, {path: d}]},"
-        " train: {best_metric: stop_rate/source/a}}", "train.best_metric", "data.validation_sources has none",
+        " train: {best_metric: stop_rate/source/a}}", "train.best_metric", "data.validation_sources has no source",
     ),
     "the best of the one source": (
         "{data: {sources: [{path: a}]}, train: {best_metric: eval_loss/source/a}}", "train.best_metric", "several",
     ),
     "shards of nothing": ("distributed: {fsdp: none, state_dict: sharded}", "distributed.state_dict", "no effect"),
     "GPUs said twice": ("cluster: {gpus_per_node: 4, extra: [--exclusive, --gres=gpu:8]}", "cluster.extra.1",
-                        "--gres is written from elsewhere"),
+                        "--gres is set by other keys"),
     "time said twice": ('cluster: {extra: ["--time=1:00:00"]}', "cluster.extra.0", "--time"),
-    "an abbreviation": ('cluster: {extra: ["--gpus-per-no=3"]}', "cluster.extra.0", "--gpus-per-node is written"),
+    "an abbreviation": ('cluster: {extra: ["--gpus-per-no=3"]}', "cluster.extra.0", "--gpus-per-node is set"),
     "many jobs": ('cluster: {extra: ["--array=1-2"]}', "cluster.extra.0", "--array"),
     "a number of Slurm's own": ("cluster: {env: {SLURM_NNODES: '4'}}", "cluster.env.SLURM_NNODES", "by the job"),
-    "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "nothing is expanded"),
-    "a token in a job": ("cluster: {env: {HF_TOKEN: x}}", "cluster.env.HF_TOKEN", "names a secret"),
+    "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "is not expanded"),
+    "a token in a job": ("cluster: {env: {HF_TOKEN: x}}", "cluster.env.HF_TOKEN", "is a secret"),
     "a token anywhere": (source("split: hf_abcdefghijklmnopqrst0"), "data.sources.1.split", "looks like a secret"),
-    "a way out": ("output_dir: ../elsewhere", "output_dir", "leads out"),
+    "a way out": ("output_dir: ../elsewhere", "output_dir", "outside"),
     "threads said twice": ("cluster: {env: {OMP_NUM_THREADS: '4'}}", "cluster.env.OMP_NUM_THREADS", "by the job"),
     "in a validation source": (
         "data: {validation_sources: [{path: v, min_score: 1}]}", "data.validation_sources.0.min_score", "score_field",
@@ -246,12 +248,12 @@ def test_a_finding_stops_a_recipe():
      "runs/hf_conversazioniitaliane", "a94a8fe5ccb19ba61c4c0873d391e987982fbbd3", "sk-some-long-words-of-a-name"],
 )  # fmt: skip
 def test_names_that_are_no_secrets(said):
-    assert kind_of(said) is None
+    assert secret_kind(said) is None
 
 
 @pytest.mark.parametrize("said", ["hf_" + "aB3" * 11, "sk-proj-" + "aB3" * 12, "sk-" + "aB3" * 16, "ghp_" + "aB3" * 12])
 def test_a_secret_is_seen_and_masked(said):
-    assert kind_of(f"x {said}") is not None
+    assert secret_kind(f"x {said}") is not None
     assert said not in masked(f"x {said} y")
 
 

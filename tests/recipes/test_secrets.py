@@ -8,7 +8,7 @@ import pytest
 
 from nesso_tune import RecipeError
 from nesso_tune.recipes.load import load_recipe
-from nesso_tune.recipes.secrets import find_secrets, masked, masked_word, names_a_secret
+from nesso_tune.recipes.secrets import find_secrets, is_secret_name, masked, masked_word
 from tests.support.runs import recipe, write_recipe
 
 _RNG = random.Random(16)
@@ -201,17 +201,17 @@ def test_hashes_and_names_may_be_random_where_they_are_expected():
 
 def test_names_of_variables_that_hold_a_secret():
     for name in NAMES:
-        assert names_a_secret(name), name
-        assert not names_a_secret(name, "/run/secrets/it"), "the path of one is none"
+        assert is_secret_name(name), name
+        assert not is_secret_name(name, "/run/secrets/it"), "the path of one is none"
         assert masked_word(f"sft:cluster.env.{name}=a1") == f"sft:cluster.env.{name}=…"
 
 
 def test_names_of_variables_that_hold_none():
-    assert [name for name in OTHER_NAMES if names_a_secret(name)] == []
-    assert not names_a_secret("MY_AUTH", "true")
-    assert not names_a_secret("PROMPT_TOKENS", "4096")
-    assert not names_a_secret("TOKEN_WEIGHT", "0.5")
-    assert all(names_a_secret(name, "4096") for name in ("SIM_PIN", "OTP", "DBPASS", "DB_PASSWORD"))
+    assert [name for name in OTHER_NAMES if is_secret_name(name)] == []
+    assert not is_secret_name("MY_AUTH", "true")
+    assert not is_secret_name("PROMPT_TOKENS", "4096")
+    assert not is_secret_name("TOKEN_WEIGHT", "0.5")
+    assert all(is_secret_name(name, "4096") for name in ("SIM_PIN", "OTP", "DBPASS", "DB_PASSWORD"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_other_words_of_the_command_are_shown(word):
 def test_long_texts_take_no_long_time(part):
     began = time.process_time()
     text = part * (40_000 // len(part))
-    masked(text), masked_word(text), names_a_secret(text)
+    masked(text), masked_word(text), is_secret_name(text)
     assert time.process_time() - began < 15, "of this process's own time, a second on any machine"
 
 

@@ -83,7 +83,7 @@ def test_plain_aliases_are_read():
 )
 def test_a_root_that_is_no_section(text, found):
     said = problem(text)
-    assert said.startswith("r.yaml:1: a recipe is a section of keys, this is " + found)
+    assert said.startswith("r.yaml:1: a recipe must be a section of keys, not " + found)
     assert said.endswith("start with method: sft")
 
 
@@ -105,5 +105,5 @@ def test_a_file_in_another_encoding(recipe_file, content, line):
 
 
 def test_a_data_file_given_as_a_recipe(recipe_file):
-    with pytest.raises(RecipeError, match="bytes of data are no recipe; make one: nesso-tune init --data"):
+    with pytest.raises(RecipeError, match="bytes of data are not a recipe; make one: nesso-tune init --data"):
         load_recipe(recipe_file(b"a: 1\n" * 500_000))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nesso_tune.errors import is_full
+from nesso_tune.errors import is_disk_full
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
 from nesso_tune.runs.disk_space import DiskSpace, saves_left
 from nesso_tune.training.sft import ConversationTrainer
@@ -170,12 +170,12 @@ def test_saves_left(steps, every, begun, left):
 
 
 def test_errors_of_a_full_disk():
-    assert is_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert is_full(Exception("No space left on device (os error 28)"))
-    assert not is_full(OSError(errno.EACCES, "Permission denied"))
+    assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert is_disk_full(Exception("No space left on device (os error 28)"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
     with pytest.raises(ValueError, match="y") as caught, suppressing():
         raise OSError(errno.ENOSPC, "x")
-    assert is_full(caught.value), "an error raised while handling it"
+    assert is_disk_full(caught.value), "an error raised while handling it"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError
-from nesso_tune.recipes.builtin import shipped
+from nesso_tune.recipes.builtin import shipped_folder
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
@@ -281,7 +281,7 @@ def test_moved_base_and_data_are_accepted_and_changed_ones_refused(tmp_path, tal
     (tmp_path / "old").mkdir()
     data = shutil.copy(talks, tmp_path / "old" / "talks.jsonl")
     base = shutil.copytree(whole_base, tmp_path / "old" / "base")
-    template = shutil.copy(shipped("data_templates") / "chat" / "chatml.yaml", tmp_path / "old" / "mine.yaml")
+    template = shutil.copy(shipped_folder("data_templates") / "chat" / "chatml.yaml", tmp_path / "old" / "mine.yaml")
 
     def made(folder, source="talks.jsonl", model="base", **data):
         there = {"path": f"{folder}/{source}"}

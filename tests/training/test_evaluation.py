@@ -143,7 +143,7 @@ def test_advice_on_patience_that_never_ends(tmp_path, talks):
         ("load_best_model_at_end: true", "it is called `train.best_metric` here"),
         ("early_stopping: 3", "it is called `train.early_stopping_patience` here"),
         ("early_stopping_patience: 3", "it belongs to `train.early_stopping_patience`"),
-        ("greater_is_better: true", "the name of train.best_metric says which way is better"),
+        ("greater_is_better: true", "train.best_metric determines the direction"),
     ],
 )
 def test_what_other_tools_call_it(key, says):
