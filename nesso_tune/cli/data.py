@@ -38,7 +38,7 @@ def prepare(
     base_folder(loaded.model.base, loaded.model.revision, weights=True)  # compute nodes may be offline
     page = _write_page(Path(loaded.output_dir), loaded, data)
     if as_json:
-        print_text(json.dumps(data.summary, indent=2, ensure_ascii=False) + "\n")
+        print_text(json.dumps(data.report, indent=2, ensure_ascii=False) + "\n")
         return
     print_lines(*tables(data.summary))
     if data.summary.dropped:
