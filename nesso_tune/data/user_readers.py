@@ -134,7 +134,11 @@ def _outdated_modules(name: str) -> list[str]:
     them.
     """
     file, modules = Path(reader_file(name)), _find_modules(name)
-    siblings = [module for module in modules if module and _sibling(file, module) and _user_file(_origin(module))]
+    siblings = [
+        module
+        for module in modules
+        if module and _sibling(file, module) and (origin := _origin(module)) and not _is_installed(origin)
+    ]
     changed = any(
         _sources_at_import[module] != source for module, source in modules.items() if module in _sources_at_import
     )
@@ -207,12 +211,14 @@ def _submodules(path: Path | None) -> list[str]:
 
 def _user_file(origin: str | None) -> Path | None:
     """The source file of a module, unless it belongs to Python or to an installed package."""
-    installed = (
-        origin is None or origin.startswith(_STDLIB) or {"site-packages", "dist-packages"} & {*Path(origin).parts}
-    )
-    if installed or not str(origin).endswith(".py") or not os.access(str(origin), os.R_OK):
+    if origin is None or _is_installed(origin) or not origin.endswith(".py") or not os.access(origin, os.R_OK):
         return None
-    return Path(str(origin))
+    return Path(origin)
+
+
+def _is_installed(origin: str) -> bool:
+    """Whether a file belongs to Python or to an installed package."""
+    return origin.startswith(_STDLIB) or bool({"site-packages", "dist-packages"} & {*Path(origin).parts})
 
 
 def _origin(module: str) -> str | None:

@@ -243,6 +243,16 @@ def test_late_and_star_imports_of_a_reader_are_found_from_the_start(tmp_path, sf
             assert prepare_data(recipe).summary.cache_hit, name
 
 
+def test_a_module_of_a_reader_whose_folder_is_gone_is_not_used(reader, sft, monkeypatch):
+    """Its name may be that of a module of the next reader."""
+    first = prepare_data(sft({"path": f"{reader}/d.jsonl", "format": f"{reader}/rd.py:f"}))
+    other = reader.rename(reader.parent / "other")
+    (other / "myhelper.py").write_text("def fix(t): return 'other'\n")
+    monkeypatch.syspath_prepend(str(other))
+    second = prepare_data(sft({"path": f"{other}/d.jsonl", "format": f"{other}/rd.py:f"}))
+    assert rows_of(second) != rows_of(first)
+
+
 @pytest.mark.skipif(not (CASES / "reader").is_dir(), reason="the collection of small inputs is not here")
 def test_the_reader_of_the_collection(tmp_path, sft):
     here = shutil.copytree(CASES / "reader", tmp_path / "r")
