@@ -1,6 +1,6 @@
-"""Sixty faults planted in the code, one at a time: the tests named beside each of them must fail.
+"""Sixty-one faults planted in the code, one at a time: the tests named beside each of them must fail.
 
-    python scripts/mutants.py             # all, about MINUTES minutes on two cores
+    python scripts/mutants.py             # all
     python scripts/mutants.py --only mask # those whose name contains a word
 
 Each mutant replaces one piece of code in a copy of the source tree and runs the tests that should notice. A mutant that
