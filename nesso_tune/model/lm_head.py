@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.model.attention import AttentionSpans, last_hidden_states
 from nesso_tune.planning.memory import HEAD_CHUNK_BACKWARD, HEAD_CHUNK_FORWARD
 
-IGNORE_INDEX = -100
 GenerationMode = Literal["batch", "alone", "uncached"]
 LossPair = tuple[float, float]  # mean loss of the same tokens on the rejected path and by the model's own forward
 
