@@ -19,6 +19,7 @@ def home(tmp_path_factory):
         "train", "quickstart/sft", "quickstart/dpo", cwd=folder, NESSO_TUNE_CACHE=str(folder / "cache")
     )
     assert done.returncode == 0, done.stderr
+    assert "[transformers]" not in done.stderr, "a warning that a user cannot act on"
     return folder / "outputs" / "quickstart"
 
 
@@ -63,6 +64,7 @@ def test_chat_prints_only_the_answer_to_stdout(home, capsys):
     done = fresh_command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
+    assert "[transformers]" not in done.stderr
     code, out, _ = main_here(capsys, "chat", home / "dpo", "--prompt", "What is the capital of Italy?")
     assert code == 0
     assert out.startswith("The capital of Italy is Rome.")

@@ -64,7 +64,7 @@ class ChatModel:
             tools: tools that the model may call.
         """
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
-        limits = {"max_new_tokens": sampling.max_new_tokens, "use_cache": self._uses_cache}
+        limits = {"max_new_tokens": sampling.max_new_tokens, "max_length": None, "use_cache": self._uses_cache}
         settings = GenerationConfig(**{**self._model.generation_config.to_diff_dict(), **limits})
         if sampling.temperature > 0:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p)

@@ -112,6 +112,7 @@ def generate_greedily(
         input_ids=torch.tensor(ids, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
         max_new_tokens=max_new_tokens,
+        max_length=None,  # `generation_config` has the context length, and transformers warns about two limits
         do_sample=False,
         eos_token_id=end,
         pad_token_id=pad,
