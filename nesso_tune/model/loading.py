@@ -186,10 +186,15 @@ def _zeroes_padding_on_load(model: PreTrainedModel) -> bool:
 
     Then `final/` must not name a padding token in config.json; its generation config and tokenizer do.
     """
+    embeddings = model.get_input_embeddings()
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel) and embeddings in part.modules()]
     table = nn.Embedding(2, 1, padding_idx=1)
     table.weight.fill_(1.0)
     table.weight._is_hf_initialized = True  # type: ignore[attr-defined]  # as every weight loaded from a file
-    model._init_weights(table)
+    try:
+        parts[-1]._init_weights(table)  # the innermost, as transformers initialises; it may read its own attributes
+    except Exception:  # code of an architecture that expects its own modules
+        return False
     return not table.weight[1].any()
 
 

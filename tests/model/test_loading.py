@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, YoutuConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, YoutuConfig, xLSTMConfig
 
 from nesso_tune import RunEnvironmentError
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -152,6 +152,15 @@ def test_a_model_that_counts_positions_from_the_padding_id_keeps_it(base, tmp_pa
     model, tokenizer = load(tmp_path)
     assert model.config.pad_token_id == 1 != tokenizer.pad_id
     assert model.generation_config.pad_token_id == tokenizer.pad_id
+
+
+def test_an_architecture_whose_initialisation_reads_its_own_attributes_is_loaded(base, tmp_path):
+    """That of xLSTM reads `embeddings`, which the model below the LM head has."""
+    tiny(xLSTMConfig).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{base}/{name}", tmp_path / name)
+    model, tokenizer = load(tmp_path)
+    assert model.config.pad_token_id == tokenizer.pad_id
 
 
 def test_a_model_with_a_padding_row_zeroed_on_loading_has_no_padding_id(base, tmp_path):
