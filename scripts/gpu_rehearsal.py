@@ -4,7 +4,8 @@
 
 40 steps of the quickstart SFT: `train` on one GPU, `torchrun` on one GPU (an NCCL group of one), `launch` on all GPUs
 under FULL_SHARD with full and sharded checkpoints and under DDP, and a run resumed with another world size. Prints a
-Markdown table. Without a GPU it runs single processes on the CPU (tests/training/test_processes.py covers several).
+Markdown table. Without a GPU it runs single processes on the CPU; tests/distributed/test_process_group.py covers
+several.
 """
 
 import json

@@ -124,8 +124,8 @@ class CorpusReport:
         sources: one report per source, in the order of the recipe.
         duplicates: kept rows that repeat an earlier row exactly.
         anomalies: anomalies of kept rows by name; `oddities` in the JSON form.
-        lengths: histogram of lengths in tokens, see `anomalies.histograms`.
-        preferences: figures of preference pairs, see `anomalies.preference_figures`; None for conversations.
+        lengths: histogram of lengths in tokens, see `anomalies.length_histograms`.
+        preferences: figures of preference pairs, see `anomalies.preference_statistics`; None for conversations.
     """
 
     rows_read: int

@@ -196,7 +196,10 @@ def mean_loss(model: PreTrainedModel, rows: list[dict[str, Any]]) -> Tensor:
 
 
 def _row(name: str, model: str, packed: Outcome, unpacked_: Outcome) -> str:
-    return f"| {name} | {_way(packed)} | {_figures(packed)} | {_figures(unpacked_)} |"
+    cells = [_figures(packed), _figures(unpacked_)]
+    if packed.refused and cells[0] == cells[1]:
+        cells[1] = "the same"
+    return f"| {name} | {_way(packed)} | {' | '.join(cells)} |"
 
 
 def _way(one: Outcome) -> str:
@@ -211,7 +214,8 @@ def _way(one: Outcome) -> str:
 
 def _figures(one: Outcome) -> str:
     if one.refused:
-        return re.sub(r"model\.base \S+: ", "", one.refused).replace("|", "/")[:200]
+        reason = re.sub(r"^ModelError: (model\.base \S+: )?", "", one.refused)
+        return reason.replace("|", "/").split("; ")[0]  # without the remedy
     missing = f", {one.gradients_missing} gradients in one only" if one.gradients_missing else ""
     sign = "" if one.right else "**differs** "
     return f"{sign}{one.loss:.5f}: {one.loss_off:.0e}, {one.gradient_off:.0e}{missing}, {one.eval_off:.0e}"

@@ -84,7 +84,7 @@ def test_two_processes_meet_and_are_timed():
 
 
 def test_a_process_that_does_not_come_is_named_in_time(port):
-    """As for `train`: see tests/training/test_rollcall.py."""
+    """As for `train`: see tests/distributed/test_membership.py."""
     done = doctor("--timeout", "3", **lonely(0, port))
     assert done.returncode == 5
     assert "node 1 (rank 1): did not join within 3 s; check that the node is up" in done.stderr
