@@ -4,7 +4,8 @@
     python scripts/mutants.py --only mask # those whose name contains a word
 
 Each mutant replaces one piece of code in a copy of the source tree and runs the tests that should notice. A mutant that
-survives is a hole in the tests: the script lists it and ends with exit code 1. Run it after a change of the test suite.
+survives is a hole in the tests: the script lists it and ends with exit code 1. The same tests first run without a fault
+and must pass. Run it after a change of the test suite.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -359,30 +361,35 @@ MUTANTS = (
 )
 
 
-def survives(mutant: Mutant) -> bool:
-    """Runs the tests on a copy of the tree with the fault in it; whether all of them pass."""
+def run_tests(tests: Collection[str], mutant: Mutant | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs test files on a copy of the tree, with the fault of a mutant in it, until the first failure."""
     with tempfile.TemporaryDirectory() as folder:
         for name in COPIED:
             source = ROOT / name
             ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
             (shutil.copytree(source, f"{folder}/{name}", ignore=ignore) if source.is_dir()
              else shutil.copy(source, f"{folder}/{name}"))  # fmt: skip
-        file = Path(folder, "nesso_tune", mutant.file)
-        text = file.read_text(encoding="utf-8")
-        if text.count(mutant.old) != 1:
-            sys.exit(f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times")
-        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *mutant.tests.split()]
+        if mutant is not None:
+            file = Path(folder, "nesso_tune", mutant.file)
+            text = file.read_text(encoding="utf-8")
+            if text.count(mutant.old) != 1:
+                sys.exit(f"{mutant.name}: {mutant.file} contains {mutant.old!r} {text.count(mutant.old)} times")
+            file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
         environment = {**os.environ, "PYTHONPATH": folder, "TMPDIR": folder}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode not in (0, 1):
-            sys.exit(f"{mutant.name}: the tests did not run\n{done.stdout[-2000:]}")
-        last = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        print(
-            f"{'SURVIVES' if done.returncode == 0 else 'killed':<9}{mutant.name:<40}{(last or [''])[0][:100]}",
-            flush=True,
-        )
-        return done.returncode == 0
+    if done.returncode not in (0, 1):
+        sys.exit(f"{mutant.name if mutant else 'without a fault'}: the tests did not run\n{done.stdout[-2000:]}")
+    return done
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests of a mutant pass with its fault in the code."""
+    done = run_tests(mutant.tests.split(), mutant)
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    outcome = "killed" if done.returncode else "SURVIVES"
+    print(f"{outcome:<9}{mutant.name:<40}{(failed or [''])[0][:100]}", flush=True)
+    return done.returncode == 0
 
 
 def main() -> None:
@@ -397,6 +404,9 @@ def main() -> None:
             found = (ROOT / "nesso_tune" / mutant.file).read_text(encoding="utf-8").count(mutant.old)
             print(f"{found} {mutant.name}") if found != 1 else None
         return
+    without = run_tests(sorted({file for mutant in chosen for file in mutant.tests.split()}))
+    if without.returncode:
+        sys.exit(f"the tests fail without a fault\n{without.stdout[-2000:]}")
     with ThreadPoolExecutor(2) as pool:
         alive = [mutant.name for mutant, yes in zip(chosen, pool.map(survives, chosen), strict=True) if yes]
     print(f"{len(chosen)} mutants, {len(chosen) - len(alive)} killed, survivors: {alive or 'none'}")
