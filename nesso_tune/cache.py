@@ -19,7 +19,7 @@ from platformdirs import user_cache_dir
 
 from nesso_tune.errors import RunEnvironmentError, is_disk_full
 from nesso_tune.files import acquire_lock, format_bytes, fsync, json_sha256, sha256
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import EVERY_RANK, logger
 from nesso_tune.recipes.builtin import environment_path
 
 Opened = TypeVar("Opened")
@@ -175,7 +175,7 @@ def _load_or_remove(
         _verify(folder, record["files"])
         return loader(folder, record["note"]), record["note"]
     except Damaged as why:
-        print_notes(f"{label} in {folder} is damaged ({why}): building it again")
+        logger.warning(f"{label} in {folder} is damaged ({why}): building it again", extra=EVERY_RANK)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from nesso_tune.distributed.process_group import (
 from nesso_tune.errors import RecipeError
 from nesso_tune.export.card import model_card
 from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
+from nesso_tune.logs import logger
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attention_description
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
@@ -51,8 +52,6 @@ from nesso_tune.training.fit import Trainer, check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
 
 TINY_MODEL = 20_000_000  # parameters; below, several CPU threads cost more than they gain
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ def train(
     resume: str = "auto",
     overwrite: bool = False,
     allow_changes: tuple[str, ...] = (),
-    say: Say = lambda text: None,
 ) -> TrainResult:
     """Trains a recipe, or resumes its run where it stopped.
 
@@ -90,7 +88,6 @@ def train(
         overwrite: replaces an earlier run in `output_dir`. It is deleted when this one saves its first checkpoint, and
             restored if this one ends before.
         allow_changes: dotted recipe keys whose change is accepted when a run is resumed.
-        say: gets messages for the user during the run (where it resumes, what was set aside).
 
     Raises:
         NessoError: a subclass per kind of error; finished checkpoints and models stay intact.
@@ -101,22 +98,22 @@ def train(
     with StopRequest() as request:
         opened = None
         if is_main_process():
-            opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes, say=say)
+            opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
         try:
             if opened is not None:
-                _say_all(_opening_notes(opened, recipe), say)
+                _log_opening(opened, recipe)
             data = prepare_data(recipe)
             if opened is not None and not opened.finished and opened.checkpoint is None:
-                _say_all(_data_notes(data.summary), say)
+                _log_data(data.summary)
             init_process_group(recipe.distributed.timeout_s)
             with report_lost_ranks():
                 run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
                 check_shared_folder(run.path)
-                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request, say)
+                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
         finally:
             destroy_process_group()
             if opened is not None:
-                _say_all(_closing_notes(opened, overwrite and resume == "auto"), say)
+                _close(opened, overwrite and resume == "auto")
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
@@ -129,7 +126,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
-def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest, say: Say) -> TrainResult:
+def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest) -> TrainResult:
     """Loads the model, confirms that the run may resume, trains, and exports. Called on every rank."""
     plan, opening_notes = make_plan(recipe, detect_world(), data.volume), run.notes
     check_launcher_config(recipe, plan, os.environ)
@@ -138,9 +135,9 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
     model = load_model(recipe.model, data.chat, recipe.seed)
     _set_threads(model.num_parameters())
     kernel, given = attention_description(model, recipe.model.dtype), recipe
-    recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan, say)
+    recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan)
     facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
-    run = _confirm(run, facts, say)
+    run = _confirm(run, facts)
     _check_end(run, recipe, plan)
     disk = _disk_space(model, recipe, plan, run.path)
     with disk.full_disk_errors(remove_partial=is_main_process()):
@@ -148,23 +145,24 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
             disk.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
-                _say_all(epochs_rounded_up(recipe, plan), say)
+                _warn_all(epochs_rounded_up(recipe, plan))
             write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
         barrier()
         trainer = fit(model, data, recipe, plan, run, facts, disk, request)
-        metrics = _export(trainer, recipe, data, plan, run, say)
+        metrics = _export(trainer, recipe, data, plan, run)
     stop_requested = any(gather_object([request.signal_name]))  # also a barrier
     return TrainResult(run.final, metrics, opening_notes, asked_to_stop=stop_requested)
 
 
-def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, run: RunDir, say: Say) -> dict[str, Any]:
+def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, run: RunDir) -> dict[str, Any]:
     """Gathers the weights on rank 0, which writes `final/` and the report; returns the last metrics."""
     bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
     metrics, best, step = last_metrics(run.metrics), trainer.run_state.best, trainer.state.global_step
     selection = [] if best is None else best_summary(best, step, plan.steps)
-    _say_all(selection, say)
+    for line in selection:
+        logger.info(line)
     if is_main_process():
         check_final(state, recipe.model.dtype, step)
         trained = plan.trained(step, trainer.epochs_at(step))
@@ -176,31 +174,31 @@ def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, ru
 
 
 def _adapt_to_model(
-    path: ForwardPath, kernel: str, recipe: Recipe, data: PreparedData, plan: Plan, say: Say
+    path: ForwardPath, kernel: str, recipe: Recipe, data: PreparedData, plan: Plan
 ) -> tuple[Recipe, PreparedData, Plan]:
     """Recipe, data and plan as this model can train them: unpacked, or without compiled layers, where necessary.
 
     Raises:
         RecipeError: if the model cannot be sharded, or documents are longer than its position embeddings.
     """
-    _say_all(_forward_notes(path, recipe, plan, kernel), say)
+    _warn_all(_forward_notes(path, recipe, plan, kernel))
     if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.supports_packing:
-        recipe, data, plan = _without_packing(recipe, data, plan, path, say)
+        recipe, data, plan = _without_packing(recipe, data, plan, path)
     _check_positions(path, recipe, data, plan)
     if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
-        say("torch_compile: no C++ compiler was found: layers are not compiled")
+        logger.warning("torch_compile: no C++ compiler was found: layers are not compiled")
         plan = replace(plan, torch_compile=False)
     return recipe, data, plan
 
 
 def _without_packing(
-    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath, say: Say
+    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath
 ) -> tuple[SFTRecipe, PreparedData, Plan]:
     """Recipe, data and plan of the same run with one conversation per row."""
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
     rows, data = len(data.train), unpacked(data, recipe)
     steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
-    say(
+    logger.warning(
         f"data.packing: this model does not isolate packed documents{_compared(path.packing_losses, 'packed')}: "
         f"training on one conversation per row, {len(data.train):,} rows per epoch instead of {rows:,}, "
         f"{plan.steps:,} steps instead of {steps:,}"
@@ -225,11 +223,11 @@ def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan
         )  # fmt: skip
 
 
-def _confirm(run: RunDir, facts: RunFacts, say: Say) -> RunDir:
+def _confirm(run: RunDir, facts: RunFacts) -> RunDir:
     """The run after comparing data, base and environment with its manifest. Raises RecipeError if it is refused."""
     decision = confirm_resume(run.decision, run.path, facts)
     decision.raise_if_refused()
-    _say_all(decision.notes, say)
+    _warn_all(decision.notes)
     return replace(run, decision=decision)
 
 
@@ -257,30 +255,29 @@ def _set_threads(parameters: int) -> None:
         torch.set_num_threads(1)
 
 
-def _opening_notes(run: RunDir, recipe: Recipe) -> list[str]:
-    notes = list(run.notes)
+def _log_opening(run: RunDir, recipe: Recipe) -> None:
+    """How the run starts, and what is slower on this machine than necessary."""
+    _warn_all(run.notes)
     if run.checkpoint is not None:
-        notes.append(f"resuming an unfinished run from {run.checkpoint.name}")
+        logger.info(f"resuming an unfinished run from {run.checkpoint.name}")
     if not run.finished and (idle := idle_gpus()):
-        notes.append(
+        logger.warning(
             f"{idle} GPUs of this machine are idle: train on all with `nesso-tune launch`, or hide them with "
             "CUDA_VISIBLE_DEVICES"
         )
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
-        notes.append("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
-    return notes
+        logger.warning("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
 
 
-def _data_notes(report: DataReport) -> list[str]:
+def _log_data(report: DataReport) -> None:
     """Dropped rows, shares of the mixture, and warnings."""
-    notes = []
     if report.dropped:
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items())
-        notes.append(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {dropped}")
+        logger.warning(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {dropped}")
     if len(report.mixture) > 1:
         shares = ", ".join(f"{group.name} {group.share_of_tokens:.1%}" for group in report.mixture)
-        notes.append(f"tokens per epoch: {shares}")
-    return [*notes, *report.warnings]
+        logger.info(f"tokens per epoch: {shares}")
+    _warn_all(report.warnings)
 
 
 def _forward_notes(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> list[str]:
@@ -311,14 +308,13 @@ def _compared(figures: LossPair | None, method: str) -> str:
     return f" (loss of some tokens {figures[0]:.5f} {method}, {figures[1]:.5f} by its own forward)" if figures else ""
 
 
-def _closing_notes(run: RunDir, overwrites: bool) -> list[str]:
-    """Closes the run directory; returns messages for the user."""
-    notes = run.close()
-    if overwrites and not notes and checkpoints(run.path) and not run.final.exists():
-        notes.append("to resume this run, omit --overwrite, which would start it again")
-    return notes
+def _close(run: RunDir, overwrites: bool) -> None:
+    """Closes the run directory; says how to resume an unfinished run."""
+    restored = run.close()
+    if overwrites and not restored and checkpoints(run.path) and not run.final.exists():
+        logger.info("to resume this run, omit --overwrite, which would start it again")
 
 
-def _say_all(texts: Iterable[str], say: Say) -> None:
+def _warn_all(texts: Iterable[str]) -> None:
     for text in texts:
-        say(text)
+        logger.warning(text)

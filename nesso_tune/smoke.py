@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.hub import check_local_base, local_base_folder, missing_base_note, tokenizer_files
+from nesso_tune.logs import logger
 from nesso_tune.metrics import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, local_path, shipped_folder
@@ -32,8 +33,6 @@ from nesso_tune.recipes.schema import RECIPES, Recipe, dump
 from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
 from nesso_tune.runs.layout import MOVING, OVERWRITTEN
-
-Say = Callable[[str], None]
 
 STEPS = 4
 MAX_SEQUENCE_LEN = 4096
@@ -60,13 +59,12 @@ DROPPED_KEYS = ("auto_map", "quantization_config", "torch_dtype", "dtype", "_nam
                 "rope_scaling", "architectures")  # fmt: skip
 
 
-def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
+def smoke_recipe(recipe: Recipe, made: dict[str, str]) -> Recipe:
     """Reduces a recipe to a smoke run.
 
     Args:
         recipe: the recipe of the real run.
         made: maps the `final/` of earlier recipes of the same command to their smoke `final/`; this recipe is added.
-        say: receives a line for each replacement.
 
     Raises:
         ModelError, DataError: if a local base or data file is invalid: the real run would fail too.
@@ -76,7 +74,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
     _check_output(Path(output))
     base, own_tokenizer = made.get(_resolved(recipe.model.base)), True
     if base is None:
-        base, own_tokenizer = _tiny_base(recipe.model, recipe.chat, say)
+        base, own_tokenizer = _tiny_base(recipe.model, recipe.chat)
     made[_resolved(f"{recipe.output_dir}/final")] = f"{output}/final"
     raw["output_dir"] = output
     raw["model"] |= {"base": base, "revision": None, "random_init": False, "trust_remote_code": False}
@@ -91,7 +89,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
             values |= {key: min(values[key], limit) for key, limit in limits.items() if values[key] is not None}
     if recipe.data.too_long == "error":
         raw["data"]["too_long"] = "drop"  # the maximum length is another one
-    raw["data"] |= _data_keys(recipe, say)
+    raw["data"] |= _data_keys(recipe)
     raw["train"] |= {"num_epochs": None, "max_steps": STEPS, "global_batch_size": None}
     if recipe.train.best_metric is not None:  # the first rows may lack a language or a source
         raw["train"]["best_metric"] = overall_metric(recipe.train.best_metric)
@@ -101,7 +99,7 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str], say: Say) -> Recipe:
             raw[section]["every_steps"] = STEPS // 2
     raw["logging"] = {"every_steps": 1, "report_to": []}
     note = "" if own_tokenizer else " (the bundled tokenizer needs about twice as many)"
-    say(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{note}, output in {output}")
+    logger.info(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{note}, output in {output}")
     return RECIPES[recipe.method].model_validate(raw)
 
 
@@ -129,16 +127,16 @@ def _resolved(path: str) -> str:
     return str(Path(path).resolve())
 
 
-def _data_keys(recipe: Recipe, say: Say) -> dict[str, Any]:
+def _data_keys(recipe: Recipe) -> dict[str, Any]:
     """The changed keys of `data`: the first rows of available sources, and bundled rows for the others."""
-    sources = _available_sources(recipe.data.sources, recipe.method, say)
+    sources = _available_sources(recipe.data.sources, recipe.method)
     if len(sources) < len(recipe.data.sources):
         folder = shipped_folder("recipes") / "quickstart" / "data"
         sources += [
             Source(path=str(folder / f"{name}.jsonl"), max_rows=ROWS_PER_SOURCE[recipe.method])
             for name in BUNDLED_ROWS[recipe.method]
         ]
-    validation = _available_sources(recipe.data.validation_sources, recipe.method, say)
+    validation = _available_sources(recipe.data.validation_sources, recipe.method)
     return {
         "sources": [source.model_dump(mode="json") for source in sources],
         "validation_sources": [source.model_dump(mode="json") for source in validation],
@@ -150,25 +148,25 @@ def _data_keys(recipe: Recipe, say: Say) -> dict[str, Any]:
     }
 
 
-def _available_sources(sources: Iterable[Source], method: str, say: Say) -> list[Source]:
+def _available_sources(sources: Iterable[Source], method: str) -> list[Source]:
     """The sources that are local or in the cache, each reduced to its first rows."""
     available = []
     for source in sources:
         if is_local(source.path):
             expand(source.path)  # raises for a wrong path, which is an error of the recipe
         elif not is_cached(source):
-            say(f"smoke: {source.path} is not available offline: using bundled rows instead")
+            logger.info(f"smoke: {source.path} is not available offline: using bundled rows instead")
             continue
         limit = ROWS_SEARCHED if source.where else ROWS_PER_SOURCE[method]
         rows = min(limit, source.max_rows or limit)
-        say(f"smoke: the first {rows} rows of {source.path}")
+        logger.info(f"smoke: the first {rows} rows of {source.path}")
         min_score = None if source.score_field is None else LOWEST_SCORE
         changes: dict[str, Any] = {"max_rows": rows, "weight": 1.0, "min_score": min_score, "rules": {}}
         available.append(source.model_copy(update=changes))
     return available
 
 
-def _tiny_base(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, bool]:
+def _tiny_base(model: ModelSection, chat: ChatSection) -> tuple[str, bool]:
     """A folder with a tiny model of the base's architecture, and whether it has the base's own tokenizer."""
     check_local_base(model)
     folder = local_base_folder(model.base, model.revision)
@@ -178,7 +176,7 @@ def _tiny_base(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, b
     if local_path(model.base).is_dir():
         chat_tokenizer(model, chat)
     elif config is None and (note := missing_base_note(model.base)):
-        say(f"smoke: {note}")
+        logger.info(f"smoke: {note}")
     bundled = ModelSection(base=bundled_base())
     own_files = tokenizer_files(folder) if folder is not None else []
     files = own_files or tokenizer_files(Path(bundled.base))
@@ -201,7 +199,7 @@ def _tiny_base(model: ModelSection, chat: ChatSection, say: Say) -> tuple[str, b
     elif architecture != small["model_type"]:
         architecture = f"{architecture} instead of {small['model_type']}"
     tokenizer = "its own tokenizer" if own_files else "the bundled tokenizer"
-    say(f"smoke: a tiny model in place of {model.base} ({architecture}; {tokenizer}; random weights)")
+    logger.info(f"smoke: a tiny model in place of {model.base} ({architecture}; {tokenizer}; random weights)")
     return str(made), bool(own_files)
 
 

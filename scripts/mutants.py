@@ -122,9 +122,7 @@ MUTANTS = (
         "packing: capacity exceeded", PACK, "fitting = spaces >> length", "fitting = spaces >> (length - 1)", PACKING
     ),
     Mutant("packing: loosest fit", PACK, "(fitting & -fitting).bit_length()", "fitting.bit_length()", PACKING),
-    Mutant(
-        "packing: full rows stay open", PACK, "if left := space - length:", "if (left := space - length) >= 0:", PACKING
-    ),
+    Mutant("packing: filled space stays marked", PACK, "spaces ^= 1 << space", "pass", PACKING),
     Mutant(
         "packing: one order for all epochs",
         PACK,
@@ -152,7 +150,7 @@ MUTANTS = (
         MIX,
         "round((self.repeats - whole) * len(self.records))",
         "round((self.repeats - whole) * 0)",
-        MIXTURE,
+        PACKING,
     ),
     Mutant(
         "mixture: same sample each epoch",

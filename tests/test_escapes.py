@@ -39,8 +39,6 @@ def test_what_is_made_visible():
 def test_only_one_module_prints():
     """So that what is printed next year is made visible too."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        if path.name == "terminal.py":
-            continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
@@ -111,9 +109,9 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
     """The words of a model, calls of tools and the history; line breaks and tabs are the model's own."""
     call = f"<tool_call>\n{json.dumps({'name': f'f{EVIL}', 'arguments': {'a': EVIL}})}\n</tool_call>"
 
-    def answer(self, messages, sampling=None, language="und", say=None, tools=()):
-        if say is not None:
-            say(f"uno\n\tdue {EVIL}{call}")
+    def answer(self, messages, sampling=None, language="und", on_text=None, tools=()):
+        if on_text is not None:
+            on_text(f"uno\n\tdue {EVIL}{call}")
         return f"uno\n\tdue {EVIL}{call}"
 
     monkeypatch.setattr(ChatModel, "generate", answer)

@@ -9,6 +9,7 @@ from nesso_tune.data.prepare import prepare_data
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import checkpoints
+from tests.support.logs import logged
 from tests.support.runs import metrics, recipe, steps, sums, thorough
 
 TEN = {"packing": False, "validation_size": 2}  # rows to train on
@@ -36,8 +37,8 @@ def said_of(run):
 def test_epochs_are_steps_times_batch_by_rows(tmp_path, rows, plan, batch, made, epochs):
     some = recipe("sft", tmp_path / "run", [rows], data=TEN, evaluation=None,
                   train={"max_steps": None, "global_batch_size": batch, **plan})  # fmt: skip
-    said = []
-    train(some, say=said.append)
+    with logged() as said:
+        train(some)
     assert make_plan(some, volume=prepare_data(some).volume).epochs == pytest.approx(float(epochs))
     assert steps(tmp_path / "run", "epoch")[made] == pytest.approx(float(epochs))
     card, report = said_of(tmp_path / "run")

@@ -12,6 +12,7 @@ from nesso_tune.planning.shapes import KNOWN_CONFIGS, known_config
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.smoke import MAX_SEQUENCE_LEN, ROWS_PER_SOURCE, STEPS, build_tiny_model, smoke_recipe, tiny_config
+from tests.support.logs import logged
 from tests.support.runs import main_here, metrics, recipe, thorough, write_recipe
 
 
@@ -58,8 +59,8 @@ def test_only_sizes_and_lengths_are_reduced(talks):
         train={"max_steps": None, "num_epochs": 9, "micro_batch_size": 8, "global_batch_size": 64, "weight_decay": 0.3,
                "schedule": {"type": "linear", "warmup_steps": 100}},
     )  # fmt: skip
-    said = []
-    small = smoke_recipe(some, {}, said.append)
+    with logged() as said:
+        small = smoke_recipe(some, {})
     assert (small.output_dir, small.seed, small.chat) == ("run-smoke", 7, some.chat)
     assert (small.data.sequence_len, small.data.packing, small.data.roles_to_train) == (
         MAX_SEQUENCE_LEN,
@@ -77,8 +78,8 @@ def test_only_sizes_and_lengths_are_reduced(talks):
 
 def test_bundled_rows_replace_what_is_not_available(talks):
     some = recipe("sft", "run", [talks, "someone/never-fetched", "someone/neither"])
-    said = []
-    small = smoke_recipe(some, {}, said.append)
+    with logged() as said:
+        small = smoke_recipe(some, {})
     names = [source.path.rsplit("/", 1)[-1] for source in small.data.sources]
     assert names == ["talks.jsonl", "conversations.jsonl", "toolcalls.jsonl"]
     assert sum("using bundled rows instead" in line for line in said) == 2

@@ -255,7 +255,7 @@ def _initial_embeddings(
 
 
 def load_tokenizer(
-    base: str, template: str = DEFAULT_TEMPLATE, new_tokens: NewTokens = "auto"
+    base: str | Path, template: str | Path = DEFAULT_TEMPLATE, new_tokens: NewTokens = "auto"
 ) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a base model with a chat template, as a transformers object.
 
@@ -267,7 +267,8 @@ def load_tokenizer(
     Raises:
         ModelError, RecipeError: see `build_chat_tokenizer`.
     """
-    return chat_tokenizer(ModelSection(base=base), ChatSection(template=template, new_tokens=new_tokens)).load()
+    chat = ChatSection(template=str(template), new_tokens=new_tokens)
+    return chat_tokenizer(ModelSection(base=str(base)), chat).load()
 
 
 @lru_cache(maxsize=4)

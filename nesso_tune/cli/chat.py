@@ -104,7 +104,7 @@ class ChatSession:
         self.messages.append(message)
         try:
             answer = self.model.generate(
-                self._in_context(), self.sampling, self._language(), say=stream, tools=self.tools
+                self._in_context(), self.sampling, self._language(), on_text=stream, tools=self.tools
             )
         except BaseException:  # an interrupted answer leaves the conversation unchanged
             self.messages.pop()

@@ -14,7 +14,7 @@ import typer
 
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, file_path, load_all
 from nesso_tune.errors import RunEnvironmentError
-from nesso_tune.logs import print_lines, print_notes, print_text
+from nesso_tune.logs import logger, print_lines, print_text
 from nesso_tune.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def _write_page(folder: Path, recipe: Recipe, data: PreparedData) -> Path | None
     try:
         return write_data_report(folder, recipe, data)
     except OSError as error:
-        print_notes(f"no data_report.html: {folder} cannot be written ({error.strerror})")
+        logger.warning(f"no data_report.html: {folder} cannot be written ({error.strerror})")
         return None
 
 

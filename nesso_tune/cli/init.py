@@ -15,7 +15,7 @@ from nesso_tune.data.detect import DetectedSource, detect_source
 from nesso_tune.data.files import expand, is_local, looks_like_data
 from nesso_tune.errors import DataError, ModelError, RecipeError, RunEnvironmentError, closest
 from nesso_tune.hub import check_local_base, has_weights, missing_base_note
-from nesso_tune.logs import print_lines, print_notes, print_text
+from nesso_tune.logs import logger, print_lines, print_text
 from nesso_tune.planning.plan import in_short
 from nesso_tune.planning.shapes import find_shape
 from nesso_tune.recipe_draft import (
@@ -130,7 +130,7 @@ def _default_base(method: str) -> str:
             "init", "DPO starts from the result of SFT, and no base is given",
             "add --base outputs/NAME/final, where NAME is your SFT recipe",
         )  # fmt: skip
-    print_notes(f"no --base given, using {DEFAULT_BASE}")
+    logger.info(f"no --base given, using {DEFAULT_BASE}")
     return DEFAULT_BASE
 
 
@@ -149,7 +149,7 @@ def _inspect_base(base: str) -> BaseModelInfo:
     if config.is_file() and has_nesso_template(config):
         return BaseModelInfo(base, shape, None)
     if shape is None and (note := missing_base_note(base)):
-        print_notes(note)
+        logger.warning(note)
     without_weights = local_path(base).is_dir() and not has_weights(local_path(base))
     own = None if without_weights else local_base_template(model)
     if own is None:
@@ -157,7 +157,7 @@ def _inspect_base(base: str) -> BaseModelInfo:
             base, shape, "llama3" if base.startswith("meta-llama/Llama-3") else DEFAULT_TEMPLATE, without_weights
         )
     if own.spec is None:
-        print_notes(f"chat.template: {DEFAULT_TEMPLATE} replaces the base's own: {own.difference}")
+        logger.warning(f"chat.template: {DEFAULT_TEMPLATE} replaces the base's own: {own.difference}")
     return BaseModelInfo(base, shape, own.spec or DEFAULT_TEMPLATE, replaces=own.difference)
 
 

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from nesso_tune.errors import NessoError, RunEnvironmentError, from_os_error
 from nesso_tune.launch.command import EXIT_FILE
-from nesso_tune.logs import print_lines, print_notes, print_text
+from nesso_tune.logs import messages_on_stderr, print_lines, print_text, print_to_stderr
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, which typer bundles
 SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -97,7 +97,8 @@ def options(
 def main(arguments: list[str] | None = None) -> None:
     """Runs one command line and exits with its code."""
     try:
-        _run(arguments)
+        with messages_on_stderr():
+            _run(arguments)
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 0
         _record_exit_code(code)
@@ -124,7 +125,7 @@ def _run(arguments: list[str] | None) -> None:
         print_text(message.getvalue(), error=True)
         sys.exit(error.exit_code)
     except typer.Abort:
-        print_notes("Aborted!")
+        print_to_stderr("Aborted!")
         sys.exit(1)
     except NessoError as error:
         _exit_with(error, debug)
@@ -137,7 +138,7 @@ def _run(arguments: list[str] | None) -> None:
         if debug:
             print_text(traceback.format_exc(), error=True)
         else:
-            print_notes(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
+            print_to_stderr(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
                         "run again with --debug and report the traceback")  # fmt: skip
         sys.exit(1)
 
@@ -153,7 +154,7 @@ def _exit_with(error: NessoError, debug: bool) -> None:
     if prints_message:
         from nesso_tune.recipes.secrets import masked
 
-        print_notes(*(masked(str(problem)) for problem in error.problems))
+        print_to_stderr(*(masked(str(problem)) for problem in error.problems))
     sys.exit(error.exit_code)
 
 

@@ -17,7 +17,7 @@ from nesso_tune.cli.validate import check_bases, check_before_start, check_flags
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.errors import Preempted, RecipeError
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import logger, message_prefix
 from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.recipes.schema import Recipe
 
@@ -54,7 +54,7 @@ def train(
         loaded, resume, overwrite = _smoke(loaded), "never", True
     check_bases(loaded)
     check_before_start(loaded, num_processes)
-    _say("loading the libraries")
+    logger.info("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # users cannot act on those between libraries
     _skip_bitsandbytes(loaded)
     with prepare_in_background(prepare_data, loaded[0]) if _is_first() else nullcontext():
@@ -62,32 +62,34 @@ def train(
 
         allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
         for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
-            try:
-                result = run_one(
-                    recipe,
-                    resume=resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto",
-                    overwrite=overwrite,
-                    allow_changes=allowed,
-                    say=lambda text, name=name: _say(f"{name}: {text}"),  # type: ignore[misc]
-                )
-            except KeyboardInterrupt:
-                raise Preempted(
-                    name, "interrupted", "run the same command to continue from its last checkpoint"
-                ) from None
-            done = "" if result.trained else "this run is finished (--overwrite trains it again): "
-            _say(f"{name}: {done}model in {result.model_dir}")
-            _say(f"{name}: metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
+            with message_prefix(name):
+                try:
+                    result = run_one(
+                        recipe,
+                        resume=resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto",
+                        overwrite=overwrite,
+                        allow_changes=allowed,
+                    )
+                except KeyboardInterrupt:
+                    raise Preempted(
+                        name, "interrupted", "run the same command to continue from its last checkpoint"
+                    ) from None
+                done = "" if result.trained else "this run is finished (--overwrite trains it again): "
+                logger.info(f"{done}model in {result.model_dir}")
+                logger.info(f"metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
             if result.asked_to_stop and i + 1 < len(recipes):
                 raise Preempted(recipes[i + 1], "stopped before it started", "run the same command to continue with it")
-    _say_next(recipes, result.model_dir, smoke)
+    _log_next(recipes, result.model_dir, smoke)
 
 
-def _say_next(recipes: list[str], model_dir: Path, smoke: bool) -> None:
+def _log_next(recipes: list[str], model_dir: Path, smoke: bool) -> None:
     if smoke:
-        _say(f"smoke: passed; the weights are random, so answers of `nesso-tune chat {model_dir}` are meaningless")
-        _say(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
+        logger.info(
+            f"smoke: passed; the weights are random, so answers of `nesso-tune chat {model_dir}` are meaningless"
+        )
+        logger.info(f"next: nesso-tune train {' '.join(map(shlex.quote, recipes))}")
     else:
-        _say(f"next: nesso-tune chat {shlex.quote(str(model_dir))}")
+        logger.info(f"next: nesso-tune chat {shlex.quote(str(model_dir))}")
 
 
 def _check_smoke_options(resume: str, overwrite: bool, allow_changes: str) -> None:
@@ -102,7 +104,7 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
     from nesso_tune.smoke import smoke_recipe
 
     outputs: dict[str, str] = {}
-    return [smoke_recipe(recipe, outputs, _say) for recipe in recipes]
+    return [smoke_recipe(recipe, outputs) for recipe in recipes]
 
 
 def _skip_bitsandbytes(recipes: list[Recipe]) -> None:
@@ -115,8 +117,3 @@ def _skip_bitsandbytes(recipes: list[Recipe]) -> None:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _is_first():  # once per run, not once per process
-        print_notes(text)

@@ -34,7 +34,7 @@ from nesso_tune.data.sources import source_blocks, source_size
 from nesso_tune.data.token_store import Chunk, Documents, DocumentWriter, IntArray, identity_of, open_documents
 from nesso_tune.data.workers import parallel_map
 from nesso_tune.errors import DataError
-from nesso_tune.logs import print_notes, print_text
+from nesso_tune.logs import logger, print_text
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import AUTO, DPOData, SFTData, Source
 
@@ -305,7 +305,7 @@ def _corpus_report(
 
 
 class Progress:
-    """Prints the progress of the preparation on stderr, once it takes more than two seconds.
+    """Shows the progress of the preparation once it takes more than two seconds: a live line, or messages.
 
     Args:
         total: bytes of all sources.
@@ -328,14 +328,16 @@ class Progress:
 
     def end(self) -> None:
         """Ends the progress line of a terminal."""
-        if self._printed and self._terminal:
-            print_notes("")
+        if self._printed:
+            print_text("\n", error=True)
 
     def _print(self, seconds: float) -> None:
         share = self._done / self._total
         left = seconds * (1 - share) / max(share, 1e-9)
         clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
         line = f"{self._rows:,} rows, {self._rows / seconds:,.0f} rows/s, {share:.0%}, {clock} left"
-        start, end = ("\r", "") if self._terminal else ("", "\n")
-        print_text(f"{start}{line:<70}{end}", error=True, keep="\r\n")
-        self._printed = True
+        if self._terminal:
+            print_text(f"\r{line:<70}", error=True, keep="\r")
+            self._printed = True
+        else:
+            logger.info(line)

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nesso_tune.errors import Preempted
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import EVERY_RANK, logger
 
 LAUNCHED_VARIABLE = "NESSO_TUNE_LAUNCHED"  # set by `nesso-tune launch`, which forwards signals
 DUPLICATE_SIGNAL_S = 1.0  # a forwarded signal within this time was also sent by the terminal to all processes
@@ -54,7 +54,7 @@ class StopRequest:
         if self.signal_name is None:
             self.signal_name, self._received_at = name, time.monotonic()
             hint = "press Ctrl-C" if number == signal.SIGINT else "send it"
-            print_notes(f"{name}: saving a checkpoint after this step; {hint} again to exit now")
+            logger.warning(f"{name}: saving a checkpoint after this step; {hint} again to exit now", extra=EVERY_RANK)
         elif LAUNCHED_VARIABLE not in os.environ or time.monotonic() - self._received_at > DUPLICATE_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -26,7 +26,7 @@ from nesso_tune.errors import ModelError, first_line
 from nesso_tune.hub import base_folder, is_hub_id
 from nesso_tune.model.forward import choose_generation_mode
 
-Say = Callable[[str], None]
+OnText = Callable[[str], None]
 UNLIMITED_CONTEXT = 1 << 30  # tokens; for models whose config has no maximum
 
 
@@ -51,7 +51,7 @@ class ChatModel:
         messages: Sequence[Message],
         sampling: Sampling = Sampling(),
         language: str = UNKNOWN_LANGUAGE,
-        say: Say | None = None,
+        on_text: OnText | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The model's next turn.
@@ -60,7 +60,7 @@ class ChatModel:
             messages: the conversation so far, ending with a user or tool turn.
             sampling: sampling parameters.
             language: code that selects the default system message.
-            say: called with each piece of text as it is generated.
+            on_text: called with each piece of text as it is generated.
             tools: tools that the model may call.
         """
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
@@ -72,7 +72,7 @@ class ChatModel:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            streamer=None if say is None else _Streamer(self._tokenizer, say),
+            streamer=None if on_text is None else _Streamer(self._tokenizer, on_text),
         )
         return str(self._tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
@@ -126,12 +126,12 @@ def load_chat_model(model: str) -> ChatModel:
 
 
 class _Streamer(TextStreamer):
-    """Passes finished words to `say`."""
+    """Passes finished words to `on_text`."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, say: Say) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._say = say
+        self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Called by transformers."""
-        self._say(text)
+        self._on_text(text)

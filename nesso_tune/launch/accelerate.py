@@ -25,7 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from nesso_tune.distributed.membership import connect_store, did_not_join, missing_ranks, node_name, slurm_node_names
 from nesso_tune.distributed.preemption import LAUNCHED_VARIABLE
 from nesso_tune.errors import Preempted, Problem, RunEnvironmentError, first_line
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import print_to_stderr
 
 DEFAULT_HINT = "see the output of libraries above"
 HINTS = {
@@ -71,10 +71,10 @@ def _launch(arguments: Namespace) -> int:
     except dist.DistError as error:
         what = f"the machines cannot connect to each other ({first_line(error)})"
         remedy = "check that the launcher runs on each machine, and that no firewall blocks the port"
-        print_notes(str(RunEnvironmentError(socket.gethostname(), what, remedy)))
+        print_to_stderr(str(RunEnvironmentError(socket.gethostname(), what, remedy)))
         return RunEnvironmentError.exit_code
     except RunEnvironmentError as error:
-        print_notes(*map(str, error.problems))
+        print_to_stderr(*map(str, error.problems))
         return error.exit_code
     return 0
 
@@ -118,7 +118,7 @@ def _code(error: ChildFailedError) -> int:
             problem = Problem(
                 f"rank {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, DEFAULT_HINT)
             )
-            print_notes(str(problem))
+            print_to_stderr(str(problem))
     exited = [code for code in codes.values() if code > 0]
     if Preempted.exit_code in exited:  # the others may have lost contact with a preempted process
         return Preempted.exit_code

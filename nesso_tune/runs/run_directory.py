@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from nesso_tune.data.privacy import Privacy, manifest_recipe
 from nesso_tune.data.sources import check_output
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 from nesso_tune.files import acquire_lock, atomic_write, remove, remove_staging
+from nesso_tune.logs import logger
 from nesso_tune.recipes.builtin import flag_path, local_path
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.runs.checkpoint import MANIFEST, checkpoint_step, read_json
@@ -97,28 +98,29 @@ class RunDir:
         """The same directory for the other ranks, which do not hold the lock."""
         return replace(self, lock=None)
 
-    def close(self) -> list[str]:
+    def close(self) -> bool:
         """Releases the lock; restores an earlier run that was not overwritten, and deletes a folder left empty.
 
         Returns:
-            Messages for the user.
+            Whether the folder holds the earlier run again, or will at the next start.
         """
         if self.lock is None:
-            return []
-        notes: list[str] = []
+            return False
+        restored = False
         try:
-            if settle(self.path):
+            if restored := settle(self.path):
                 kept = (self.path / FAILED_METRICS).exists()
                 metrics = f"; the metrics of this one are kept as {FAILED_METRICS}" if kept else ""
-                notes.append(f"no checkpoint was saved: the earlier run is restored{metrics}")
+                logger.warning(f"no checkpoint was saved: the earlier run is restored{metrics}")
         except OSError as error:
-            notes.append(f"the earlier run is in {self.path / OVERWRITTEN}; the next start restores it ({error})")
+            restored = True
+            logger.warning(f"the earlier run is in {self.path / OVERWRITTEN}; the next start restores it ({error})")
         if self.path.is_dir() and [entry.name for entry in self.path.iterdir()] == [LOCK]:
             (self.path / LOCK).unlink()
             if self.created:
                 self.path.rmdir()
         self.lock.release()
-        return notes
+        return restored
 
 
 def open_run(
@@ -127,7 +129,6 @@ def open_run(
     resume: str = "auto",
     overwrite: bool = False,
     allow_changes: tuple[str, ...] = (),
-    say: Callable[[str], None] = lambda text: None,
 ) -> RunDir:
     """Locks the run directory of a recipe, completes what an interrupted process left, and decides how to resume.
 
@@ -136,7 +137,6 @@ def open_run(
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
         overwrite: moves an earlier run aside, see `runs/layout.py`.
         allow_changes: dotted recipe keys that may differ from the run that is continued.
-        say: gets messages that matter even if the folder cannot be opened.
 
     Raises:
         RunEnvironmentError: if the folder is foreign, locked or not writable, or no checkpoint is usable.
@@ -149,7 +149,7 @@ def open_run(
     run = RunDir(path, created=created, lock=_lock(path, created))
     try:
         if settle(path):
-            say("an --overwrite ended before its first checkpoint: the earlier run is restored")
+            logger.warning("an --overwrite ended before its first checkpoint: the earlier run is restored")
         remove_staging(path)
         manifest = run_manifest(path, overwrite)
         decision = decide_resume(path, manifest, recipe, resume, overwrite=overwrite, allow_changes=allow_changes)
@@ -161,8 +161,7 @@ def open_run(
             folder.rename(folder.with_name(name))
         return replace(run, decision=decision)
     except BaseException:
-        for text in run.close():
-            say(text)
+        run.close()
         raise
 
 

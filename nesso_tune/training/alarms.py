@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.generation.answers import SOURCE
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import logger
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.evaluation import EARLY_STOPPED, PARENT
 
@@ -70,7 +70,7 @@ class Alarms:
         for one in self.started_by(line) if self._enabled else ():
             event = {"alarm": one.alarm, "figure": one.metric, "value": one.value, "limit": one.limit}
             self._log.write({"step": line["step"], "event": EVENT, **event, "said": one.message})
-            print_notes(f"alarm at step {line['step']}: {one.alarm}: {one.message}")
+            logger.warning(f"alarm at step {line['step']}: {one.alarm}: {one.message}")
 
     def started_by(self, line: Line) -> list[Measurement]:
         """The alarms that start with a line, each with its first metric beyond the limit. Updates the state."""

@@ -13,7 +13,7 @@ from torch.profiler import profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nesso_tune.files import atomic_replace
-from nesso_tune.logs import print_notes, visible
+from nesso_tune.logs import logger, visible
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.layout import PROFILE
 from nesso_tune.training.throughput import Throughput
@@ -48,7 +48,7 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 class ProgressBar(TrainerCallback):
-    """Shows the progress on stderr, on the main process only: a bar in a terminal, else lines."""
+    """Shows the progress on the main process: a bar on stderr in a terminal, else messages."""
 
     def __init__(self, name: str) -> None:
         self._name = visible(name)
@@ -91,7 +91,7 @@ class ProgressBar(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, numbers=numbers)
         else:
-            self._print(f"{self._name} step {state.global_step}/{state.max_steps}  {numbers}")
+            logger.info(f"step {state.global_step}/{state.max_steps}  {numbers}")
 
     def on_evaluate(
         self,
@@ -104,15 +104,12 @@ class ProgressBar(TrainerCallback):
         """Shows the main metrics of an evaluation."""
         if state.is_world_process_zero and metrics:
             shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in PROGRESS_METRICS if key in metrics)
-            self._print(f"{self._name} step {state.global_step}/{state.max_steps}  {shown}")
+            logger.info(f"step {state.global_step}/{state.max_steps}  {shown}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Closes the bar."""
         if self._bar is not None:
             self._bar.stop()
-
-    def _print(self, text: str) -> None:
-        (self._bar.console if self._bar is not None else self._console).print(visible(text), soft_wrap=True)
 
 
 class ProfilerCallback(TrainerCallback):
@@ -166,6 +163,6 @@ class ProfilerCallback(TrainerCallback):
             file = self._folder / f"steps-{self._first}-{last}.json.gz"
             with atomic_replace(file, durable=False, staging=file.with_name(f".{file.name}")) as staging:
                 profiler.export_chrome_trace(str(staging))  # compressed, because of the suffix of the name
-        print_notes(
+        logger.info(
             f"profile of steps {self._first} to {last}: {file} (open it in https://ui.perfetto.dev or chrome://tracing)"
         )

@@ -18,7 +18,7 @@ from transformers import Trainer
 
 from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import NumericalError
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import logger
 from nesso_tune.runs.checkpoint import checkpoints
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.dataset import RunDataset
@@ -137,8 +137,7 @@ class SpikeGuard:
                 f"step {step}", f"{what}; update not applied{_list_rows(rows)}",
                 f"inspect these rows, lower train.learning_rate, or set on_spike: skip; {_how_to_continue(trainer)}",
             )  # fmt: skip
-        if trainer.is_world_process_zero():
-            print_notes(f"step {step}: {what}; update {'skipped' if self._on_spike == 'skip' else 'applied'}")
+        logger.warning(f"step {step}: {what}; update {'skipped' if self._on_spike == 'skip' else 'applied'}")
         return self._on_spike == "warn"
 
     def _not_finite_error(

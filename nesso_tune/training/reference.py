@@ -26,7 +26,7 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.distributed.process_group import broadcast_from_rank0
 from nesso_tune.errors import NumericalError, RunEnvironmentError
 from nesso_tune.files import atomic_replace
-from nesso_tune.logs import print_notes
+from nesso_tune.logs import logger
 from nesso_tune.recipes.schema import DPORecipe
 from nesso_tune.runs.checkpoint import safetensors_errors
 from nesso_tune.runs.provenance import RunFacts
@@ -67,8 +67,7 @@ def prepare_reference(
     key = reference_key(recipe, facts, parts) if is_main else ""
     reference: Reference | None = broadcast_from_rank0(cached_reference(key) if is_main else None)
     cached, pairs = reference is not None, sum(map(len, parts))
-    if is_main:
-        print_notes(f"reference: {pairs:,} pairs, {'from the cache' if cached else 'computing log-probabilities once'}")
+    logger.info(f"reference: {pairs:,} pairs, {'from the cache' if cached else 'computing log-probabilities once'}")
     if reference is None:
         groups = Groups.of(*(part.documents for part in parts))
         collate = PairCollator(data.chat.pad_id, groups, trainer.data_collator.by_document)

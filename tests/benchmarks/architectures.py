@@ -25,7 +25,6 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,7 @@ def main() -> None:
             options.out.write_text(_page(lines, skipped), encoding="utf-8")
 
 
-def outcome(
-    base: PreTrainedModel, folder: Path, packing: bool, say: Callable[[str], None] = print, raises: bool = False
-) -> Outcome:
+def outcome(base: PreTrainedModel, folder: Path, packing: bool, raises: bool = False) -> Outcome:
     """Trains the base, and compares; a refusal is an outcome too, unless it shall be raised."""
     some = _recipe(base, folder, packing)
     first: dict[str, Tensor] = {}
@@ -113,7 +110,7 @@ def outcome(
     BaseTrainer._clip_grad_norm = kept  # type: ignore[method-assign]
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            train(some, say=say)
+            train(some)
         return _compared(some, first)
     except NessoError as error:
         if raises:

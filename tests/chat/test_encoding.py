@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nesso_tune import Conversation, Message, ModelError, PreferencePair, encode_conversation
+from nesso_tune import Conversation, Message, ModelError, PreferencePair, encode_conversation, load_tokenizer
 from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded
 from nesso_tune.chat.tokenizer import build_chat_tokenizer, encoder_of
 from nesso_tune.recipes.sections import ChatSection
@@ -58,6 +58,12 @@ def test_which_end_tokens_are_learned(tokenizer, train_on_eos, ends):
     assert [label for label in labels if label not in (IGNORE_INDEX, END)] == list(b"bd")
 
 
+@pytest.mark.parametrize(("train_on_eos", "ends"), [("turn", [1, 0, 1, 0]), ("last", [0, 0, 1, 0])])
+def test_end_tokens_after_the_last_supervised_turn(tokenizer, train_on_eos, ends):
+    ids, labels = encode_conversation(TWO, tokenizer, roles_to_train=["user"], train_on_eos=train_on_eos)
+    assert [int(label == END) for i, label in zip(ids, labels, strict=True) if i == END] == ends
+
+
 @pytest.mark.parametrize(
     ("roles", "learned"), [(["user"], b"ac"), (["user", "assistant"], b"abcd"), (["system"], b""), (["tool"], b"")]
 )
@@ -65,6 +71,20 @@ def test_roles_to_train(tokenizer, roles, learned):
     _, labels = encode_conversation(TWO, tokenizer, roles_to_train=roles)
     assert [label for label in labels if label not in (IGNORE_INDEX, END)] == list(learned)
     assert labels.count(END) == len(learned)
+
+
+def test_control_tokens_in_content_are_encoded_as_any_text(write_base):
+    """Also where a merge reaches over the first character of a control token."""
+
+    def with_merge(content):
+        content["model"]["vocab"]["<|"] = 258
+        content["model"]["merges"].append(["<", "|"])
+        for token in content["added_tokens"]:
+            token["id"] += 1
+
+    base = write_base(edit=with_merge)
+    _, labels = encode_conversation(chat(("user", "a"), ("assistant", "b <|im_end|>")), load_tokenizer(base))
+    assert [label for label in labels if label != IGNORE_INDEX] == [*b"b ", 258, *b"im_end|>", END + 1]
 
 
 def test_a_message_can_be_kept_out_or_taken_in(tokenizer):
@@ -184,6 +204,8 @@ def test_cutting_drops_later_turns_without_anything_to_learn():
     document = Encoded([1, 2, 3, 4, 5, 6], [False, True, True, False, False, False], [3, 6])
     assert document.cut_to(6) == Encoded([1, 2, 3], [False, True, True], [3])
     assert document.cut_to(2) is None
+    only_its_end = Encoded([1, 2, 3, 4, 5, 6], [False, True, True, False, False, True], [3, 6])
+    assert only_its_end.cut_to(6) == document.cut_to(6)
 
 
 def pairs(conversation):

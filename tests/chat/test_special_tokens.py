@@ -18,6 +18,11 @@ def build(folder, **chat):
     return build_chat_tokenizer(Path(folder), ChatSection(**chat), "base")
 
 
+def test_the_public_loader_takes_paths_as_text_or_as_path(byte_base, llama3_file):
+    by_text = load_tokenizer(str(byte_base), str(llama3_file))
+    assert load_tokenizer(Path(byte_base), Path(llama3_file)).get_vocab() == by_text.get_vocab()
+
+
 def test_auto_renames_reserved_slots(byte_base):
     before = AutoTokenizer.from_pretrained(byte_base)
     chat = build(byte_base)

@@ -83,13 +83,13 @@ class Scripted:
     def __init__(self, *answers, context=1000):
         self.answers, self.asked, self.context = list(answers), [], context
 
-    def generate(self, messages, sampling, language, say=None, tools=()):
+    def generate(self, messages, sampling, language, on_text=None, tools=()):
         self.asked.append((list(messages), language, tools))
         answer = self.answers.pop(0)
         if isinstance(answer, BaseException):
             raise answer
-        if say:
-            say(answer)
+        if on_text:
+            on_text(answer)
         return answer
 
     def remaining_context(self, messages, language, tools=()):

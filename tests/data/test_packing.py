@@ -121,6 +121,14 @@ def test_the_order_is_the_seeds(documents):
     assert order(same, 2) == order(one, 2)  # whatever was asked for before
 
 
+def test_an_epoch_is_packed_longest_first(documents):
+    lengths = documents.sequence_lengths.tolist()
+    descending = sorted(lengths, reverse=True)
+    expected = Counter(tuple(descending[i] for i in row) for row in reference(descending, 10))
+    stream = RowStream(documents, np.arange(len(documents)), seed=1, capacity=10)
+    assert Counter(tuple(lengths[i] for i in row) for row in order(stream, 0)) == expected
+
+
 def test_unpacked_rows_are_shuffled_too(documents):
     stream = RowStream(documents, np.arange(len(documents)), seed=1)
     assert sorted(order(stream, 0)) == sorted(order(stream, 1)) == [(i,) for i in range(len(documents))]

@@ -24,6 +24,7 @@ from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.trainer import BaseTrainer
 from tests.benchmarks.architectures import QUESTIONS, _recipe, mean_loss, outcome
 from tests.support.architectures import VOCABULARY, tiny
+from tests.support.logs import logged
 from tests.support.runs import metrics, recipe, thorough
 
 GROUPS = Groups(("it",), ("",))
@@ -158,8 +159,9 @@ def test_soft_capping_is_detected_even_if_the_logits_are_small(monkeypatch):
 
 
 def test_a_base_that_does_not_support_packing_trains_unpacked_and_resumes(tmp_path):
-    said, base = [], tiny(config_class("lfm2"))
-    found = outcome(base, tmp_path, packing=True, say=said.append)
+    base = tiny(config_class("lfm2"))
+    with logged() as said:
+        found = outcome(base, tmp_path, packing=True)
     assert found.right, found
     (line,) = [text for text in said if text.startswith("data.packing")]
     assert "one conversation per row, 6 rows per epoch instead of 2" in line

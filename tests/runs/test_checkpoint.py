@@ -14,6 +14,7 @@ from nesso_tune.runs import checkpoint
 from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_manifest
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.state_dict import get_rng_state, set_rng_state
+from tests.support.logs import logged
 from tests.support.runs import main_here, metrics, recipe, several, steps, sums, write_recipe
 
 FILES = ["counters-0.json", MANIFEST, "model.safetensors", "optimizer.safetensors", "rng-0.json", "trainer_state.json"]
@@ -157,8 +158,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(tmp_path
     interrupted(some, stop_at, 6)
     run = tmp_path / "run"
     (run / "checkpoint-4" / "optimizer.safetensors").unlink()
-    said = []
-    train(some, say=said.append)
+    with logged() as said:
+        train(some)
     assert "checkpoint-4: optimizer.safetensors is missing" in said[0]
     assert said[1] == "resuming an unfinished run from checkpoint-2"
     assert {"step": 2, "event": "resumed"} in metrics(run)
@@ -175,8 +176,8 @@ def test_a_chosen_checkpoint_takes_precedence_over_later_ones(tmp_path, talks, s
     stop_at(0)
     assert [path.name for path in checkpoints(run)] == ["checkpoint-4", "checkpoint-2"]
     assert (run / "later-checkpoint-6").is_dir()
-    said = []
-    train(some, say=said.append)
+    with logged() as said:
+        train(some)
     assert said == ["resuming an unfinished run from checkpoint-4"]
 
 
@@ -185,8 +186,8 @@ def test_a_finished_run_with_other_data_or_a_damaged_final(tmp_path, talks):
     final = train(some).model_dir / "model.safetensors"
     whole = final.read_bytes()
     final.write_bytes(whole[:-9])
-    said = []
-    assert train(some, say=said.append).trained
+    with logged() as said:
+        assert train(some).trained
     assert "final/ is missing or damaged" in said[0]
     assert final.read_bytes() == whole
     with open(talks, "a", encoding="utf-8") as file:
@@ -258,8 +259,8 @@ def test_resume_in_another_environment_is_accepted_and_reported(tmp_path, talks,
     body = {key: value for key, value in read_manifest(folder).items() if key != "self"}
     body |= {"threads": 7, "versions": {**body["versions"], "torch": "2.11.0"}}
     (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.json_sha256(body)}))
-    said = []
-    assert train(some, say=said.append).trained
+    with logged() as said:
+        assert train(some).trained
     (note,) = [text for text in said if "may not be bit-identical" in text]
     assert "CPU threads 7 -> 1" in note
     assert f"torch 2.11.0 -> {torch.__version__}" in note
@@ -270,8 +271,8 @@ def test_resume_in_another_environment_is_accepted_and_reported(tmp_path, talks,
 def test_resume_in_the_same_environment_reports_no_difference(tmp_path, talks, stop_at):
     some = recipe("sft", tmp_path / "run", [talks])
     interrupted(some, stop_at, 4)
-    said = []
-    train(some, say=said.append)
+    with logged() as said:
+        train(some)
     assert said == ["resuming an unfinished run from checkpoint-2"]
 
 

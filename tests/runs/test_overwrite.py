@@ -24,6 +24,7 @@ from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.layout import FAILED_METRICS, OVERWRITTEN, has_overwritten
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training.sft import ConversationTrainer
+from tests.support.logs import logged
 from tests.support.runs import main_here, recipe, several, sums, thorough, write_recipe
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
@@ -125,8 +126,9 @@ def test_killed_at_every_rename(earlier):
             if not killed(run, later, lambda: open_run(old)):
                 break
             again += 1
-        pending, said = has_overwritten(run), []
-        opened = open_run(old, say=said.append)
+        pending = has_overwritten(run)
+        with logged() as said:
+            opened = open_run(old)
         assert opened.finished
         assert content(run) == before, f"killed at write {write}"
         assert bool(said) == pending
@@ -231,7 +233,7 @@ def test_the_earlier_run_survives_a_failing_recipe(
 def test_the_earlier_run_is_deleted_at_the_first_checkpoint(earlier, monkeypatch):
     """A new run that fails later is resumed, without --overwrite."""
     run, _, new, _ = earlier
-    there, said, save = [], [], ConversationTrainer._save_checkpoint
+    there, save = [], ConversationTrainer._save_checkpoint
 
     def seen(self, *arguments):
         there.append(has_overwritten(run))
@@ -241,8 +243,8 @@ def test_the_earlier_run_is_deleted_at_the_first_checkpoint(earlier, monkeypatch
     monkeypatch.setattr(ConversationTrainer, "_save_checkpoint", seen)
     with pytest.MonkeyPatch.context() as patch:
         poisoned(patch, 3)
-        with pytest.raises(NumericalError, match="checkpoint-2 is intact"):
-            train(new, overwrite=True, say=said.append)
+        with logged() as said, pytest.raises(NumericalError, match="checkpoint-2 is intact"):
+            train(new, overwrite=True)
     assert there == [True, False]
     assert said[-1] == "to resume this run, omit --overwrite, which would start it again"
     left = {path.name for path in run.iterdir()}

@@ -15,6 +15,7 @@ from nesso_tune.runs import checkpoint
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.runs.run_directory import open_run, write_end, write_start
 from tests.runs.test_resume import FACTS
+from tests.support.logs import logged
 from tests.support.runs import recipe, steps
 
 
@@ -218,15 +219,15 @@ def test_a_damaged_final_is_set_aside_and_created_again_with_a_note(tmp_path, ta
     some = recipe("sft", tmp_path / "run", [talks], evaluation=None)
     final = train(some).model_dir
     (final / "config.json").unlink()
-    said = []
-    assert train(some, say=said.append).trained
+    with logged() as said:
+        assert train(some).trained
     assert "the existing one is kept as damaged-final" in said[0]
     assert (tmp_path / "run" / "damaged-final" / "model.safetensors").is_file()
     (final / "config.json").unlink()
     for saved in (tmp_path / "run").glob("checkpoint-*"):
         shutil.rmtree(saved)
-    said = []
-    assert train(some, say=said.append).trained
+    with logged() as said:
+        assert train(some).trained
     assert "created again" in said[0]
     assert "starts from the beginning" in said[1]
     assert len(said) == len(set(said)), "once each"
@@ -296,8 +297,8 @@ def test_moved_base_and_data_are_accepted_and_changed_ones_refused(tmp_path, tal
     new = (tmp_path / "old").rename(tmp_path / "new")
     (new / data.name).rename(new / "renamed.jsonl")
     (new / "linked").symlink_to(new / base.name)
-    moved, said = made(new, "renamed.jsonl", "linked"), []
-    assert train(moved, say=said.append).trained
+    with logged() as said:
+        assert train(made(new, "renamed.jsonl", "linked")).trained
     assert steps(new / "run") == losses
     assert "resuming an unfinished run from checkpoint-2" in said
     assert "the base was moved or renamed (model.base); its content is the same" in said

@@ -1,6 +1,7 @@
 """Alarms: each at its limit, said once, the same after a resume, and none where nothing is wrong."""
 
 import json
+import logging
 
 import pytest
 
@@ -8,6 +9,7 @@ from nesso_tune.run import train
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.dpo import PairTrainer
+from tests.support.logs import logged
 from tests.support.runs import metrics, recipe, steps
 
 LAST = 900
@@ -116,33 +118,35 @@ def history():
     return numbered("dpo", *changes)
 
 
-def test_a_run_that_is_continued_neither_repeats_an_alarm_nor_loses_one(tmp_path, capsys):
+def test_a_run_that_is_continued_neither_repeats_an_alarm_nor_loses_one(tmp_path):
     lines = history()
     wanted = [(3, "chosen_falls"), (5, "stop_rate_falls"), (9, "chosen_falls"), (9, "stop_rate_falls")]
     assert alarms("dpo", lines) == wanted
     for step in range(len(lines)):
-        path = tmp_path / f"{step}.jsonl"
+        path, said = tmp_path / f"{step}.jsonl", []
         for session in (range(step + 1), range(step + 1, len(lines))):
             log = MetricsLog(path, writes=True)
             looking = Alarms(log, "dpo", LAST, enabled=True)
             looking.replay(path)
-            for i in session:
-                log.write(lines[i])
-                looking.check(lines[i])
+            with logged() as messages:
+                for i in session:
+                    log.write(lines[i])
+                    looking.check(lines[i])
+            said += messages
         written = [json.loads(text) for text in path.read_text().splitlines()]
         events = [line for line in written if line.get("event") == "alarm"]
         assert [(line["step"], line["alarm"]) for line in events] == wanted, step
-        said = capsys.readouterr().err.splitlines()
         assert said == [f"alarm at step {line['step']}: {line['alarm']}: {line['said']}" for line in events]
         assert {"step", "event", "alarm", "figure", "value", "limit", "said"} == set(events[0])
         assert (events[0]["value"], events[0]["limit"]) == (-0.2, -0.1)
 
 
-def test_only_the_process_that_writes_looks(tmp_path, capsys):
+def test_only_the_process_that_writes_looks(tmp_path):
     silent = Alarms(MetricsLog(tmp_path / "metrics.jsonl", writes=False), "dpo", LAST, enabled=False)
-    for line in history():
-        silent.check(line)
-    assert capsys.readouterr().err == ""
+    with logged() as said:
+        for line in history():
+            silent.check(line)
+    assert said == []
 
 
 @pytest.fixture(scope="module")
@@ -208,10 +212,11 @@ def dies_at(step, original=PairTrainer.training_step):
     return training_step
 
 
-def test_dpo_without_restraint_has_alarms_and_the_same_ones_after_a_resume(tmp_path, parent, monkeypatch, capsys):
+def test_dpo_without_restraint_has_alarms_and_the_same_ones_after_a_resume(tmp_path, parent, monkeypatch):
     whole = tmp_path / "whole"
-    train(preferring(parent, whole, *WRONG))
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("alarm at step")]
+    with logged(logging.WARNING) as warnings:
+        train(preferring(parent, whole, *WRONG))
+    said = [line for line in warnings if line.startswith("alarm at step")]
     wanted = alarm_lines(whole)
     names = {line["alarm"] for line in wanted}
     assert "chosen_falls" in names

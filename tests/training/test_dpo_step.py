@@ -81,14 +81,18 @@ def by_rows(model):
     return ours
 
 
-@torch.no_grad()
 def reference(inputs, ld_alpha=None):
     """Log-probabilities of the answers under another model."""
-    logits = net(seed=7)(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    chosen, rejected = answers_under(net(seed=7), inputs, ld_alpha)
+    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+
+@torch.no_grad()
+def answers_under(model, inputs, ld_alpha=None):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     mask = inputs["completion_mask"][:, 1:]
     log_probs = logits.log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:, None]).squeeze(-1) * mask
-    chosen, rejected = losses.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
-    return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    return losses.answer_log_probs(log_probs, inputs["completion_mask"], ld_alpha).chunk(2)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,9 @@ def test_loss_gradients_and_metrics_are_trls(trl, settings):
         assert means[name] == pytest.approx(reported[name][0], rel=1e-5, abs=1e-6), name
     assert means["token_accuracy"] == pytest.approx(reported["mean_token_accuracy"][0], abs=1e-6)
     assert means["loss"] == pytest.approx(float(both.theirs), rel=1e-6), "what is reported is what is optimised"
+    ratios = answers_under(both.model, both.inputs, settings.get("ld_alpha"))[0] - both.inputs["ref_chosen_logps"]
+    per_token = ratios / torch.tensor([chosen for _, chosen, _ in SIZES])
+    assert means["logps/chosen_shift"] == pytest.approx(float(per_token.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("split", "rows"), [((0, 1, 2, 3, 4), True), ((0, 2, 4), True), ((0, 2, 4), False)])

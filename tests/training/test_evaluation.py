@@ -25,6 +25,7 @@ from nesso_tune.training.evaluation import BestCheckpoint, best_checkpoint_for
 from nesso_tune.training.grouped_metrics import MetricSpec
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.state_dict import get_weights, load_shards, set_weights
+from tests.support.logs import logged
 from tests.support.recipe_texts import SFT, problem
 from tests.support.runs import (
     loaded,
@@ -197,9 +198,9 @@ def whole(tmp_path_factory, rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
         for name, patience in (("to its end", None), ("early", 2)):
-            said = []
             some = overfitting(folder / name, rows, train={"early_stopping_patience": patience})
-            result = train(some, say=said.append)
+            with logged() as said:
+                result = train(some)
             made[name] = (folder / name, said, result)
     return made
 

@@ -46,7 +46,7 @@ def test_accumulation_changes_nothing(tmp_path, talks, gradients):
             torch.testing.assert_close(other[name], grad, rtol=1e-5, atol=1e-6 * float(grad.abs().max()))
 
 
-def test_loss_equals_trls_on_the_same_batch(tmp_path, talks, monkeypatch):
+def test_loss_and_accuracy_equal_trls_on_the_same_batch(tmp_path, talks, monkeypatch):
     """Fails when TRL's own loss, or what it asks of a model, changes."""
     compared, compute_ours = [], ConversationTrainer.compute_loss
 
@@ -54,14 +54,19 @@ def test_loss_equals_trls_on_the_same_batch(tmp_path, talks, monkeypatch):
         plain = {name: inputs[name] for name in ("input_ids", "labels", "position_ids")}
         theirs = SFTTrainer.compute_loss(self, model, plain, num_items_in_batch=num_items_in_batch)
         ours = compute_ours(self, model, inputs, return_outputs, num_items_in_batch)
-        compared.append((float(ours.detach()), float(theirs.detach())))
+        supervised = int((inputs["labels"][:, 1:] != -100).sum())
+        correct = self._metrics["train"].pop("mean_token_accuracy")[-1] * supervised
+        compared.append((float(ours.detach()), float(theirs.detach()), correct, supervised))
         return ours
 
     monkeypatch.setattr(ConversationTrainer, "compute_loss", both)
     train(recipe("sft", tmp_path / "run", [talks], train={"gradient_accumulation_steps": 2}, evaluation=None))
     assert len(compared) == 8
-    for ours, theirs in compared:
+    for ours, theirs, _, _ in compared:
         assert ours == pytest.approx(theirs, rel=1e-6)
+    accuracies = [line["token_accuracy"] for line in metrics(tmp_path / "run") if "token_accuracy" in line]
+    for accuracy, first, second in zip(accuracies, compared[::2], compared[1::2], strict=True):
+        assert accuracy == pytest.approx((first[2] + second[2]) / (first[3] + second[3]))
 
 
 def test_figures_by_source_add_up_to_the_whole_and_name_no_private_one(tmp_path, talks, write_rows):
