@@ -87,14 +87,14 @@ def test_bundled_rows_replace_what_is_not_available(talks):
 
 def test_errors_of_the_real_run_are_errors_here(talks, base, tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        smoke_recipe(recipe("sft", "run", ["absent/rows.jsonl"]), {}, print)
+        smoke_recipe(recipe("sft", "run", ["absent/rows.jsonl"]), {})
     for model, says in (
         ({"base": str(tmp_path / "nowhere")}, "no such folder"),
         ({"base": base, "random_init": False}, "has no weights"),
         ({"base": str(tmp_path)}, "has no config.json|empty"),
     ):
         with pytest.raises(ModelError, match=says):
-            smoke_recipe(recipe("sft", "run", [talks], model=model), {}, print)
+            smoke_recipe(recipe("sft", "run", [talks], model=model), {})
 
 
 def test_options_without_effect_are_refused(capsys):
@@ -155,10 +155,8 @@ def test_a_real_run_is_never_overwritten(talks, tmp_path):
 
     train(recipe("sft", tmp_path / "run-smoke", [talks], train={"max_steps": 1}, evaluation=None))
     with pytest.raises(RunEnvironmentError, match="holds a run that is not a smoke run"):
-        smoke_recipe(recipe("sft", tmp_path / "run", [talks]), {}, print)
-    assert (
-        smoke_recipe(recipe("sft", f"{tmp_path}/other/.", [talks]), {}, print).output_dir == f"{tmp_path}/other-smoke"
-    )
+        smoke_recipe(recipe("sft", tmp_path / "run", [talks]), {})
+    assert smoke_recipe(recipe("sft", f"{tmp_path}/other/.", [talks]), {}).output_dir == f"{tmp_path}/other-smoke"
 
 
 ELSEWHERE = {"base": "a/b", "random_init": False}
@@ -203,7 +201,7 @@ def test_unsupported_architectures_are_refused(talks, tmp_path, base, capsys, co
     (folder / "tokenizer.json").write_bytes((tmp_path / base / "tokenizer.json").read_bytes())
     some = recipe("sft", "run", [talks], model={"base": str(folder)})
     with pytest.raises(ModelError, match=says):
-        smoke_recipe(some, {}, print)
+        smoke_recipe(some, {})
     for verb in ("check", "train"):
         code, _, err = main_here(capsys, verb, write_recipe(tmp_path / "r.yaml", some))
         assert code == 4

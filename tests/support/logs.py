@@ -1,6 +1,7 @@
 """What the package logs."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,3 +22,8 @@ def logged(level: int = logging.INFO) -> Iterator[list[str]]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+
+
+def without_steps(messages: list[str]) -> list[str]:
+    """The messages that are not the figures of a step."""
+    return [message for message in messages if not re.match(r"step \d+/\d+ ", message)]
