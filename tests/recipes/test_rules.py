@@ -31,6 +31,11 @@ FIRES = {
     "constant, an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "effect"),
     "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
     "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
+    "warm-up to the end": (
+        schedule("warmup_ratio: 0.5, constant_ratio: 0.5, min_ratio: 0.1"),
+        "train.schedule.warmup_ratio",
+        "should end at 0.5",
+    ),
     "warm-up beyond the end": (
         schedule("warmup_ratio: 0.5, constant_ratio: 0.4, min_ratio: 0"), "train.schedule.warmup_ratio", ".4",
     ),
@@ -60,6 +65,9 @@ FIRES = {
     "shards of a qlora": (
         "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict",
         "which runs in one process",
+    ),
+    "two nodes of a qlora": (
+        "{model: {adapter: {type: qlora}}, cluster: {nodes: 2}}", "cluster.nodes", "contradicts",
     ),
     "GPUs of a qlora": (
         "{model: {adapter: {type: qlora}}, cluster: {gpus_per_node: 4}}", "cluster.gpus_per_node", "contradicts",

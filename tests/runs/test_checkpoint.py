@@ -321,3 +321,16 @@ def test_another_base_or_tokenizer_is_refused(tmp_path, talks, whole_base, stop_
     with pytest.raises(RecipeError, match=says):
         train(some)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path):
+    for content in ({"a": 1, "b": 2}, {"b": 3}):
+        writer = checkpoint.CheckpointWriter(tmp_path, 4)
+        writer.begin()
+        for name, value in content.items():
+            writer.write_json(f"{name}.json", value)
+        written = writer.finish({"step": 4}, writer.file_records())
+    assert read_manifest(written)["files"].keys() == {"b.json"}
+    assert sorted(path.name for path in written.iterdir()) == ["b.json", MANIFEST]
+    assert json.loads((written / "b.json").read_text()) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
