@@ -47,7 +47,7 @@ from nesso_tune.runs.metrics_log import last_metrics
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.resume import confirm_resume
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
-from nesso_tune.training.evaluation import best_summary
+from nesso_tune.training.evaluator import best_summary
 from nesso_tune.training.fit import Trainer, check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
 

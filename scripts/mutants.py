@@ -213,7 +213,7 @@ MUTANTS = (
         SFT,
         "outputs.is_top1[mask].float(), ones)",
         "outputs.is_top1[mask].float() * 2, ones)",
-        STEPS + " tests/training/test_evaluation.py",
+        STEPS + " tests/training/test_evaluator.py",
     ),
     Mutant(
         "loss: sft term of rejected answers",
@@ -261,7 +261,7 @@ MUTANTS = (
         SAVE,
         "map(_best_step, kept) if step is not None}",
         "map(_best_step, kept) if False}",
-        SAVED + " tests/training/test_evaluation.py",
+        SAVED + " tests/training/test_evaluator.py",
     ),
     Mutant(
         "checkpoint: existing folder not replaced",
@@ -296,7 +296,7 @@ MUTANTS = (
         STATE,
         'self.best.load_state_dict(state.get("best"))',
         "pass",
-        "tests/training/test_evaluation.py",
+        "tests/training/test_evaluator.py",
     ),
     # resume
     Mutant(

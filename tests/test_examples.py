@@ -31,6 +31,6 @@ def test_examples_are_the_same_in_each_process():
             [sys.executable, "-c", DRAW, *loaded], stdout=subprocess.PIPE, text=True, env=environment
         )
 
-    one, other = digest_of("1"), digest_of("2", "nesso_tune.recipes.other_tools", "nesso_tune.recipes.rules")
+    one, other = digest_of("1"), digest_of("2", "nesso_tune.recipes.error_messages", "nesso_tune.recipes.rules")
     digests = [process.communicate()[0] for process in (one, other)]
     assert digests[0] == digests[1] != ""

@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 
 from nesso_tune.chat.base_template import DEFAULT_TEMPLATE, BaseTemplate, choose_template, match_base_template
 from nesso_tune.chat.encoding import ChatEncoder, token_id
-from nesso_tune.chat.jinja import to_jinja
 from nesso_tune.chat.render import TrainOnEos
 from nesso_tune.chat.special_tokens import (
     CHAT_KEY,
@@ -35,7 +34,7 @@ from nesso_tune.chat.special_tokens import (
     token_text,
     vocabulary_size,
 )
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template, to_jinja
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.hub import base_folder, check_pinned

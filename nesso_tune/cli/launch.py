@@ -13,8 +13,15 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.options import SetOption, file_path, load_all
-from nesso_tune.cli.validate import check_bases, check_before_start, check_flags, check_folders
+from nesso_tune.cli.options import (
+    SetOption,
+    check_bases,
+    check_before_start,
+    check_flags,
+    check_folders,
+    file_path,
+    load_all,
+)
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.hub import has_weights, local_base_folder

@@ -36,7 +36,7 @@ VERBS = {
     "launch": ("launch", "Start a run on several GPUs: on this machine, or through Slurm on many."),
     "chat": ("chat", "Chat with a model."),
     "schema": ("check", "Print the JSON Schema of recipes, for editors."),
-    "doctor": ("doctor", "Check versions, driver, GPUs, disk, cache and ports."),
+    "doctor": ("check", "Check versions, driver, GPUs, disk, cache and ports."),
 }
 
 

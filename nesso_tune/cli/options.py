@@ -1,17 +1,29 @@
-"""Arguments and options shared by several verbs."""
+"""Arguments and options shared by several verbs, and the checks of all recipes of a command before the first starts."""
 
 from __future__ import annotations
 
 import os
+from glob import escape
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
-from nesso_tune.recipes import Recipe, load_recipe
-from nesso_tune.recipes.builtin import flag_path
+from nesso_tune.chat.base_template import check_base_template
+from nesso_tune.chat.template import load_template
+from nesso_tune.data.files import is_local
+from nesso_tune.data.record_reader import make_record_reader
+from nesso_tune.data.sources import check_output
+from nesso_tune.errors import ModelError, Problem, RecipeError, RunEnvironmentError, closest
+from nesso_tune.hub import check_local_base
+from nesso_tune.planning.plan import World
+from nesso_tune.planning.planner import make_plan
+from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.builtin import flag_path, is_run_output, local_path
+from nesso_tune.recipes.error_messages import key_paths
 from nesso_tune.recipes.load import parse_overrides
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import OVERWRITTEN
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a bundled recipe.")]
 SetOption = Annotated[
@@ -74,3 +86,80 @@ def load_all(names: list[str], settings: list[str]) -> list[Recipe]:
     if problems:
         raise RecipeError(dict.fromkeys(problems))  # report a shared --set once
     return recipes
+
+
+def check_folders(names: list[str], recipes: list[Recipe]) -> None:
+    """Raises RecipeError if two recipes have the same run directory."""
+    folders: dict[Path, str] = {}
+    for name, recipe in zip(names, recipes, strict=True):
+        folder = Path(recipe.output_dir).resolve()
+        if folder in folders:
+            raise RecipeError(name, f"has the same output_dir as {folders[folder]}", "set a separate folder for each")
+        folders[folder] = name
+
+
+def is_checkpoint_of(resume: str, recipe: Recipe) -> bool:
+    """Whether the checkpoint of `--resume` is in the run directory of a recipe."""
+    return Path(resume).resolve().parent == Path(recipe.output_dir).resolve()
+
+
+def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
+    """Raises RecipeError for a checkpoint that belongs to no recipe, and for a key that no recipe has."""
+    if resume not in ("auto", "never"):
+        # a killed --overwrite leaves it there; opening the run restores it, see `runs/layout.py`
+        moved = Path(resume).parent.glob(f"{OVERWRITTEN}*/{escape(Path(resume).name)}")
+        if not Path(resume).exists() and not any(moved):
+            raise RecipeError(
+                "--resume", f"checkpoint {resume} does not exist", "use auto, never, or the path of a checkpoint"
+            )
+        if not any(is_checkpoint_of(resume, recipe) for recipe in recipes):
+            raise RecipeError(
+                "--resume",
+                f"{resume} is not in the output_dir of any of these recipes",
+                "name one of their checkpoints",
+            )
+    keys = {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
+    for key in filter(None, (key.strip() for key in allow_changes.split(","))):
+        plain = ".".join(part for part in key.split(".") if not part.isdigit())
+        if plain not in keys:
+            near = closest(plain, sorted(keys))
+            raise RecipeError(
+                "--allow-changes", f"unknown key `{key}`", f"did you mean `{near}`?" if near else "correct it"
+            )
+
+
+def check_before_start(recipes: list[Recipe], processes: int) -> None:
+    """Checks batch sizes, output folders, chat templates, and the format of local data files of every recipe.
+
+    Raises:
+        RecipeError, DataError: naming the key or the file.
+    """
+    for recipe in recipes:
+        make_plan(recipe, World(processes))
+        check_output(recipe)
+        if recipe.chat.template is not None:
+            load_template(recipe.chat.template)
+        for source in (*recipe.data.sources, *recipe.data.validation_sources):
+            if is_local(source.path):
+                make_record_reader(source, recipe.method)
+
+
+def check_bases(recipes: list[Recipe]) -> None:
+    """Checks the base model of every recipe, unless an earlier recipe of the command creates it.
+
+    Raises:
+        ModelError: naming the missing folder.
+        RecipeError: if the default would replace the chat template of a base without notice.
+    """
+    outputs: list[Path] = []
+    for recipe in recipes:
+        base = recipe.model.base
+        if Path(base).resolve() not in outputs:
+            check_local_base(recipe.model)
+            if is_run_output(base) and not local_path(base).exists():
+                raise ModelError(
+                    f"model.base {base}", "no such folder",
+                    "run the recipe that creates it first, in the same command or before",
+                )  # fmt: skip
+            check_base_template(recipe.model, recipe.chat)
+        outputs.append((Path(recipe.output_dir) / "final").resolve())

@@ -12,8 +12,16 @@ from typing import Annotated
 
 import typer
 
-from nesso_tune.cli.options import SetOption, load_all, world_size_from_environment
-from nesso_tune.cli.validate import check_bases, check_before_start, check_flags, check_folders, is_checkpoint_of
+from nesso_tune.cli.options import (
+    SetOption,
+    check_bases,
+    check_before_start,
+    check_flags,
+    check_folders,
+    is_checkpoint_of,
+    load_all,
+    world_size_from_environment,
+)
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.errors import Preempted, RecipeError

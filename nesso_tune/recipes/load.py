@@ -19,8 +19,7 @@ from nesso_tune.recipes.builtin import (
     shipped_recipes,
     template_names,
 )
-from nesso_tune.recipes.error_messages import limit_problems, recipe_problems
-from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
+from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, limit_problems, recipe_problems
 from nesso_tune.recipes.rules import EXCLUSIVE
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
 from nesso_tune.recipes.secrets import masked

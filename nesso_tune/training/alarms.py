@@ -18,7 +18,7 @@ from typing import Any
 from nesso_tune.generation.answers import SOURCE
 from nesso_tune.logs import logger
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
-from nesso_tune.training.evaluation import EARLY_STOPPED, PARENT
+from nesso_tune.training.evaluator import EARLY_STOPPED, PARENT
 
 Line = Mapping[str, Any]
 EVENT = "alarm"

@@ -34,7 +34,7 @@ from nesso_tune.training.callbacks import IntervalCallback, ProfilerCallback, Pr
 from nesso_tune.training.checkpoint import Checkpointer
 from nesso_tune.training.dataset import RunDataset
 from nesso_tune.training.dpo import PairTrainer
-from nesso_tune.training.evaluation import Evaluator, best_checkpoint_for, load_best_weights
+from nesso_tune.training.evaluator import Evaluator, best_checkpoint_for, load_best_weights
 from nesso_tune.training.fsdp import check_sharded
 from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups
 from nesso_tune.training.method import Method, method_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nesso_tune.training.evaluation import BestCheckpoint
+from nesso_tune.training.evaluator import BestCheckpoint
 from nesso_tune.training.grouped_metrics import GroupedMetrics
 from nesso_tune.training.numerical_checks import SpikeGuard
 

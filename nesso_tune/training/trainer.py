@@ -26,7 +26,7 @@ from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms
 from nesso_tune.training.checkpoint import Checkpointer, load_optimizer, load_rng_state, load_weights, read_run_state
 from nesso_tune.training.dataset import RunDataset
-from nesso_tune.training.evaluation import EARLY_STOPPED, Evaluator
+from nesso_tune.training.evaluator import EARLY_STOPPED, Evaluator
 from nesso_tune.training.fsdp import keep_tied_embeddings_together, set_precision
 from nesso_tune.training.grouped_metrics import sum_over_processes
 from nesso_tune.training.numerical_checks import check_evaluation, check_trained

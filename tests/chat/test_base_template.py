@@ -10,8 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from nesso_tune import ModelError, RecipeError
 from nesso_tune.chat import sandbox
 from nesso_tune.chat.base_template import SAMPLES, TOOL_SAMPLES, _template_variables, match_base_template, render_jinja
-from nesso_tune.chat.jinja import to_jinja
-from nesso_tune.chat.template import load_template
+from nesso_tune.chat.template import load_template, to_jinja
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.recipes.sections import ChatSection, ModelSection

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.error_messages import key_paths
+from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, key_paths
 from nesso_tune.recipes.load import parse_overrides, validate
-from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.schema import DPORecipe, SFTRecipe
 from nesso_tune.recipes.yaml_source import parse_document
 from tests.support.examples import examples

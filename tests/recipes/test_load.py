@@ -7,9 +7,8 @@ import pytest
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe, yaml_source
 from nesso_tune.recipes.builtin import recipe_summaries, shipped_recipes
-from nesso_tune.recipes.error_messages import MAX_PROBLEMS, key_paths, section_at
+from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, MAX_PROBLEMS, key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
-from nesso_tune.recipes.other_tools import EQUIVALENT_KEYS
 from nesso_tune.recipes.schema import RECIPES
 from tests.support.recipe_texts import DPO, SFT, problem, problems, read
 

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from nesso_tune import RecipeError, RunEnvironmentError
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.training.arguments import dpo_arguments, sft_arguments
 from nesso_tune.training.fsdp import check_sharded, fsdp_arguments
+from nesso_tune.training.method import dpo_arguments, sft_arguments
 from tests.support.runs import recipe
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

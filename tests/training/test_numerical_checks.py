@@ -14,7 +14,7 @@ from nesso_tune.run import train
 from nesso_tune.runs.checkpoint import checkpoints, read_manifest
 from nesso_tune.training.callbacks import IntervalCallback
 from nesso_tune.training.dpo import PairTrainer
-from nesso_tune.training.evaluation import Evaluator
+from nesso_tune.training.evaluator import Evaluator
 from nesso_tune.training.numerical_checks import DEVIATIONS, MIN_STEPS, WINDOW, SpikeGuard, check_final
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.logs import logged

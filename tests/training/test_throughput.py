@@ -16,7 +16,7 @@ from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.run_directory import open_run
 from nesso_tune.training import throughput
 from nesso_tune.training.dataset import RunDataset
-from nesso_tune.training.evaluation import Evaluator
+from nesso_tune.training.evaluator import Evaluator
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.throughput import (
     SQUARED_LENGTHS,

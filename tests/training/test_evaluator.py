@@ -21,7 +21,7 @@ from nesso_tune.runs.checkpoint import MANIFEST, WEIGHTS, checkpoints, prune
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.smoke import smoke_recipe
 from nesso_tune.training.checkpoint import read_run_state
-from nesso_tune.training.evaluation import BestCheckpoint, best_checkpoint_for
+from nesso_tune.training.evaluator import BestCheckpoint, best_checkpoint_for
 from nesso_tune.training.grouped_metrics import MetricSpec
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.state_dict import get_weights, load_shards, set_weights
