@@ -26,7 +26,7 @@ from nesso_tune.data.sources import is_cached
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.hub import check_local_base, local_base_folder, missing_base_note, tokenizer_files
 from nesso_tune.logs import logger
-from nesso_tune.metrics import overall_metric
+from nesso_tune.metric_registry import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, local_path, shipped_folder
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump

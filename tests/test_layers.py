@@ -13,7 +13,7 @@ LAYERS = [
     ("logs",),
     ("errors", "conversation", "lr_schedule"),
     ("files",),
-    ("metrics",),
+    ("metric_registry",),
     ("recipes",),
     ("planning",),
     ("hub", "cache"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from posixpath import normpath
 
 from nesso_tune.lr_schedule import DECAYING_TYPES
-from nesso_tune.metrics import (
+from nesso_tune.metric_registry import (
     ANSWER_METRICS,
     TRAIN_PREFIX,
     VALIDATION_METRICS,

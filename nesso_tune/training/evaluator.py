@@ -23,7 +23,7 @@ from nesso_tune.generation.answers import (
     length_ratios,
     select_prompts,
 )
-from nesso_tune.metrics import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
+from nesso_tune.metric_registry import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
 from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest

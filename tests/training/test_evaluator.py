@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from nesso_tune import NumericalError, RecipeError, RunEnvironmentError, run
 from nesso_tune.data.packing import Rows
-from nesso_tune.metrics import better_direction, overall_metric
+from nesso_tune.metric_registry import better_direction, overall_metric
 from nesso_tune.model.adapters import adapt
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nesso_tune.metrics import ANSWER_METRICS, METRICS, VALIDATION_METRICS, metric_of
+from nesso_tune.metric_registry import ANSWER_METRICS, METRICS, VALIDATION_METRICS, metric_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 
