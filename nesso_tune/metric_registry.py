@@ -1,4 +1,4 @@
-"""Registry of all training and evaluation metrics: meaning, which direction is better, and what they are measured on.
+"""Registry of all training and evaluation metrics: meaning, which direction is better, and where they are shown.
 
 A metric is reported over all rows under its name (`eval_loss`), per language (`eval_loss/it`), and per source
 (`eval_loss/source/NAME`). docs/metrics.md describes each one in detail.
@@ -27,6 +27,9 @@ class Metric:
         measured_on: training batches, the validation rows, or generated answers to prompts.
         better: which direction is better; None for a metric without one, which `train.best_metric` cannot name.
         method: the only method that reports it; None for both.
+        chart: title of its chart in report.html; metrics with the same title share one. None for no chart.
+        chart_by_source: whether report.html has a second chart, by source.
+        in_progress: whether the progress line of an evaluation shows it.
     """
 
     name: str
@@ -34,16 +37,64 @@ class Metric:
     measured_on: MeasuredOn
     better: Better | None = None
     method: Literal["sft", "dpo"] | None = None
+    chart: str | None = None
+    chart_by_source: bool = False
+    in_progress: bool = False
 
 
+_SHIFT = "Chosen log-probability shift vs reference (nats/token)"
 _ALL = (
     # Training, at every `logging.every_steps`.
-    Metric("loss", "SFT: mean negative log-likelihood per supervised token (nats); DPO: optimised loss", "training"),
+    Metric("loss", "SFT: mean negative log-likelihood per supervised token (nats); DPO: optimised loss", "training",
+           chart="Loss", chart_by_source=True),
     Metric("loss_sft", "the sft term of the DPO loss, unweighted", "training", method="dpo"),
     Metric("loss_preference", "sum of all other terms of the DPO loss", "training", method="dpo"),
     Metric("token_accuracy", "share of supervised tokens that are the most likely prediction", "training"),
-    Metric("learning_rate", "learning rate of the last step", "training"),
-    Metric("grad_norm", "norm of the whole gradient in the last step, before clipping", "training"),
+    Metric("logps/chosen", "log-probability of the chosen answer under the policy, in nats", "training", method="dpo"),
+    Metric("logps/rejected", "log-probability of the rejected answer under the policy, in nats", "training",
+           method="dpo"),
+    Metric("logps/chosen_shift", "(log pi - log ref) / tokens of the chosen answer, in nats/token", "training",
+           method="dpo", chart=_SHIFT),
+    Metric("rewards/chosen", "beta x (log pi - log ref) of the chosen answer", "training", method="dpo"),
+    Metric("rewards/rejected", "beta x (log pi - log ref) of the rejected answer", "training", method="dpo"),
+    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "training", method="dpo"),
+    Metric("rewards/accuracies", "share of pairs with a positive margin", "training", method="dpo"),
+    # Validation rows, at every `evaluation.every_steps`.
+    Metric("eval_loss", "loss on the validation rows", "validation", "lower", chart="Validation loss",
+           chart_by_source=True, in_progress=True),
+    Metric("eval_token_accuracy", "token accuracy on the validation rows", "validation", "higher"),
+    Metric("eval_rewards/accuracies", "share of validation pairs with a positive margin", "validation", "higher",
+           "dpo", chart="Validation reward accuracy", in_progress=True),
+    Metric("eval_rewards/margins", "mean margin of the validation pairs", "validation", "higher", "dpo",
+           chart="Validation reward margin"),
+    Metric("eval_rewards/chosen", "rewards/chosen on the validation pairs", "validation", method="dpo"),
+    Metric("eval_rewards/rejected", "rewards/rejected on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/chosen", "logps/chosen on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/rejected", "logps/rejected on the validation pairs", "validation", method="dpo"),
+    Metric("eval_logps/chosen_shift", "logps/chosen_shift on the validation pairs", "validation", method="dpo",
+           chart=_SHIFT),
+    # Greedy answers to `evaluation.samples` prompts.
+    Metric("answers", "number of answers", "answers"),
+    Metric("stop_rate", "share of answers that end with the end token", "answers", "higher", chart="Stop rate",
+           in_progress=True),
+    Metric("expected_stop_rate", "share of prompts with a reference answer that fits into max_new_tokens", "answers"),
+    Metric("exact_match", "share of answers equal to the reference answer", "answers", "higher", chart="Exact match",
+           in_progress=True),
+    Metric("language_fidelity", "share of answers in the language of their prompt, where it can be detected", "answers",
+           "higher", chart="Language fidelity", in_progress=True),
+    Metric("answers_told", "number of answers with a detectable language", "answers"),
+    Metric("closer_to_chosen", "share of answers more similar to the chosen answer than to the rejected one",
+           "answers", "higher", "dpo", in_progress=True),
+    Metric("repetition_rate", "share of answers that end in a loop", "answers", "lower", chart="Repetition rate",
+           in_progress=True),
+    Metric("answer_tokens", "mean length of the answers in tokens", "answers", chart="Answer length (tokens)"),
+    Metric("expected_tokens", "mean length of the reference answers in tokens", "answers"),
+    Metric("answer_length_ratio", "answer_tokens / answer_tokens of the parent model", "answers", method="dpo",
+           chart="Answer length ratio vs reference"),
+    # Optimizer and throughput, at every `logging.every_steps`.
+    Metric("learning_rate", "learning rate of the last step", "training", chart="Learning rate"),
+    Metric("grad_norm", "norm of the whole gradient in the last step, before clipping", "training",
+           chart="Gradient norm"),
     Metric("epoch", "passes over the data: steps x batch / rows", "training"),
     Metric("seconds", "seconds since the start of training, earlier sessions included", "training"),
     Metric("tokens", "tokens of the run so far, all processes, without padding", "training"),
@@ -53,40 +104,6 @@ _ALL = (
     Metric("mfu", "model FLOPs utilisation: share of the dense bfloat16 peak of the device", "training"),
     Metric("peak_memory_gb", "maximum memory of a process in 10^9 bytes", "training"),
     Metric("data_wait_share", "share of the time spent waiting for the next batch, on the slowest process", "training"),
-    Metric("logps/chosen", "log-probability of the chosen answer under the policy, in nats", "training", method="dpo"),
-    Metric("logps/rejected", "log-probability of the rejected answer under the policy, in nats", "training",
-           method="dpo"),
-    Metric("logps/chosen_shift", "(log pi - log ref) / tokens of the chosen answer, in nats/token", "training",
-           method="dpo"),
-    Metric("rewards/chosen", "beta x (log pi - log ref) of the chosen answer", "training", method="dpo"),
-    Metric("rewards/rejected", "beta x (log pi - log ref) of the rejected answer", "training", method="dpo"),
-    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "training", method="dpo"),
-    Metric("rewards/accuracies", "share of pairs with a positive margin", "training", method="dpo"),
-    # Validation rows, at every `evaluation.every_steps`.
-    Metric("eval_loss", "loss on the validation rows", "validation", "lower"),
-    Metric("eval_token_accuracy", "token accuracy on the validation rows", "validation", "higher"),
-    Metric("eval_rewards/accuracies", "share of validation pairs with a positive margin", "validation", "higher",
-           "dpo"),
-    Metric("eval_rewards/margins", "mean margin of the validation pairs", "validation", "higher", "dpo"),
-    Metric("eval_rewards/chosen", "rewards/chosen on the validation pairs", "validation", method="dpo"),
-    Metric("eval_rewards/rejected", "rewards/rejected on the validation pairs", "validation", method="dpo"),
-    Metric("eval_logps/chosen", "logps/chosen on the validation pairs", "validation", method="dpo"),
-    Metric("eval_logps/rejected", "logps/rejected on the validation pairs", "validation", method="dpo"),
-    Metric("eval_logps/chosen_shift", "logps/chosen_shift on the validation pairs", "validation", method="dpo"),
-    # Greedy answers to `evaluation.samples` prompts.
-    Metric("answers", "number of answers", "answers"),
-    Metric("stop_rate", "share of answers that end with the end token", "answers", "higher"),
-    Metric("expected_stop_rate", "share of prompts with a reference answer that fits into max_new_tokens", "answers"),
-    Metric("exact_match", "share of answers equal to the reference answer", "answers", "higher"),
-    Metric("language_fidelity", "share of answers in the language of their prompt, where it can be detected", "answers",
-           "higher"),
-    Metric("answers_told", "number of answers with a detectable language", "answers"),
-    Metric("closer_to_chosen", "share of answers more similar to the chosen answer than to the rejected one",
-           "answers", "higher", "dpo"),
-    Metric("repetition_rate", "share of answers that end in a loop", "answers", "lower"),
-    Metric("answer_tokens", "mean length of the answers in tokens", "answers"),
-    Metric("expected_tokens", "mean length of the reference answers in tokens", "answers"),
-    Metric("answer_length_ratio", "answer_tokens / answer_tokens of the parent model", "answers", method="dpo"),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
@@ -98,6 +115,21 @@ def _selectable(measured_on: MeasuredOn) -> tuple[str, ...]:
 # Names that `train.best_metric` can take.
 VALIDATION_METRICS = _selectable("validation")
 ANSWER_METRICS = _selectable("answers")
+# Names on the progress line of an evaluation.
+PROGRESS_METRICS = (*(metric.name for metric in _ALL if metric.in_progress), f"{TRAIN_PREFIX}exact_match")
+
+
+def charts() -> dict[str, tuple[str, ...]]:
+    """Titles of the charts in report.html, each with its metrics: those by language (`loss`) or by source
+    (`loss/source`).
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for metric in _ALL:
+        if metric.chart is not None:
+            found[metric.chart] = (*found.get(metric.chart, ()), metric.name)
+            if metric.chart_by_source:
+                found[f"{metric.chart} by source"] = (f"{metric.name}/source",)
+    return found
 
 
 def metric_of(name: str) -> Metric | None:

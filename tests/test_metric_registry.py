@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nesso_tune.metric_registry import ANSWER_METRICS, METRICS, VALIDATION_METRICS, metric_of
+from nesso_tune.metric_registry import ANSWER_METRICS, METRICS, PROGRESS_METRICS, VALIDATION_METRICS, charts, metric_of
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -25,3 +25,14 @@ def test_what_can_select_weights():
     assert [name for name in METRICS if metric_of(name)] == [*VALIDATION_METRICS, *ANSWER_METRICS]
     assert [name for name, metric in METRICS.items() if metric.better == "lower"] == ["eval_loss", "repetition_rate"]
     assert metric_of("train_stop_rate/it") is METRICS["stop_rate"]
+
+
+def test_charts_and_progress_lines_have_metrics_of_the_registry():
+    shown = charts()
+    names = [name.removesuffix("/source") for names in shown.values() for name in names]
+    assert set(names) <= set(METRICS)
+    assert shown["Loss"] == ("loss",)
+    assert shown["Validation loss by source"] == ("eval_loss/source",)
+    shift = shown["Chosen log-probability shift vs reference (nats/token)"]
+    assert shift == ("logps/chosen_shift", "eval_logps/chosen_shift"), "one chart for both"
+    assert {name.removeprefix("train_") for name in PROGRESS_METRICS} <= set(METRICS)

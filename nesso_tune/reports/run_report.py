@@ -8,30 +8,13 @@ from typing import Any
 
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.data.report import DataReport
+from nesso_tune.metric_registry import charts
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import Recipe, as_yaml
 from nesso_tune.reports.html import render
 from nesso_tune.reports.plots import line_plot
 from nesso_tune.runs.metrics_log import read_metrics
 from nesso_tune.training.alarms import alarm_events
-
-PLOTS = {  # title: metrics, each with its breakdown by language
-    "Loss": ("loss",),
-    "Loss by source": ("loss/source",),
-    "Validation loss": ("eval_loss",),
-    "Validation loss by source": ("eval_loss/source",),
-    "Stop rate": ("stop_rate",),
-    "Exact match": ("exact_match",),
-    "Language fidelity": ("language_fidelity",),
-    "Repetition rate": ("repetition_rate",),
-    "Answer length (tokens)": ("answer_tokens",),
-    "Answer length ratio vs reference": ("answer_length_ratio",),
-    "Chosen log-probability shift vs reference (nats/token)": ("logps/chosen_shift", "eval_logps/chosen_shift"),
-    "Validation reward accuracy": ("eval_rewards/accuracies",),
-    "Validation reward margin": ("eval_rewards/margins",),
-    "Learning rate": ("learning_rate",),
-    "Gradient norm": ("grad_norm",),
-}
 
 
 def write_report(run: Path, recipe: Recipe, plan: Plan, data: DataReport) -> Path:
@@ -43,7 +26,7 @@ def write_report(run: Path, recipe: Recipe, plan: Plan, data: DataReport) -> Pat
         data: the report of `prepare_data`.
     """
     lines = read_metrics(run / "metrics.jsonl")
-    plots = [line_plot(title, names, lines) for title, names in PLOTS.items()]
+    plots = [line_plot(title, names, lines) for title, names in charts().items()]
     page = render(
         "report.html.j2",
         run_name=run.name,

@@ -14,14 +14,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from nesso_tune.files import atomic_replace
 from nesso_tune.logs import logger, visible
+from nesso_tune.metric_registry import PROGRESS_METRICS
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.layout import PROFILE
 from nesso_tune.training.throughput import Throughput
 
-PROGRESS_METRICS = (
-    "eval_loss", "stop_rate", "exact_match", "language_fidelity", "repetition_rate", "train_exact_match",
-    "eval_rewards/accuracies", "closer_to_chosen",
-)  # fmt: skip
 PROFILE_WARMUP_STEPS, PROFILE_STEPS = 5, 3
 
 
