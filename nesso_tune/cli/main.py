@@ -59,6 +59,7 @@ def _load(verb: str) -> Any:
     gc.disable()  # imports create many objects and little garbage: collections would take a tenth of the start-up time
     try:
         function = getattr(import_module(f"nesso_tune.cli.{VERBS[verb][0]}"), verb)
+        gc.freeze()  # modules stay until the exit: no collection needs to look at them
     finally:
         if collecting:
             gc.enable()

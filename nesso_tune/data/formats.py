@@ -11,7 +11,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -171,6 +173,12 @@ def load_format(name: str) -> DataFormat:
         RecipeError: if there is none, or the file is invalid.
     """
     path = find_spec("formats", name, "format", also=("auto",))
+    status = path.stat()
+    return _read_format(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=64)  # the detection of a format tries all shipped ones on every source
+def _read_format(path: Path, modified_ns: int, size: int) -> DataFormat:
     return read_spec(path, DataFormat)[0]
 
 

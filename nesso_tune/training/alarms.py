@@ -254,7 +254,7 @@ def _good(share: Share, value: float) -> float:
 
 
 def _suffixes(line: Line, name: str) -> list[str]:
-    """Suffixes of a metric in a line: empty for all answers, `/it` and the like; sources are not checked."""
+    """Suffixes of a metric in a line: empty for all answers, `/it` for those in Italian; sources are not checked."""
     found = [key.removeprefix(name) for key in line if key == name or key.startswith(f"{name}/")]
     return [suffix for suffix in found if not suffix.startswith(f"/{SOURCE}")]
 

@@ -124,11 +124,11 @@ class PairTrainer(BaseTrainer, DPOTrainer):
         if has_dropout(self.accelerator.unwrap_model(self.model)):
             raise NumericalError(
                 "step 1", f"{what}: the model has dropout",
-                "set the dropout in the base's config.json (attention_dropout and the like) to 0",
+                "set the dropout in the base's config.json (attention_dropout, resid_pdrop, …) to 0",
             )  # fmt: skip
         raise NumericalError(
             "step 1", what,
-            "delete the folder `reference` of the cache (NESSO_TUNE_CACHE) and start anew with --overwrite",
+            "delete the folder `reference` of the cache (NESSO_TUNE_CACHE) and start again with --overwrite",
         )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def load_reference(run: Path, fingerprint: str) -> Reference:
     Raises:
         RunEnvironmentError: if it is missing, damaged, or of other data or another base.
     """
-    remedy = "start anew with --overwrite"
+    remedy = "start again with --overwrite"
     try:
         with safe_open(run / REFERENCE_FILE, framework="pt") as file:
             if (file.metadata() or {}).get("fingerprint") != fingerprint:

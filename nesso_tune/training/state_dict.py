@@ -150,7 +150,7 @@ def _check_names(missing: set[str], unknown: set[str]) -> None:
     if wrong:
         raise RunEnvironmentError(
             "checkpoint", f"its tensors do not match this model (first: {wrong[0]})",
-            "continue with the recipe that wrote it, or start anew with --overwrite",
+            "continue with the recipe that wrote it, or start again with --overwrite",
         )  # fmt: skip
 
 
