@@ -99,7 +99,7 @@ def move_aside(path: Path) -> None:
     moving, overwritten = path / MOVING, path / OVERWRITTEN
     for taken in (name for name in (moving, overwritten) if os.path.lexists(name)):
         raise RunEnvironmentError(
-            str(taken), "has the name under which --overwrite keeps the earlier run", "rename or remove it"
+            str(taken), "is the name that --overwrite uses for the earlier run", "rename or remove it"
         )
     moving.mkdir()
     for file in run_files(path):

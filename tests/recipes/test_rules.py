@@ -99,7 +99,7 @@ FIRES = {
     "score of a rule": (source("rules: {en: {min_score: 1}}"), "data.sources.1.rules.en.min_score", "score_field"),
     "score of what is not kept": (
         source("score_field: q, rules: {en: {keep: false, min_score: 1}}"), "data.sources.1.rules.en.min_score",
-        "beside keep: false",
+        "together with keep: false",
     ),
     "text in messages": (source("format: messages, text_field: x"), "data.sources.1.text_field", "format: messages"),
     "columns of a reader": (source("format: a.py:f, prompt_field: x"), "data.sources.1.prompt_field", "user-defined"),
