@@ -76,26 +76,30 @@ class Membership:
             self.store.set(f"{key}/{_rank()}", "")
             return missing_ranks(self.store, key, len(self.hosts), RESPONSE_TIMEOUT_S)
 
-        return _with_timeout(poll)
+        return with_timeout(poll, RESPONSE_TIMEOUT_S + 1)
 
     def claim_message(self, message: str) -> bool | None:
         """Whether this rank prints an error that other ranks may have too; None if the store does not respond.
 
-        Rank 0 has precedence. The rank is also marked as ended by an error of its own.
+        Rank 0 has precedence.
         """
         key = f"printed/{hashlib.sha256(message.encode()).hexdigest()}"
 
         def claim() -> bool:
-            self.store.set(f"ended/{_rank()}", "")
             if _rank() != 0:
                 time.sleep(RANK0_HEAD_START_S)
             return bool(self.store.add(key, 1) == 1)
 
-        return _with_timeout(claim)
+        return with_timeout(claim, RESPONSE_TIMEOUT_S + 1)
+
+    def mark_reported(self) -> None:
+        """Marks this rank as ended by an error of its own."""
+        with_timeout(lambda: self.store.set(f"ended/{_rank()}", ""), RESPONSE_TIMEOUT_S + 1)
 
     def have_reported(self, ranks: Sequence[int]) -> bool:
         """Whether lost ranks ended with an error of their own."""
-        return bool(_with_timeout(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
+        keys = [f"ended/{rank}" for rank in ranks]
+        return bool(with_timeout(lambda: self.store.check(keys), RESPONSE_TIMEOUT_S + 1))
 
     @property
     def store_host(self) -> str:
@@ -107,8 +111,8 @@ class Membership:
         return f"rank {rank} on {self.hosts[rank]}"
 
 
-def _with_timeout(query: Callable[[], T]) -> T | None:
-    """The result of a query to the store; None if it fails or takes too long, as without a network connection."""
+def with_timeout(query: Callable[[], T], timeout_s: float) -> T | None:
+    """The result of a query to other ranks; None if it fails or takes too long, as without a network connection."""
     results: list[T] = []
 
     def run() -> None:
@@ -117,7 +121,7 @@ def _with_timeout(query: Callable[[], T]) -> T | None:
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    thread.join(RESPONSE_TIMEOUT_S + 1)
+    thread.join(timeout_s)
     return results[0] if results else None
 
 
