@@ -39,14 +39,17 @@ def wait_for_ranks(world_size: int, timeout_s: int) -> Membership:
     launcher_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = _rank() == 0 and not launcher_store
     root = connect_store(address, port, _rank(), world_size, timeout_s, is_master=is_master)
-    store = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", root)
+    prefix = f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(prefix, root)
     store.set(f"host/{_rank()}", socket.gethostname())
     missing = missing_ranks(store, "host", world_size, timeout_s)
     if missing:
         error = did_not_join(nodes_of(missing), timeout_s)
         error.prints_message = _rank() == min(set(range(world_size)) - set(missing))
         raise error
-    return Membership(store, [store.get(f"host/{rank}").decode() for rank in range(world_size)], launcher_store)
+    hosts = [store.get(f"host/{rank}").decode() for rank in range(world_size)]
+    groups = connect_store(address, port, _rank(), world_size, timeout_s, is_master=False)
+    return Membership(store, dist.PrefixStore(prefix, groups), hosts, launcher_store)
 
 
 class Membership:
@@ -58,14 +61,15 @@ class Membership:
         launcher_store: whether the launcher serves the store; otherwise the store is lost with rank 0.
     """
 
-    def __init__(self, store: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
+    def __init__(self, store: dist.Store, groups: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
         self.store, self.hosts, self.launcher_store = store, tuple(hosts), launcher_store
+        self._group_root = groups  # a connection of its own: a process group can block one while it waits
         self._polls = self._groups = 0
 
     def new_group_store(self) -> dist.Store:
         """A namespace of the store for one more process group: each run of a chain has its own group."""
         self._groups += 1
-        return dist.PrefixStore(f"group/{self._groups}", self.store)
+        return dist.PrefixStore(f"group/{self._groups}", self._group_root)
 
     def unresponsive_ranks(self) -> list[int] | None:
         """After a failure, the ranks that do not respond; None if the store does not respond."""
