@@ -166,8 +166,8 @@ def _exit_with(error: NessoError, debug: bool) -> None:
 
 def end_process(error: NessoError) -> None:
     """Prints an error and ends the process from any thread, whatever the main thread does."""
-    _print_error(error)
     _record_exit_code(error.exit_code)
+    _print_error(error)
     _flush()
     os._exit(error.exit_code)
 

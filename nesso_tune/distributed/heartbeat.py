@@ -27,6 +27,7 @@ from nesso_tune.logs import EVERY_RANK, logger
 
 POLL_S = 0.5
 GRACE_S = 5.0  # for the main thread to end by itself: gloo raises an error when a rank is lost
+NCCL_GRACE_S = 2.0  # only for an error that all ranks raise; torch's own watchdog may abort the process after that
 OWN_ERROR_S = 30.0  # for the main thread to report an error of its own
 CONNECT_TIMEOUT_S = 30.0
 MAX_LINE = 4096  # bytes
@@ -67,11 +68,11 @@ class _Connection:
 class Heartbeat:
     """Knows the state of all ranks, and calls `on_loss` in its thread if one is lost to the current run.
 
-    Rank 0 passes what it learns of one rank on to the others. The main thread has `GRACE_S` to end by itself.
+    Rank 0 passes what it learns of one rank on to the others. The main thread has `grace_s` to end by itself.
     """
 
-    def __init__(self, rank: int, on_loss: Callable[[Sequence[RankState]], None]) -> None:
-        self._own, self._on_loss = RankState(rank), on_loss
+    def __init__(self, rank: int, on_loss: Callable[[Sequence[RankState]], None], grace_s: float = GRACE_S) -> None:
+        self._own, self._on_loss, self._grace_s = RankState(rank), on_loss, grace_s
         self._states: dict[int, RankState] = {}
         self._connections: list[_Connection] = []
         self._server: socket.socket | None = None
@@ -153,7 +154,7 @@ class Heartbeat:
                 self._noticed_at = None
                 return []
             self._noticed_at = self._noticed_at or now
-            return lost if now >= max(self._noticed_at + GRACE_S, self._wait_until) else []
+            return lost if now >= max(self._noticed_at + self._grace_s, self._wait_until) else []
 
     def _receive(self, connection: _Connection) -> None:
         try:

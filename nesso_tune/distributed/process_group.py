@@ -25,7 +25,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from nesso_tune.distributed.heartbeat import Heartbeat, RankState
+from nesso_tune.distributed.heartbeat import GRACE_S, NCCL_GRACE_S, Heartbeat, RankState
 from nesso_tune.distributed.membership import Membership, wait_for_ranks, with_timeout
 from nesso_tune.errors import NessoError, RunEnvironmentError, exit_code_of, first_line, from_os_error
 from nesso_tune.logs import EVERY_RANK, logger
@@ -68,7 +68,7 @@ def init_process_group(timeout_s: int) -> None:
     if world_size() > 1 and not dist.is_initialized():
         if _membership is None:
             _membership = wait_for_ranks(world_size(), timeout_s)
-            _heartbeat = Heartbeat(int(os.environ["RANK"]), _end_process)
+            _heartbeat = Heartbeat(int(os.environ["RANK"]), _end_process, NCCL_GRACE_S if on_gpu else GRACE_S)
             _heartbeat.start(_membership.store, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         try:
             dist.init_process_group(

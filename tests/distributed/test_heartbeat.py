@@ -16,10 +16,9 @@ from tests.support.logs import logged
 @pytest.fixture
 def ranks(monkeypatch):
     """Three ranks in one process, without a grace period, and what each of them calls lost."""
-    monkeypatch.setattr(heartbeat, "GRACE_S", 0.0)
     monkeypatch.setattr(heartbeat, "POLL_S", 0.05)
     store, lost = dist.HashStore(), {}
-    started = [Heartbeat(rank, lambda states, rank=rank: lost.setdefault(rank, states)) for rank in range(3)]
+    started = [Heartbeat(rank, lambda states, rank=rank: lost.setdefault(rank, states), 0) for rank in range(3)]
     for one in started:
         one.start(store, "localhost", 29500)
     wait_until(lambda: len(started[0]._connections) == 2)

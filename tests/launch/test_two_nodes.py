@@ -142,6 +142,20 @@ def test_a_cut_cable_ends_both_nodes_within_the_timeout(nodes, tmp_path, talks):
     assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
+@thorough  # the probes take a minute
+def test_a_cut_cable_is_noticed_long_before_the_timeout(nodes, tmp_path, talks):
+    """As under NCCL, the collective operation says nothing: the operating system's probes find the cable cut."""
+    path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, steps=5000, timeout_s=1800))
+    processes = [start(path, 0), start(path, 1)]
+    when_at(processes[0], tmp_path / "run", 5, None)
+    ip("-n", NODES[0], "link", "set", "cablea", "down")
+    codes, said = wait_for_end(processes, 120)
+    assert codes == [5, 5]
+    for rank in range(2):
+        lost = f"rank {rank} on {NODES[rank]}: lost contact with rank {1 - rank} on {NODES[1 - rank]} ("
+        assert said[rank].count(lost) == 1
+
+
 def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=5))
     codes, said = wait_for_end([start(path, rank, network="lo") for rank in range(2)], 150)

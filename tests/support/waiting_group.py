@@ -23,9 +23,7 @@ from nesso_tune.training.trainer import BaseTrainer
 
 destroy = dist.destroy_process_group
 train_step, evaluate = BaseTrainer.training_step, Evaluator.__call__
-OOM = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.14 GiB"
-)
+OOM = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.14 GiB"
 
 
 def destroy_together():
