@@ -158,7 +158,7 @@ def test_a_cut_cable_is_noticed_long_before_the_timeout(nodes, tmp_path, talks):
 
 def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=5))
-    codes, said = wait_for_end([start(path, rank, network="lo") for rank in range(2)], 150)
+    codes, said = wait_for_end([start(path, rank, network="lo") for rank in range(2)], 240)
     assert codes == [5, 5], "the first of them ends the other, on which gloo retries five times as long"
     (reason,) = [text for text in said if "cannot connect to the other ranks, though all have joined (" in text]
     assert "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) to the network interface" in reason
