@@ -37,9 +37,10 @@ def wait_until(condition):
 
 def disconnect(one):
     """As the operating system does when the process ends."""
-    for connection in list(one._connections):
-        with suppress(OSError):  # the other side was first
-            connection.socket.shutdown(socket.SHUT_RDWR)
+    with one._lock:  # all at once: its thread must not tell one rank of the end of another in between
+        for connection in one._connections:
+            with suppress(OSError):  # the other side was first
+                connection.socket.shutdown(socket.SHUT_RDWR)
 
 
 def settle():
