@@ -21,6 +21,11 @@ DISK_FULL_MESSAGES = (
     "Disk quota exceeded",
     *(f"os error {number})" for number in DISK_FULL_ERRNOS),
 )
+# Messages of torch, CUDA's libraries and NCCL in errors that are no `torch.OutOfMemoryError`.
+OUT_OF_MEMORY_MESSAGES = (
+    "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "can't allocate memory",
+    "not enough memory",
+)  # fmt: skip
 MAX_NAME_LENGTH = 200  # longer texts are not matched: they are not misspelled names
 
 
@@ -42,11 +47,15 @@ class NessoError(Exception):
     Attributes:
         exit_code: exit code of the command line.
         prints_message: whether this rank prints the message; if None, the command line decides.
+        same_on_ranks: what messages of several ranks have in common, so that one of them is printed; None if all of it.
+        on_all_ranks: whether every rank raises it at the same point, so that no rank waits for another one.
         problems: all problems of the error.
     """
 
     exit_code = 1
     prints_message: bool | None = None
+    same_on_ranks: str | None = None
+    on_all_ranks = False
 
     def __init__(self, where: str | Iterable[Problem], what: str = "", remedy: str = "") -> None:
         """Takes one problem as three strings, or an iterable of problems."""
@@ -114,6 +123,33 @@ def from_os_error(error: OSError) -> RunEnvironmentError:
     if error.errno in (errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY):
         return RunEnvironmentError(where, (error.strerror or str(error)).lower(), "check the path, or set another one")
     return RunEnvironmentError(where, error.strerror or str(error), "see --debug")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """The exit code of the command line for any error."""
+    if isinstance(error, NessoError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return Preempted.exit_code
+    own = isinstance(error, (OSError, MemoryError)) or is_out_of_memory(error)
+    return RunEnvironmentError.exit_code if own else NessoError.exit_code
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or any error in its chain, is that a device has not enough memory."""
+    while error is not None and not isinstance(error, NessoError):
+        if type(error).__name__ == "OutOfMemoryError":  # torch.OutOfMemoryError; this module does not import torch
+            return True
+        if isinstance(error, RuntimeError) and any(words in _message_of(error) for words in OUT_OF_MEMORY_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def from_out_of_memory(error: BaseException) -> RunEnvironmentError:
+    """Converts an out-of-memory error of a device, where no plan says what to expect."""
+    remedy = "use a GPU with more memory, or free it: `nvidia-smi` shows what uses it"
+    return RunEnvironmentError("memory", first_line(error), remedy)
 
 
 def is_disk_full(error: BaseException | None) -> bool:

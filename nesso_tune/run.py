@@ -20,11 +20,11 @@ from nesso_tune.distributed.process_group import (
     barrier,
     broadcast_from_rank0,
     check_shared_folder,
-    destroy_process_group,
     detect_world,
     idle_gpus,
     init_process_group,
     is_main_process,
+    process_group_of_run,
     report_lost_ranks,
 )
 from nesso_tune.errors import RecipeError
@@ -50,6 +50,7 @@ from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_sta
 from nesso_tune.training.evaluator import best_summary
 from nesso_tune.training.fit import Trainer, check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
+from nesso_tune.training.out_of_memory import out_of_memory_errors
 
 TINY_MODEL = 20_000_000  # parameters; below, several CPU threads cost more than they gain
 
@@ -90,28 +91,29 @@ def train(
         allow_changes: dotted recipe keys whose change is accepted when a run is resumed.
 
     Raises:
-        NessoError: a subclass per kind of error; finished checkpoints and models stay intact.
+        NessoError: a subclass per kind of error; finished checkpoints and models stay intact. With several ranks it
+            does not wait for the others. A rank that waits for one that failed is ended, with its exit code, since
+            no exception reaches a thread that waits for a GPU.
         Preempted: one of them, if a signal asked to stop; the same call resumes the run.
     """
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
     with StopRequest() as request:
         opened = None
-        if is_main_process():
-            opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
         try:
-            if opened is not None:
-                _log_opening(opened, recipe)
-            data = prepare_data(recipe)
-            if opened is not None and not opened.finished and opened.checkpoint is None:
-                _log_data(data.summary)
-            init_process_group(recipe.distributed.timeout_s)
-            with report_lost_ranks():
-                run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
-                check_shared_folder(run.path)
-                return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
+            with process_group_of_run():
+                if is_main_process():
+                    opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+                    _log_opening(opened, recipe)
+                data = prepare_data(recipe)
+                if opened is not None and not opened.finished and opened.checkpoint is None:
+                    _log_data(data.summary)
+                init_process_group(recipe.distributed.timeout_s)
+                with report_lost_ranks(), out_of_memory_errors(recipe, data.volume):
+                    run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
+                    check_shared_folder(run.path)
+                    return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
         finally:
-            destroy_process_group()
             if opened is not None:
                 _close(opened, overwrite and resume == "auto")
 

@@ -78,9 +78,11 @@ def doctor(
     timeout: Annotated[int, typer.Option(min=1, help="Seconds to wait for other processes.")] = 60,
 ) -> None:
     """Check versions, driver, GPUs, disk, cache and ports. A launcher's processes also compare machines and links."""
-    from nesso_tune.distributed.process_group import destroy_process_group, is_main_process, world_size
+    from nesso_tune.cli.main import end_process
+    from nesso_tune.distributed.process_group import is_main_process, on_lost_rank, world_size
     from nesso_tune.launch.doctor import inspect_machine, measure_communication
 
+    on_lost_rank(end_process)
     machine = inspect_machine(folder)
     facts, problems = list(machine.facts), list(machine.problems)
     if world_size() > 1:
@@ -92,7 +94,6 @@ def doctor(
     if is_main_process():
         for name, value in facts:
             print_lines(f"{name:<14}{value}")
-    destroy_process_group()
     if problems:
         raise RunEnvironmentError(problems)
     if is_main_process():

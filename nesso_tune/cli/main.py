@@ -11,6 +11,7 @@ import gc
 import io
 import os
 import sys
+import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -19,9 +20,17 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from nesso_tune.errors import NessoError, RunEnvironmentError, from_os_error
+from nesso_tune.errors import (
+    NessoError,
+    RunEnvironmentError,
+    from_os_error,
+    from_out_of_memory,
+    is_out_of_memory,
+)
 from nesso_tune.launch.command import EXIT_FILE
 from nesso_tune.logs import messages_on_stderr, print_lines, print_text, print_to_stderr
+
+EXIT_TIMEOUT_S = 30.0  # for the exit handlers of libraries after an error
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, which typer bundles
 SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -135,7 +144,10 @@ def _run(arguments: list[str] | None) -> None:
     except MemoryError:
         remedy = "lower train.micro_batch_size or data.sequence_len"
         _exit_with(RunEnvironmentError("memory", "not enough", remedy), debug)
-    except Exception as error:  # a bug of nesso-tune
+    except Exception as error:
+        if is_out_of_memory(error):
+            _exit_with(from_out_of_memory(error), debug)
+        # a bug of nesso-tune
         if debug:
             print_text(traceback.format_exc(), error=True)
         else:
@@ -145,9 +157,23 @@ def _run(arguments: list[str] | None) -> None:
 
 
 def _exit_with(error: NessoError, debug: bool) -> None:
-    """Prints an error once per run, or once per machine if it concerns the machine, and exits with its code."""
+    """Prints an error and exits with its code."""
     if debug:
         print_text(traceback.format_exc(), error=True)
+    _print_error(error)
+    sys.exit(error.exit_code)
+
+
+def end_process(error: NessoError) -> None:
+    """Prints an error and ends the process from any thread, whatever the main thread does."""
+    _record_exit_code(error.exit_code)
+    _print_error(error)
+    _flush()
+    os._exit(error.exit_code)
+
+
+def _print_error(error: NessoError) -> None:
+    """Prints an error once per run, or once per machine if it concerns the machine."""
     prints_message = error.prints_message
     if prints_message is None:
         rank = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
@@ -156,7 +182,6 @@ def _exit_with(error: NessoError, debug: bool) -> None:
         from nesso_tune.recipes.secrets import masked
 
         print_to_stderr(*(masked(str(problem)) for problem in error.problems))
-    sys.exit(error.exit_code)
 
 
 def _record_exit_code(code: int) -> None:
@@ -171,7 +196,15 @@ def _exit_without_teardown(code: int) -> None:
     If a gloo thread is still running when its objects are destroyed, the process aborts ("terminate called without an
     active exception"), and the launcher reports a finished run as failed.
     """
+    if code:  # a library must not wait for ranks that do not come: the others wait for this process to end
+        deadline = threading.Timer(EXIT_TIMEOUT_S, os._exit, (code,))
+        deadline.daemon = True
+        deadline.start()
     atexit._run_exitfuncs()
+    _flush()
+    os._exit(code)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(code)

@@ -66,8 +66,11 @@ def train(
     warnings.filterwarnings("ignore", category=FutureWarning)  # users cannot act on those between libraries
     _skip_bitsandbytes(loaded)
     with prepare_in_background(prepare_data, loaded[0]) if _is_first() else nullcontext():
+        from nesso_tune.cli.main import end_process
+        from nesso_tune.distributed.process_group import on_lost_rank
         from nesso_tune.run import train as run_one
 
+        on_lost_rank(end_process)
         allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
         for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
             with message_prefix(name):

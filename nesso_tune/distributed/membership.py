@@ -39,14 +39,17 @@ def wait_for_ranks(world_size: int, timeout_s: int) -> Membership:
     launcher_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = _rank() == 0 and not launcher_store
     root = connect_store(address, port, _rank(), world_size, timeout_s, is_master=is_master)
-    store = dist.PrefixStore(f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", root)
+    prefix = f"nesso/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = dist.PrefixStore(prefix, root)
     store.set(f"host/{_rank()}", socket.gethostname())
     missing = missing_ranks(store, "host", world_size, timeout_s)
     if missing:
         error = did_not_join(nodes_of(missing), timeout_s)
         error.prints_message = _rank() == min(set(range(world_size)) - set(missing))
         raise error
-    return Membership(store, [store.get(f"host/{rank}").decode() for rank in range(world_size)], launcher_store)
+    hosts = [store.get(f"host/{rank}").decode() for rank in range(world_size)]
+    groups = connect_store(address, port, _rank(), world_size, timeout_s, is_master=False)
+    return Membership(store, dist.PrefixStore(prefix, groups), hosts, launcher_store)
 
 
 class Membership:
@@ -58,14 +61,15 @@ class Membership:
         launcher_store: whether the launcher serves the store; otherwise the store is lost with rank 0.
     """
 
-    def __init__(self, store: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
+    def __init__(self, store: dist.Store, groups: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
         self.store, self.hosts, self.launcher_store = store, tuple(hosts), launcher_store
+        self._group_root = groups  # a connection of its own: a process group can block one while it waits
         self._polls = self._groups = 0
 
     def new_group_store(self) -> dist.Store:
         """A namespace of the store for one more process group: each run of a chain has its own group."""
         self._groups += 1
-        return dist.PrefixStore(f"group/{self._groups}", self.store)
+        return dist.PrefixStore(f"group/{self._groups}", self._group_root)
 
     def unresponsive_ranks(self) -> list[int] | None:
         """After a failure, the ranks that do not respond; None if the store does not respond."""
@@ -76,26 +80,30 @@ class Membership:
             self.store.set(f"{key}/{_rank()}", "")
             return missing_ranks(self.store, key, len(self.hosts), RESPONSE_TIMEOUT_S)
 
-        return _with_timeout(poll)
+        return with_timeout(poll, RESPONSE_TIMEOUT_S + 1)
 
     def claim_message(self, message: str) -> bool | None:
         """Whether this rank prints an error that other ranks may have too; None if the store does not respond.
 
-        Rank 0 has precedence. The rank is also marked as ended by an error of its own.
+        Rank 0 has precedence.
         """
         key = f"printed/{hashlib.sha256(message.encode()).hexdigest()}"
 
         def claim() -> bool:
-            self.store.set(f"ended/{_rank()}", "")
             if _rank() != 0:
                 time.sleep(RANK0_HEAD_START_S)
             return bool(self.store.add(key, 1) == 1)
 
-        return _with_timeout(claim)
+        return with_timeout(claim, RESPONSE_TIMEOUT_S + 1)
+
+    def mark_reported(self) -> None:
+        """Marks this rank as ended by an error of its own."""
+        with_timeout(lambda: self.store.set(f"ended/{_rank()}", ""), RESPONSE_TIMEOUT_S + 1)
 
     def have_reported(self, ranks: Sequence[int]) -> bool:
         """Whether lost ranks ended with an error of their own."""
-        return bool(_with_timeout(lambda: self.store.check([f"ended/{rank}" for rank in ranks])))
+        keys = [f"ended/{rank}" for rank in ranks]
+        return bool(with_timeout(lambda: self.store.check(keys), RESPONSE_TIMEOUT_S + 1))
 
     @property
     def store_host(self) -> str:
@@ -107,8 +115,8 @@ class Membership:
         return f"rank {rank} on {self.hosts[rank]}"
 
 
-def _with_timeout(query: Callable[[], T]) -> T | None:
-    """The result of a query to the store; None if it fails or takes too long, as without a network connection."""
+def with_timeout(query: Callable[[], T], timeout_s: float) -> T | None:
+    """The result of a query to other ranks; None if it fails or takes too long, as without a network connection."""
     results: list[T] = []
 
     def run() -> None:
@@ -117,7 +125,7 @@ def _with_timeout(query: Callable[[], T]) -> T | None:
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    thread.join(RESPONSE_TIMEOUT_S + 1)
+    thread.join(timeout_s)
     return results[0] if results else None
 
 

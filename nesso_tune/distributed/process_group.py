@@ -1,12 +1,18 @@
-"""The process group of a run: initialisation, rank 0, broadcasts, barriers, and errors of lost ranks."""
+"""The process group of a run: initialisation, rank 0, broadcasts, barriers, and errors of lost ranks.
+
+A rank that fails says so to the others and leaves without them, because NCCL would wait for them. A rank whose main
+thread waits for a lost one is ended by its heartbeat: a call into a library cannot be interrupted by an exception.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +25,10 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from nesso_tune.distributed.membership import Membership, wait_for_ranks
-from nesso_tune.errors import NessoError, RunEnvironmentError, first_line, from_os_error
+from nesso_tune.distributed.heartbeat import GRACE_S, NCCL_GRACE_S, Heartbeat, RankState
+from nesso_tune.distributed.membership import Membership, wait_for_ranks, with_timeout
+from nesso_tune.errors import NessoError, RunEnvironmentError, exit_code_of, first_line, from_os_error
+from nesso_tune.logs import EVERY_RANK, logger
 from nesso_tune.planning.hardware import Gpu
 from nesso_tune.planning.plan import World
 
@@ -31,7 +39,16 @@ LOST_RANK_MESSAGES = (
     "Timed out", "timed out", "NCCL communicator was aborted", "remote process exited",
 )  # fmt: skip
 
-_membership: Membership | None = None  # for the lifetime of this process, across the runs of a chain
+ABORT_TIMEOUT_S = 5.0
+LOSS_NOTICE_S = 2.0  # for the heartbeat to hear of the rank whose loss made a collective operation fail
+EXIT_TIMEOUT_S = 10.0  # to print why the heartbeat ends this process
+LOST_RANK_REMEDY = "see its own message, or the launcher's; the same command resumes from the last checkpoint"
+LOST_RANK = "lost rank"  # what is common to the messages of all ranks about it
+
+# For the lifetime of this process, across the runs of a chain
+_membership: Membership | None = None
+_heartbeat: Heartbeat | None = None
+_exit_with: Callable[[NessoError], None] | None = None
 
 
 def init_process_group(timeout_s: int) -> None:
@@ -46,10 +63,13 @@ def init_process_group(timeout_s: int) -> None:
     Raises:
         RunEnvironmentError: if ranks do not join, or cannot communicate.
     """
-    global _membership
+    global _membership, _heartbeat
     on_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=timeout_s)
     if world_size() > 1 and not dist.is_initialized():
-        _membership = _membership or wait_for_ranks(world_size(), timeout_s)
+        if _membership is None:
+            _membership = wait_for_ranks(world_size(), timeout_s)
+            _heartbeat = Heartbeat(int(os.environ["RANK"]), _end_process, NCCL_GRACE_S if on_gpu else GRACE_S)
+            _heartbeat.start(_membership.store, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
         try:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", store=_membership.new_group_store(), rank=int(os.environ["RANK"]),
@@ -60,14 +80,60 @@ def init_process_group(timeout_s: int) -> None:
     PartialState(cpu=not on_gpu, timeout=timeout)
 
 
-def destroy_process_group() -> None:
-    """Destroys the process group: the next run of a chain prepares its data without one."""
-    if world_size() == 1 and not dist.is_initialized():  # a single process under a launcher has a group too
-        return
+def on_lost_rank(exit_with: Callable[[NessoError], None]) -> None:
+    """Sets how the heartbeat ends this process when another rank failed or is lost: it prints the error and exits.
+
+    The default logs the error. A program that sets it exits after any error, as the command line does, so the process
+    group of a run that failed is then not taken down.
+    """
+    global _exit_with
+    _exit_with = exit_with
+
+
+@contextmanager
+def process_group_of_run() -> Iterator[None]:
+    """Ends the process group with the run: with the other ranks after success, without them after an error."""
+    if _heartbeat is not None:
+        _heartbeat.begin_run()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, NessoError) and error.on_all_ranks:
+            _destroy_process_group()
+        else:
+            _abandon_process_group(exit_code_of(error))
+        raise
+    _destroy_process_group()
+
+
+def _destroy_process_group() -> None:
+    """Destroys the process group: the next run of a chain prepares its data without one. NCCL waits for all ranks."""
+    if world_size() > 1 or dist.is_initialized():  # a single process under a launcher has a group too
+        _reset_accelerate()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if _heartbeat is not None:
+        _heartbeat.end_run()
+
+
+def _abandon_process_group(exit_code: int) -> None:
+    """Leaves the process group after an error of this rank, and tells the others, without waiting for them."""
+    if _heartbeat is not None:
+        _heartbeat.end_run(exit_code)
+    if world_size() > 1 or dist.is_initialized():
+        _reset_accelerate()
+    if dist.is_initialized() and _exit_with is None:  # the process goes on, perhaps with another run
+        with_timeout(dist.distributed_c10d._abort_process_group, ABORT_TIMEOUT_S)
+        if dist.is_initialized():
+            logger.warning(
+                f"{_this_rank()}: the process group cannot be aborted: start a new process for the next run",
+                extra=EVERY_RANK,
+            )
+
+
+def _reset_accelerate() -> None:
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -144,8 +210,11 @@ def report_lost_ranks() -> Iterator[None]:
         yield
     except (NessoError, OSError) as raised:
         own_error = from_os_error(raised) if isinstance(raised, OSError) else raised
+        if _heartbeat is not None:
+            _heartbeat.expect_own_error()
         if _membership is not None and own_error.prints_message is None:
-            own_error.prints_message = _membership.claim_message(str(own_error))
+            _membership.mark_reported()
+            own_error.prints_message = _membership.claim_message(own_error.same_on_ranks or str(own_error))
         if own_error is raised:
             raise
         raise own_error from raised
@@ -156,25 +225,67 @@ def report_lost_ranks() -> Iterator[None]:
 
 
 def _lost_rank_error(error: Exception) -> RunEnvironmentError:
+    """The error of a rank whose collective operation failed."""
     with suppress(ValueError):  # signals can only be set in the main thread
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by the launcher, before the error is printed
-    remedy = "see its own message, or the launcher's; the same command resumes from the last checkpoint"
+    if _heartbeat is not None:
+        _heartbeat.expect_own_error()
+        if known := _heartbeat.lost_ranks(LOSS_NOTICE_S):
+            result = _error_of(known, first_line(error))
+            result.prints_message = result.prints_message and known[0].exit_code is None
+            return result
     lost = None if _membership is None else _membership.unresponsive_ranks()
     if lost == []:
         return _network_error("all ranks are alive but cannot communicate", error)
     if _membership is None or lost is None:  # the store is lost too
         names = "rank 0" if _membership is None else _membership.store_host
-        shares_host = (
-            _membership is not None and not _membership.launcher_store and _membership.hosts[0] == socket.gethostname()
-        )
-        prints_message = os.environ.get("LOCAL_RANK", "0") == ("1" if shares_host else "0")  # one rank of each node
+        prints_message = _prints_for_its_node()
     else:
         names = ", ".join(_membership.describe(rank) for rank in lost)
         first_alive = min(set(range(world_size())) - set(lost))
         prints_message = int(os.environ["RANK"]) == first_alive and not _membership.have_reported(lost)
-    result = RunEnvironmentError(_this_rank(), f"lost contact with {names} ({first_line(error)})", remedy)
+    result = RunEnvironmentError(_this_rank(), f"lost contact with {names} ({first_line(error)})", LOST_RANK_REMEDY)
     result.prints_message = prints_message
     return result
+
+
+def _error_of(lost: Sequence[RankState], reason: str) -> RunEnvironmentError:
+    """The error of a rank that cannot go on without others; one rank prints it. It has the exit code of their error."""
+    assert _membership is not None
+    failed = [state for state in lost if state.exit_code is not None]
+    names = ", ".join(_membership.describe(state.rank) for state in failed or lost)
+    what = f"lost contact with {names} ({reason})"
+    if failed:
+        what = f"cannot go on: {names} failed (exit code {failed[0].exit_code})"
+    result = RunEnvironmentError(_this_rank(), what, LOST_RANK_REMEDY)
+    result.exit_code = result.exit_code if not failed else failed[0].exit_code or result.exit_code
+    claimed = _membership.claim_message(LOST_RANK)
+    result.prints_message = _prints_for_its_node() if claimed is None else claimed
+    return result
+
+
+def _prints_for_its_node() -> bool:
+    """Whether this rank prints what the ranks of its node have in common: without the store they cannot agree."""
+    shares_host = (
+        _membership is not None and not _membership.launcher_store and _membership.hosts[0] == socket.gethostname()
+    )
+    return os.environ.get("LOCAL_RANK", "0") == ("1" if shares_host else "0")
+
+
+def _end_process(lost: Sequence[RankState]) -> None:
+    """Called by the heartbeat: says why, and ends this process, whatever its main thread does."""
+    exit_code = next((state.exit_code for state in lost if state.exit_code), RunEnvironmentError.exit_code)
+    deadline = threading.Timer(EXIT_TIMEOUT_S, os._exit, (exit_code,))  # if printing blocks
+    deadline.daemon = True
+    deadline.start()
+    error = _error_of(lost, "its process has ended, or its machine cannot be reached")
+    if _exit_with is not None:
+        _exit_with(error)
+    if error.prints_message:
+        logger.error(str(error), extra=EVERY_RANK)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(error.exit_code)
 
 
 def _network_error(problem: str, error: Exception) -> RunEnvironmentError:

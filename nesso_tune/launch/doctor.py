@@ -22,7 +22,13 @@ from accelerate.utils import gather_object
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 
-from nesso_tune.distributed.process_group import broadcast_from_rank0, init_process_group, report_lost_ranks, world_size
+from nesso_tune.distributed.process_group import (
+    broadcast_from_rank0,
+    init_process_group,
+    process_group_of_run,
+    report_lost_ranks,
+    world_size,
+)
 from nesso_tune.errors import Problem
 from nesso_tune.files import format_bytes
 from nesso_tune.model.attention import choose_attention
@@ -165,7 +171,7 @@ def _existing(folder: Path) -> Path:
 def measure_communication(
     machine: MachineReport, timeout_s: int
 ) -> tuple[list[MachineReport], list[tuple[str, str]], list[Problem]]:
-    """Starts the process group and measures the bandwidth between processes.
+    """Measures the bandwidth between processes, in a process group of its own.
 
     Args:
         machine: report of this process.
@@ -177,12 +183,13 @@ def measure_communication(
     Raises:
         RunEnvironmentError: if a process did not join or is lost.
     """
-    init_process_group(timeout_s)
-    with report_lost_ranks():
-        machines = gather_object([machine])
-        reduce_s = _median_time(dist.all_reduce)
-        reduce_s = broadcast_from_rank0(reduce_s)
-        links = _links(machines)
+    with process_group_of_run():
+        init_process_group(timeout_s)
+        with report_lost_ranks():
+            machines = gather_object([machine])
+            reduce_s = _median_time(dist.all_reduce)
+            reduce_s = broadcast_from_rank0(reduce_s)
+            links = _links(machines)
     n = world_size()
     rate = 2 * (n - 1) / n * MESSAGE_SIZE * 4 / reduce_s / 1e9  # of each link in a ring all-reduce
     facts = [("processes", f"{n} on {len({m.host for m in machines})} machine(s)"),

@@ -203,7 +203,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
         lines.append(_line("model", base_note or f"unknown size of {recipe.model.base}"))
     if plan.gpu and plan.memory is None:
         lines.append(_line("memory", f"unknown on {plan.gpu.name}: the size of the base model is unknown"))
-    lines += [_line(name, text) for name, text in zip(("memory", ""), _memory(plan), strict=False)]
+    lines += [_line(name, text) for name, text in zip(("memory", ""), memory_in_words(plan), strict=False)]
     lines += [_line("time", text) for text in _time(plan)]
     if plan.checkpoint_bytes and plan.final_bytes:
         sizes = f"{format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.final_bytes)} for final/"
@@ -266,7 +266,8 @@ def _steps(plan: Plan) -> str:
     return f"{about}{plan.total_steps:,}{epochs}{every}"
 
 
-def _memory(plan: Plan) -> list[str]:
+def memory_in_words(plan: Plan) -> list[str]:
+    """The memory of a step and its parts; empty if the size of the model is unknown."""
     memory = plan.memory
     if memory is None:
         return []

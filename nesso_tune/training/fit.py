@@ -187,7 +187,10 @@ def _train(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> N
     stopped_early = best is not None and best.out_of_patience  # possibly at the same step as the stop request
     if stop.stopped_at is not None and not stopped_early:
         trainer.metrics_log.write({"step": stop.stopped_at, "event": "preempted"})
-        raise Preempted(str(run.path), f"asked to stop; saved at step {stop.stopped_at}", "the same command continues")
+        saved = f"asked to stop; saved at step {stop.stopped_at}"
+        preempted = Preempted(str(run.path), saved, "the same command continues")
+        preempted.on_all_ranks = True
+        raise preempted
     if best is not None:
         load_best_weights(trainer, best, trainer.metrics_log)
 

@@ -142,23 +142,44 @@ def test_a_cut_cable_ends_both_nodes_within_the_timeout(nodes, tmp_path, talks):
     assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
+HEARTBEAT_ALONE = """
+import os, sys, time
+import torch.distributed as dist
+from nesso_tune.distributed.heartbeat import Heartbeat
+
+rank, address = int(sys.argv[1]), sys.argv[2]
+def lost(states):
+    print("lost", *(state.rank for state in states), flush=True)
+    os._exit(5)
+store = dist.TCPStore(address, 29617, 2, rank == 0, wait_for_workers=True)
+Heartbeat(rank, lost).start(store, address, 29617)
+print("joined", flush=True)
+time.sleep(600)
+"""
+
+
+@thorough  # the probes take a minute
+def test_the_heartbeat_finds_a_cut_cable_by_its_probes(nodes):
+    """Nothing is sent, as while NCCL's kernels wait: the operating system finds the cable cut."""
+    words = [sys.executable, "-c", HEARTBEAT_ALONE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(["ip", "netns", "exec", NODES[rank], *words, str(rank), ADDRESSES[0]], env=environment,
+                         stdout=subprocess.PIPE, text=True) for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.stdout.readline() for rank in ranks] == ["joined\n"] * 2
+    ip("-n", NODES[0], "link", "set", "cablea", "down")
+    assert [rank.communicate(timeout=120)[0] for rank in ranks] == ["lost 1\n", "lost 0\n"]
+    assert [rank.returncode for rank in ranks] == [5, 5]
+
+
 def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=5))
-    processes = [start(path, rank, network="lo") for rank in range(2)]
-    until = time.monotonic() + 60
-    while all(process.poll() is None for process in processes) and time.monotonic() < until:
-        time.sleep(0.2)
-    (first,) = [
-        process for process in processes if process.poll() is not None
-    ]  # gloo retries five times as long on the other
-    said = first.communicate()[1]
-    assert first.returncode
-    assert "cannot connect to the other ranks, though all have joined (" in said
-    assert "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) to the network interface" in said
-    for process in processes:
-        for pid in workers(process.pid):
-            os.kill(pid, signal.SIGKILL)
-        process.wait(30)
+    codes, said = wait_for_end([start(path, rank, network="lo") for rank in range(2)], 240)
+    assert codes == [5, 5], "the first of them ends the other, on which gloo retries five times as long"
+    (reason,) = [text for text in said if "cannot connect to the other ranks, though all have joined (" in text]
+    assert "set NCCL_SOCKET_IFNAME (GLOO_SOCKET_IFNAME on CPUs) to the network interface" in reason
+    assert "Traceback" not in "".join(said)
 
 
 @pytest.mark.parametrize(
