@@ -138,6 +138,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
     recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan)
     facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
     run = _confirm(run, facts)
+    if run.checkpoint is not None:
+        facts = facts.resumed(read_json(run.checkpoint, MANIFEST))
     _check_end(run, recipe, plan)
     disk = _disk_space(model, recipe, plan, run.path)
     with disk.full_disk_errors(remove_partial=is_main_process()):

@@ -51,7 +51,12 @@ def check_adapter(section: LoraSection | None) -> None:
 
 
 def adapt(
-    model: PreTrainedModel, section: ModelSection, new_ids: list[int], seed: int, merging: bool = False
+    model: PreTrainedModel,
+    section: ModelSection,
+    new_ids: list[int],
+    seed: int,
+    merging: bool = False,
+    frozen: str | None = None,
 ) -> PeftModel:
     """Adds an adapter to `model` in place and freezes all other weights.
 
@@ -62,7 +67,9 @@ def adapt(
         seed: seed of the adapter's initial weights, which are then equal on all ranks.
         merging: whether the adapter will be merged. The base of QLoRA then has plain layers with the dequantised
             weights. Merged into these weights, the adapter gives the model that was trained and evaluated; merged into
-            the unquantised base, it would differ by the quantisation error.
+            the unquantised base, it would differ by the quantisation error. Weights stay in float32, so that the
+            merged weights are rounded once, when they are written.
+        frozen: precision of the frozen weights; by default the recipe's, `model.dtype`.
 
     Returns:
         peft's wrapper, which can merge the adapter. Training uses `model` itself, because trainers and FSDP expect its
@@ -86,7 +93,28 @@ def adapt(
             "set other model.adapter.target_modules, or adapter: null",
         ) from None  # fmt: skip
     model.is_loaded_in_4bit = False  # otherwise TRL would cast the adapter's weights to bfloat16
+    if not merging:  # after peft has initialised the trained weights from those in float32
+        hold_frozen_weights(model, getattr(torch, frozen or section.dtype))
     return adapted
+
+
+def hold_frozen_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Stores the frozen matrices of linear layers, the embedding and the head in `dtype`, in place.
+
+    Linear layers and the head compute as before: autocast rounds their weights to the same values. Rows of the
+    embedding are rounded, if the base has them in float32. Norms and biases stay in float32, and so does the residual
+    stream, whose precision is that of the embedding's output.
+    """
+    if dtype == torch.float32:
+        return
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = [module for table in tables if table is not None for module in table.modules()]
+    modules += [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.requires_grad and weight.dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+    tables[0].register_forward_hook(_to_float32)
 
 
 def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]) -> LoraConfig:
@@ -185,6 +213,11 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 def _cast_inputs(dtype: torch.dtype) -> Any:
     """A forward pre-hook: the output then has the precision of the computation, as under autocast."""
     return lambda module, inputs: (inputs[0].to(dtype), *inputs[1:])
+
+
+def _to_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return output.float()
 
 
 def _remove_quantisation_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

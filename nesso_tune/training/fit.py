@@ -109,7 +109,7 @@ def _make_trainer(
     length = recipe.data.sequence_len if plan.torch_compile else None  # compiled layers need a fixed shape
     collator = method.collator(forward_path(model), data.chat.pad_id, groups, length)
     best = best_checkpoint_for(recipe, method.metrics, data.validation)
-    flops = _add_adapter(model, recipe, data.chat.new_ids)
+    flops = _add_adapter(model, recipe, data.chat.new_ids, facts)
     config = model.config.get_text_config()
     router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
     trainer: Trainer = method.trainer(
@@ -144,12 +144,12 @@ def _make_trainer(
     return trainer
 
 
-def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> TrainingFlops:
+def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int], facts: RunFacts) -> TrainingFlops:
     """Adds the recipe's adapter, if any, to the model, and returns the FLOPs of training."""
     flops = TrainingFlops.of(model)
     if recipe.model.adapter is None:
         return flops
-    adapt(model, recipe.model, new_ids, recipe.seed)
+    adapt(model, recipe.model, new_ids, recipe.seed, frozen=facts.frozen_weights)
     return flops.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 

@@ -154,6 +154,27 @@ def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pa
     assert {weight.dtype for weight in masters.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("fsdp", ["full_shard", "none"])
+def test_a_frozen_base_in_bfloat16_is_sharded_beside_trained_weights_in_float32(tmp_path, talks, fsdp):
+    batch = {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 2, "gradient_accumulation_steps": None}
+    model = {**base_of(tmp_path / "base", tied=True), **LORA, "dtype": "bfloat16"}
+    for name in ("one", "two"):
+        some = recipe("sft", tmp_path / name, [talks], distributed={"fsdp": fsdp}, train=batch, evaluation=None,
+                      model=model)  # fmt: skip
+        if name == "one":
+            train(some)
+            continue
+        done = several("train", write_recipe(tmp_path / f"{name}.yaml", some))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert steps(tmp_path / "two")[1] == pytest.approx(steps(tmp_path / "one")[1], abs=1e-3)
+    assert steps(tmp_path / "two", "grad_norm")[1] == pytest.approx(steps(tmp_path / "one", "grad_norm")[1], rel=0.02)
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "model.safetensors") for name in ("one", "two"))
+    assert {weight.dtype for weight in two.values()} == {torch.float32}
+    assert set(one) == set(two)
+    manifest = json.loads((tmp_path / "two" / "checkpoint-2" / "manifest.json").read_text())
+    assert manifest["frozen_weights"] == "bfloat16"
+
+
 def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
     """Without FSDP on CPU, accelerate silently falls back to DDP: the run must stop."""
     batch = {"micro_batch_size": 2, "global_batch_size": 8}
