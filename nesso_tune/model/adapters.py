@@ -7,6 +7,7 @@ do not contain the base.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ def check_adapter(section: LoraSection | None) -> None:
         _quantise_and_back(torch.linspace(-1, 1, CHECKED_WEIGHTS).reshape(-1, 64), torch.float32)
     except Exception as error:  # the library for this device is missing or does not support it
         raise RunEnvironmentError(
-            ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {_training_device()} ({first_line(error)})",
+            ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {training_device()} ({first_line(error)})",
             "run `python -m bitsandbytes` to diagnose it, or use type: lora",
         ) from None  # fmt: skip
 
@@ -166,7 +167,7 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     import bitsandbytes as bnb
 
-    device = _training_device()
+    device = training_device()
     for name, layer in list(_linear_layers(model)):
         quantised = bnb.nn.Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta", **NF4
@@ -193,7 +194,7 @@ def fake_quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _quantise_and_back(weight: Tensor, dtype: torch.dtype) -> Tensor:
     import bitsandbytes as bnb
 
-    quantised, state = bnb.functional.quantize_4bit(weight.to(_training_device(), dtype), **NF4)
+    quantised, state = bnb.functional.quantize_4bit(weight.to(training_device(), dtype), **NF4)
     dequantised: Tensor = bnb.functional.dequantize_4bit(quantised, state)
     return dequantised
 
@@ -226,6 +227,9 @@ def _remove_quantisation_state(module: nn.Module, state: dict[str, Any], prefix:
         del state[name]
 
 
-def _training_device() -> torch.device:
-    """The device of a run with one process, as QLoRA requires."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def training_device() -> torch.device:
+    """The device of this process, known before the process group is initialised."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK") or "0")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())

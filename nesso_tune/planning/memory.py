@@ -18,7 +18,8 @@ CUDA_CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels and allocator fragme
 # bfloat16 and 8 in float32; the backward pass 4 and 8.
 HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
-STATE_BYTES_PER_WEIGHT = 16  # weight, gradient and two AdamW moments in float32
+# Bytes per trained weight of the two AdamW moments: float32, or one byte and a float32 per block of 256.
+MOMENT_BYTES = {"adamw_torch_fused": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 NF4_BYTES_PER_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bits, one byte per block of 64, one float32 per 256 blocks
 
 
@@ -53,7 +54,7 @@ def estimate_memory(
     `supervised` is the share of supervised tokens.
     """
     bfloat16 = recipe.model.dtype == "bfloat16"
-    sharded = recipe.distributed.shards(processes)
+    sharded = recipe.shards(processes)
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
     trained = trained_parameters(adapter, shape)
@@ -77,7 +78,7 @@ def estimate_memory(
     forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], logits)
     backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], logits)
     return Memory(
-        state=(STATE_BYTES_PER_WEIGHT * trained + frozen_bytes(adapter, shape, compute or 4))
+        state=(state_bytes(recipe, trained) + frozen_bytes(adapter, shape, compute or 4))
         // (processes if sharded else 1),
         activations=kept + layer,  # plus one layer: recomputed, or its gradients
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
@@ -95,6 +96,17 @@ def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
     wide = queries * 3 / 2 + keys + 2 * shape.intermediate_size
     inner = 26 * shape.hidden_size + 4 * wide if bfloat16 else 24 * shape.hidden_size + 8 * wide
     return math.ceil(inner) + 4 * shape.heads + 8
+
+
+def state_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes of trained weights and their gradients in float32, and of the optimizer's moments."""
+    return math.ceil((8 + MOMENT_BYTES[recipe.train.optimizer]) * trained)
+
+
+def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of a checkpoint: trained weights in float32 and the optimizer's moments."""
+    trained = trained_parameters(recipe.model.adapter, shape)
+    return math.ceil((4 + MOMENT_BYTES[recipe.train.optimizer]) * trained)
 
 
 def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:

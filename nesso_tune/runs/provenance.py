@@ -76,7 +76,7 @@ class RunFacts:
         """
         import torch
 
-        quantizer = ("bitsandbytes",) if recipe.model.adapter and recipe.model.adapter.type == "qlora" else ()
+        quantizer = ("bitsandbytes",) if recipe.needs_bitsandbytes else ()
         return cls(
             nesso_tune=version("nesso-tune"),
             versions={name: version(name) for name in (*PACKAGES, *quantizer)},

@@ -139,7 +139,7 @@ def _make_trainer(
         alarms=Alarms(log, recipe.method, plan.steps, enabled=is_main),
         evaluator=_make_evaluator(model, recipe, data, plan, method, log),
         throughput=Throughput(flops, trainer.accelerator, state),
-        checkpointer=Checkpointer(room, recipe.checkpoint.keep, recipe.distributed.in_shards(plan.processes), facts),
+        checkpointer=Checkpointer(room, recipe.checkpoint.keep, recipe.in_shards(plan.processes), facts),
     )
     return trainer
 
@@ -205,7 +205,7 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, recipe, run = self._trainer, self._recipe, self._run
-        if recipe.distributed.shards(trainer.plan.processes):
+        if recipe.shards(trainer.plan.processes):
             check_sharded(trainer.model_wrapped)
         if run.checkpoint is not None:
             trainer.metrics_log.truncate_after(state.global_step)

@@ -28,6 +28,7 @@ def base_of(folder, tied):
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
+QLORA = {"adapter": {"type": "qlora", "r": 4}}
 WITH_SFT = {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}
 CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
@@ -39,6 +40,8 @@ CASES = {
     "sft, adapter, untied, shards on four": ("sft", 4, 1, SHARDS, False, {"model": LORA}),
     "sft, dora, recomputed": ("sft", 2, 2, FULL, True, {"model": DORA, "train": {"gradient_checkpointing": True}}),
     "sft, dora, DDP": ("sft", 2, 2, DDP, True, {"model": DORA}),
+    "sft, qlora": ("sft", 2, 2, {"fsdp": "auto"}, True, {"model": QLORA}),
+    "sft, 8 bits": ("sft", 2, 2, {"fsdp": "auto"}, None, {"train": {"optimizer": "adamw_8bit"}}),
     "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA, **WITH_SFT}),
     "dpo": ("dpo", 2, 2, SHARDS, None, WITH_SFT),
     "dpo, on four": ("dpo", 4, 2, FULL, None, {}),
@@ -152,6 +155,28 @@ def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pa
         assert value != value.bfloat16(), key
     masters = load_file(tmp_path / "two" / "checkpoint-1" / "model.safetensors")
     assert {weight.dtype for weight in masters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("sections", [{"model": QLORA}, {"train": {"optimizer": "adamw_8bit"}}], ids=["4-bit", "8-bit"])
+def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, sections):
+    """Each process holds the whole 4-bit base, or all 8-bit moments (DDP)."""
+    model = {**base_of(tmp_path / "base", tied=False), **sections.get("model", {})}
+    run = tmp_path / "run"
+    some = recipe("sft", run, [talks], model=model, **{k: v for k, v in sections.items() if k != "model"})
+    path = write_recipe(tmp_path / "r.yaml", some)
+    assert several("train", path).returncode == 0
+    whole = (run / "final" / "model.safetensors").read_bytes()
+    moments = load_file(run / "checkpoint-4" / "optimizer.safetensors")
+    assert (torch.uint8 in {tensor.dtype for tensor in moments.values()}) == ("train" in sections)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-4")
+    done = several("train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in {line.get("event") for line in metrics(run)}
+    assert (run / "final" / "model.safetensors").read_bytes() == whole
+    again = load_file(run / "checkpoint-4" / "optimizer.safetensors")
+    assert set(again) == set(moments)
+    assert all(torch.equal(again[name], value) for name, value in moments.items())
 
 
 @pytest.mark.parametrize("fsdp", ["full_shard", "none"])
