@@ -20,9 +20,12 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
 from nesso_tune.errors import Preempted, RunEnvironmentError
+from nesso_tune.logs import logger
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.lm_head import attach_supervised_head, forward_path
 from nesso_tune.model.loading import compile_layers
+from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
+from nesso_tune.planning.memory import CUDA_CONTEXT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe
 from nesso_tune.runs.disk_space import DiskSpace
@@ -171,7 +174,23 @@ def _make_evaluator(
         log=log,
         total_steps=plan.steps,
         sources=documents.source_names if len(groups.sources) > 1 else (),
+        shares_prompts=_shares_prompts(recipe, plan),
     )
+
+
+def _shares_prompts(recipe: Recipe, plan: Plan) -> bool:
+    """Whether each process has the whole weights while prompts are answered: if they fit beside the sharded state."""
+    if plan.gpu is None or not recipe.shards(plan.processes):
+        return True
+    if plan.memory is not None and plan.shape is not None:
+        weights = plan.shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4)
+        if plan.memory.state + weights + CUDA_CONTEXT_BYTES <= MEMORY_SAFE_SHARE * plan.gpu.memory:
+            return True
+    logger.warning(
+        "evaluation: the whole weights may not fit on one GPU: every rank answers all prompts, and gathers each layer "
+        "for each token (slow); lower evaluation.samples if this takes too long"
+    )
+    return False
 
 
 def _train(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:

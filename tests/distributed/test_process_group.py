@@ -207,3 +207,32 @@ def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
     done = several("train", write_recipe(tmp_path / "some.yaml", some), module="nesso_tune")
     assert done.returncode != 0
     assert "full_shard is set, but the weights are not sharded" in done.stderr
+
+
+@pytest.mark.parametrize(("method", "samples"), [("sft", 3), pytest.param("dpo", 1, marks=thorough)])
+def test_prompts_are_shared_and_weights_gathered_once_for_all_answers(tmp_path, request, method, samples):
+    """Answers and training are those of one process, and of weights that are gathered layer by layer."""
+    source = request.getfixturevalue("talks" if method == "sft" else "pairs")
+    batch = {"micro_batch_size": 2, "global_batch_size": 8, "gradient_accumulation_steps": None}
+    evaluation = {"every_steps": 2, "samples": samples, "max_new_tokens": 8}
+    counts = {}
+    for name in ("one", "once", "layers"):
+        some = recipe(method, tmp_path / name, [source], distributed=FULL, data={"validation_size": 4}, train=batch,
+                      evaluation=evaluation)  # fmt: skip
+        if name == "one":
+            train(some)
+            continue
+        told = {"ALL_GATHERS": str(tmp_path / f"{name}.txt"), **({"LAYER_BY_LAYER": "1"} if name == "layers" else {})}
+        path = write_recipe(tmp_path / f"{name}.yaml", some)
+        done = several("train", path, module="tests.support.all_gathers", **told)
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts[name] = [int(line) for line in (tmp_path / f"{name}.txt").read_text().split()]
+    answers = {name: [line for line in metrics(tmp_path / name) if line.get("event") in ("answer", "parent")]
+               for name in ("one", "once", "layers")}  # fmt: skip
+    assert answers["once"] == answers["layers"] == answers["one"]
+    assert len(answers["one"]) >= 2 * samples
+    units = LlamaConfig.from_pretrained(BASE).num_hidden_layers + 1  # and the root
+    assert all(count <= units for count in counts["once"]), counts
+    assert all(count > 4 * units for count in counts["layers"]), counts
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("once", "layers")]
+    assert weights[0] == weights[1], "training goes on with the same bits"
