@@ -36,6 +36,7 @@ from nesso_tune.model.attention import attention_description
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import base_hash, can_compile, load_model
 from nesso_tune.planning.advice import epochs_rounded_up
+from nesso_tune.planning.hardware import NO_MPS, has_apple_gpu
 from nesso_tune.planning.memory import MOMENT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
@@ -270,6 +271,8 @@ def _log_opening(run: RunDir, recipe: Recipe) -> None:
             f"{idle} GPUs of this machine are idle: train on all with `nesso-tune launch`, or hide them with "
             "CUDA_VISIBLE_DEVICES"
         )
+    if not run.finished and has_apple_gpu():
+        logger.warning(NO_MPS)
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
         logger.warning("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
 

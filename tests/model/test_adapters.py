@@ -25,7 +25,7 @@ from nesso_tune.run import train
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.training.state_dict import get_weights, set_weights
 from tests.support.adapters import KINDS, ROWS, adapted, apart, base_in, learn, logits, of, switch_off
-from tests.support.runs import command, main_here, write_recipe
+from tests.support.runs import main_here, write_recipe
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -191,21 +191,6 @@ def test_an_unsupported_device_is_named(monkeypatch):
     monkeypatch.setattr(bitsandbytes.functional, "quantize_4bit", broken)
     with pytest.raises(RunEnvironmentError, match=r"cannot quantise on cpu .*cuda999.* or use type: lora"):
         check_adapter(LoraSection(type="qlora"))
-
-
-def test_qlora_on_several_processes_is_refused(tmp_path, talks, capsys):
-    for sharing in ("none", "auto"):
-        some = of(base_in(tmp_path), "qlora", "sft", tmp_path / "run", talks, distributed={"fsdp": sharing})
-        path = write_recipe(tmp_path / "r.yaml", some)
-        code, _, err = main_here(capsys, "check", path, "--gpus-per-node", "2")
-        assert code == RecipeError.exit_code
-        assert (
-            "qlora runs in a single process, got 2; start a single process (nesso-tune train), or use type: lora" in err
-        )
-    done = command("train", path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    assert done.returncode == RecipeError.exit_code
-    assert "qlora runs in a single process" in done.stderr
-    assert not (tmp_path / "run").exists(), "before the run begins"
 
 
 def learned_with(folder, kind, frozen, ids):

@@ -25,7 +25,7 @@ from nesso_tune.planning.memory import (
     frozen_bytes,
     layer_activations,
 )
-from nesso_tune.planning.plan import DataVolume, World
+from nesso_tune.planning.plan import DataVolume, World, describe
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.planning.shapes import known_config, shape_of
 from nesso_tune.recipes import load_recipe
@@ -303,12 +303,26 @@ def test_a_base_that_is_too_large_may_be_held_in_four_bits():
         advice = " / ".join(plan("max_steps: 90", gpu=8, shape=EIGHT, text=lora.replace("TYPE", kind)).advice)
         assert ("model.adapter.type: qlora" in advice) is said
     shared = plan("max_steps: 90", gpu=4, shape=EIGHT, text=lora.replace("TYPE", "lora"), processes=2)
-    assert "qlora" not in " / ".join(shared.advice), "it runs in one process"
+    assert "qlora" not in " / ".join(shared.advice), "a sharded base can be shared by more GPUs"
 
 
-def test_four_bits_are_of_one_process():
-    with pytest.raises(RecipeError, match=r"model\.adapter\.type: qlora runs in a single process, got 2"):
-        plan("max_steps: 9", text=SFT.replace("base: b", "base: b, adapter: {type: qlora}"), processes=2)
+def test_four_bit_weights_and_eight_bit_moments_are_whole_on_every_process():
+    four_bits = SFT.replace("base: b", "base: b, adapter: {type: qlora}")
+    for keys, text in (("max_steps: 9", four_bits), ("max_steps: 9, optimizer: adamw_8bit", SFT)):
+        one, two = (plan(keys, text=text, processes=count) for count in (1, 2))
+        assert two.memory == one.memory, "DDP"
+        recipe = read(f"{text}train: {{{keys}}}\n")
+        assert "replicated on 2 processes (DDP)" in " ".join(describe(two, recipe))
+        assert not recipe.in_shards(2)
+
+
+def test_eight_bit_moments_take_two_bytes_instead_of_eight():
+    thirty_two, eight = (plan(f"max_steps: 9, optimizer: {name}") for name in ("adamw_torch_fused", "adamw_8bit"))
+    saved = (8 - 2 * (1 + 4 / 256)) * ZAGREUS.parameters
+    assert thirty_two.memory.state - eight.memory.state == pytest.approx(saved, rel=1e-6)
+    assert thirty_two.checkpoint_bytes - eight.checkpoint_bytes == pytest.approx(saved, rel=1e-6)
+    large = " / ".join(plan("max_steps: 9, optimizer: adamw_8bit", shape=EIGHT).advice)
+    assert "distributed.fsdp: full_shard with train.optimizer: adamw_torch_fused" in large
 
 
 def test_no_advice_that_cannot_help():
