@@ -150,9 +150,10 @@ def generate_answers(
         for start in range(0, len(by_length), BATCH_SIZE):
             batch = by_length[start : start + BATCH_SIZE]
             limit = _new_tokens(model, len(prompts[batch[-1]].ids), max_new_tokens)
-            if own := batch[rank::world_size]:
-                answers = _generate(model, tokenizer, [prompts[i] for i in own], limit)
-                generated |= dict(zip(own, answers, strict=True))
+            own = batch[rank::world_size]
+            # a rank without a prompt answers one too: FSDP prefetches by its record of forward passes, and would hang
+            answers = _generate(model, tokenizer, [prompts[i] for i in own or batch[:1]], limit)
+            generated |= dict(zip(own, answers, strict=bool(own)))
     if world_size > 1:
         generated = dict(gather_object(list(generated.items())))
     return [_decode(tokenizer, prompt, generated[i], max_new_tokens) for i, prompt in enumerate(prompts)]

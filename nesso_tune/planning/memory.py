@@ -142,7 +142,8 @@ def dora_activations(section: LoraSection, shape: ModelShape, bfloat16: bool) ->
 def dora_working(shape: ModelShape, bfloat16: bool) -> int:
     """Bytes that peft needs for the DoRA weight norm of the widest layer.
 
-    peft computes the dense update by applying the adapter to an identity matrix, then adds it to the weights, in float32.
+    peft computes the dense update by applying the adapter to an identity matrix, then adds it to the weights, all in
+    float32.
     """
     wide, narrow = shape.intermediate_size, shape.hidden_size
     square, matrix = wide * wide, wide * narrow

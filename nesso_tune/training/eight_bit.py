@@ -66,9 +66,7 @@ def get_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer) -> dict
     return state
 
 
-def set_state(
-    parameters: dict[str, nn.Parameter], optimizer: Optimizer, state: dict[str, dict[str, Tensor]]
-) -> None:
+def set_state(parameters: dict[str, nn.Parameter], optimizer: Optimizer, state: dict[str, dict[str, Tensor]]) -> None:
     """Sets the state from `get_state`."""
     for name, saved in state.items():
         device = parameters[name].device

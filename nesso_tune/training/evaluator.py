@@ -54,8 +54,8 @@ class Evaluator:
         total_steps: the step at which training prompts are answered too.
         sources: names of the sources of `rows` (of `train_rows`, without validation rows) for metrics by source; empty
             for none.
-        shares_prompts: each process answers a part of the prompts, with the whole weights: gathered once for all of them
-            if they are sharded. Otherwise every process answers all, and gathers each layer for each token.
+        shares_prompts: each process answers a part of the prompts, with the whole weights; sharded ones are gathered
+            once for all of them. Otherwise every process answers all, and gathers each layer for each token.
         parent: metrics of the parent's answers to the same prompts, in DPO; see `load_parent_metrics`.
         prompts: those that are answered at every evaluation.
     """

@@ -82,7 +82,8 @@ def check_sharded(model: nn.Module) -> None:
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Keeps the weights of a sharded model whole on every rank, in the precision of computation. Collective.
 
-    Inside, a forward pass communicates nothing, so ranks may run different numbers of them. Gradients are not supported.
+    Inside, a forward pass communicates nothing, so ranks may run different numbers of them, but at least one each.
+    Gradients are not supported.
     """
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
