@@ -36,6 +36,8 @@ from nesso_tune.model.attention import attention_description
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import base_hash, can_compile, load_model
 from nesso_tune.planning.advice import epochs_rounded_up
+from nesso_tune.planning.hardware import NO_MPS, has_apple_gpu
+from nesso_tune.planning.memory import MOMENT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
@@ -47,6 +49,7 @@ from nesso_tune.runs.metrics_log import last_metrics
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.resume import confirm_resume
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
+from nesso_tune.training.eight_bit import check_optimizer
 from nesso_tune.training.evaluator import best_summary
 from nesso_tune.training.fit import Trainer, check_trackers, fit
 from nesso_tune.training.numerical_checks import check_final
@@ -98,6 +101,7 @@ def train(
     """
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
+    check_optimizer(recipe)
     with StopRequest() as request:
         opened = None
         try:
@@ -140,6 +144,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
     recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan)
     facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
     run = _confirm(run, facts)
+    if run.checkpoint is not None:
+        facts = facts.resumed(read_json(run.checkpoint, MANIFEST))
     _check_end(run, recipe, plan)
     disk = _disk_space(model, recipe, plan, run.path)
     with disk.full_disk_errors(remove_partial=is_main_process()):
@@ -246,7 +252,7 @@ def _check_end(run: RunDir, recipe: Recipe, plan: Plan) -> None:
 
 def _disk_space(model: PreTrainedModel, recipe: Recipe, plan: Plan, run: Path) -> DiskSpace:
     """A full checkpoint has float32 weights and two moments; that of an adapter is planned."""
-    full = 3 * final_bytes(model, "float32")
+    full = round((1 + MOMENT_BYTES[recipe.train.optimizer] / 4) * final_bytes(model, "float32"))
     checkpoint = full if recipe.model.adapter is None else plan.checkpoint_bytes or 0
     return DiskSpace(run, checkpoint, final_bytes(model, recipe.model.dtype))
 
@@ -267,6 +273,8 @@ def _log_opening(run: RunDir, recipe: Recipe) -> None:
             f"{idle} GPUs of this machine are idle: train on all with `nesso-tune launch`, or hide them with "
             "CUDA_VISIBLE_DEVICES"
         )
+    if not run.finished and has_apple_gpu():
+        logger.warning(NO_MPS)
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
         logger.warning("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
 
@@ -297,7 +305,7 @@ def _forward_notes(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -
     if recipe.evaluation is not None and path.generation != "batch":
         cache = " and without a KV cache" if path.generation == "uncached" else ""
         notes.append(f"evaluation: padding changes this model's answers: generating one prompt at a time{cache}")
-    if path.padding == "alone" and recipe.distributed.shards(plan.processes):
+    if path.padding == "alone" and recipe.shards(plan.processes):
         raise RecipeError(
             "distributed.fsdp",
             "this model processes one row at a time, so ranks with fewer rows would miss collective operations",

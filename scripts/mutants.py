@@ -343,10 +343,10 @@ MUTANTS = (
     Mutant("rule: warm-up beyond the decay", RULE, "and warmup >= end > 0:", "and warmup > end > 0:", RULES),
     Mutant("rule: patience without a metric", RULE, "if patience is not None and metric is None:", "if False:", RULES),
     Mutant(
-        "rule: qlora on several GPUs",
+        "rule: what cannot be sharded",
         RULE,
-        "if isinstance(count, int) and count > 1:",
-        "if isinstance(count, int) and count > 2:",
+        'if get(raw, "distributed", key) == sharding:',
+        "if False:",
         RULES,
     ),
     Mutant(

@@ -19,7 +19,7 @@ from nesso_tune.errors import Problem, RunEnvironmentError
 from nesso_tune.hub import check_local_base, missing_base_note
 from nesso_tune.launch.command import Machines, count_local_gpus
 from nesso_tune.logs import print_lines, print_text
-from nesso_tune.planning.hardware import find_gpu
+from nesso_tune.planning.hardware import NO_MPS, find_gpu, has_apple_gpu
 from nesso_tune.planning.plan import World, describe
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.json_schema import recipe_schema
@@ -51,7 +51,8 @@ def check(
     machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
     world = World(machines.processes, None if gpu is None else find_gpu(gpu))
     plan = make_plan(loaded, world, estimate_volume(loaded))
-    plan = replace(plan, advice=(*_idle_gpus(machines, loaded.cluster), *plan.advice))
+    here = (NO_MPS,) if gpu is None and has_apple_gpu() else ()
+    plan = replace(plan, advice=(*here, *_idle_gpus(machines, loaded.cluster), *plan.advice))
     if as_json:
         print_text(json.dumps(plan.to_dict(), indent=2) + "\n")
     else:

@@ -120,8 +120,7 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
 
 def _skip_bitsandbytes(recipes: list[Recipe]) -> None:
     """Hides bitsandbytes from this process if no recipe needs it: peft would import it, which takes a second."""
-    adapters = [recipe.model.adapter for recipe in recipes]
-    needed = any(adapter is not None and adapter.type == "qlora" for adapter in adapters)
+    needed = any(recipe.needs_bitsandbytes for recipe in recipes)
     if not needed and "torch" not in sys.modules:  # otherwise other code of this process may need it
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nesso_tune.conversation import UNKNOWN_LANGUAGE
@@ -136,24 +137,37 @@ def generate_answers(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     autocast: AbstractContextManager[Any],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> list[Answer]:
-    """Greedy answers, in the order of the prompts. Does not change the state of random generators."""
+    """Greedy answers, in the order of the prompts. Does not change the state of random generators.
+
+    With a world size, each process answers its part of every batch, and all processes get all answers.
+    """
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     generated: dict[int, list[int]] = {}
     with autocast:
         for start in range(0, len(by_length), BATCH_SIZE):
             batch = by_length[start : start + BATCH_SIZE]
-            answers = _generate(model, tokenizer, [prompts[i] for i in batch], max_new_tokens)
-            generated |= dict(zip(batch, answers, strict=True))
+            limit = _new_tokens(model, len(prompts[batch[-1]].ids), max_new_tokens)
+            own = batch[rank::world_size]
+            # a rank without a prompt answers one too: FSDP prefetches by its record of forward passes, and would hang
+            answers = _generate(model, tokenizer, [prompts[i] for i in own or batch[:1]], limit)
+            generated |= dict(zip(own, answers, strict=bool(own)))
+    if world_size > 1:
+        generated = dict(gather_object(list(generated.items())))
     return [_decode(tokenizer, prompt, generated[i], max_new_tokens) for i, prompt in enumerate(prompts)]
 
 
-def _generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
-) -> list[list[int]]:
-    longest = max(len(prompt.ids) for prompt in prompts)
+def _new_tokens(model: PreTrainedModel, longest: int, max_new_tokens: int) -> int:
+    """The length of answers in a batch whose longest prompt has `longest` tokens: they end with the context."""
     context = getattr(model.config, "max_position_embeddings", None) or longest + max_new_tokens
-    limit = max(1, min(max_new_tokens, context - longest))
+    return max(1, min(max_new_tokens, context - longest))
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], limit: int
+) -> list[list[int]]:
     mode, pad, end = forward_path(model).generation, tokenizer.pad_token_id, tokenizer.eos_token_id
     return generate_greedily(model, [prompt.ids for prompt in prompts], mode, limit, pad=pad, end=end)
 

@@ -32,7 +32,7 @@ from nesso_tune.distributed.process_group import (
 from nesso_tune.errors import Problem
 from nesso_tune.files import format_bytes
 from nesso_tune.model.attention import choose_attention
-from nesso_tune.planning.hardware import GIB
+from nesso_tune.planning.hardware import GIB, NO_MPS, has_apple_gpu
 
 PACKAGE = "nesso-tune"
 DEFAULT_PORT = 29500  # of torchrun and accelerate
@@ -144,7 +144,7 @@ def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> lis
     cache = Path(HF_HUB_CACHE)
     return [
         *((name, versions[name]) for name in shown),
-        ("GPUs", kinds or "none: training runs on the CPU"),
+        ("GPUs", kinds or (NO_MPS if has_apple_gpu() else "none: training runs on the CPU")),
         ("attention", str(choose_attention("auto"))),
         ("runs", f"{format_bytes(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
         ("hub cache", f"{format_bytes(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),

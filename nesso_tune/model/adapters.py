@@ -7,6 +7,7 @@ do not contain the base.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,13 +46,18 @@ def check_adapter(section: LoraSection | None) -> None:
         _quantise_and_back(torch.linspace(-1, 1, CHECKED_WEIGHTS).reshape(-1, 64), torch.float32)
     except Exception as error:  # the library for this device is missing or does not support it
         raise RunEnvironmentError(
-            ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {_training_device()} ({first_line(error)})",
+            ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {training_device()} ({first_line(error)})",
             "run `python -m bitsandbytes` to diagnose it, or use type: lora",
         ) from None  # fmt: skip
 
 
 def adapt(
-    model: PreTrainedModel, section: ModelSection, new_ids: list[int], seed: int, merging: bool = False
+    model: PreTrainedModel,
+    section: ModelSection,
+    new_ids: list[int],
+    seed: int,
+    merging: bool = False,
+    frozen: str | None = None,
 ) -> PeftModel:
     """Adds an adapter to `model` in place and freezes all other weights.
 
@@ -62,7 +68,9 @@ def adapt(
         seed: seed of the adapter's initial weights, which are then equal on all ranks.
         merging: whether the adapter will be merged. The base of QLoRA then has plain layers with the dequantised
             weights. Merged into these weights, the adapter gives the model that was trained and evaluated; merged into
-            the unquantised base, it would differ by the quantisation error.
+            the unquantised base, it would differ by the quantisation error. Weights stay in float32, so that the
+            merged weights are rounded once, when they are written.
+        frozen: precision of the frozen weights; by default the recipe's, `model.dtype`.
 
     Returns:
         peft's wrapper, which can merge the adapter. Training uses `model` itself, because trainers and FSDP expect its
@@ -86,7 +94,28 @@ def adapt(
             "set other model.adapter.target_modules, or adapter: null",
         ) from None  # fmt: skip
     model.is_loaded_in_4bit = False  # otherwise TRL would cast the adapter's weights to bfloat16
+    if not merging:  # after peft has initialised the trained weights from those in float32
+        hold_frozen_weights(model, getattr(torch, frozen or section.dtype))
     return adapted
+
+
+def hold_frozen_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Stores the frozen matrices of linear layers, the embedding and the head in `dtype`, in place.
+
+    Linear layers and the head compute as before: autocast rounds their weights to the same values. Rows of the
+    embedding are rounded, if the base has them in float32. Norms and biases stay in float32, and so does the residual
+    stream, whose precision is that of the embedding's output.
+    """
+    if dtype == torch.float32:
+        return
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    modules = [module for table in tables if table is not None for module in table.modules()]
+    modules += [module for module in model.modules() if type(module) in (nn.Linear, Conv1D)]
+    for module in modules:
+        weight = module._parameters.get("weight")
+        if weight is not None and not weight.requires_grad and weight.dtype == torch.float32:
+            weight.data = weight.data.to(dtype)
+    tables[0].register_forward_hook(_to_float32)
 
 
 def lora_config(section: LoraSection, model: PreTrainedModel, new_ids: list[int]) -> LoraConfig:
@@ -138,7 +167,7 @@ def quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     import bitsandbytes as bnb
 
-    device = _training_device()
+    device = training_device()
     for name, layer in list(_linear_layers(model)):
         quantised = bnb.nn.Linear4bit(
             layer.in_features, layer.out_features, bias=False, compute_dtype=dtype, device="meta", **NF4
@@ -165,7 +194,7 @@ def fake_quantise(model: PreTrainedModel, dtype: torch.dtype) -> None:
 def _quantise_and_back(weight: Tensor, dtype: torch.dtype) -> Tensor:
     import bitsandbytes as bnb
 
-    quantised, state = bnb.functional.quantize_4bit(weight.to(_training_device(), dtype), **NF4)
+    quantised, state = bnb.functional.quantize_4bit(weight.to(training_device(), dtype), **NF4)
     dequantised: Tensor = bnb.functional.dequantize_4bit(quantised, state)
     return dequantised
 
@@ -187,12 +216,20 @@ def _cast_inputs(dtype: torch.dtype) -> Any:
     return lambda module, inputs: (inputs[0].to(dtype), *inputs[1:])
 
 
+def _to_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """A forward hook."""
+    return output.float()
+
+
 def _remove_quantisation_state(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A state dict hook: the scales belong to the frozen base and are recomputed, so they are not saved."""
     for name in [name for name in state if name.startswith(f"{prefix}weight.")]:
         del state[name]
 
 
-def _training_device() -> torch.device:
-    """The device of a run with one process, as QLoRA requires."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+def training_device() -> torch.device:
+    """The device of this process, known before the process group is initialised."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK") or "0")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())

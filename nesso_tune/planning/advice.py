@@ -140,9 +140,10 @@ def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
     ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
     ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
-    whole = not recipe.distributed.shards(plan.processes)
+    whole = not recipe.shards(plan.processes)
     if recipe.model.adapter is None:
-        ways += ["shard over more GPUs (distributed.fsdp: full_shard)"] if whole else ["use more GPUs"]
+        more = " with train.optimizer: adamw_torch_fused" if recipe.train.optimizer == "adamw_8bit" else ""
+        ways += [f"shard over more GPUs (distributed.fsdp: full_shard{more})"] if whole else ["use more GPUs"]
         ways += [] if recipe.model.random_init else ["train an adapter (model.adapter: {type: lora})"]
     elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
         ways += ["quantize the base to 4 bits (model.adapter.type: qlora)"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 from dataclasses import dataclass
 
 from nesso_tune.errors import RecipeError, closest
@@ -65,6 +67,14 @@ def bf16_peak(device_name: str) -> float | None:
     if words & UNLISTED_VARIANTS:
         return None
     return next((peak for name, (_, peak) in GPUS.items() if set(name.split("-")[:-1]) <= words), None)
+
+
+NO_MPS = "Apple's GPU (MPS) is not supported: training runs on the CPU"
+
+
+def has_apple_gpu() -> bool:
+    """Whether this machine has Apple's GPU, which is not used."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
 
 
 def find_gpu(name: str) -> Gpu:

@@ -18,7 +18,8 @@ CUDA_CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels and allocator fragme
 # bfloat16 and 8 in float32; the backward pass 4 and 8.
 HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
-STATE_BYTES_PER_WEIGHT = 16  # weight, gradient and two AdamW moments in float32
+# Bytes per trained weight of the two AdamW moments: float32, or one byte and a float32 per block of 256.
+MOMENT_BYTES = {"adamw_torch_fused": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
 NF4_BYTES_PER_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bits, one byte per block of 64, one float32 per 256 blocks
 
 
@@ -53,7 +54,7 @@ def estimate_memory(
     `supervised` is the share of supervised tokens.
     """
     bfloat16 = recipe.model.dtype == "bfloat16"
-    sharded = recipe.distributed.shards(processes)
+    sharded = recipe.shards(processes)
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
     trained = trained_parameters(adapter, shape)
@@ -61,9 +62,10 @@ def estimate_memory(
     if sharded:  # two layers at a time; the embeddings for the whole step
         working = (compute or 4) * (2 * shape.layer_parameters + shape.embedding_parameters)
         working += 4 * (shape.layer_parameters + shape.embedding_parameters)  # unsharded gradients
-    elif adapter is not None and adapter.type == "qlora":  # one dequantized matrix at a time, and the LM head
-        working = (compute or 4) * shape.hidden_size * shape.intermediate_size
-        working += compute * shape.vocab_size * shape.hidden_size
+    elif adapter is not None:  # frozen weights need no cast copy, but trained rows one of the embedding and the head
+        working = 2 * compute * shape.vocab_size * shape.hidden_size
+        if adapter.type == "qlora":  # one dequantized matrix at a time
+            working += (compute or 4) * shape.hidden_size * shape.intermediate_size
     else:
         working = compute * shape.parameters
     layer = tokens * layer_activations(shape, bfloat16)
@@ -76,7 +78,8 @@ def estimate_memory(
     forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], logits)
     backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], logits)
     return Memory(
-        state=(STATE_BYTES_PER_WEIGHT * trained + frozen_bytes(adapter, shape)) // (processes if sharded else 1),
+        state=(state_bytes(recipe, trained) + frozen_bytes(adapter, shape, compute or 4))
+        // (processes if sharded else 1),
         activations=kept + layer,  # plus one layer: recomputed, or its gradients
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
         working=working + (CUDA_CONTEXT_BYTES if on_gpu else 0),
@@ -95,19 +98,33 @@ def layer_activations(shape: ModelShape, bfloat16: bool) -> int:
     return math.ceil(inner) + 4 * shape.heads + 8
 
 
+def state_bytes(recipe: Recipe, trained: int) -> int:
+    """Bytes of trained weights and their gradients in float32, and of the optimizer's moments."""
+    return math.ceil((8 + MOMENT_BYTES[recipe.train.optimizer]) * trained)
+
+
+def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of a checkpoint: trained weights in float32 and the optimizer's moments."""
+    trained = trained_parameters(recipe.model.adapter, shape)
+    return math.ceil((4 + MOMENT_BYTES[recipe.train.optimizer]) * trained)
+
+
 def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:
     """Number of trainable parameters."""
     return shape.parameters if adapter is None else adapter_parameters(adapter, shape)
 
 
-def frozen_bytes(adapter: LoraSection | None, shape: ModelShape) -> int:
-    """Bytes of the frozen base model under an adapter: float32, or NF4 for its layers' matrices under qlora."""
+def frozen_bytes(adapter: LoraSection | None, shape: ModelShape, precision: int = 4) -> int:
+    """Bytes of the frozen base model under an adapter: `precision` per weight, or NF4 for the layers under qlora.
+
+    The norms, which stay in float32, are not counted apart.
+    """
     if adapter is None:
         return 0
     if adapter.type != "qlora":
-        return 4 * shape.parameters
+        return precision * shape.parameters
     in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in _matrices(shape).values())
-    return 4 * (shape.parameters - in_four_bits) + math.ceil(NF4_BYTES_PER_WEIGHT * in_four_bits)
+    return precision * (shape.parameters - in_four_bits) + math.ceil(NF4_BYTES_PER_WEIGHT * in_four_bits)
 
 
 def adapter_parameters(section: LoraSection, shape: ModelShape) -> int:
@@ -125,11 +142,12 @@ def dora_activations(section: LoraSection, shape: ModelShape, bfloat16: bool) ->
 def dora_working(shape: ModelShape, bfloat16: bool) -> int:
     """Bytes that peft needs for the DoRA weight norm of the widest layer.
 
-    peft computes the dense update by applying the adapter to an identity matrix, then adds it to the weights.
+    peft computes the dense update by applying the adapter to an identity matrix, then adds it to the weights, all in
+    float32.
     """
     wide, narrow = shape.intermediate_size, shape.hidden_size
     square, matrix = wide * wide, wide * narrow
-    return max(6 * square + 2 * matrix, 2 * square + 12 * matrix) if bfloat16 else 4 * square + 12 * matrix
+    return max(6 * square + 2 * matrix, 2 * square + 16 * matrix) if bfloat16 else 4 * square + 12 * matrix
 
 
 def _adapted(section: LoraSection, shape: ModelShape) -> list[tuple[int, int]]:

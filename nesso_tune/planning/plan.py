@@ -14,7 +14,7 @@ from nesso_tune.lr_schedule import ScheduleType, lr_multiplier
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.memory import Memory
 from nesso_tune.planning.shapes import ModelShape
-from nesso_tune.recipes.schema import DistributedSection, Recipe
+from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SFTData
 
 TYPICAL_UTILIZATION = (0.4, 0.2)  # fractions of a GPU's peak that training typically reaches: high and low estimate
@@ -193,7 +193,7 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
             f"{plan.micro_batch} x {plan.accumulation} accumulation x {plan.processes} process(es)"
             f" = {plan.global_batch} {unit}",
         ),
-        _line("weights", _sharing(plan, recipe.distributed)),
+        _line("weights", _sharing(plan, recipe)),
         *_data(plan.volume, row_name(recipe)),
         _line("steps", _steps(plan)),
     ]
@@ -219,12 +219,12 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     return lines
 
 
-def _sharing(plan: Plan, distributed: DistributedSection) -> str:
+def _sharing(plan: Plan, recipe: Recipe) -> str:
     if plan.processes == 1:
         return "not sharded (single process)"
-    if not distributed.shards(plan.processes):
+    if not recipe.shards(plan.processes):
         return f"replicated on {plan.processes} processes (DDP)"
-    files = "sharded" if distributed.in_shards(plan.processes) else "full"
+    files = "sharded" if recipe.in_shards(plan.processes) else "full"
     return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), {files} checkpoints"
 
 

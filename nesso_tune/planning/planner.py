@@ -8,7 +8,7 @@ from dataclasses import replace
 from nesso_tune.errors import RecipeError
 from nesso_tune.lr_schedule import check_schedule
 from nesso_tune.planning.advice import MEMORY_SAFE_SHARE, advise, auto_learning_rate
-from nesso_tune.planning.memory import Memory, estimate_memory, trained_parameters
+from nesso_tune.planning.memory import Memory, checkpoint_bytes, estimate_memory
 from nesso_tune.planning.plan import TYPICAL_UTILIZATION, DataVolume, Plan, SchedulePlan, World
 from nesso_tune.planning.shapes import ModelShape, find_shape
 from nesso_tune.recipes.rules import SORTED_LOSSES
@@ -66,7 +66,7 @@ def make_plan(
         evaluate_every=None if evaluation is None else _interval(evaluation.every_steps, total),
         save_every=_interval(recipe.checkpoint.every_steps, total),
         shape=shape,
-        checkpoint_bytes=None if shape is None else 12 * trained_parameters(recipe.model.adapter, shape),
+        checkpoint_bytes=None if shape is None else checkpoint_bytes(recipe, shape),
         final_bytes=shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4) if shape else None,
         gpu=world.gpu,
         gradient_checkpointing=checkpointing,
@@ -95,12 +95,6 @@ def _step_seconds(recipe: Recipe, plan: Plan) -> tuple[float, float] | None:
 
 
 def _check_processes(recipe: Recipe, world: World) -> None:
-    adapter = recipe.model.adapter
-    if adapter is not None and adapter.type == "qlora" and world.processes > 1:
-        raise RecipeError(
-            "model.adapter.type", f"qlora runs in a single process, got {world.processes}",
-            "start a single process (nesso-tune train), or use type: lora",
-        )  # fmt: skip
     losses = [name for name in recipe.dpo.loss if name in SORTED_LOSSES] if isinstance(recipe, DPORecipe) else []
     if losses and world.processes > 1:
         raise RecipeError(

@@ -193,20 +193,21 @@ def _model(raw: Raw) -> Iterator[Finding]:
             yield Finding(("model", "revision"), "has no effect with random_init: true", "remove it")
 
 
-def _qlora(raw: Raw) -> Iterator[Finding]:
-    if get(raw, "model", "adapter", "type") != "qlora":
-        return
-    for key, value in (("fsdp", "full_shard"), ("state_dict", "sharded")):
-        if get(raw, "distributed", key) == value:
-            remedy = "remove it, or set model.adapter.type: lora"
-            yield Finding(
-                ("distributed", key), "has no effect under model.adapter.type: qlora, which runs in one process", remedy
-            )
-    for key in ("nodes", "gpus_per_node"):
-        count = get(raw, "cluster", key)
-        if isinstance(count, int) and count > 1:
-            remedy = "set it to 1, or model.adapter.type: lora"
-            yield Finding(("cluster", key), "contradicts model.adapter.type: qlora, which runs in one process", remedy)
+def _unshardable(raw: Raw) -> Iterator[Finding]:
+    found = (
+        (("model", "adapter", "type"), "qlora", "4-bit weights", "lora"),
+        (("train", "optimizer"), "adamw_8bit", "8-bit moments", "adamw_torch_fused"),
+    )
+    for path, value, state, other in found:
+        if get(raw, *path) != value:
+            continue
+        for key, sharding in (("fsdp", "full_shard"), ("state_dict", "sharded")):
+            if get(raw, "distributed", key) == sharding:
+                key_and_value = f"{'.'.join(path)}: "
+                yield Finding(
+                    ("distributed", key), f"contradicts {key_and_value}{value}, whose {state} cannot be sharded",
+                    f"remove it (each process then holds the whole state), or set {key_and_value}{other}",
+                )  # fmt: skip
 
 
 def _distributed(raw: Raw) -> Iterator[Finding]:
@@ -300,6 +301,6 @@ def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _qlora, _distributed, _cluster,
+    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _unshardable, _distributed, _cluster,
     _secrets, _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

@@ -54,8 +54,10 @@ class TrainSection(Section):
     """Rows per optimizer step over all devices. Gradient accumulation is then derived from the number of devices."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
     """Peak learning rate. auto selects one by method and model size; the plan shows the value."""
-    optimizer: Literal["adamw_torch_fused", "adamw_torch"] = "adamw_torch_fused"
-    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with or without the fused kernel."""
+    optimizer: Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit"] = "adamw_torch_fused"
+    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), with or without the fused kernel. adamw_8bit keeps its two
+    moments in 8 bits (Dettmers et al., 2022, arXiv:2110.02861; bitsandbytes): 10 bytes of state per weight instead of
+    16, unsharded."""
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay rate of the first moment (β₁)."""
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
@@ -109,7 +111,8 @@ class DistributedSection(Section):
 
     fsdp: Literal["auto", "full_shard", "none"] = "auto"
     """full_shard shards parameters, gradients and optimizer state over all processes (FSDP2). auto does so with more
-    than one process."""
+    than one process, except with `model.adapter.type: qlora` or `train.optimizer: adamw_8bit`, whose state cannot be
+    sharded."""
     state_dict: Literal["full", "sharded"] = "full"
     """Format of checkpoints. full gathers the state on rank 0; sharded writes one shard per process in parallel. Both
     can be loaded with any number of processes."""
@@ -117,12 +120,8 @@ class DistributedSection(Section):
     """Timeout of collective operations in seconds. A collective that takes longer ends the run."""
 
     def shards(self, processes: int) -> bool:
-        """Whether parameters, gradients and optimizer state are sharded; never with a single process."""
+        """Whether the recipe asks to shard; never with a single process. See `BaseRecipe.shards`."""
         return processes > 1 and self.fsdp != "none"
-
-    def in_shards(self, processes: int) -> bool:
-        """Whether each process writes its own shard of a checkpoint."""
-        return self.shards(processes) and self.state_dict == "sharded"
 
 
 class CheckpointSection(Section):
@@ -191,6 +190,20 @@ class BaseRecipe(Section):
     def to_yaml(self) -> str:
         """The whole recipe with defaults filled in, as YAML that `load_recipe` reads."""
         return as_yaml(self.model_dump(mode="json"))
+
+    @property
+    def needs_bitsandbytes(self) -> bool:
+        """Whether weights are kept in 4 bits, or moments in 8."""
+        in_four_bits = self.model.adapter is not None and self.model.adapter.type == "qlora"
+        return in_four_bits or self.train.optimizer == "adamw_8bit"
+
+    def shards(self, processes: int) -> bool:
+        """Whether parameters, gradients and optimizer state are sharded; never 4-bit weights and 8-bit moments."""
+        return not self.needs_bitsandbytes and self.distributed.shards(processes)
+
+    def in_shards(self, processes: int) -> bool:
+        """Whether each process writes its own shard of a checkpoint."""
+        return self.shards(processes) and self.distributed.state_dict == "sharded"
 
     @property
     def num_epochs(self) -> float | None:

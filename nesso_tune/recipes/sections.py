@@ -34,8 +34,8 @@ class LoraSection(Section):
 
     type: Literal["lora", "dora", "qlora"] = "lora"
     """Kind of adapter. dora also trains the magnitude of each output's weight vector (Liu et al., 2024,
-    arXiv:2402.09353). qlora is LoRA on a base quantised to 4 bits (Dettmers et al., 2023, arXiv:2305.14314); it runs in
-    a single process."""
+    arXiv:2402.09353). qlora is LoRA on a base quantised to 4 bits (Dettmers et al., 2023, arXiv:2305.14314); with
+    several processes, each holds the whole base (DDP)."""
     r: Count = 16
     """Rank of the update matrices."""
     alpha: float = Field(default=32, gt=0)

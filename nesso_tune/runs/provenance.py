@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -40,6 +41,7 @@ class RunFacts:
         attention: implementation of attention and its kernel.
         unpacked: the recipe asks for packing, but the model cannot isolate packed documents.
         torch_compile: whether layers are compiled.
+        frozen_weights: precision of the frozen base under an adapter; None without one.
         command: the command line, without secrets and private names.
     """
 
@@ -59,6 +61,7 @@ class RunFacts:
     attention: str
     unpacked: bool
     torch_compile: bool
+    frozen_weights: str | None
     command: list[str]
 
     @classmethod
@@ -73,7 +76,7 @@ class RunFacts:
         """
         import torch
 
-        quantizer = ("bitsandbytes",) if recipe.model.adapter and recipe.model.adapter.type == "qlora" else ()
+        quantizer = ("bitsandbytes",) if recipe.needs_bitsandbytes else ()
         return cls(
             nesso_tune=version("nesso-tune"),
             versions={name: version(name) for name in (*PACKAGES, *quantizer)},
@@ -91,8 +94,18 @@ class RunFacts:
             attention=attention,
             unpacked=data.summary.packing.unpacked,
             torch_compile=plan.torch_compile,
+            frozen_weights=recipe.model.dtype if recipe.model.adapter is not None else None,
             command=_command(Privacy(recipe.data)),
         )
+
+    def resumed(self, manifest: Mapping[str, Any]) -> RunFacts:
+        """The facts of a run that resumes the checkpoint with this manifest.
+
+        The base stays in the precision that the run began with; runs that did not record it began in float32.
+        """
+        if self.frozen_weights in (None, "float32"):
+            return self
+        return replace(self, frozen_weights=manifest.get("frozen_weights") or "float32")
 
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON data."""

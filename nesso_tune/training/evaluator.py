@@ -29,6 +29,7 @@ from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
 from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
 from nesso_tune.training.dataset import Collator, CountedBatch
+from nesso_tune.training.fsdp import gathered_weights
 from nesso_tune.training.grouped_metrics import Groups, MetricSpec
 
 EvaluateLoss = Callable[[Any, list[CountedBatch], Groups], dict[str, float]]  # of SFT or DPO; takes its trainer
@@ -53,6 +54,8 @@ class Evaluator:
         total_steps: the step at which training prompts are answered too.
         sources: names of the sources of `rows` (of `train_rows`, without validation rows) for metrics by source; empty
             for none.
+        shares_prompts: each process answers a part of the prompts, with the whole weights; sharded ones are gathered
+            once for all of them. Otherwise every process answers all, and gathers each layer for each token.
         parent: metrics of the parent's answers to the same prompts, in DPO; see `load_parent_metrics`.
         prompts: those that are answered at every evaluation.
     """
@@ -67,6 +70,7 @@ class Evaluator:
     log: MetricsLog
     total_steps: int
     sources: tuple[str, ...] = ()
+    shares_prompts: bool = True
     parent: Mapping[str, float] = field(default_factory=dict)
     prompts: list[Prompt] = field(init=False)
 
@@ -131,8 +135,12 @@ class Evaluator:
         if not prompts:
             return []
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        autocast = trainer.compute_loss_context_manager()
-        return generate_answers(model, self.tokenizer, prompts, self.section.max_new_tokens, autocast)
+        autocast, limit = trainer.compute_loss_context_manager(), self.section.max_new_tokens
+        if not self.shares_prompts:
+            return generate_answers(model, self.tokenizer, prompts, limit, autocast)
+        part = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        with gathered_weights(model):
+            return generate_answers(model, self.tokenizer, prompts, limit, autocast, *part)
 
     def _log_answers(self, answers: list[Answer], step: int) -> None:
         """Writes the first answers to prompts that are not private to `metrics.jsonl`."""

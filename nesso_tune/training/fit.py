@@ -20,9 +20,12 @@ from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
 from nesso_tune.errors import Preempted, RunEnvironmentError
+from nesso_tune.logs import logger
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.lm_head import attach_supervised_head, forward_path
 from nesso_tune.model.loading import compile_layers
+from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
+from nesso_tune.planning.memory import CUDA_CONTEXT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe
 from nesso_tune.runs.disk_space import DiskSpace
@@ -109,7 +112,7 @@ def _make_trainer(
     length = recipe.data.sequence_len if plan.torch_compile else None  # compiled layers need a fixed shape
     collator = method.collator(forward_path(model), data.chat.pad_id, groups, length)
     best = best_checkpoint_for(recipe, method.metrics, data.validation)
-    flops = _add_adapter(model, recipe, data.chat.new_ids)
+    flops = _add_adapter(model, recipe, data.chat.new_ids, facts)
     config = model.config.get_text_config()
     router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
     trainer: Trainer = method.trainer(
@@ -139,17 +142,17 @@ def _make_trainer(
         alarms=Alarms(log, recipe.method, plan.steps, enabled=is_main),
         evaluator=_make_evaluator(model, recipe, data, plan, method, log),
         throughput=Throughput(flops, trainer.accelerator, state),
-        checkpointer=Checkpointer(room, recipe.checkpoint.keep, recipe.distributed.in_shards(plan.processes), facts),
+        checkpointer=Checkpointer(room, recipe.checkpoint.keep, recipe.in_shards(plan.processes), facts),
     )
     return trainer
 
 
-def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int]) -> TrainingFlops:
+def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int], facts: RunFacts) -> TrainingFlops:
     """Adds the recipe's adapter, if any, to the model, and returns the FLOPs of training."""
     flops = TrainingFlops.of(model)
     if recipe.model.adapter is None:
         return flops
-    adapt(model, recipe.model, new_ids, recipe.seed)
+    adapt(model, recipe.model, new_ids, recipe.seed, frozen=facts.frozen_weights)
     return flops.under_adapter(sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
@@ -171,7 +174,23 @@ def _make_evaluator(
         log=log,
         total_steps=plan.steps,
         sources=documents.source_names if len(groups.sources) > 1 else (),
+        shares_prompts=_shares_prompts(recipe, plan),
     )
+
+
+def _shares_prompts(recipe: Recipe, plan: Plan) -> bool:
+    """Whether each process has the whole weights while prompts are answered: if they fit beside the sharded state."""
+    if plan.gpu is None or not recipe.shards(plan.processes):
+        return True
+    if plan.memory is not None and plan.shape is not None:
+        weights = plan.shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4)
+        if plan.memory.state + weights + CUDA_CONTEXT_BYTES <= MEMORY_SAFE_SHARE * plan.gpu.memory:
+            return True
+    logger.warning(
+        "evaluation: the whole weights may not fit on one GPU: every rank answers all prompts, and gathers each layer "
+        "for each token (slow); lower evaluation.samples if this takes too long"
+    )
+    return False
 
 
 def _train(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> None:
@@ -208,7 +227,7 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, recipe, run = self._trainer, self._recipe, self._run
-        if recipe.distributed.shards(trainer.plan.processes):
+        if recipe.shards(trainer.plan.processes):
             check_sharded(trainer.model_wrapped)
         if run.checkpoint is not None:
             trainer.metrics_log.truncate_after(state.global_step)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
@@ -76,6 +76,25 @@ def check_sharded(model: nn.Module) -> None:
             "distributed.fsdp", "full_shard is set, but the weights are not sharded on these devices",
             "set distributed.fsdp: none, or use GPUs",
         )  # fmt: skip
+
+
+@contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """Keeps the weights of a sharded model whole on every rank, in the precision of computation. Collective.
+
+    Inside, a forward pass communicates nothing, so ranks may run different numbers of them, but at least one each.
+    Gradients are not supported.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(True, recurse=False)  # as in `fsdp_arguments`
+            module.reshard()
 
 
 @contextmanager

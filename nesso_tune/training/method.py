@@ -67,7 +67,7 @@ def _one_gpu(arguments: Arguments) -> Arguments:
 def _common_arguments(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
     checkpointing = bool(plan.gradient_checkpointing)
-    sharded = recipe.distributed.shards(plan.processes)
+    sharded = recipe.shards(plan.processes)
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise RunEnvironmentError("model.dtype", "this GPU has no bfloat16", "set model.dtype: float32")
     return {

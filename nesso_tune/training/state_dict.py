@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
+from nesso_tune.training import eight_bit
 
 SEPARATOR = "|"  # between parameter and moment; parameter names do not contain it
 SHARDS = "shard-*.safetensors"
@@ -59,6 +61,9 @@ def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
     """Moments and step counts of the optimizer as `PARAMETER|MOMENT`: whole or sharded, as in `get_weights`."""
+    if eight_bit.is_eight_bit(optimizer):
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        return _joined(eight_bit.get_state(_trained(model), optimizer)) if is_main else {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
@@ -66,6 +71,29 @@ def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = Tr
     state = get_optimizer_state_dict(model, optimizer, options=options).get(
         "state", {}
     )  # empty except on the main process
+    return _joined(state)
+
+
+def set_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
+    """Sets the moments and step counts from `get_optimizer_state`.
+
+    Raises:
+        RunEnvironmentError: if 8-bit moments are of other parameters.
+    """
+    state: dict[str, State] = {}
+    for name, value in tensors.items():
+        parameter, _, moment = name.rpartition(SEPARATOR)
+        state.setdefault(parameter, {})[moment] = value
+    if eight_bit.is_eight_bit(optimizer):
+        _check_names(set(), set(state) - set(_trained(model)))
+        eight_bit.set_state(_trained(model), optimizer, state)
+        return
+    options = StateDictOptions(full_state_dict=whole)
+    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+def _joined(state: Mapping[str, State]) -> State:
     return {
         f"{name}{SEPARATOR}{moment}": value.contiguous()
         for name, moments in state.items()
@@ -73,15 +101,9 @@ def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = Tr
     }
 
 
-def set_optimizer_state(model: nn.Module, optimizer: Optimizer, tensors: State, whole: bool = True) -> None:
-    """Sets the moments and step counts from `get_optimizer_state`."""
-    options = StateDictOptions(full_state_dict=whole)
-    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
-    state: dict[str, State] = {}
-    for name, value in tensors.items():
-        parameter, _, moment = name.rpartition(SEPARATOR)
-        state.setdefault(parameter, {})[moment] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of a model that is not sharded, by canonical name."""
+    return {canonical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:

@@ -28,6 +28,7 @@ def base_of(folder, tied):
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
+QLORA = {"adapter": {"type": "qlora", "r": 4}}
 WITH_SFT = {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}
 CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
@@ -39,6 +40,8 @@ CASES = {
     "sft, adapter, untied, shards on four": ("sft", 4, 1, SHARDS, False, {"model": LORA}),
     "sft, dora, recomputed": ("sft", 2, 2, FULL, True, {"model": DORA, "train": {"gradient_checkpointing": True}}),
     "sft, dora, DDP": ("sft", 2, 2, DDP, True, {"model": DORA}),
+    "sft, qlora": ("sft", 2, 2, {"fsdp": "auto"}, True, {"model": QLORA}),
+    "sft, 8 bits": ("sft", 2, 2, {"fsdp": "auto"}, None, {"train": {"optimizer": "adamw_8bit"}}),
     "dpo, dora, untied, shards": ("dpo", 2, 2, SHARDS, False, {"model": DORA, **WITH_SFT}),
     "dpo": ("dpo", 2, 2, SHARDS, None, WITH_SFT),
     "dpo, on four": ("dpo", 4, 2, FULL, None, {}),
@@ -154,6 +157,49 @@ def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pa
     assert {weight.dtype for weight in masters.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("sections", [{"model": QLORA}, {"train": {"optimizer": "adamw_8bit"}}], ids=["4-bit", "8-bit"])
+def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, sections):
+    """Each process holds the whole 4-bit base, or all 8-bit moments (DDP)."""
+    model = {**base_of(tmp_path / "base", tied=False), **sections.get("model", {})}
+    run = tmp_path / "run"
+    some = recipe("sft", run, [talks], model=model, **{k: v for k, v in sections.items() if k != "model"})
+    path = write_recipe(tmp_path / "r.yaml", some)
+    assert several("train", path).returncode == 0
+    whole = (run / "final" / "model.safetensors").read_bytes()
+    moments = load_file(run / "checkpoint-4" / "optimizer.safetensors")
+    assert (torch.uint8 in {tensor.dtype for tensor in moments.values()}) == ("train" in sections)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoint-4")
+    done = several("train", path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resumed" in {line.get("event") for line in metrics(run)}
+    assert (run / "final" / "model.safetensors").read_bytes() == whole
+    again = load_file(run / "checkpoint-4" / "optimizer.safetensors")
+    assert set(again) == set(moments)
+    assert all(torch.equal(again[name], value) for name, value in moments.items())
+
+
+@pytest.mark.parametrize("fsdp", ["full_shard", "none"])
+def test_a_frozen_base_in_bfloat16_is_sharded_beside_trained_weights_in_float32(tmp_path, talks, fsdp):
+    batch = {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 2, "gradient_accumulation_steps": None}
+    model = {**base_of(tmp_path / "base", tied=True), **LORA, "dtype": "bfloat16"}
+    for name in ("one", "two"):
+        some = recipe("sft", tmp_path / name, [talks], distributed={"fsdp": fsdp}, train=batch, evaluation=None,
+                      model=model)  # fmt: skip
+        if name == "one":
+            train(some)
+            continue
+        done = several("train", write_recipe(tmp_path / f"{name}.yaml", some))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert steps(tmp_path / "two")[1] == pytest.approx(steps(tmp_path / "one")[1], abs=1e-3)
+    assert steps(tmp_path / "two", "grad_norm")[1] == pytest.approx(steps(tmp_path / "one", "grad_norm")[1], rel=0.02)
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "model.safetensors") for name in ("one", "two"))
+    assert {weight.dtype for weight in two.values()} == {torch.float32}
+    assert set(one) == set(two)
+    manifest = json.loads((tmp_path / "two" / "checkpoint-2" / "manifest.json").read_text())
+    assert manifest["frozen_weights"] == "bfloat16"
+
+
 def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
     """Without FSDP on CPU, accelerate silently falls back to DDP: the run must stop."""
     batch = {"micro_batch_size": 2, "global_batch_size": 8}
@@ -161,3 +207,32 @@ def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
     done = several("train", write_recipe(tmp_path / "some.yaml", some), module="nesso_tune")
     assert done.returncode != 0
     assert "full_shard is set, but the weights are not sharded" in done.stderr
+
+
+@pytest.mark.parametrize(("method", "samples"), [("sft", 3), pytest.param("dpo", 1, marks=thorough)])
+def test_prompts_are_shared_and_weights_gathered_once_for_all_answers(tmp_path, request, method, samples):
+    """Answers and training are those of one process, and of weights that are gathered layer by layer."""
+    source = request.getfixturevalue("talks" if method == "sft" else "pairs")
+    batch = {"micro_batch_size": 2, "global_batch_size": 8, "gradient_accumulation_steps": None}
+    evaluation = {"every_steps": 2, "samples": samples, "max_new_tokens": 8}
+    counts = {}
+    for name in ("one", "once", "layers"):
+        some = recipe(method, tmp_path / name, [source], distributed=FULL, data={"validation_size": 4}, train=batch,
+                      evaluation=evaluation)  # fmt: skip
+        if name == "one":
+            train(some)
+            continue
+        told = {"ALL_GATHERS": str(tmp_path / f"{name}.txt"), **({"LAYER_BY_LAYER": "1"} if name == "layers" else {})}
+        path = write_recipe(tmp_path / f"{name}.yaml", some)
+        done = several("train", path, module="tests.support.all_gathers", **told)
+        assert done.returncode == 0, done.stderr[-3000:]
+        counts[name] = [int(line) for line in (tmp_path / f"{name}.txt").read_text().split()]
+    answers = {name: [line for line in metrics(tmp_path / name) if line.get("event") in ("answer", "parent")]
+               for name in ("one", "once", "layers")}  # fmt: skip
+    assert answers["once"] == answers["layers"] == answers["one"]
+    assert len(answers["one"]) >= 2 * samples
+    units = LlamaConfig.from_pretrained(BASE).num_hidden_layers + 1  # and the root
+    assert all(count <= units for count in counts["once"]), counts
+    assert all(count > 4 * units for count in counts["layers"]), counts
+    weights = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("once", "layers")]
+    assert weights[0] == weights[1], "training goes on with the same bits"

@@ -1,22 +1,31 @@
 """LoRA, DoRA and QLoRA: trained and frozen weights, merging, unsupported models."""
 
 import copy
+import json
+import shutil
 import sys
+from dataclasses import asdict
 
 import bitsandbytes
 import pytest
 import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export.final_folder import gather_final_model
-from nesso_tune.model.adapters import adapt, check_adapter, fake_quantise, quantise
+from nesso_tune.model.adapters import adapt, check_adapter, fake_quantise, lora_config, quantise
+from nesso_tune.model.loading import load_model
 from nesso_tune.planning.memory import adapter_parameters
 from nesso_tune.planning.shapes import shape_of
-from nesso_tune.recipes.sections import LoraSection, ModelSection
-from nesso_tune.training.state_dict import get_weights
+from nesso_tune.recipes.sections import ChatSection, LoraSection, ModelSection
+from nesso_tune.run import train
+from nesso_tune.runs.provenance import RunFacts
+from nesso_tune.training.state_dict import get_weights, set_weights
 from tests.support.adapters import KINDS, ROWS, adapted, apart, base_in, learn, logits, of, switch_off
-from tests.support.runs import command, main_here, write_recipe
+from tests.support.runs import main_here, write_recipe
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -55,7 +64,7 @@ def test_the_merged_model_is_the_one_that_was_trained(tmp_path, kind, dtype):
     assert apart(exact, trained) < within
     assert apart(logits(final.to(getattr(torch, dtype))), trained) < within
     if kind == "qlora":  # merging into the unquantised base gives another model
-        adapt(plain, model.model_copy(update={"adapter": LoraSection(r=4)}), chat.new_ids, seed=1)
+        adapt(plain, model.model_copy(update={"adapter": LoraSection(r=4)}), chat.new_ids, seed=1, frozen="float32")
         plain.load_state_dict(get_weights(held), strict=False)
         assert apart(logits(plain), trained) > max(0.04, 2 * apart(exact, trained))
 
@@ -109,7 +118,8 @@ def test_unsupported_target_modules_are_refused(architecture, kind, targets, say
 def test_conv1d_layers_have_adapters_too(kind):
     """GPT-2 stores its weight matrices transposed."""
     some = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=1, n_head=2))
-    view = adapt(some, ModelSection(base="b", adapter=LoraSection(type=kind)), [2, 3], seed=0)
+    section = ModelSection(base="b", dtype="float32", adapter=LoraSection(type=kind))
+    view = adapt(some, section, [2, 3], seed=0)
     rows = ROWS.clamp(max=63)
     before = some(rows).logits
     optimizer = torch.optim.SGD([p for p in some.parameters() if p.requires_grad], lr=1.0)
@@ -183,16 +193,66 @@ def test_an_unsupported_device_is_named(monkeypatch):
         check_adapter(LoraSection(type="qlora"))
 
 
-def test_qlora_on_several_processes_is_refused(tmp_path, talks, capsys):
-    for sharing in ("none", "auto"):
-        some = of(base_in(tmp_path), "qlora", "sft", tmp_path / "run", talks, distributed={"fsdp": sharing})
-        path = write_recipe(tmp_path / "r.yaml", some)
-        code, _, err = main_here(capsys, "check", path, "--gpus-per-node", "2")
-        assert code == RecipeError.exit_code
-        assert (
-            "qlora runs in a single process, got 2; start a single process (nesso-tune train), or use type: lora" in err
-        )
-    done = command("train", path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    assert done.returncode == RecipeError.exit_code
-    assert "qlora runs in a single process" in done.stderr
-    assert not (tmp_path / "run").exists(), "before the run begins"
+def learned_with(folder, kind, frozen, ids):
+    """A bfloat16 model after five steps of its adapter, with the frozen weights in `frozen`."""
+    section = ModelSection(base=str(folder), dtype="bfloat16", adapter=LoraSection(type=kind, r=4))
+    chat = chat_tokenizer(section, ChatSection())
+    model = load_model(section, chat, seed=1)
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()  # as most bases are saved
+    adapt(model, section, chat.new_ids if ids else [], seed=1, frozen=frozen)
+    learn(model, "bfloat16")
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_in_bfloat16_trains_as_one_in_float32_that_is_rounded_by_autocast(tmp_path, kind, tied):
+    """To the bit, but for the rows of new tokens, which are then rounded in the forward pass."""
+    folder = base_in(tmp_path, tied)
+    exact, held = (learned_with(folder, kind, frozen, ids=False) for frozen in ("float32", "bfloat16"))
+    for name, weight in exact.named_parameters():
+        assert not weight.requires_grad or torch.equal(weight, held.get_parameter(name)), name
+    assert torch.equal(logits(held, "bfloat16"), logits(exact, "bfloat16"))
+    frozen = [weight for weight in held.parameters() if not weight.requires_grad and weight.is_floating_point()]
+    assert {weight.dtype for weight in frozen if weight.dim() > 1} == {torch.bfloat16}
+    assert {weight.dtype for weight in frozen if weight.dim() == 1} == {torch.float32}, "norms"
+    held = learned_with(folder, kind, "bfloat16", ids=True)
+    assert {weight.dtype for weight in held.parameters() if weight.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_float32_recipe_holds_its_base_in_float32(tmp_path, kind):
+    _, held, *_ = adapted(base_in(tmp_path), kind)
+    assert {weight.dtype for weight in held.parameters()} <= {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, talks, kind):
+    """`final/` is what peft alone merges into the base in float32."""
+    some = of(base_in(tmp_path), kind, "sft", tmp_path / "run", talks)
+    some = some.model_copy(update={"model": some.model.model_copy(update={"dtype": "bfloat16"})})
+    final = load_file(train(some).model_dir / "model.safetensors")
+    chat = chat_tokenizer(some.model, ChatSection())
+    plain = load_model(some.model, chat, some.seed)
+    merged = get_peft_model(plain, lora_config(some.model.adapter, plain, chat.new_ids))
+    set_weights(plain, load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors"))
+    state = merged.merge_and_unload().state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert all(torch.equal(final[name], state[name].bfloat16()) for name in final)
+
+
+@pytest.mark.parametrize(("recorded", "kept"), [(True, "bfloat16"), (False, "float32")])
+def test_a_run_goes_on_with_its_base_in_the_precision_that_it_began_with(tmp_path, talks, monkeypatch, recorded, kept):
+    """Runs that did not record one began in float32."""
+    some = of(base_in(tmp_path), "lora", "sft", tmp_path / "run", talks)
+    some = some.model_copy(update={"model": some.model.model_copy(update={"dtype": "bfloat16"})})
+    with monkeypatch.context() as patch:
+        if not recorded:
+            old = ("frozen_weights",)
+            patch.setattr(RunFacts, "to_dict", lambda facts: {k: v for k, v in asdict(facts).items() if k not in old})
+        shutil.rmtree(train(some).model_dir)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    train(some)
+    manifest = json.loads((tmp_path / "run" / "checkpoint-4" / "manifest.json").read_text())
+    assert manifest["frozen_weights"] == kept

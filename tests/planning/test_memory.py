@@ -25,7 +25,7 @@ from nesso_tune.planning.memory import (
     frozen_bytes,
     layer_activations,
 )
-from nesso_tune.planning.plan import DataVolume, World
+from nesso_tune.planning.plan import DataVolume, World, describe
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.planning.shapes import known_config, shape_of
 from nesso_tune.recipes import load_recipe
@@ -125,10 +125,13 @@ def test_adapters_need_less_than_all_weights_and_four_bits_less_than_thirty_two(
     assert dora.working > lora.working
     assert qlora.activations == lora.activations
     trained = 16 * adapter_parameters(LoraSection(), EIGHT)
-    layers, tables = 32 * (EIGHT.layer_parameters - 2 * EIGHT.hidden_size), 4 * EIGHT.embedding_parameters
+    layers, tables = 32 * (EIGHT.layer_parameters - 2 * EIGHT.hidden_size), 2 * EIGHT.embedding_parameters
     assert qlora.state - trained - tables == pytest.approx(layers * 4.127 / 8, rel=1e-3), "bits a weight, as published"
-    assert qlora.state < lora.state / 3
-    assert qlora.working < lora.working / 3, "nothing is kept in compute precision"
+    assert qlora.state < lora.state / 2
+    assert lora.state == 2 * EIGHT.parameters + trained, "the base is held in the precision of computation"
+    assert lora.working < whole.working / 3, "nothing else is kept in compute precision"
+    exact = SFT.replace("base: b", "base: b, dtype: float32, adapter: {type: lora}")
+    assert memory(EIGHT, exact).state == 4 * EIGHT.parameters + trained
 
 
 def test_a_base_in_four_bits_is_as_large_as_counted():
@@ -170,7 +173,8 @@ def test_dora_takes_what_is_counted_to_measure_its_outputs(bfloat16):
 def peak(config, kind, bfloat16):
     """The most bytes that one token's step holds at a time, weights aside."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    adapt(model, ModelSection(base="b", adapter=LoraSection(type=kind, r=8)), [], seed=0)
+    dtype = "bfloat16" if bfloat16 else "float32"
+    adapt(model, ModelSection(base="b", dtype=dtype, adapter=LoraSection(type=kind, r=8)), [], seed=0)
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
     plain = torch.backends.mkldnn.flags(enabled=False)  # on some CPUs it copies a bfloat16 matrix before it multiplies
     with plain, profile as seen, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
@@ -299,12 +303,26 @@ def test_a_base_that_is_too_large_may_be_held_in_four_bits():
         advice = " / ".join(plan("max_steps: 90", gpu=8, shape=EIGHT, text=lora.replace("TYPE", kind)).advice)
         assert ("model.adapter.type: qlora" in advice) is said
     shared = plan("max_steps: 90", gpu=4, shape=EIGHT, text=lora.replace("TYPE", "lora"), processes=2)
-    assert "qlora" not in " / ".join(shared.advice), "it runs in one process"
+    assert "qlora" not in " / ".join(shared.advice), "a sharded base can be shared by more GPUs"
 
 
-def test_four_bits_are_of_one_process():
-    with pytest.raises(RecipeError, match=r"model\.adapter\.type: qlora runs in a single process, got 2"):
-        plan("max_steps: 9", text=SFT.replace("base: b", "base: b, adapter: {type: qlora}"), processes=2)
+def test_four_bit_weights_and_eight_bit_moments_are_whole_on_every_process():
+    four_bits = SFT.replace("base: b", "base: b, adapter: {type: qlora}")
+    for keys, text in (("max_steps: 9", four_bits), ("max_steps: 9, optimizer: adamw_8bit", SFT)):
+        one, two = (plan(keys, text=text, processes=count) for count in (1, 2))
+        assert two.memory == one.memory, "DDP"
+        recipe = read(f"{text}train: {{{keys}}}\n")
+        assert "replicated on 2 processes (DDP)" in " ".join(describe(two, recipe))
+        assert not recipe.in_shards(2)
+
+
+def test_eight_bit_moments_take_two_bytes_instead_of_eight():
+    thirty_two, eight = (plan(f"max_steps: 9, optimizer: {name}") for name in ("adamw_torch_fused", "adamw_8bit"))
+    saved = (8 - 2 * (1 + 4 / 256)) * ZAGREUS.parameters
+    assert thirty_two.memory.state - eight.memory.state == pytest.approx(saved, rel=1e-6)
+    assert thirty_two.checkpoint_bytes - eight.checkpoint_bytes == pytest.approx(saved, rel=1e-6)
+    large = " / ".join(plan("max_steps: 9, optimizer: adamw_8bit", shape=EIGHT).advice)
+    assert "distributed.fsdp: full_shard with train.optimizer: adamw_torch_fused" in large
 
 
 def test_no_advice_that_cannot_help():

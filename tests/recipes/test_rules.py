@@ -60,17 +60,20 @@ FIRES = {
     "two splits": ("data: {validation_size: 50, validation_sources: [{path: v}]}", "data.validation_size", "beside"),
     "adapter over nothing": ("model: {random_init: true, adapter: {r: 4}}", "model.adapter", "not useful"),
     "shares of a qlora": (
-        "{model: {adapter: {type: qlora}}, distributed: {fsdp: full_shard}}", "distributed.fsdp", "has no effect under",
+        "{model: {adapter: {type: qlora}}, distributed: {fsdp: full_shard}}", "distributed.fsdp",
+        "contradicts model.adapter.type: qlora, whose 4-bit weights cannot be sharded",
     ),
     "shards of a qlora": (
         "{model: {adapter: {type: qlora}}, distributed: {state_dict: sharded}}", "distributed.state_dict",
-        "which runs in one process",
+        "cannot be sharded",
     ),
-    "two nodes of a qlora": (
-        "{model: {adapter: {type: qlora}}, cluster: {nodes: 2}}", "cluster.nodes", "contradicts",
+    "shares of 8-bit moments": (
+        "{train: {optimizer: adamw_8bit}, distributed: {fsdp: full_shard}}", "distributed.fsdp",
+        "contradicts train.optimizer: adamw_8bit, whose 8-bit moments cannot be sharded",
     ),
-    "GPUs of a qlora": (
-        "{model: {adapter: {type: qlora}}, cluster: {gpus_per_node: 4}}", "cluster.gpus_per_node", "contradicts",
+    "shards of 8-bit moments": (
+        "{train: {optimizer: adamw_8bit}, distributed: {state_dict: sharded}}", "distributed.state_dict",
+        "cannot be sharded",
     ),
     "revision of nothing": ("model: {random_init: true, revision: main}", "model.revision", "no effect"),
     "smoothing of sigmoid": ("dpo: {label_smoothing: 0.1}", "dpo.label_smoothing", "no effect on the loss sigmoid"),
@@ -206,7 +209,8 @@ SILENT = {
     "validation sources alone": "data: {validation_size: 0, validation_sources: [{path: v}]}",
     "random weights": "model: {random_init: true, adapter: null, revision: null}",
     "adapter": "model: {random_init: false, adapter: {r: 4}, revision: main}",
-    "qlora on one GPU": "{model: {adapter: {type: qlora}}, cluster: {nodes: 1}, distributed: {fsdp: auto}}",
+    "qlora on many GPUs": "{model: {adapter: {type: qlora}}, cluster: {nodes: 2}, distributed: {fsdp: auto}}",
+    "8 bits on many GPUs": "{train: {optimizer: adamw_8bit}, cluster: {nodes: 2}, distributed: {fsdp: none}}",
     "dora, shared": "{model: {adapter: {type: dora}}, cluster: {nodes: 2}, distributed: {fsdp: full_shard}}",
     "robust": "dpo: {label_smoothing: 0.1, loss: {robust: 1.0}}",
     "exo": "dpo: {label_smoothing: 0.001, loss: {exo_pair: 1.0}}",
