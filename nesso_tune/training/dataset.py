@@ -134,9 +134,10 @@ def _attention_mask(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
 class PairCollator:
     """Collates preference pairs to TRL's batch [chosen ..., rejected ...; length].
 
-    With `by_document`, the batch also has `row`, the same pairs as one row without padding, in which each prompt occurs
-    once, followed by its chosen and its rejected answer. `group_ids` has the group of every pair, `entries` its index, and
-    `supervised_index` the positions of the answers' tokens in the flattened `input_ids[:, 1:]`, chosen answers first.
+    With `by_document`, the batch also has `packed_row`: the same pairs as one row without padding, in which each prompt
+    occurs once, followed by its chosen and its rejected answer. `group_ids` has the group of every pair, `entries` its
+    index, and `supervised_index` the positions of the answers' tokens in the flattened `input_ids[:, 1:]`, chosen
+    answers first.
 
     Args:
         pad_id: token id of the padding.

@@ -29,8 +29,8 @@ def nll_loss(log_probs: Tensor, num_tokens: Tensor | int, scale: int) -> Tensor:
 class _PerPair(Tensor):
     """Log-probabilities with which TRL's loss returns the loss of each pair, and does not wait for the device.
 
-    TRL reduces a vector of losses by `mean`: here, that returns the vector. It selects positions by a boolean mask, only
-    to sum them: here, the other positions become 0 instead, because the size of a selection must be known on the host.
+    TRL reduces a vector of losses by `mean`: here, that returns the vector. It selects positions by a boolean mask only
+    to sum them: here, the other positions become 0 instead, because the host must know the size of a selection.
     """
 
     @classmethod
@@ -78,7 +78,8 @@ def preference_losses(trainer: DPOTrainer, model: Callable[..., Any], inputs: di
 
     loss: Tensor | float = DPOTrainer._compute_loss(stand_in, per_pair_model, inputs, False)
     if isinstance(loss, Tensor):
-        return loss.as_subclass(Tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            return loss.as_subclass(Tensor)
     return inputs["ref_chosen_logps"].new_zeros(len(inputs["ref_chosen_logps"]))  # without terms, TRL returns a plain 0
 
 

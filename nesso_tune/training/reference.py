@@ -107,7 +107,7 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
         scored, pairs = score_pairs(trainer, collate([rows[row] for row in batch]))
         log_probs = answer_log_probs(scored.outputs.log_probs, scored.inputs["completion_mask"], trainer.ld_alpha)
         chosen, rejected = log_probs.float().cpu().chunk(2)
-        own += zip(pairs.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+        own += zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
     trainer.model.train()
     everything = gather_object(own) if world_size > 1 else own
     if wrong := sorted({pair for pair, *values in everything if not all(map(math.isfinite, values))}):

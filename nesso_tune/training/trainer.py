@@ -135,7 +135,7 @@ class BaseTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not self.run_state.spike_guard.allows_update(self, float(norm)):
+        if not self.run_state.spike_guard.allows_update(self, norm):
             for parameter in model.parameters():
                 parameter.grad = None  # the optimizer skips parameters without one: no update and no weight decay
         return norm

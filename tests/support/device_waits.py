@@ -31,7 +31,7 @@ from nesso_tune.training.trainer import BaseTrainer
 
 WAITS = {
     "aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::masked_select", "aten::_unique2",
-    "aten::unique_dim", "aten::unique_consecutive", "aten::is_nonzero", "aten::equal", "aten::nonzero_static",
+    "aten::unique_dim", "aten::unique_consecutive", "aten::is_nonzero", "aten::equal", "aten::masked_scatter_backward",
 }  # fmt: skip
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
 
@@ -67,7 +67,8 @@ class _Watch(TorchDispatchMode):
             self.found.operations += not func.is_view
             if name in WAITS or (name in INDEXING and any(_is_mask(index) for index in args[1])):
                 self.found.waits[name, _place()] += 1
-        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # as in C++: results are plain tensors
+            out = func(*args, **kwargs)
         if on_device:
             for leaf in tree_leaves(out):
                 if isinstance(leaf, Tensor):
@@ -83,7 +84,9 @@ def _place() -> str:
     """The innermost line of the package, and the line of a library that it called."""
     frames = [frame for frame in traceback.extract_stack() if "device_waits" not in frame.filename]
     own = [i for i, f in enumerate(frames) if "/nesso_tune/" in f.filename and "site-packages" not in f.filename]
-    libraries = [i for i, f in enumerate(frames) if any(f"/{n}/" in f.filename for n in ("trl", "transformers", "accelerate"))]
+    libraries = [
+        i for i, f in enumerate(frames) if any(f"/{n}/" in f.filename for n in ("trl", "transformers", "accelerate"))
+    ]
     at = max(own[-1:] + libraries[-1:])
     frame = frames[at]
     return f"{frame.filename.rsplit('/', 2)[-2]}/{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno} {frame.line}"
