@@ -95,6 +95,10 @@ class PackedRow:
             self.logits_to_keep.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> PackedRow:
+        """Returns a copy in pinned memory; the data loader calls this."""
+        return PackedRow(self.input_ids.pin_memory(), self.spans.pin_memory(), self.logits_to_keep.pin_memory())
+
 
 def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
     """Replaces the fused head that TRL attached to a model by the head of its path; `generate` is unaffected.

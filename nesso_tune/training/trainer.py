@@ -9,7 +9,8 @@ trainers: telemetry, which is off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ class BaseTrainer(Trainer):
     evaluator: Evaluator | None
     throughput: Throughput
     checkpointer: Checkpointer
+    _fetch_batches: Callable[[], Any] | None = None
+    _next_batches: Any = None  # the micro batches of the next step, fetched ahead
 
     def set_up(
         self,
@@ -97,6 +100,7 @@ class BaseTrainer(Trainer):
             shuffle=False,
             collate_fn=AttentionCostCollator(self.data_collator),
             num_workers=0,
+            pin_memory=torch.cuda.is_available(),  # for copies that do not wait, see `accelerator_config`
         )
         return self.accelerator.prepare(loader)
 
@@ -123,14 +127,26 @@ class BaseTrainer(Trainer):
             super()._run_epoch(**options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro batches of a step; the time spent waiting for them is measured."""
-        return super().get_batch_samples(self.throughput.time_batches(epoch_iterator), num_batches, device)
+        """The micro batches of a step; the time spent waiting for them is measured.
+
+        Those of the first step are fetched here, those of later ones during the step before.
+        """
+        self._fetch_batches = partial(
+            super().get_batch_samples, self.throughput.time_batches(epoch_iterator), num_batches, device
+        )
+        batches, self._next_batches = self._next_batches or self._fetch_batches(), None
+        return batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass of a micro batch; its loss is kept for the check before the update."""
+        """Forward and backward pass of a micro batch; its loss is kept for the check before the update.
+
+        After the last micro batch of a step, the next step's are collated and copied while a GPU still computes.
+        """
         self.throughput.add(inputs.pop(SQUARED_LENGTHS))
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.run_state.spike_guard.add(loss)
+        if self.accelerator.sync_gradients and self._fetch_batches is not None:
+            self._next_batches = self._fetch_batches()
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:

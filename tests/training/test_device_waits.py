@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from nesso_tune import train
+from nesso_tune.model.attention import AttentionSpans
+from nesso_tune.model.lm_head import PackedRow
+from nesso_tune.training.numerical_checks import SpikeGuard
 from nesso_tune.training.sft import ConversationTrainer
+from nesso_tune.training.throughput import AttentionCostCollator
 from nesso_tune.training.trainer import BaseTrainer
 from tests.support.device_waits import count_waits
 from tests.support.runs import recipe
@@ -64,3 +69,24 @@ def test_no_micro_batch_waits_for_a_gpu(tmp_path, source, method, monkeypatch):
 
     monkeypatch.setattr(BaseTrainer, "training_step", without_waits)
     train(recipe(method, tmp_path / "run", [source], train=TRAIN, evaluation=None, **LOSSES[method]))
+
+
+@pytest.mark.parametrize("method", LOSSES)
+def test_the_next_batches_are_collated_before_the_step_waits(tmp_path, source, method, monkeypatch):
+    events = []
+    collate, check = AttentionCostCollator.__call__, SpikeGuard.allows_update
+    monkeypatch.setattr(AttentionCostCollator, "__call__", lambda *a: (events.append("collate"), collate(*a))[1])
+    monkeypatch.setattr(SpikeGuard, "allows_update", lambda *a: (events.append("update"), check(*a))[1])
+    train(recipe(method, tmp_path / "run", [source], train=TRAIN, evaluation=None, **LOSSES[method]))
+    updates = [i for i, event in enumerate(events) if event == "update"]
+    assert [events[:i].count("collate") for i in updates] == [5, 6, 6], "two per step, one step and one batch ahead"
+
+
+def test_a_packed_row_can_be_pinned(monkeypatch):
+    """What the data loader pins; the copies from pinned memory need a GPU."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    row = PackedRow(torch.tensor([[1, 2]]), AttentionSpans.from_pairs([(2, 1, 1)]), torch.tensor([0]))
+    pinned = pin_memory({"packed_row": row, "tokens": 3})["packed_row"]
+    assert (pinned.input_ids.tolist(), pinned.logits_to_keep.tolist()) == ([[2, 3]], [1])
+    for name in ("cu_seqlens", "position_ids", "gather_indices", "restore_indices"):
+        assert torch.equal(getattr(pinned.spans, name), getattr(row.spans, name) + 1)
