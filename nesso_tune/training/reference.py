@@ -124,7 +124,7 @@ def tokens_without_gradient(model: nn.Module) -> int:
     """Tokens that fit into a forward pass without gradient, in a quarter of the free memory of the GPU; 0 on a CPU.
 
     No layer keeps its activations, so the largest live tensors are those of one layer: the residual, the inputs and
-    outputs of the attention, and the projections of the MLP, in float32 at most. On a CPU, larger batches are not faster.
+    outputs of the attention, and the projections of the MLP, in float32 at most. On a CPU, larger ones are not faster.
     """
     if not torch.cuda.is_available():
         return 0
