@@ -11,7 +11,7 @@ detects them, and they train with transformers' own attention and masks instead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -85,10 +85,16 @@ class AttentionSpans:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionSpans:
         """Returns a copy on `device`."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> AttentionSpans:
+        """Returns a copy in pinned memory."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> AttentionSpans:
         names = ("cu_seqlens", "position_ids", "gather_indices", "restore_indices")
         tensors = {name: getattr(self, name) for name in names}
-        moved = {n: t.to(device, non_blocking=non_blocking) for n, t in tensors.items() if t is not None}
-        return replace(self, **moved)
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
 
 def _cu_seqlens(lengths: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -95,12 +95,17 @@ class PackedRow:
             self.logits_to_keep.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> PackedRow:
+        """Returns a copy in pinned memory; the data loader calls this."""
+        return PackedRow(self.input_ids.pin_memory(), self.spans.pin_memory(), self.logits_to_keep.pin_memory())
+
 
 def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
     """Replaces the fused head that TRL attached to a model by the head of its path; `generate` is unaffected.
 
     Called with `fused_lm_head=True`, the model takes `labels` and returns a `FusedCausalLMOutput`. With `packed_row=`,
-    a `PackedRow` of the same sequences as `labels`, it computes on that row alone.
+    a `PackedRow` of the same sequences as `labels`, it computes on that row alone. With `supervised_index=`, the
+    positions of the supervised tokens in the flattened `labels[:, 1:]`, it does not wait for the device to find them.
 
     Args:
         model: must use document attention to be called with `packed_row`.
@@ -108,6 +113,7 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
     """
     path = path or forward_path(model)
     if path.head == "trl":
+        model.forward = types.MethodType(_without_supervised_index(model.forward), model)
         return
     log_probs_of = _from_model_logits if path.head == "own" else _from_hidden_states
     plain_forward = types.MethodType(type(model).forward, model)
@@ -115,27 +121,43 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
     def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return plain_forward(*args, **kwargs)
-        labels, row = kwargs.pop("labels"), kwargs.pop("packed_row", None)
+        labels, row, index = (kwargs.pop(name, None) for name in ("labels", "packed_row", "supervised_index"))
         targets = labels[:, 1:]
         mask = targets != IGNORE_INDEX
+        index = _positions(mask) if index is None else index
         if row is not None:
-            hidden = last_hidden_states(self, row.input_ids, row.spans)[0].index_select(0, row.logits_to_keep)
-            return fused_output(*token_log_probs(hidden, self.get_output_embeddings(), targets[mask]), mask)
-        batches = _split_rows(kwargs) if path.padding == "alone" else [kwargs]
+            hidden = last_hidden_states(self, row.input_ids, row.spans).squeeze(0).index_select(0, row.logits_to_keep)
+            wanted = targets.flatten().index_select(0, index)
+            return fused_output(*token_log_probs(hidden, self.get_output_embeddings(), wanted), mask, index)
         if path.padding == "none":
             kwargs.pop("attention_mask", None)
-        results, start = [], 0
-        for batch in batches:
-            rows, length = batch["input_ids"].shape
-            part = slice(start, start + rows)
-            results.append(log_probs_of(self, batch, targets[part, : length - 1], mask[part, : length - 1]))
-            start += rows
+        if path.padding != "alone":
+            return fused_output(*log_probs_of(self, kwargs, targets, index), mask, index)
+        results = []
+        for i, batch in enumerate(_split_rows(kwargs)):
+            part = slice(i, i + 1), slice(batch["input_ids"].shape[1] - 1)
+            results.append(log_probs_of(self, batch, targets[part], _positions(mask[part])))
         log_probs, is_top1 = (torch.cat(parts) for parts in zip(*results, strict=True))
-        return fused_output(log_probs, is_top1, mask)
+        return fused_output(log_probs, is_top1, mask, index)
 
     # `generate` reads the supported arguments of a model from the signature
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     model.forward = types.MethodType(forward, model)
+
+
+def _without_supervised_index(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward method without the argument `supervised_index`, which TRL's head does not know."""
+
+    def without(self: PreTrainedModel, *args: Any, supervised_index: Tensor | None = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    without.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+    return without
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Indices of the true values of a flattened mask; waits for the device."""
+    return mask.flatten().nonzero().flatten()
 
 
 def plain_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
@@ -150,20 +172,26 @@ def plain_logits(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 
 def _from_model_logits(
-    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor
+    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the supervised tokens from the model's own logits, and whether each is the top-1 token."""
-    logits, wanted = plain_logits(model, batch)[:, :-1][mask], targets[mask]
+    logits, wanted = _predictions(plain_logits(model, batch), index), targets.flatten().index_select(0, index)
     log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32).gather(-1, wanted[:, None]).squeeze(-1)
     return log_probs, logits.detach().argmax(dim=-1) == wanted
 
 
 def _from_hidden_states(
-    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, mask: Tensor
+    model: PreTrainedModel, batch: dict[str, Any], targets: Tensor, index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The same from the last hidden states and the output embeddings."""
-    hidden = model.base_model(**batch | {"use_cache": False}).last_hidden_state[:, :-1][mask]
-    return token_log_probs(hidden, model.get_output_embeddings(), targets[mask])
+    hidden = _predictions(model.base_model(**batch | {"use_cache": False}).last_hidden_state, index)
+    return token_log_probs(hidden, model.get_output_embeddings(), targets.flatten().index_select(0, index))
+
+
+def _predictions(values: Tensor, index: Tensor) -> Tensor:
+    """Hidden states or logits of all tokens, [batch, length, ...], at the tokens before the supervised ones."""
+    before = index + index // max(1, values.shape[1] - 1)  # rows have `length` values, but `length - 1` targets
+    return values.flatten(0, 1).index_select(0, before)
 
 
 def _split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
@@ -197,15 +225,20 @@ def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[T
     return result
 
 
-def fused_output(log_probs: Tensor, is_top1: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+def fused_output(log_probs: Tensor, is_top1: Tensor, mask: Tensor, index: Tensor) -> FusedCausalLMOutput:
     """Scatters results to the positions of a mask, [batch, length - 1], as TRL's trainers expect them; zero elsewhere.
 
     Entropy and mean logits are 0: TRL's DPO trainer only reports them, so they are not computed.
+
+    Args:
+        log_probs, is_top1: of the supervised tokens, [supervised].
+        mask: the supervised positions.
+        index: the same as indices of the flattened mask, [supervised].
     """
 
     def scattered(values: Tensor) -> Tensor:
-        # masked_scatter keeps the autograd graph connected if no position is supervised
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        # not masked_scatter, whose backward pass waits for the device
+        return values.new_zeros(mask.numel()).scatter(0, index, values).view(mask.shape)
 
     zeros = torch.zeros((), device=mask.device).expand(mask.shape)
     return FusedCausalLMOutput(

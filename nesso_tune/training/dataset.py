@@ -20,7 +20,8 @@ from nesso_tune.training.grouped_metrics import Groups
 
 Batch = dict[str, Any]
 CountedBatch = tuple[Batch, bool]  # False: a repeated batch that only keeps all processes in step
-NON_MODEL_KEYS = ("group_ids", "tokens", "entries")  # keys of a batch that are not arguments of the model
+# Keys of a batch that are not arguments of the model. Counts are Python integers, which cost no wait for the device.
+NON_MODEL_KEYS = ("group_ids", "tokens", "supervised_tokens", "chosen_tokens", "entries")
 PAIR_PARTS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
@@ -66,7 +67,8 @@ class ConversationCollator:
 
     With `by_document`, a batch is one row of all tokens, [1, tokens], without padding. Otherwise it is padded,
     [rows, length]. The first token of every document has no label, because it would be predicted from the document
-    before it. `group_ids` has the group of every token.
+    before it. `group_ids` has the group of every token, and `supervised_index` the positions of the supervised tokens
+    in the flattened `labels[:, 1:]`.
 
     Attributes:
         pad_id: token id of the padding; padding is one more document, without supervised tokens.
@@ -85,7 +87,7 @@ class ConversationCollator:
     packs: bool = True
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        tokens = torch.tensor(sum(len(row["input_ids"]) for row in rows))
+        tokens = sum(len(row["input_ids"]) for row in rows)
         if not self.by_document:
             length = self.length or max(len(row["input_ids"]) for row in rows)
             padded = [self._concatenate([row], length) for row in rows]
@@ -93,13 +95,14 @@ class ConversationCollator:
             if not self.packs:
                 batch["attention_mask"] = _attention_mask(rows, length)
                 del batch["position_ids"]
-            return {**batch, "tokens": tokens}
+            return batch | _supervised(batch["labels"][:, 1:] != IGNORE_INDEX) | {"tokens": tokens}
         lengths = [n for row in rows for n in row["seq_lengths"]]
-        length = self.length * len(rows) if self.length else int(tokens)
+        length = self.length * len(rows) if self.length else tokens
         batch = {name: tensor[None] for name, tensor in self._concatenate(rows, length).items()}
-        segments = AttentionSpans.from_documents([*lengths, length - int(tokens)])
-        before = (batch["labels"][0, 1:] != IGNORE_INDEX).nonzero().flatten()
-        return {**batch, "packed_row": PackedRow(batch["input_ids"], segments, before), "tokens": tokens}
+        spans = AttentionSpans.from_documents([*lengths, length - tokens])
+        batch |= _supervised(batch["labels"][:, 1:] != IGNORE_INDEX)
+        row = PackedRow(batch["input_ids"], spans, batch["supervised_index"])
+        return {**batch, "packed_row": row, "tokens": tokens}
 
     def _concatenate(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
         """The documents of some rows end to end, padded; each tensor is [length]."""
@@ -116,6 +119,12 @@ class ConversationCollator:
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
 
 
+def _supervised(mask: Tensor) -> Batch:
+    """Index and number of the supervised positions in a mask of `labels[:, 1:]`."""
+    index = mask.flatten().nonzero().flatten()
+    return {"supervised_index": index, "supervised_tokens": len(index)}
+
+
 def _attention_mask(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
     """1 for tokens and 0 for padding, [rows, length]; each row must have a single document."""
     assert all(len(row["seq_lengths"]) == 1 for row in rows), "this model cannot keep packed documents apart"
@@ -125,8 +134,10 @@ def _attention_mask(rows: Sequence[dict[str, Any]], length: int) -> Tensor:
 class PairCollator:
     """Collates preference pairs to TRL's batch [chosen ..., rejected ...; length].
 
-    With `by_document`, the batch also has `row`, the same pairs as one row without padding, in which each prompt occurs
-    once, followed by its chosen and its rejected answer. `group_ids` has the group of every pair.
+    With `by_document`, the batch also has `packed_row`: the same pairs as one row without padding, in which each prompt
+    occurs once, followed by its chosen and its rejected answer. `group_ids` has the group of every pair, `entries` its
+    index, and `supervised_index` the positions of the answers' tokens in the flattened `input_ids[:, 1:]`, chosen
+    answers first.
 
     Args:
         pad_id: token id of the padding.
@@ -142,8 +153,10 @@ class PairCollator:
         batch: Batch = self._padded(list(rows))
         groups = [self.groups.index(row["languages"][0], row["sources"][0]) for row in rows]
         batch["group_ids"] = torch.tensor(groups)
-        batch["entries"] = torch.tensor([row["pair"] for row in rows])
-        batch["tokens"] = torch.tensor(sum(map(pair_tokens, rows)))
+        batch["entries"] = [row["pair"] for row in rows]
+        batch["tokens"] = sum(map(pair_tokens, rows))
+        batch |= _supervised(batch["completion_mask"][:, 1:] == 1)
+        batch["chosen_tokens"] = sum(len(row["chosen_ids"]) for row in rows)
         if self.by_document:
             batch["packed_row"] = _pairs_as_row(rows)
         return batch

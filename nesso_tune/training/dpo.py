@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +19,14 @@ from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups, MetricSp
 from nesso_tune.training.losses import (
     SFT,
     answer_log_probs,
-    chosen_mask,
     nll_loss,
-    preference_loss,
-    preference_loss_of_rows,
+    preference_losses,
 )
 from nesso_tune.training.trainer import BaseTrainer
 
 PAIR_METRICS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen",
                 "logps/rejected")  # fmt: skip
 SFT_LOSS, PREFERENCE_LOSS = "loss_sft", "loss_preference"  # the unweighted sft term; the sum of all other terms
-# Largest difference of policy and reference before the first update, in nats per token: rounding.
-MAX_DIFFERENCE, MAX_DIFFERENCE_BF16 = 1e-4, 2e-2
 
 Reference = dict[int, tuple[float, float]]  # pair -> log-probabilities of its chosen and rejected answers
 
@@ -72,7 +68,8 @@ class PairTrainer(BaseTrainer, DPOTrainer):
         """Tokens of the chosen answers of a step, over all processes; None without an sft term."""
         if SFT not in self.loss_types or not batch_samples:
             return None
-        return self.sum_over_processes(sum(chosen_mask(batch).sum() for batch in batch_samples))
+        count = torch.tensor(sum(batch["chosen_tokens"] for batch in batch_samples))
+        return count if self.accelerator.num_processes == 1 else self.sum_over_processes(count)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -86,25 +83,29 @@ class PairTrainer(BaseTrainer, DPOTrainer):
             calls.append(model(**kwargs))
             return calls[-1]
 
-        preference = preference_loss(self, recording_model, inputs)
+        losses = preference_losses(self, recording_model, inputs)
         state, outputs = self.run_state, calls[0]
         if self.state.global_step == 0:
             self._assert_policy_is_reference(outputs.log_probs, inputs)
         # each step has the same weight in the mean over several steps of a log line
         token_weight = None if num_items_in_batch is None else 1 / num_items_in_batch.double()
-        scored = ScoredPairs(outputs, inputs, extra["group_ids"])
-        add_dpo_metrics(self, state.metrics, scored, preference, token_weight)
-        state.tokens += int(extra["tokens"])
-        state.supervised_tokens += int(inputs["completion_mask"].sum())
+        scored = ScoredPairs(outputs, inputs, extra["group_ids"], extra["chosen_tokens"])
+        add_dpo_metrics(self, state.metrics, scored, losses, token_weight)
+        state.tokens += extra["tokens"]
+        state.supervised_tokens += extra["supervised_tokens"]
+        preference = losses.mean()
         if num_items_in_batch is None:
             return preference
         micro_batches = self.current_gradient_accumulation_steps * self.accelerator.num_processes
         sft_weight = float(self.loss_weights[self.loss_types.index(SFT)])
         return preference + sft_weight * nll_loss(outputs.log_probs.chunk(2)[0], num_items_in_batch, micro_batches)
 
-    def reference_of(self, pairs: Tensor) -> dict[str, Tensor]:
+    def reference_of(self, pairs: Sequence[int]) -> dict[str, Tensor]:
         """The log-probabilities of some pairs under the reference, on the device."""
-        both = torch.tensor([self.reference[int(pair)] for pair in pairs], device=self.accelerator.device)
+        both = torch.tensor([self.reference[pair] for pair in pairs])
+        if torch.cuda.is_available():
+            both = both.pin_memory()  # so that the copy does not wait
+        both = both.to(self.accelerator.device, non_blocking=True)
         return {"ref_chosen_logps": both[:, 0], "ref_rejected_logps": both[:, 1]}
 
     @torch.no_grad()
@@ -117,9 +118,11 @@ class PairTrainer(BaseTrainer, DPOTrainer):
         reference = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         tokens = inputs["completion_mask"].sum(dim=1)
         policy = answer_log_probs(log_probs, inputs["completion_mask"], self.ld_alpha)
-        difference = float(((policy - reference).abs() / tokens).max())
-        if not difference > (MAX_DIFFERENCE_BF16 if self.args.bf16 else MAX_DIFFERENCE):
+        differences = (policy - reference).abs() / tokens
+        beyond = differences > rounding_limit(tokens, self.args.bf16)
+        if not beyond.any():
             return  # NaN passes: the check of the loss reports it
+        difference = float(differences[beyond].max())
         what = f"the policy differs from the reference by {difference:.2g} nats/token before the first update"
         if has_dropout(self.accelerator.unwrap_model(self.model)):
             raise NumericalError(
@@ -132,12 +135,36 @@ class PairTrainer(BaseTrainer, DPOTrainer):
         )  # fmt: skip
 
 
+def rounding_limit(tokens: Tensor, bf16: bool) -> Tensor:
+    """Largest difference that rounding explains between two log-probabilities of answers, in nats/token.
+
+    In bfloat16, another kernel or another shape of the batch rounds hidden states otherwise, and one rounding moves the
+    log-probability of its token by 0.012 (standard deviation; 0.12 was the largest of a measurement). The mean over the
+    tokens of an answer moves by 1 / sqrt(tokens) of that. Ten standard deviations are allowed, and at least 0.02.
+
+    Args:
+        tokens: number of tokens of each answer.
+        bf16: whether matrix products are in bfloat16.
+    """
+    if not bf16:
+        return torch.full_like(tokens, 1e-4, dtype=torch.float32)
+    return (0.12 / tokens.sqrt()).clamp(min=0.02)
+
+
 class ScoredPairs(NamedTuple):
-    """The outputs of the model on a batch of pairs, its inputs on the device, and the group of each pair, [pairs]."""
+    """The outputs of the model on a batch of pairs.
+
+    Attributes:
+        outputs: of the fused head.
+        inputs: of the model, on the device.
+        group_ids: group of each pair, [pairs].
+        chosen_tokens: number of tokens of all chosen answers; they come first in `inputs["supervised_index"]`.
+    """
 
     outputs: Any
     inputs: dict[str, Any]
     group_ids: Tensor
+    chosen_tokens: int
 
 
 @torch.no_grad()
@@ -152,12 +179,13 @@ def evaluate_dpo(trainer: PairTrainer, batches: Iterable[CountedBatch], groups: 
         scored, pairs = score_pairs(trainer, batch)
         if counted:
             scored.inputs.update(trainer.reference_of(pairs))
-            add_dpo_metrics(trainer, metrics, scored)
+            losses = preference_losses(trainer, lambda _outputs=scored.outputs, **_: _outputs, scored.inputs)
+            add_dpo_metrics(trainer, metrics, scored, losses)
     return {f"eval_{name}": value for name, value in metrics.means(trainer.sum_over_processes).items()}
 
 
 @torch.no_grad()
-def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[ScoredPairs, Tensor]:
+def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[ScoredPairs, list[int]]:
     """Runs the model on a batch of the collator; also returns the index of each pair."""
     inputs = send_to_device(batch, trainer.accelerator.device)
     extra = {name: inputs.pop(name) for name in NON_MODEL_KEYS}
@@ -165,7 +193,7 @@ def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[ScoredPairs, Tensor
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX)
     with trainer.compute_loss_context_manager():
         outputs = trainer.model_wrapped(**model_inputs, labels=labels, fused_lm_head=True)
-    return ScoredPairs(outputs, inputs, extra["group_ids"]), extra["entries"]
+    return ScoredPairs(outputs, inputs, extra["group_ids"], extra["chosen_tokens"]), extra["entries"]
 
 
 def dpo_metrics(losses: Mapping[Any, float]) -> MetricSpec:
@@ -185,7 +213,7 @@ def add_dpo_metrics(
     trainer: PairTrainer,
     metrics: GroupedMetrics,
     scored: ScoredPairs,
-    preference: Tensor | None = None,
+    losses: Tensor,
     token_weight: Tensor | None = None,
 ) -> None:
     """Adds loss and metrics of some pairs.
@@ -194,39 +222,23 @@ def add_dpo_metrics(
         trainer: has the settings of the loss.
         metrics: of the `dpo_metrics` of its loss.
         scored: the pairs, with the log-probabilities of the reference among the inputs.
-        preference: their `preference_loss`, if already computed.
+        losses: their `preference_losses`.
         token_weight: weight of each token in the sft term; 1 if None.
     """
-    outputs, inputs, group_ids = scored
+    outputs, inputs, group_ids, chosen_tokens = scored
     ones = torch.ones(len(group_ids), device=group_ids.device)
     for name, value in _pair_metrics(trainer, outputs, inputs).items():
         metrics.add(name, group_ids, value, ones)
-    chosen = chosen_mask(inputs)
-    correct, token_groups = outputs.is_top1[: len(group_ids)][chosen], group_ids[:, None].expand(chosen.shape)[chosen]
-    weights = torch.ones(len(correct), device=correct.device, dtype=torch.float64)
-    metrics.add("token_accuracy", token_groups, correct.float(), weights)
+    chosen = inputs["supervised_index"][:chosen_tokens]
+    token_groups = group_ids.index_select(0, chosen // outputs.log_probs.shape[1])
+    weights = torch.ones(chosen_tokens, device=chosen.device, dtype=torch.float64)
+    metrics.add("token_accuracy", token_groups, outputs.is_top1.flatten().index_select(0, chosen).float(), weights)
     if SFT in trainer.loss_types:
-        log_probs = outputs.log_probs[: len(group_ids)][chosen]
+        log_probs = outputs.log_probs.flatten().index_select(0, chosen)
         metrics.add(SFT_LOSS, token_groups, -log_probs, weights if token_weight is None else weights * token_weight)
-    _add_preference_loss(trainer, metrics, scored, preference)
-
-
-def _add_preference_loss(
-    trainer: PairTrainer, metrics: GroupedMetrics, scored: ScoredPairs, total: Tensor | None
-) -> None:
-    """Adds TRL's loss of the pairs of each group; of all pairs at once if the loss sorts them."""
     name = PREFERENCE_LOSS if SFT in trainer.loss_types else "loss"
-    if name not in metrics.spec.means:  # sft is the only term
-        return
-    outputs, inputs, group_ids = scored
-    groups = group_ids[:1] if name in metrics.spec.ungrouped else group_ids.unique()
-    for group in groups:
-        rows = (group_ids == group).nonzero().flatten() if len(groups) > 1 else torch.arange(len(group_ids))
-        if total is not None and len(groups) == 1:
-            loss = total
-        else:
-            loss = preference_loss_of_rows(trainer, outputs, inputs, rows)
-        metrics.add(name, group.reshape(1), loss.reshape(1), torch.tensor([float(len(rows))], device=group.device))
+    if name in metrics.spec.means:  # otherwise sft is the only term
+        metrics.add(name, group_ids, losses, ones)
 
 
 def _pair_metrics(trainer: PairTrainer, outputs: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def _common_arguments(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dic
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         "remove_unused_columns": False,
+        "accelerator_config": {"non_blocking": on_gpu},  # copies from pinned memory do not wait
         # `IntervalCallback` decides when to log, evaluate and save
         "logging_strategy": "no",
         "eval_strategy": "no",

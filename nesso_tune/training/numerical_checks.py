@@ -69,8 +69,8 @@ class SpikeGuard:
         """Adds the loss of a micro batch, as a share of the step's loss. Does not synchronise with the device."""
         self._losses.append(loss.detach().double())
 
-    def allows_update(self, trainer: Trainer, norm: float) -> bool:
-        """Whether the update of this step is applied.
+    def allows_update(self, trainer: Trainer, norm: Tensor | float) -> bool:
+        """Whether the update of this step is applied. Waits for the device, once.
 
         Args:
             trainer: has the step and the process group.
@@ -82,15 +82,17 @@ class SpikeGuard:
         losses = torch.stack(self._losses)
         self._losses = []
         not_finite = ~torch.isfinite(losses)
-        own = torch.stack([losses.sum(), losses.new_tensor(norm), not_finite.sum().double()])
+        whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm_here = whole.to(losses) if isinstance(whole, Tensor) else losses.new_tensor(whole)
+        own = torch.stack([losses.sum(), norm_here.reshape(()), not_finite.sum().double()])
         # the norm is reduced too, so that all processes decide alike
-        loss, norm, count = sum_over_processes(trainer.accelerator, own).tolist()
-        loss, norm = (value / trainer.accelerator.num_processes for value in (loss, norm))
+        loss, grad_norm, count = sum_over_processes(trainer.accelerator, own).tolist()
+        loss, grad_norm = (value / trainer.accelerator.num_processes for value in (loss, grad_norm))
         step = trainer.state.global_step + 1
-        if count or not math.isfinite(norm):
-            values = {"loss": loss, "grad_norm": norm}
+        if count or not math.isfinite(grad_norm):
+            values = {"loss": loss, "grad_norm": grad_norm}
             raise self._not_finite_error(trainer, step, not_finite.tolist(), values, in_loss=bool(count))
-        spikes = self._find_spikes({"loss": loss, "grad_norm": norm})
+        spikes = self._find_spikes({"loss": loss, "grad_norm": grad_norm})
         return not spikes or self._handle_spikes(trainer, step, losses.tolist(), spikes)
 
     def state_dict(self) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 
 from nesso_tune import cache
@@ -98,7 +98,9 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
     """
     rows: Sequence[dict[str, Any]] = ConcatDataset(parts)  # type: ignore[arg-type, assignment]
     sizes = [int(size) for part in parts for size in part.documents.lengths[part.records]]
-    batches = length_sorted_batches(sizes, trainer.args.per_device_train_batch_size)
+    micro_batch = trainer.args.per_device_train_batch_size
+    max_tokens = broadcast_from_rank0(tokens_without_gradient(trainer.model))  # all ranks must make the same batches
+    batches = length_sorted_batches(sizes, micro_batch, max_tokens)
     world_size, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
     own: list[tuple[int, float, float]] = []
     trainer.model.eval()
@@ -107,7 +109,7 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
         scored, pairs = score_pairs(trainer, collate([rows[row] for row in batch]))
         log_probs = answer_log_probs(scored.outputs.log_probs, scored.inputs["completion_mask"], trainer.ld_alpha)
         chosen, rejected = log_probs.float().cpu().chunk(2)
-        own += zip(pairs.tolist(), chosen.tolist(), rejected.tolist(), strict=True)
+        own += zip(pairs, chosen.tolist(), rejected.tolist(), strict=True)
     trainer.model.train()
     everything = gather_object(own) if world_size > 1 else own
     if wrong := sorted({pair for pair, *values in everything if not all(map(math.isfinite, values))}):
@@ -118,10 +120,30 @@ def compute_reference(trainer: PairTrainer, parts: Sequence[Rows], collate: Pair
     return {pair: (chosen, rejected) for pair, chosen, rejected in everything}
 
 
-def length_sorted_batches(sizes: Sequence[int], micro_batch: int) -> list[list[int]]:
-    """Batches of row indices, long rows first. None has more tokens than the `micro_batch` longest rows together."""
+def tokens_without_gradient(model: nn.Module) -> int:
+    """Tokens that fit into a forward pass without gradient, in a quarter of the free memory of the GPU; 0 on a CPU.
+
+    No layer keeps its activations, so the largest live tensors are those of one layer: the residual, the inputs and
+    outputs of the attention, and the projections of the MLP, in float32 at most. On a CPU, larger ones are not faster.
+    """
+    if not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    config = model.config.get_text_config()
+    width = 8 * config.hidden_size + 3 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    return int(free // 4 // (4 * width))
+
+
+def length_sorted_batches(sizes: Sequence[int], micro_batch: int, max_tokens: int = 0) -> list[list[int]]:
+    """Batches of row indices, long rows first.
+
+    Args:
+        sizes: tokens of each row.
+        micro_batch: a batch may have as many tokens as this many of the longest rows together.
+        max_tokens: or as many as this, if it is more.
+    """
     ordered = sorted(range(len(sizes)), key=lambda row: -sizes[row])
-    max_tokens = sum(sizes[row] for row in ordered[:micro_batch])
+    max_tokens = max(max_tokens, sum(sizes[row] for row in ordered[:micro_batch]))
     batches: list[list[int]] = []
     left = 0  # tokens that still fit into the last batch
     for row in ordered:

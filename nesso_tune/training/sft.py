@@ -28,11 +28,18 @@ class ConversationTrainer(BaseTrainer, SFTTrainer):
         extra = {name: inputs.pop(name) for name in NON_MODEL_KEYS if name in inputs}
         outputs = model(**inputs, fused_lm_head=True)
         state = self.run_state
-        add_sft_metrics(state.metrics, outputs, extra["group_ids"])
-        state.tokens += int(extra["tokens"])
-        state.supervised_tokens += int(outputs.label_mask.sum())
+        add_sft_metrics(state.metrics, outputs, extra["group_ids"], inputs["supervised_index"])
+        state.tokens += extra["tokens"]
+        state.supervised_tokens += extra["supervised_tokens"]
         # `num_items_in_batch` counts all processes, and gradients are averaged over them
         return nll_loss(outputs.log_probs, num_items_in_batch, self.accelerator.num_processes)
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor | None:
+        """Supervised tokens of a step, over all processes, as counted by the collator."""
+        if not batch_samples:
+            return None
+        count = torch.tensor(float(sum(batch["supervised_tokens"] for batch in batch_samples)))
+        return count if self.accelerator.num_processes == 1 else self.sum_over_processes(count)
 
 
 @torch.no_grad()
@@ -51,21 +58,23 @@ def evaluate_sft(trainer: ConversationTrainer, batches: Iterable[CountedBatch], 
         with trainer.compute_loss_context_manager():
             outputs = trainer.model_wrapped(**inputs, fused_lm_head=True)
         if counted:
-            add_sft_metrics(metrics, outputs, extra["group_ids"])
+            add_sft_metrics(metrics, outputs, extra["group_ids"], inputs["supervised_index"])
     return {f"eval_{name}": value for name, value in metrics.means(trainer.sum_over_processes).items()}
 
 
 @torch.no_grad()
-def add_sft_metrics(metrics: GroupedMetrics, outputs: Any, group_ids: Tensor) -> None:
+def add_sft_metrics(metrics: GroupedMetrics, outputs: Any, group_ids: Tensor, index: Tensor) -> None:
     """Adds loss and accuracy of every supervised token.
 
     Args:
         metrics: of `SFT_METRICS`.
         outputs: of the model on a batch.
         group_ids: group of each token, [rows, length].
+        index: of the supervised tokens in `labels[:, 1:]`, flattened.
     """
-    mask = outputs.label_mask
-    groups, losses = group_ids[:, 1:][mask], -outputs.log_probs[mask]
-    ones = torch.ones_like(losses)
-    metrics.add("loss", groups, losses, ones)
-    metrics.add("token_accuracy", groups, outputs.is_top1[mask].float(), ones)
+    groups, log_probs, is_top1 = (
+        values.flatten().index_select(0, index) for values in (group_ids[:, 1:], outputs.log_probs, outputs.is_top1)
+    )
+    ones = torch.ones_like(log_probs)
+    metrics.add("loss", groups, -log_probs, ones)
+    metrics.add("token_accuracy", groups, is_top1.float(), ones)

@@ -9,7 +9,9 @@ trainers: telemetry, which is off.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,36 @@ from nesso_tune.training.run_state import RunState
 from nesso_tune.training.throughput import SQUARED_LENGTHS, AttentionCostCollator, Throughput
 
 
+class WeightCasts:
+    """Keeps autocast's copies of the weights in bfloat16 over the micro batches of a step; they are made in the first.
+
+    Autocast drops them when its outermost context ends, which is the forward pass of each micro batch. The optimizer
+    changes the weights, so they must not be kept longer than a step.
+    """
+
+    def __init__(self) -> None:
+        self._open = False
+
+    @contextmanager
+    def kept(self, last: bool) -> Iterator[None]:
+        """Context of a micro batch; `last` is the last one of a step."""
+        if not self._open:
+            torch.autocast_increment_nesting()  # type: ignore[no-untyped-call]
+            self._open = True
+        try:
+            yield
+        except BaseException:
+            self._close()
+            raise
+        if last:
+            self._close()
+
+    def _close(self) -> None:
+        self._open = False
+        if torch.autocast_decrement_nesting() == 0:  # type: ignore[no-untyped-call]
+            torch.clear_autocast_cache()  # type: ignore[no-untyped-call]
+
+
 class BaseTrainer(Trainer):
     """Goes before TRL's trainer among the bases of a trainer. `set_up` must be called before training starts."""
 
@@ -47,6 +79,9 @@ class BaseTrainer(Trainer):
     evaluator: Evaluator | None
     throughput: Throughput
     checkpointer: Checkpointer
+    _weight_casts: WeightCasts
+    _fetch_batches: Callable[[], Any] | None = None
+    _next_batches: Any = None  # the micro batches of the next step, fetched ahead
 
     def set_up(
         self,
@@ -75,6 +110,7 @@ class BaseTrainer(Trainer):
         self.plan, self.run_dataset, self.run_state = plan, run_dataset, run_state
         self.metrics_log, self.alarms, self.evaluator = metrics_log, alarms, evaluator
         self.throughput, self.checkpointer = throughput, checkpointer
+        self._weight_casts = WeightCasts()
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, on every process."""
@@ -97,6 +133,7 @@ class BaseTrainer(Trainer):
             shuffle=False,
             collate_fn=AttentionCostCollator(self.data_collator),
             num_workers=0,
+            pin_memory=torch.cuda.is_available(),  # for copies that do not wait, see `accelerator_config`
         )
         return self.accelerator.prepare(loader)
 
@@ -123,19 +160,32 @@ class BaseTrainer(Trainer):
             super()._run_epoch(**options)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro batches of a step; the time spent waiting for them is measured."""
-        return super().get_batch_samples(self.throughput.time_batches(epoch_iterator), num_batches, device)
+        """The micro batches of a step; the time spent waiting for them is measured.
+
+        Those of the first step are fetched here, those of later ones during the step before.
+        """
+        self._fetch_batches = partial(
+            super().get_batch_samples, self.throughput.time_batches(epoch_iterator), num_batches, device
+        )
+        batches, self._next_batches = self._next_batches or self._fetch_batches(), None
+        return batches
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward pass of a micro batch; its loss is kept for the check before the update."""
+        """Forward and backward pass of a micro batch; its loss is kept for the check before the update.
+
+        After the last micro batch of a step, the next step's are collated and copied while a GPU still computes.
+        """
         self.throughput.add(inputs.pop(SQUARED_LENGTHS))
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with self._weight_casts.kept(last=self.accelerator.sync_gradients or self.is_fsdp_enabled):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.run_state.spike_guard.add(loss)
+        if self.accelerator.sync_gradients and self._fetch_batches is not None:
+            self._next_batches = self._fetch_batches()
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
-        if not self.run_state.spike_guard.allows_update(self, float(norm)):
+        if not self.run_state.spike_guard.allows_update(self, norm):
             for parameter in model.parameters():
                 parameter.grad = None  # the optimizer skips parameters without one: no update and no weight decay
         return norm

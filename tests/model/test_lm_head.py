@@ -65,7 +65,9 @@ def test_in_bfloat16_a_token_with_probability_close_to_1_has_a_gradient():
 def test_a_batch_without_supervised_tokens_has_zero_loss_and_a_gradient():
     hidden, head, _ = example(dtype=torch.float32)
     mask = torch.zeros(2, 11, dtype=torch.bool)
-    out = fused_output(*token_log_probs(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask)
+    out = fused_output(
+        *token_log_probs(hidden[:0], head, torch.zeros(0, dtype=torch.long)), mask, torch.zeros(0, dtype=torch.long)
+    )
     out.log_probs.sum().backward()
     assert float(out.log_probs.detach().sum()) == 0.0
     assert not hidden.grad.any()

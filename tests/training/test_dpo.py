@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nesso_tune import NumericalError, RecipeError, RunEnvironmentError
 from nesso_tune.run import train
@@ -19,6 +20,8 @@ from nesso_tune.training.numerical_checks import SpikeGuard
 from nesso_tune.training.reference import load_reference
 from tests.support.logs import logged
 from tests.support.runs import metrics, recipe, steps
+
+TINY = LlamaConfig(vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
 def test_first_loss_is_ln_2_and_every_log_ratio_is_zero(tmp_path, pairs):
@@ -222,6 +225,28 @@ def test_a_reference_of_another_model_is_refused(tmp_path, pairs, monkeypatch):
     monkeypatch.setattr(reference_module, "compute_reference", another)
     with pytest.raises(NumericalError, match="differs from the reference"):
         train(recipe("dpo", tmp_path / "run", [pairs]))
+
+
+def test_what_rounding_explains_falls_with_the_length_of_an_answer():
+    tokens = torch.tensor([1, 4, 36, 400])
+    assert dpo.rounding_limit(tokens, bf16=True).tolist() == pytest.approx([0.12, 0.06, 0.02, 0.02])
+    assert dpo.rounding_limit(tokens, bf16=False).tolist() == pytest.approx([1e-4] * 4)
+    noise = 0.012 * torch.randn(2000, 400, generator=torch.Generator().manual_seed(0))  # nats, of each token
+    for n in tokens.tolist():
+        means = noise[:, :n].mean(dim=1).abs()
+        assert (means <= dpo.rounding_limit(torch.full((2000,), n), bf16=True)).all()
+
+
+def test_the_reference_uses_larger_batches_where_a_gpu_has_memory(monkeypatch):
+    assert reference_module.tokens_without_gradient(AutoModelForCausalLM.from_config(TINY)) == 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (16 * 2**30, 80 * 2**30))
+    tokens = reference_module.tokens_without_gradient(AutoModelForCausalLM.from_config(TINY))
+    assert tokens == 2**30 // (8 * TINY.hidden_size + 3 * TINY.intermediate_size)
+    sizes = [50, 400, 30, 300, 20]
+    assert reference_module.length_sorted_batches(sizes, 1) == [[1], [3, 0, 2, 4]]
+    assert reference_module.length_sorted_batches(sizes, 1, 750) == [[1, 3, 0], [2, 4]]
+    assert reference_module.length_sorted_batches(sizes, 1, 10**6) == [[1, 3, 0, 2, 4]]
 
 
 def test_validation_pairs_from_a_file_of_their_own_have_their_own_reference(tmp_path, pairs, write_rows):

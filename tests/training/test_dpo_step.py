@@ -186,7 +186,7 @@ def test_a_step_is_trls_loss_of_all_its_pairs_however_it_is_split(trl, split, ro
 
 @pytest.mark.parametrize("name", get_args(LossName))
 def test_every_loss_is_a_mean_over_pairs_or_known_to_be_none(trl, name):
-    """Whatever TRL adds: a mean over pairs is that of each pair alone."""
+    """Whatever TRL adds: its loss of each pair alone is our value for the pair."""
     inputs = PairCollator(0, GROUPS, by_document=False)(pairs())
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
     inputs |= {key: values.flip(0) for key, values in reference(inputs).items()}  # so that its order is another one
@@ -197,9 +197,24 @@ def test_every_loss_is_a_mean_over_pairs_or_known_to_be_none(trl, name):
         outputs = ours(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=labels,
                        fused_lm_head=True)  # fmt: skip
         whole = DPOTrainer._compute_loss(trainer, lambda **_: outputs, dict(inputs), False)
-        alone = [losses.preference_loss_of_rows(trainer, outputs, inputs, torch.tensor([i])) for i in range(len(SIZES))]
-    separable = float(torch.stack(alone).mean()) == pytest.approx(float(whole), rel=1e-6)
+        alone = torch.stack([trls_loss_of_pair(trainer, outputs, inputs, i) for i in range(len(SIZES))])
+        values = losses.preference_losses(trainer, lambda **_: outputs, dict(inputs))
+    separable = float(alone.mean()) == pytest.approx(float(whole), rel=1e-6)
     assert separable == (name not in (*SORTED_LOSSES, losses.SFT))
+    if name != losses.SFT:
+        assert type(values) is torch.Tensor
+        assert float(values.mean()) == pytest.approx(float(whole), rel=1e-6)
+    if separable:
+        torch.testing.assert_close(values, alone, rtol=1e-6, atol=1e-7)
+
+
+def trls_loss_of_pair(trainer, outputs, inputs, pair):
+    """TRL's own loss of a batch of one pair, from outputs already computed."""
+    both = [pair, pair + len(SIZES)]
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1")
+    of_pair = SimpleNamespace(**{name: getattr(outputs, name)[both] for name in fields})
+    own = {name: value[[pair] if name.startswith("ref_") else both] for name, value in inputs.items()}
+    return DPOTrainer._compute_loss(trainer, lambda **_: of_pair, own, False)
 
 
 def closed_form(name, policy, given, beta):

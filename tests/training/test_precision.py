@@ -1,10 +1,14 @@
 """bfloat16 computes with float32 weights: a run in it follows the run in float32."""
 
 import statistics
+from contextlib import nullcontext
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nesso_tune.run import train
+from nesso_tune.training.trainer import WeightCasts
 from tests.support.runs import BASE, recipe, steps, thorough
 
 DATA = BASE.parent / "data"
@@ -32,3 +36,33 @@ def test_bfloat16_follows_float32_over_200_steps(tmp_path, method):
         assert rounded == pytest.approx(exact, rel=0.05, abs=0.01)
     first = [steps(tmp_path / dtype)[1] for dtype in ("float32", "bfloat16")]
     assert first[1] == pytest.approx(first[0], rel=0.01)
+
+
+class CastCounter(TorchDispatchMode):
+    """Counts casts of matrices from float32 to bfloat16 that are the size of a weight of the quickstart model."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.name().startswith("aten::_to_copy") and out.dtype == torch.bfloat16 and args[0].is_leaf:
+            self.count += args[0].requires_grad and args[0].ndim == 2
+        return out
+
+
+def test_weights_are_cast_once_per_step(tmp_path, talks, monkeypatch):
+    counts, weights = {}, {}
+    for name in ("kept", "cast again"):
+        if name != "kept":
+            monkeypatch.setattr(WeightCasts, "kept", lambda *_, **__: nullcontext())
+        some = recipe("sft", tmp_path / name, [talks], model={"dtype": "bfloat16"}, evaluation=None,
+                      train={"micro_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2})  # fmt: skip
+        with CastCounter() as counter:
+            train(some)
+        counts[name], weights[name] = counter.count, (tmp_path / name / "final" / "model.safetensors").read_bytes()
+    assert weights["kept"] == weights["cast again"]
+    assert 0 < counts["kept"] <= counts["cast again"] / 3, counts
+    assert torch.autocast_increment_nesting() == 1, "no context is left open"
+    torch.autocast_decrement_nesting()
