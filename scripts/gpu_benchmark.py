@@ -15,6 +15,8 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +24,21 @@ import gpu_workload as given
 from gpu_wheels import ROOT, environment
 from gpu_workload import Failed, Line, Size
 
-CASE_LIMIT_S, SHORTEST_S = 110, 25  # a case is ended after the first, and not started with less than the second left
+CASE_LIMIT_S, SHORTEST_S = 150, 25  # a case is ended after the first, and not started with less than the second left
 KERNELS = {"flash": "attention", "fmha": "attention", "attention": "attention", "gemm": "matmul", "nvjet": "matmul",
            "cutlass": "matmul", "::mm": "matmul", "addmm": "matmul", "triton": "compiled"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: nesso-tune or TRL, with settings of `train` or traits of TRL."""
+    """One measurement: method, nesso-tune or TRL, micro batch size, and deviations from the default."""
 
     method: str
     side: str
     micro: int | str
     traits: tuple[str, ...] = ()
 
-    @property
-    def name(self) -> str:
-        """Label in the table."""
+    def __str__(self) -> str:
         return ", ".join([self.method.upper(), self.side, f"micro batch {self.micro}", *self.traits])
 
 
@@ -59,8 +59,6 @@ NOT_IN_TOY = {CASES[2], CASES[3], CASES[8], CASES[9], CASES[10], CASES[12]}  # t
 # Child processes: they import torch, TRL and nesso-tune, which the parent cannot.
 def setup(size: Size, work: Path, *_: str) -> Line:
     """Saves the base model; returns the machine, and for each step its tokens and FLOPs by both conventions."""
-    from importlib.metadata import version
-
     import torch
 
     from nesso_tune.recipes.schema import TrainSection
@@ -71,17 +69,15 @@ def setup(size: Size, work: Path, *_: str) -> Line:
         each = [given.workload(row, TrainingFlops.of(model)) for row in given.prepared(size, method, work)]
         chunks = [each[i : i + count] for i in range(0, len(each), count)]
         per_step[method] = [[sum(column) for column in zip(*chunk, strict=True)] for chunk in chunks]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "nesso-tune")]
+    parts = [torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"]
+    parts += [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "nesso-tune")]
     known = json.dumps(TrainSection.model_json_schema()["properties"]["micro_batch_size"])
-    return {"machine": ", ".join([gpu, *versions, f"{model.num_parameters() / 1e6:.1f} M parameters"]),
+    return {"machine": ", ".join([*parts, f"{model.num_parameters() / 1e6:.1f} M parameters"]),
             "peak": device_peak(), "auto": '"auto"' in known, "work": per_step}  # fmt: skip
 
 
 def trl(size: Size, work: Path, *arguments: str) -> Line:
     """Trains with TRL on the same rows in the same order and precision; the fastest settings that it has here."""
-    from importlib.util import find_spec
-
     import torch
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -96,8 +92,6 @@ def trl(size: Size, work: Path, *arguments: str) -> Line:
     kernel = "flex_attention" if "flex" in case.traits else "flash_attention_2" if flash else "sdpa"
 
     class Clock(TrainerCallback):
-        """Time and loss of each log line, which waits for the device."""
-
         def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 lines.append({"step": state.global_step, "seconds": time.monotonic(), "loss": logs["loss"]})
@@ -113,19 +107,18 @@ def trl(size: Size, work: Path, *arguments: str) -> Line:
               "logging_first_step": True, "disable_tqdm": True, "seed": given.SEED, "use_cpu": not gpu, "bf16": True,
               "use_liger_kernel": liger, "max_steps": size.steps, "per_device_train_batch_size": case.micro,
               "gradient_accumulation_steps": size.rows[case.method] // case.micro, "gradient_checkpointing": False,
-              "learning_rate": given.RATES[case.method], "lr_scheduler_type": "constant", "optim": "adamw_torch_fused",
-              "max_grad_norm": 1.0, "weight_decay": 0.0, "train_sampling_strategy": "sequential", "max_length": None,
-              "torch_compile": "compiled" in case.traits,
+              "learning_rate": given.RATES[case.method], "lr_scheduler_type": "constant", "max_length": None,
+              "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "train_sampling_strategy": "sequential",
+              "torch_compile": "compiled" in case.traits, "weight_decay": 0.0,
               "model_init_kwargs": {"dtype": "float32", "attn_implementation": kernel}}  # fmt: skip
     settings: Line = {"model": str(work / "base"), "callbacks": [Clock()],
                    "processing_class": AutoTokenizer.from_pretrained(work / "base")}  # fmt: skip
-    columns = ("input_ids", "labels", "seq_lengths") if case.method == "sft" else given.PAIR_IDS
-    rows = given.prepared(size, case.method, work)
+    columns, rows = given.COLUMNS[case.method], given.prepared(size, case.method, work)
     settings["train_dataset"] = Dataset.from_list([{name: row[name] for name in columns} for row in rows])
     if case.method == "dpo":
-        precompute = "precomputed reference" in case.traits
+        shared["precompute_ref_log_probs"] = "precomputed reference" in case.traits
         tokenized = type("Tokenized", (DPOTrainer,), {"_prepare_dataset": lambda _, rows, *__: rows})
-        trainer = tokenized(**settings, args=DPOConfig(**shared, beta=0.1, precompute_ref_log_probs=precompute))
+        trainer = tokenized(**settings, args=DPOConfig(**shared, beta=0.1))
     else:
         packed = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "padding_free": flash}
         settings |= {} if flash else {"data_collator": apart}
@@ -143,8 +136,8 @@ def ours(case: Case, size: Size, work: Path, settings: dict[str, str], seconds: 
         text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"loss"' in line]
 
-    train: Line = {"micro_batch_size": case.micro, "profile": "profile" in case.traits}
-    train |= {"torch_compile": "compiled" in case.traits} if case.method == "sft" else {}
+    compiled = {"torch_compile": "compiled" in case.traits} if case.method == "sft" else {}
+    train = {"micro_batch_size": case.micro, "profile": "profile" in case.traits, **compiled}
     recipe = given.write_recipe(size, case.method, work, folder, {"train": train})
     command = [sys.executable, "-m", "nesso_tune", "train", str(recipe)]
     given.run(command, recipe, settings, seconds, lambda: any(line["step"] >= size.steps for line in lines()))
@@ -176,54 +169,50 @@ def figures(found: Line, size: Size, facts: Line, method: str) -> Line:
     at = {line["step"]: line["seconds"] for line in found["lines"]}
     seconds, per_step = at[size.steps] - at[size.first], facts["work"][method][size.first :]
     tokens, needed, common = (sum(column) / seconds for column in zip(*per_step, strict=True))
-    return {"step": seconds / (size.steps - size.first), "tokens": tokens, "needed": needed, "common": common,
-            "memory": found["memory"], "loss": found["lines"][0]["loss"], "attention": found["attention"],
-            "micro": found.get("micro", "")}  # fmt: skip
+    return {**found, "step": seconds / len(per_step), "tokens": tokens, "needed": needed, "common": common}
 
 
-def table(results: dict[Case, Line], facts: Line, left: dict[str, str]) -> str:
+def table(results: dict[Case, Line], facts: Line, left: dict[Case, str]) -> str:
     """The Markdown document of all results so far."""
     peak, rows = facts["peak"], []
     head = ("case", "step, s", "tokens/s", "MFU, needed FLOPs", "MFU, common count", "memory, GB", "first loss",
             "attention", "speed / fastest TRL")  # fmt: skip
     for case, line in sorted(results.items(), key=lambda item: (item[0].method != "sft", item[0].side)):
         if "tokens" not in line:
-            rows.append([case.name, line.get("error", "see below"), *[""] * 7])
+            rows.append([str(case), line.get("error", "see below"), *[""] * 7])
             continue
         rivals = [r.get("tokens", 0) for c, r in results.items() if (c.method, c.side) == (case.method, "TRL")]
         rates = [f"{x / peak:.1%}" if peak else f"{x / 1e12:.3g} TFLOP/s" for x in (line["needed"], line["common"])]
-        rows.append([case.name + (f" ({line['micro']})" if case.micro == "auto" else ""), f"{line['step']:.3f}",
-                     f"{line['tokens']:,.0f}", *rates, f"{line['memory']:.1f}", f"{line['loss']:.4f}",
+        rows.append([f"{case}" + (f" ({line['micro']})" if case.micro == "auto" else ""), f"{line['step']:.3f}",
+                     f"{line['tokens']:,.0f}", *rates, f"{line['memory']:.1f}", f"{line['lines'][0]['loss']:.4f}",
                      line["attention"], f"{line['tokens'] / max(rivals):.2f}" if any(rivals) else ""])  # fmt: skip
     title = f"{facts['machine']}; bfloat16 peak {f'{peak / 1e12:g} TFLOP/s' if peak else 'unknown'}"
-    profiles = [line["profile"] for line in results.values() if "profile" in line]
+    after = [line["profile"] for line in results.values() if "profile" in line]
+    after += [f"Left out: {case}: {why}" for case, why in left.items()]
     lines = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-    return "\n\n".join([title, lines, *profiles, *(f"Left out: {name}: {why}" for name, why in left.items())]) + "\n"
+    return "\n\n".join([title, lines, *after]) + "\n"
 
 
 def measure(options: argparse.Namespace, size: Size, work: Path, end: float) -> dict[Case, Line]:
     """Measures the cases until the time is up, and writes the table after each."""
     settings = environment(work, options.wheels)
-    (work / "size.json").write_text(json.dumps(asdict(size)))
     given.write_data(size, work)
 
     def child(kind: str, seconds: float, *words: str) -> Line:
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", kind, str(work), *words]
+        command = [sys.executable, __file__, "--child", kind, json.dumps(asdict(size)), str(work), *words]
         return dict(json.loads(given.run(command, work / kind, settings, seconds).splitlines()[-1]))
 
     results: dict[Case, Line] = {}
     facts, left = child("setup", end - time.monotonic()), {}
-    for case in (case for case in CASES if options.only in case.name and not (options.toy and case in NOT_IN_TOY)):
+    for case in (case for case in CASES if options.only in str(case) and not (options.toy and case in NOT_IN_TOY)):
         sft = [c for c, line in results.items() if (c.method, c.side) == ("sft", "nesso-tune") and "tokens" in line]
-        seconds = min(CASE_LIMIT_S, end - time.monotonic())
+        seconds = min(end - time.monotonic(), end if options.toy else CASE_LIMIT_S)
         if case.micro == "auto" and not facts["auto"]:
-            left[case.name] = "this version has no train.micro_batch_size: auto"
-        elif case.micro == "best" and not sft:
-            left[case.name] = "no SFT case succeeded"
-        elif seconds < SHORTEST_S:
-            left[case.name] = "no time"
+            left[case] = "this version has no train.micro_batch_size: auto"
+        elif seconds < SHORTEST_S or (case.micro == "best" and not sft):
+            left[case] = "no time" if seconds < SHORTEST_S else "no SFT case succeeded"
         else:
-            print(f"{end - time.monotonic():4.0f} s left: {case.name}", file=sys.stderr, flush=True)
+            print(f"{end - time.monotonic():4.0f} s left: {case}", file=sys.stderr, flush=True)
             best = max(sft, key=lambda one: results[one]["tokens"], default=case)
             real = replace(best, traits=(*best.traits, *case.traits)) if case.micro == "best" else case
             try:
@@ -233,7 +222,7 @@ def measure(options: argparse.Namespace, size: Size, work: Path, end: float) -> 
             except Failed as error:
                 results[real] = {"error": f"failed: {error}".replace("|", "/")[:160]}
         (options.folder / "table.md").write_text(table(results, facts, left), encoding="utf-8")
-    print((options.folder / "table.md").read_text(encoding="utf-8"))
+    print(table(results, facts, left))
     return results
 
 
@@ -255,8 +244,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        kind, place = {"setup": setup, "trl": trl}[sys.argv[2]], Path(sys.argv[3])
-        answer = kind(Size(**json.loads((place / "size.json").read_text())), place, *sys.argv[4:])
-        print(json.dumps(answer), flush=True)
+        kind, workload, place = {"setup": setup, "trl": trl}[sys.argv[2]], Size(**json.loads(sys.argv[3])), sys.argv[4]
+        print(json.dumps(kind(workload, Path(place), *sys.argv[5:])), flush=True)
     else:
         main()

@@ -48,7 +48,7 @@ class Bench:
         sections, method = CASES[name], CASES[name].get("method", "sft")
         if name == "flash" and not self.facts["gpu"]:
             sections = {"model": {"attention": "sdpa"}}  # the only kernel of a CPU
-        sections = {"data": {"validation_size": 8}, "checkpoint": {"every_steps": EVERY, "keep": 2},
+        sections = {"data": {"validation_size": 8}, "checkpoint": {"every_steps": EVERY, "keep": 1},
                     "evaluation": {"every_steps": EVERY, "samples": 2, "max_new_tokens": 16}, **sections}  # fmt: skip
         folders = [self.work / f"{name}-{kind}" for kind in ("whole", "killed")]
         recipes = [write_recipe(self.size, method, self.work, folder, sections) for folder in folders]

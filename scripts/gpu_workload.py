@@ -22,7 +22,7 @@ from gpu_wheels import ROOT
 QUICKSTART, SEED = ROOT / "recipes" / "quickstart", 1
 TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.5, 8  # of the quickstart's tokenizer; around two messages
 RATES = {"sft": 1e-4, "dpo": 1e-6}
-PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+COLUMNS = {"sft": ("input_ids", "labels", "seq_lengths"), "dpo": ("prompt_ids", "chosen_ids", "rejected_ids")}
 Line = dict[str, Any]
 
 
@@ -139,7 +139,7 @@ def workload(row: Line, flops: Any) -> tuple[int, float, float]:
         sequences, tokens = [len(row["input_ids"])], len(row["input_ids"])
         supervised = sum(label != -100 for label in row["labels"])
     else:
-        prompt, chosen, rejected = (len(row[name]) for name in PAIR_IDS)
+        prompt, chosen, rejected = (len(row[name]) for name in COLUMNS["dpo"])
         sequences, supervised = [prompt + chosen, prompt + rejected], chosen + rejected
         tokens = prompt + supervised
     needed = flops.token * tokens + flops.supervised * supervised + flops.square * squared_lengths(row)
