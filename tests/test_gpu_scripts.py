@@ -71,6 +71,7 @@ def test_the_benchmark_measures_both_sides(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| DPO")]
     assert [row[0] for row in rows] == [
         "DPO, TRL, micro batch 8, precomputed reference",
+        "DPO, TRL, micro batch 8",
         "DPO, nesso-tune, micro batch 8",
     ]
     assert {row[6] for row in rows} == {"0.6931"}, "both sides start with the loss ln 2"
