@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test fuzz check quickstart ask audit elsewhere constraints clean
+.PHONY: test fuzz check quickstart ask audit elsewhere gpu-wheels constraints clean
 
 # The tested versions; where an index does not have them any more, the newest that pyproject.toml allows, which is said.
 $(READY): pyproject.toml constraints.txt
@@ -51,6 +51,10 @@ audit: $(READY)
 # final/ in transformers 4.57, lm-eval, gguf and plain Jinja, which get an environment of their own; see docs/final.md.
 elsewhere: $(READY)
 	$(BIN)/python -m tests.benchmarks.elsewhere --folder $(VENV)/elsewhere
+
+# Packages for a GPU machine without a network: a folder of wheels for scripts/gpu_smoke.py and scripts/gpu_benchmark.py.
+gpu-wheels: $(READY)
+	$(BIN)/python scripts/gpu_wheels.py .gpu-wheels
 
 # Writes what is installed into constraints.txt: after `make clean test` with newer versions.
 constraints: $(READY)

@@ -1,230 +1,250 @@
-"""Compares training with TRL on one GPU, on the same rows: speed, memory and numerical accuracy.
+"""Measures nesso-tune and TRL on one GPU, in one call of at most ten minutes, and prints one Markdown table.
 
-    python scripts/gpu_benchmark.py [FOLDER] [--toy] [--only sft|dpo|look] [--skip WORD]
-        [--sft-steps N] [--dpo-steps N] [--rounds N]
+    python scripts/gpu_benchmark.py [FOLDER] [--wheels FOLDER] [--toy] [--minutes 9.5] [--only WORD]
 
-The model has the shape of Zagreus and random weights; SFT is packed to 4096 tokens, DPO is limited to 1024; float32
-weights under bfloat16 autocast. No network is needed. After each measurement a line is appended to
-FOLDER/figures.jsonl and FOLDER/table.md is rewritten, so an interrupted run keeps its results. `--toy` runs a small
-version, also on a CPU. docs/benchmarks.md describes the comparison.
+The shape of Zagreus with random weights on generated conversations: no download. FOLDER/table.md is rewritten after
+each case. docs/benchmarks.md describes the cases. The parent process needs the standard library only.
 """
 
 import argparse
+import gzip
 import json
-import os
 import shutil
-import statistics
-import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, replace
-from itertools import pairwise
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gpu_benchmark_cases import CASES, METHODS, NOT_IN_TOY, ROOT, TOY, ZAGREUS, Case, Size, write_data, write_recipe
-from gpu_benchmark_table import table
+import gpu_workload as given
+from gpu_wheels import ROOT, environment
+from gpu_workload import Failed, Line, Size
 
-TIMEOUT_S = 240  # per case
-Figures = dict[str, Any]
-
-
-class Failed(Exception):
-    """A case failed; the message is the last line of its output."""
+CASE_LIMIT_S, SHORTEST_S = 150, 25  # a case is ended after the first, and not started with less than the second left
+KERNELS = {"flash": "attention", "fmha": "attention", "attention": "attention", "gemm": "matmul", "nvjet": "matmul",
+           "cutlass": "matmul", "::mm": "matmul", "addmm": "matmul", "triton": "compiled"}  # fmt: skip
 
 
-def environment(work: Path, toy: bool) -> dict[str, str]:
-    """Environment of both sides: one GPU, Hub offline, separate caches."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    fixed = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
-             "NESSO_TUNE_CACHE": str(work / "cache"), "HF_DATASETS_CACHE": str(work / "datasets"),
-             "CUDA_VISIBLE_DEVICES": visible}  # fmt: skip
-    return {**os.environ, **fixed, **({"OMP_NUM_THREADS": "1"} if toy else {})}
+@dataclass(frozen=True)
+class Case:
+    """One measurement: method, nesso-tune or TRL, micro batch size, and deviations from the default."""
+
+    method: str
+    side: str
+    micro: int | str
+    traits: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join([self.method.upper(), self.side, f"micro batch {self.micro}", *self.traits])
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log file."""
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else "no output"
+CASES = (  # what decides most comes first: cases that start too late are left out
+    *(Case("sft", "nesso-tune", micro, ("compiled",)) for micro in (8, "auto", 4, 1)),
+    Case("sft", "TRL", 8, ("rows apart",)),
+    Case("dpo", "nesso-tune", 8),
+    Case("dpo", "TRL", 8, ("precomputed reference",)),
+    Case("sft", "nesso-tune", 8),
+    Case("sft", "nesso-tune", "best", ("profile",)),
+    Case("sft", "TRL", 8, ("rows apart", "compiled")),
+    Case("sft", "TRL", 4, ("flex", "compiled")),
+    *(Case("sft", "nesso-tune", micro) for micro in ("auto", 4, 1)),
+    Case("dpo", "TRL", 8),
+)
+NOT_IN_TOY = {case for case in CASES if case.micro == 4 or "compiled" in case.traits}  # they take minutes on a CPU
 
 
-def child(what: str, work: Path, settings: dict[str, str], case: Case | None = None) -> Figures:
-    """Runs gpu_benchmark_child.py and returns its JSON result.
+# Child processes: they import torch, TRL and nesso-tune, which the parent cannot.
+def setup(size: Size, work: Path, *_: str) -> Line:
+    """Saves the base model; returns the machine, and for each step its tokens and FLOPs by both conventions."""
+    import torch
 
-    Raises:
-        Failed: on a non-zero exit code or a timeout.
-    """
-    log = work / "log"
-    command = [sys.executable, str(Path(__file__).with_name("gpu_benchmark_child.py")), what, str(work)]
-    command += [json.dumps(asdict(case))] if case else []
-    with log.open("w") as errors:
-        try:
-            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, env=settings, timeout=TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"timed out after {TIMEOUT_S} s") from None
-    if done.returncode:
-        raise Failed(last_line(log))
-    answer: Figures = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    from nesso_tune.recipes.schema import TrainSection
+    from nesso_tune.training.throughput import TrainingFlops, device_peak
 
-
-def ours(case: Case, size: Size, work: Path, settings: dict[str, str]) -> Figures:
-    """Runs nesso-tune and reads its metrics.jsonl. The process is killed after the last step, before saving.
-
-    Raises:
-        Failed: if it exits earlier, or on a timeout.
-    """
-    run, log, began = work / "run", work / "log", time.monotonic()
-    shutil.rmtree(run, ignore_errors=True)
-    if case.method == "dpo" and "cached reference" not in case.traits:
-        shutil.rmtree(work / "cache" / "reference", ignore_errors=True)
-    command = [sys.executable, "-m", "nesso_tune", "train", str(write_recipe(case, size, work))]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=settings, cwd=ROOT)
-        try:
-            while len(steps := logged(run)) < size.steps[case.method]:
-                if process.poll() is not None:
-                    raise Failed(last_line(log))
-                if time.monotonic() - began > TIMEOUT_S:
-                    raise Failed(f"timed out after {TIMEOUT_S} s")
-                time.sleep(0.1)
-        finally:
-            process.kill()
-            process.wait()
-    reference = [line["seconds"] for line in metrics(run) if line.get("event") == "reference"]
-    return {
-        "seconds": [line["seconds"] - sum(reference) for line in steps],
-        "losses": [line["loss"] for line in steps],
-        "peak_memory_gb": steps[-1]["peak_memory_gb"],
-        "attention": json.loads((run / "manifest.json").read_text(encoding="utf-8"))["attention"],
-        **({"reference_s": sum(reference)} if reference else {}),
-    }
+    model, per_step = given.save_base(size, work / "base"), {}
+    for method, count in size.rows.items():
+        each = [given.workload(row, TrainingFlops.of(model)) for row in given.prepared(size, method, work)]
+        chunks = [each[i : i + count] for i in range(0, len(each), count)]
+        per_step[method] = [[sum(column) for column in zip(*chunk, strict=True)] for chunk in chunks]
+    parts = [torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"]
+    parts += [f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "accelerate", "nesso-tune")]
+    known = json.dumps(TrainSection.model_json_schema()["properties"]["micro_batch_size"])
+    return {"machine": ", ".join([*parts, f"{model.num_parameters() / 1e6:.1f} M parameters"]),
+            "peak": device_peak(), "auto": '"auto"' in known, "work": per_step}  # fmt: skip
 
 
-def metrics(run: Path) -> list[Figures]:
-    """The complete lines of a run's metrics.jsonl so far."""
-    file = run / "metrics.jsonl"
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def trl(size: Size, work: Path, *arguments: str) -> Line:
+    """Trains with TRL on the same rows in the same order and precision; the fastest settings that it has here."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    from nesso_tune.training.throughput import peak_memory
+
+    case = Case(**json.loads(arguments[0]))
+    gpu, lines = torch.cuda.is_available(), []
+    flash, liger = gpu and find_spec("flash_attn") is not None, gpu and find_spec("liger_kernel") is not None
+    kernel = "flex_attention" if "flex" in case.traits else "flash_attention_2" if flash else "sdpa"
+
+    class Clock(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                lines.append({"step": state.global_step, "seconds": time.monotonic(), "loss": logs["loss"]})
+
+    def apart(rows: list[Line]) -> Line:
+        """TRL's collator, but packed rows remain a batch: attention masks then cover one row, not the whole batch."""
+        batch = DataCollatorForLanguageModeling(pad_token_id=0, return_position_ids=True)(rows)
+        del batch["attention_mask"]  # transformers separates documents by position_ids only without a mask
+        batch["labels"][batch["position_ids"] == 0] = -100
+        return batch
+
+    shared = {"output_dir": str(work / "trl"), "report_to": "none", "save_strategy": "no", "logging_steps": size.first,
+              "logging_first_step": True, "disable_tqdm": True, "seed": given.SEED, "use_cpu": not gpu, "bf16": True,
+              "use_liger_kernel": liger, "max_steps": size.steps, "per_device_train_batch_size": case.micro,
+              "gradient_accumulation_steps": size.rows[case.method] // case.micro, "gradient_checkpointing": False,
+              "learning_rate": given.RATES[case.method], "lr_scheduler_type": "constant", "max_length": None,
+              "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "train_sampling_strategy": "sequential",
+              "torch_compile": "compiled" in case.traits, "weight_decay": 0.0,
+              "model_init_kwargs": {"dtype": "float32", "attn_implementation": kernel}}  # fmt: skip
+    settings: Line = {"model": str(work / "base"), "callbacks": [Clock()],
+                   "processing_class": AutoTokenizer.from_pretrained(work / "base")}  # fmt: skip
+    columns, rows = given.COLUMNS[case.method], given.prepared(size, case.method, work)
+    settings["train_dataset"] = Dataset.from_list([{name: row[name] for name in columns} for row in rows])
+    if case.method == "dpo":
+        shared["precompute_ref_log_probs"] = "precomputed reference" in case.traits
+        tokenized = type("Tokenized", (DPOTrainer,), {"_prepare_dataset": lambda _, rows, *__: rows})
+        trainer = tokenized(**settings, args=DPOConfig(**shared, beta=0.1))
+    else:
+        packed = {"dataset_kwargs": {"skip_prepare_dataset": True}, "packing": False, "padding_free": flash}
+        settings |= {} if flash else {"data_collator": apart}
+        trainer = SFTTrainer(**settings, args=SFTConfig(**shared, **packed))
+    trainer.train()
+    return {"lines": lines, "memory": peak_memory() / 1e9, "attention": kernel + (", liger" if liger else "")}
 
 
-def logged(run: Path) -> list[Figures]:
-    """The lines of training steps."""
-    return [line for line in metrics(run) if "loss" in line and "event" not in line]
+def ours(case: Case, size: Size, work: Path, settings: dict[str, str], seconds: float) -> Line:
+    """Runs nesso-tune and reads metrics.jsonl. The process is killed after its last step, before it saves."""
+    folder = work / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def lines() -> list[Line]:
+        text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"loss"' in line]
+
+    compiled = {"torch_compile": "compiled" in case.traits} if case.method == "sft" else {}
+    train = {"micro_batch_size": case.micro, "profile": "profile" in case.traits, **compiled}
+    recipe = given.write_recipe(size, case.method, work, folder, {"train": train})
+    command = [sys.executable, "-m", "nesso_tune", "train", str(recipe)]
+    given.run(command, recipe, settings, seconds, lambda: any(line["step"] >= size.steps for line in lines()))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    if trace := next(iter(folder.glob("profile/*.json.gz")), None):
+        return {"profile": profile(json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"])}
+    return {"lines": lines(), "memory": lines()[-1]["peak_memory_gb"], "attention": manifest["attention"],
+            "micro": manifest.get("micro_batch", case.micro)}  # fmt: skip
 
 
-def figures(case: Case, size: Size, found: Figures, facts: Figures) -> Figures:
-    """Throughput from the median time of the measured steps and their mean workload, which both sides share."""
-    first, seconds = size.first[case.method], found["seconds"]
-    times = [later - earlier for earlier, later in pairwise(seconds)][first - 1 :]
-    did = facts[case.method][first:]
-    step = statistics.median(times)
-    rate = {key: statistics.mean(one[key] for one in did) / step for key in did[0]}
-    reference = found.get("reference_s")
-    return {
-        "step_s": round(step, 5),
-        "slowest_step_s": round(max(times), 5),
-        **{f"{name}_per_s": round(rate[name], 2) for name in ("rows", "tokens", "supervised_tokens")},
-        "teraflops": float(f"{rate['operations'] / 1e12:.4g}"),
-        "mfu": None if facts["peak"] is None else round(rate["operations"] / facts["peak"], 4),
-        "peak_memory_gb": round(found["peak_memory_gb"], 3),
-        "reference_s": None if reference is None else round(reference, 3),
-        "training_s": round(seconds[-1] + (reference or 0.0), 3),
-        "losses": found["losses"],
-        "attention": found["attention"],
-    }
+def profile(events: list[Line]) -> str:
+    """What the device did in the profiled steps, as Markdown; of a CPU, its operators, which contain each other."""
+    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events = on_gpu or [e for e in events if e.get("cat") == "cpu_op"]
+    busy, seen, names = Counter(), Counter(), Counter()
+    for event in events:
+        kind = next((kind for word, kind in KERNELS.items() if word in event["name"].lower()), "other")
+        busy[kind], seen[kind] = busy[kind] + event["dur"], seen[kind] + 1
+        names[event["name"][:90].replace("|", "/")] += event["dur"]
+    total = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
+    rows = [(f"all {kind}", seen[kind], us) for kind, us in busy.most_common()]
+    rows += [(f"`{name}`", "", us) for name, us in names.most_common(10)]
+    head = f"Profile of {total / 1e3:.0f} ms:\n\n| kernels | number | ms | share of time |\n|---|---|---|---|"
+    return "\n".join([head, *(f"| {name} | {n} | {us / 1e3:.1f} | {us / total:.1%} |" for name, n, us in rows)])
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parses the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/gpu-benchmark"))
-    parser.add_argument("--toy", action="store_true", help="a small version, also on a CPU")
-    parser.add_argument("--only", choices=["sft", "dpo", "look"])
-    parser.add_argument("--skip", action="append", default=[], metavar="WORD", help="skip cases with this trait")
-    parser.add_argument("--sft-steps", type=int, help="SFT steps (default 20)")
-    parser.add_argument("--dpo-steps", type=int, help="DPO steps (default 16)")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="measurements per case; the median is reported (default 1)"
-    )
-    return parser.parse_args()
+def figures(found: Line, size: Size, facts: Line, method: str) -> Line:
+    """Speed between two log lines, for the workload that both sides share."""
+    at = {line["step"]: line["seconds"] for line in found["lines"]}
+    seconds, per_step = at[size.steps] - at[size.first], facts["work"][method][size.first :]
+    tokens, needed, common = (sum(column) / seconds for column in zip(*per_step, strict=True))
+    return {**found, "step": seconds / len(per_step), "tokens": tokens, "needed": needed, "common": common}
 
 
-def selected_size(options: argparse.Namespace) -> Size:
-    """The workload selected on the command line."""
-    size = TOY if options.toy else ZAGREUS
-    given = {"sft": options.sft_steps, "dpo": options.dpo_steps}
-    steps = {method: given[method] or default for method, default in size.steps.items()}
-    if short := [method for method in METHODS if steps[method] <= size.first[method]]:
-        sys.exit(f"{short[0]}: the first {size.first[short[0]]} steps are warm-up; increase --{short[0]}-steps")
-    return replace(size, steps=steps)
+def table(results: dict[Case, Line], facts: Line, left: dict[Case, str]) -> str:
+    """The Markdown document of all results so far."""
+    peak, rows = facts["peak"], []
+    head = ("case", "step, s", "tokens/s", "MFU, needed FLOPs", "MFU, common count", "memory, GB", "first loss",
+            "attention", "speed / fastest TRL")  # fmt: skip
+    for case, line in sorted(results.items(), key=lambda item: (item[0].method != "sft", item[0].side)):
+        if "tokens" not in line:
+            rows.append([str(case), line.get("error", "see below"), *[""] * 7])
+            continue
+        rivals = [r.get("tokens", 0) for c, r in results.items() if (c.method, c.side) == (case.method, "TRL")]
+        rates = [f"{x / peak:.1%}" if peak else f"{x / 1e12:.3g} TFLOP/s" for x in (line["needed"], line["common"])]
+        rows.append([f"{case}" + (f" ({line['micro']})" if case.micro == "auto" else ""), f"{line['step']:.3f}",
+                     f"{line['tokens']:,.0f}", *rates, f"{line['memory']:.1f}", f"{line['lines'][0]['loss']:.4f}",
+                     line["attention"], f"{line['tokens'] / max(rivals):.2f}" if any(rivals) else ""])  # fmt: skip
+    title = f"{facts['machine']}; bfloat16 peak {f'{peak / 1e12:g} TFLOP/s' if peak else 'unknown'}"
+    after = [line["profile"] for line in results.values() if "profile" in line]
+    after += [f"Left out: {case}: {why}" for case, why in left.items()]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+    return "\n\n".join([title, lines, *after]) + "\n"
 
 
-def selected_cases(options: argparse.Namespace, flash: bool) -> list[Case]:
-    """The cases to measure. With flash-attn, TRL does not need the other ways to separate documents."""
-    skipped = set(options.skip) | ({"rows apart", "flex"} if flash else set())
-    cases = [case for case in CASES if not skipped & set(case.traits) and not (options.toy and case in NOT_IN_TOY)]
-    return [case for case in cases if options.only in (None, case.method)]
+def measure(options: argparse.Namespace, size: Size, work: Path, end: float) -> dict[Case, Line]:
+    """Measures the cases until the time is up, and writes the table after each."""
+    settings = environment(work, options.wheels)
+    given.write_data(size, work)
 
+    def child(kind: str, seconds: float, *words: str) -> Line:
+        command = [sys.executable, __file__, "--child", kind, json.dumps(asdict(size)), str(work), *words]
+        return dict(json.loads(given.run(command, work / kind, settings, seconds).splitlines()[-1]))
 
-class Results:
-    """Results so far, written to disk after each line."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._lines, self._began = folder, [], time.monotonic()
-        (folder / "figures.jsonl").unlink(missing_ok=True)
-
-    def add(self, **line: Any) -> None:
-        """Appends a line and rewrites the table."""
-        self._lines.append(line)
-        with (self._folder / "figures.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-        (self._folder / "table.md").write_text(table(self._lines), encoding="utf-8")
-
-    def progress(self, what: str) -> None:
-        """Prints progress to stderr."""
-        print(f"{time.monotonic() - self._began:5.0f} s  {what}", file=sys.stderr, flush=True)
-
-
-def set_up(size: Size, work: Path, settings: dict[str, str]) -> Figures:
-    """Creates data and model; returns facts about them and the machine."""
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    (work / "size.json").write_text(json.dumps(asdict(size)), encoding="utf-8")
-    write_data(size, work)
-    for method in METHODS:
-        write_recipe(Case(method, "ours"), size, work)
-    return child("setup", work, settings)
+    facts, results, left = child("setup", end - time.monotonic()), {}, {}
+    for case in (case for case in CASES if options.only in str(case) and not (options.toy and case in NOT_IN_TOY)):
+        sft = [c for c, line in results.items() if (c.method, c.side) == ("sft", "nesso-tune") and "tokens" in line]
+        seconds = min(end - time.monotonic(), end if options.toy else CASE_LIMIT_S)
+        if case.micro == "auto" and not facts["auto"]:
+            left[case] = "this version has no train.micro_batch_size: auto"
+        elif seconds < SHORTEST_S or (case.micro == "best" and not sft):
+            left[case] = "no time" if seconds < SHORTEST_S else "no SFT case succeeded"
+        else:
+            print(f"{end - time.monotonic():4.0f} s left: {case}", file=sys.stderr, flush=True)
+            best = max(sft, key=lambda one: results[one]["tokens"], default=case)
+            real = replace(best, traits=(*best.traits, *case.traits)) if case.micro == "best" else case
+            try:
+                found = ours(real, size, work, settings, seconds) if case.side != "TRL" else child(
+                    "trl", seconds, json.dumps(asdict(case)))  # fmt: skip
+                results[real] = found if "profile" in found else figures(found, size, facts, case.method)
+            except Failed as error:
+                results[real] = {"error": f"failed: {error}".replace("|", "/")[:160]}
+        (options.folder / "table.md").write_text(table(results, facts, left), encoding="utf-8")
+    print(table(results, facts, left))
+    return results
 
 
 def main() -> None:
-    """Runs all selected cases and writes the results after each."""
-    options = parse_arguments()
-    size, folder = selected_size(options), options.folder.resolve()
-    work, settings = folder / "work", environment(folder / "work", options.toy)
-    folder.mkdir(parents=True, exist_ok=True)
-    results = Results(folder)
-    results.progress("setup: model and data")
-    facts = set_up(size, work, settings)
-    results.add(what="setup", **{name: value for name, value in facts.items() if name not in METHODS})
-    if options.only in (None, "look"):
-        results.progress("look: numerical accuracy")
-        try:
-            results.add(what="look", **child("look", work, settings))
-        except Failed as error:
-            results.add(what="look", error=str(error))
-    for case in [case for _ in range(options.rounds) for case in selected_cases(options, facts["flash_attn"])]:
-        results.progress(f"{case.method}: {case.name}")
-        line = {"what": case.method, "side": case.side, "traits": case.traits}
-        try:
-            found = ours(case, size, work, settings) if case.side == "ours" else child("trl", work, settings, case)
-            results.add(**line, **figures(case, size, found, facts))
-        except Failed as error:
-            results.add(**line, error=str(error))
-    results.progress("done")
-    shutil.rmtree(work)
-    print((folder / "table.md").read_text(encoding="utf-8"))
+    """Runs the cases that fit into the time, and writes the table after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "outputs" / "gpu-benchmark")
+    parser.add_argument("--wheels", type=Path, help="the folder that gpu_wheels.py wrote")
+    parser.add_argument("--toy", action="store_true", help="a tiny model; also on a CPU")
+    parser.add_argument("--minutes", type=float, default=9.5, help="no case runs longer than this after the start")
+    parser.add_argument("--only", default="", help="only cases with this in their name")
+    options = parser.parse_args()
+    end, size = time.monotonic() + 60 * options.minutes, given.TOY if options.toy else given.ZAGREUS
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        results = measure(options, size, Path(folder), end)
+    sys.exit(any("error" in line for line in results.values()))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--child"]:
+        kind, workload, place = {"setup": setup, "trl": trl}[sys.argv[2]], Size(**json.loads(sys.argv[3])), sys.argv[4]
+        print(json.dumps(kind(workload, Path(place), *sys.argv[5:])), flush=True)
+    else:
+        main()

@@ -1,122 +1,179 @@
-"""The benchmark for GPUs runs on a CPU too, in small: every case has figures, and both sides the same losses."""
+"""The scripts for GPUs: their toy versions on a CPU, their set-up, and the limits of their size."""
 
 import json
-import math
 import os
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests.support.runs import ROOT
 
 SCRIPTS = ROOT / "scripts"
-# Compiling is left to test_compile.py, which does the same in less time; the second of TRL's ways to a run by hand.
-SKIPPED = (
-    ["compiled"]
-    if "NESSO_TUNE_ALL" in os.environ
-    else ["compiled", "rows apart", "precomputed reference", "checkpointing"]
-)
-ALL = {
-    "sft": {"ours", "TRL", "TRL, rows apart", "ours, checkpointing"},
-    "dpo": {"ours", "TRL", "ours, cached reference", "TRL, precomputed reference"},
-}
-CASES = {what: {name for name in names if name.split(", ")[-1] not in SKIPPED} for what, names in ALL.items()}
+LINES = {"gpu_smoke.py": 120, "gpu_benchmark.py": 250, "gpu_wheels.py": 250, "gpu_workload.py": 250}
+CPU = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """What `gpu_benchmark.py --toy` writes."""
-    out = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(SCRIPTS / "gpu_benchmark.py"), str(out), "--toy"]
-    command += [word for trait in SKIPPED for word in ("--skip", trait)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.rstrip() == (out / "table.md").read_text().rstrip()
-    return out
-
-
-@pytest.fixture(scope="module")
-def lines(folder):
-    return [json.loads(line) for line in (folder / "figures.jsonl").read_text().splitlines()]
-
-
-def cases(lines, method):
-    return {", ".join([line["side"], *line["traits"]]): line for line in lines if line["what"] == method}
-
-
-@pytest.mark.parametrize("method", CASES)
-def test_every_case_has_figures(lines, method):
-    found = cases(lines, method)
-    assert set(found) == CASES[method]
-    assert not [line["error"] for line in found.values() if "error" in line]
-    for line in found.values():
-        assert len(line["losses"]) == 3
-        assert min(line[key] for key in ("step_s", "rows_per_s", "tokens_per_s", "teraflops", "peak_memory_gb")) > 0
-        assert line["supervised_tokens_per_s"] < line["tokens_per_s"]
-        assert line["attention"]
-
-
-@pytest.mark.parametrize("method", CASES)
-def test_both_sides_begin_with_the_same_loss_and_follow_each_other(lines, method):
-    found = cases(lines, method)
-    for line in found.values():
-        if method == "dpo":
-            assert line["losses"][0] == pytest.approx(math.log(2), abs=1e-3)
-        assert line["losses"] == pytest.approx(found["TRL"]["losses"], rel=1e-3), "the same rows in the same order"
-
-
-def test_the_reference_is_computed_once(lines):
-    found = cases(lines, "dpo")
-    assert found["TRL"]["reference_s"] is None, "its reference runs along in every step"
-    assert 0 < found["ours, cached reference"]["reference_s"] < found["ours"]["reference_s"]
-
-
-def test_the_look_finds_no_more_than_rounding(lines):
-    (look,) = [line for line in lines if line["what"] == "look"]
-    for side in ("ours", "ours, bfloat16 weights", "TRL"):
-        assert look[side]["loss"] < 1e-3
-        assert look[side]["gradient"] < 5e-2
-        assert look[side]["hidden"] < 5e-2, "a leak between documents makes about 1"
-        assert look[side]["answers"] < 5e-3
-    assert look["ours"]["attention"].startswith("sdpa by run"), "what was called, and there is no GPU"
-
-
-def test_the_table_is_whole(folder):
-    text = (folder / "table.md").read_text()
-    for part in text.split("\n\n"):
-        rows = [line for line in part.splitlines() if line.startswith("|")]
-        assert len({row.count(" | ") for row in rows}) <= 1
-        assert not rows or set(rows[1]) <= set("| -")
-    for names in CASES.values():
-        assert all(f"\n| {name} | " in text for name in names)
-
-
-def test_a_case_that_fails_is_a_line_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def scripts(monkeypatch):
+    """Makes the scripts importable."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
+
+
+def run(*words, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env={**CPU, **environment}, timeout=900
+    )
+
+
+def test_there_is_one_script_for_each_purpose():
+    assert {file.name for file in SCRIPTS.glob("gpu_*.py")} == set(LINES)
+    for name, limit in LINES.items():
+        assert len((SCRIPTS / name).read_text().splitlines()) <= limit
+
+
+def test_the_smoke_script_kills_and_resumes_a_run():
+    done = run(SCRIPTS / "gpu_smoke.py", "--toy", "bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    line, summary = done.stdout.splitlines()
+    assert line.startswith("bfloat16: OK (sdpa, by document; loss 8.")
+    assert line.endswith("largest difference after kill and resume 0.0)")
+    assert summary.startswith("1 of 1 OK in ")
+
+
+def test_the_smoke_script_says_what_failed_and_exits_with_1(scripts, monkeypatch, capsys, tmp_path):
+    import gpu_smoke
+
+    def train(command, log, *_):
+        if "nesso_tune" in command:
+            raise gpu_smoke.Failed(f"no memory for {log.stem}")
+        return json.dumps({"gpu": None, "torch": "1", "bitsandbytes": False})
+
+    monkeypatch.setattr(gpu_smoke, "run", train)
+    monkeypatch.setattr(sys, "argv", ["gpu_smoke.py", "--toy"])
+    with pytest.raises(SystemExit) as exited:
+        gpu_smoke.main()
+    assert exited.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:-1]] == ["sft", "dpo", "lora", "bfloat16", "flash", "qlora"]
+    assert "FAILED: Failed('no memory for dpo-whole')" in lines[1]
+    assert lines[-2] == "qlora: not run: bitsandbytes is not installed"
+    assert lines[-1].startswith("0 of 5 OK")
+
+
+def test_the_benchmark_measures_both_sides(tmp_path):
+    done = run(SCRIPTS / "gpu_benchmark.py", tmp_path, "--toy", "--minutes", 15, "--only", "DPO")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    table = (tmp_path / "table.md").read_text()
+    assert done.stdout.rstrip() == table.rstrip()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| DPO")]
+    assert [row[0] for row in rows] == [
+        "DPO, TRL, micro batch 8, precomputed reference",
+        "DPO, TRL, micro batch 8",
+        "DPO, nesso-tune, micro batch 8",
+    ]
+    assert {row[6] for row in rows} == {"0.6931"}, "both sides start with the loss ln 2"
+    for row in rows:
+        assert float(row[1]) > 0
+        needed, common = (float(cell.removesuffix(" TFLOP/s")) for cell in row[3:5])
+        assert 0 < needed < common, "the common count has the prompt twice and the head on every token"
+
+
+@pytest.mark.parametrize(("minutes", "auto"), [(9.5, True), (9.5, False), (0, True)])
+def test_the_benchmark_leaves_out_what_has_no_time_and_goes_on_after_a_failure(
+    scripts, monkeypatch, capsys, tmp_path, minutes, auto
+):
     import gpu_benchmark
 
-    facts = {"gpu": "a | b", "peak": 1e15, "versions": {"torch": "1"}, "parameters": 1, "flash_attn": True}
-    rows = {"rows": 1, "tokens": 2, "supervised_tokens": 1, "operations": 1e12}
-    monkeypatch.setattr(gpu_benchmark, "set_up", lambda *_: facts | {m: [rows] * 20 for m in ("sft", "dpo")})
+    work = [[100, 1e12, 2e12]] * 15
+    facts = {"machine": "X", "peak": 1e14, "auto": auto, "work": {"sft": work, "dpo": work}}
+    lines = [{"step": step, "seconds": step * 0.1, "loss": 0.5} for step in (1, 5, 10, 15)]
 
-    def child(what, *_):
-        raise gpu_benchmark.Failed(f"out of memory | in {what}")
+    def child(command, *_):
+        if "trl" in command:
+            raise gpu_benchmark.Failed("out of memory | in TRL")
+        return "a warning\n" + json.dumps(facts)
 
-    def ours(case, size, *_):
-        count = size.steps[case.method]
-        return {"seconds": list(range(count)), "losses": [1.0] * count, "peak_memory_gb": 1.0, "attention": "flash"}
+    def ours(case, *_):
+        if "profile" in case.traits:
+            return {"profile": f"profile of {case}"}
+        return {"lines": lines, "memory": 1.5, "attention": "flash", "micro": 16}
 
-    monkeypatch.setattr(gpu_benchmark, "child", child)
+    monkeypatch.setattr(gpu_benchmark.given, "run", child)
     monkeypatch.setattr(gpu_benchmark, "ours", ours)
-    (tmp_path / "work").mkdir()
-    monkeypatch.setattr(sys, "argv", ["gpu_benchmark.py", str(tmp_path), "--rounds", "2"])
-    gpu_benchmark.main()
-    found = [json.loads(line) for line in (tmp_path / "figures.jsonl").read_text().splitlines()]
-    failed = [line for line in found if "error" in line]
-    assert {line.get("side") for line in failed} == {None, "TRL"}
-    assert len([line for line in found if line.get("side") == "ours"]) == 2 * 6
+    monkeypatch.setattr(gpu_benchmark, "environment", lambda *_: {})
+    monkeypatch.setattr(gpu_benchmark.given, "write_data", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu_benchmark.py", str(tmp_path), "--minutes", str(minutes)])
+    with pytest.raises(SystemExit) as exited:
+        gpu_benchmark.main()
     table = capsys.readouterr().out
-    assert "| TRL | failed: out of memory / in trl |" in table
-    assert "| ours, checkpointing | flash | 1.000 | 1.000 | 2 | 1 | 1.00 | 0.1% | 1.00 | 1.00000 |  |" in table
-    assert "flex" not in table, "flash-attn is there, so TRL needs no other kernel"
+    assert exited.value.code == (minutes > 0)
+    if not minutes:
+        assert table.count("Left out: ") == len(gpu_benchmark.CASES)
+        assert "Left out: DPO, nesso-tune, micro batch 8: no time" in table
+        return
+    assert "| DPO, nesso-tune, micro batch 8 | 0.100 | 1,000 | 10.0% | 20.0% | 1.5 | 0.5000 | flash |  |" in table
+    assert "| SFT, TRL, micro batch 8, rows apart | failed: out of memory / in TRL |" in table
+    assert "profile of SFT, nesso-tune, micro batch 8, compiled, profile" in table
+    if auto:
+        assert "| SFT, nesso-tune, micro batch auto, compiled (16) | 0.100 |" in table
+    assert ("Left out: SFT, nesso-tune, micro batch auto: this version has no" in table) is not auto
+
+
+def test_the_wheels_are_unpacked_before_an_existing_path(scripts, monkeypatch, tmp_path):
+    from gpu_wheels import environment
+
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "ANSWER = 42\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}/mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text("OWN = 1\n")
+    settings = environment(tmp_path, wheels)
+    code = (
+        "import carried, own, nesso_tune; from importlib.metadata import version, requires; "
+        "print(carried.ANSWER, own.OWN, nesso_tune.__file__, version('nesso-tune'), len(requires('nesso-tune')) > 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, cwd=tmp_path)
+    assert done.stdout.split() == ["42", "1", str(ROOT / "nesso_tune" / "__init__.py"), "0.1.0", "True"], done.stderr
+    with pytest.raises(SystemExit, match="has no wheels; run"):
+        environment(tmp_path, tmp_path / "mine")
+
+
+def test_what_the_gpu_machine_has_is_not_collected(scripts, monkeypatch, tmp_path):
+    import gpu_wheels
+
+    def package(name, *needs):
+        return {"metadata": {"name": name, "version": "1.0", "requires_dist": list(needs)}}
+
+    found = [
+        package("torch", "sympy>=1", "cuda-toolkit[cufft]", "optree; extra == 'optree'"),
+        package("sympy", "mpmath<2"), package("mpmath"), package("cuda_toolkit"), package("nvidia-cufft"),
+        package("optree"), package("TRL", "torch>=2"),
+    ]  # fmt: skip
+
+    def pip(*words):
+        report = next(word for word in words if word.startswith("--report=")).removeprefix("--report=")
+        constraints = (tmp_path / "constraints.txt").read_text()
+        assert "torch==" not in constraints
+        assert "transformers==" in constraints
+        Path(report).write_text(json.dumps({"install": found}))
+
+    monkeypatch.setattr(gpu_wheels, "pip", pip)
+    assert gpu_wheels.resolve(["TRL", "torch==2.11.0"], ("torch",), tmp_path) == ["optree==1.0", "TRL==1.0"]
+
+
+def test_bitsandbytes_keeps_the_library_of_one_cuda_release(scripts, tmp_path):
+    from gpu_wheels import slim
+
+    names = [f"bitsandbytes/libbitsandbytes_{kind}.so" for kind in ("cuda118", "cuda130", "cpu", "rocm70")]
+    wheel = tmp_path / "bitsandbytes-1.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("bitsandbytes/__init__.py", *names):
+            archive.writestr(name, name)
+    slim(wheel)
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.namelist() == ["bitsandbytes/__init__.py", names[1], names[2]]
