@@ -291,7 +291,7 @@ def test_a_user_folder_with_the_name_of_the_overwritten_run(earlier):
     opened = open_run(old)
     assert opened.finished
     opened.close()
-    with pytest.raises(RunEnvironmentError, match=f"{OVERWRITTEN}: has the name .* earlier run; rename"):
+    with pytest.raises(RunEnvironmentError, match=f"{OVERWRITTEN}: is the name .* earlier run; rename"):
         open_run(new, overwrite=True)
     assert content(run) == before | {
         OVERWRITTEN: False,
