@@ -211,8 +211,8 @@ MUTANTS = (
     Mutant(
         "loss: accuracy counted twice",
         SFT,
-        "outputs.is_top1[mask].float(), ones)",
-        "outputs.is_top1[mask].float() * 2, ones)",
+        "is_top1.float(), ones)",
+        "is_top1.float() * 2, ones)",
         STEPS + " tests/training/test_evaluator.py",
     ),
     Mutant(

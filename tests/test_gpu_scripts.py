@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import ROOT
+from tests.support.runs import ROOT, thorough
 
 SCRIPTS = ROOT / "scripts"
 LINES = {"gpu_smoke.py": 120, "gpu_benchmark.py": 250, "gpu_wheels.py": 250, "gpu_workload.py": 250}
@@ -63,6 +63,7 @@ def test_the_smoke_script_says_what_failed_and_exits_with_1(scripts, monkeypatch
     assert lines[-1].startswith("0 of 5 OK")
 
 
+@thorough
 def test_the_benchmark_measures_both_sides(tmp_path):
     done = run(SCRIPTS / "gpu_benchmark.py", tmp_path, "--toy", "--minutes", 15, "--only", "DPO")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
