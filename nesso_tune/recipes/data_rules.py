@@ -91,7 +91,9 @@ def _source(source: Any, here: KeyPath) -> Iterator[Finding]:
     for code, rule in _rules(source):
         for key in ("min_score", "weight"):
             if get(rule, "keep") is False and get(rule, key) is not None:
-                yield Finding((*here, "rules", code, key), "has no effect together with keep: false", "keep one of the two")
+                yield Finding(
+                    (*here, "rules", code, key), "has no effect together with keep: false", "keep one of the two"
+                )
 
 
 def _language(here: KeyPath, language: Any) -> Iterator[Finding]:

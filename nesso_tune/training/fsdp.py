@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
@@ -76,6 +77,25 @@ def check_sharded(model: nn.Module) -> None:
             "distributed.fsdp", "full_shard is set, but the weights are not sharded on these devices",
             "set distributed.fsdp: none, or use GPUs",
         )  # fmt: skip
+
+
+def finish_forward(model: nn.Module) -> None:
+    """Ends the last forward pass of every FSDP unit and reshards its weights; call it after a pass without gradients.
+
+    The LM head on supervised positions reads the head's weight, so the module of the head does not run forward. FSDP2
+    then takes the forward pass of its unit, which a tied embedding belongs to, as not finished. A backward pass ends it.
+    After a pass without gradients, torch 2.13 and newer end it; older ones keep the weights unsharded, and would not
+    unshard them in the next forward pass after they are resharded.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._modules_to_run_forward.clear()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one before torch 2.13
+            for group in groups:
+                if group is not None:
+                    group._training_state = TrainingState.IDLE  # in FORWARD, `reshard` may keep the weights
+            module.reshard()
 
 
 @contextmanager

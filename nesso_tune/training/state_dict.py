@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
+from nesso_tune.training.fsdp import finish_forward
 
 SEPARATOR = "|"  # between parameter and moment; parameter names do not contain it
 SHARDS = "shard-*.safetensors"
@@ -59,9 +59,7 @@ def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
 
 def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
     """Moments and step counts of the optimizer as `PARAMETER|MOMENT`: whole or sharded, as in `get_weights`."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
+    finish_forward(model)  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
     state = get_optimizer_state_dict(model, optimizer, options=options).get(
         "state", {}
