@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test fuzz check quickstart ask audit elsewhere gpu-wheels constraints clean
+.PHONY: test test-oldest test-newest fuzz check quickstart ask audit elsewhere gpu-wheels constraints clean
 
 # The tested versions; where an index does not have them any more, the newest that pyproject.toml allows, which is said.
 $(READY): pyproject.toml constraints.txt
@@ -18,6 +18,25 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # many tests wait, so one more than the cores of a small machine; long files early
+
+# The fast part of the suite with the oldest versions that pyproject.toml declares, and with the newest releases, which may
+# be beyond its upper bounds. On Linux, pip takes the CUDA build of torch, which runs without a GPU too, and checks more;
+# TORCH_INDEX names another index for torch, such as that of the CPU builds on pytorch.org.
+ENDS := tests/model/test_fake_cuda.py tests/model/test_flash.py tests/model/test_cuda.py tests/model/test_attention.py \
+  tests/model/test_lm_head.py tests/training/test_fsdp.py tests/training/test_sft.py tests/training/test_dpo_step.py \
+  tests/training/test_adapters.py tests/distributed/test_shared_step.py tests/runs/test_checkpoint.py tests/test_run.py
+test-oldest test-newest: test-%: .venv-%/.ready
+	.venv-$*/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|trl|accelerate|datasets|peft|tokenizers|numpy|pyarrow|pydantic) '
+	.venv-$*/bin/python -m pytest -n 2 --dist loadfile $(ENDS)
+
+.venv-%/.ready: pyproject.toml scripts/version_range.py
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	$(PYTHON) scripts/version_range.py $* > .venv-$*/requirements.txt
+	$(if $(TORCH_INDEX),.venv-$*/bin/python -m pip install --quiet --index-url $(TORCH_INDEX) "$$(grep '^torch[=>]' .venv-$*/requirements.txt)")
+	.venv-$*/bin/python -m pip install --quiet --requirement .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
 
 # The property tests with fresh examples for half an hour: by hand, before a release.
 FUZZ_MINUTES ?= 30
@@ -62,4 +81,4 @@ constraints: $(READY)
 	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) .venv-oldest .venv-newest outputs

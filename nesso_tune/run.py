@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -32,7 +33,9 @@ from nesso_tune.export.card import model_card
 from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
 from nesso_tune.logs import logger
 from nesso_tune.model.adapters import check_adapter
-from nesso_tune.model.attention import attention_description
+from nesso_tune.model.attention import attention_description, choose_attention, uses_document_attention
+from nesso_tune.model.cuda import deterministic_algorithms, use_expandable_segments
+from nesso_tune.model.flash import AttentionShape
 from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
 from nesso_tune.model.loading import base_hash, can_compile, load_model
 from nesso_tune.planning.advice import epochs_rounded_up
@@ -102,7 +105,8 @@ def train(
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
     check_optimizer(recipe)
-    with StopRequest() as request:
+    use_expandable_segments(os.environ)
+    with StopRequest() as request, deterministic_algorithms(recipe.train.deterministic):
         opened = None
         try:
             with process_group_of_run():
@@ -140,7 +144,8 @@ def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest
         os.environ.pop("ACCELERATE_USE_FSDP", None)
     model = load_model(recipe.model, data.chat, recipe.seed)
     _set_threads(model.num_parameters())
-    kernel, given = attention_description(model, recipe.model.dtype), recipe
+    kernel, given = attention_description(model), recipe
+    _log_attention(model, recipe)
     recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan)
     facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
     run = _confirm(run, facts)
@@ -277,6 +282,15 @@ def _log_opening(run: RunDir, recipe: Recipe) -> None:
         logger.warning(NO_MPS)
     if not run.finished and recipe.model.dtype == "bfloat16" and not torch.cuda.is_available():
         logger.warning("bfloat16 is slow on a CPU: model.dtype: float32 is faster here")
+
+
+def _log_attention(model: PreTrainedModel, recipe: Recipe) -> None:
+    """On a GPU: the kernel of document attention, and why it is not a faster one."""
+    if not torch.cuda.is_available() or not uses_document_attention(model):
+        return
+    choice = choose_attention(recipe.model.attention, recipe.model.dtype, AttentionShape.of(model.config))
+    level = logging.WARNING if choice.kernel == "sdpa" and choice.reason else logging.INFO
+    logger.log(level, f"attention: {choice}")
 
 
 def _log_data(report: DataReport) -> None:

@@ -145,7 +145,7 @@ def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> lis
     return [
         *((name, versions[name]) for name in shown),
         ("GPUs", kinds or (NO_MPS if has_apple_gpu() else "none: training runs on the CPU")),
-        ("attention", str(choose_attention("auto"))),
+        ("attention", str(choose_attention("auto", "bfloat16"))),
         ("runs", f"{format_bytes(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
         ("hub cache", f"{format_bytes(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
         ("port", f"{DEFAULT_PORT} is {_port_state()}"),

@@ -14,25 +14,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from nesso_tune.errors import RecipeError
+from nesso_tune.model.flash import (
+    FLASH_DTYPES,
+    FLASH_KERNELS,
+    FLASH_MAX_HEAD_DIM,
+    AttentionShape,
+    FlashKernel,
+    VarlenInput,
+    flash_problem,
+    sdpa_per_sequence,
+)
 
-Kernel = Literal["flash", "sdpa", "eager"]
+Kernel = Literal["flash-attn", "flash", "sdpa", "eager"]  # flash: torch's
 # Names in AttentionInterface, registered below. transformers treats names that contain "flash" as its own kernels.
-DOCUMENT_ATTENTION = {"flash": "nesso_document_varlen", "sdpa": "nesso_document_per_span"}
-FLASH_ATTN_INSTALLED = find_spec("flash_attn") is not None
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_MAX_HEAD_DIM = 256
+DOCUMENT_ATTENTION: dict[Kernel, str] = {
+    "flash-attn": "nesso_document_varlen_package",
+    "flash": "nesso_document_varlen",
+    "sdpa": "nesso_document_per_span",
+}
+IN_WORDS: dict[Kernel, str] = {"flash-attn": "flash-attn", "flash": "flash of torch", "sdpa": "sdpa", "eager": "eager"}
 # Tolerance of the isolation probe, relative to the largest hidden state: above rounding errors, far below any leak.
 ISOLATION_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -101,19 +110,52 @@ def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def choose_attention(setting: str) -> Kernel:
-    """Returns the kernel for `model.attention`; `auto` is flash on GPUs that support it, otherwise sdpa.
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The kernel of a run, and in words why it is not a faster one; empty on a machine without a GPU."""
+
+    kernel: Kernel
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return IN_WORDS[self.kernel] + (f" ({self.reason})" if self.reason else "")
+
+
+def choose_attention(setting: str, dtype: str = "bfloat16", shape: AttentionShape | None = None) -> AttentionChoice:
+    """Returns the kernel for `model.attention`.
+
+    flash and auto take the first flash kernel that works on this GPU in a forward and a backward pass; without one,
+    auto takes sdpa.
+
+    Args:
+        setting: `model.attention`.
+        dtype: precision of the computation.
+        shape: sizes of the model's attention layers.
 
     Raises:
-        RecipeError: if the setting is flash and it cannot run on this machine.
+        RecipeError: if the setting is flash and no flash kernel works on this machine.
     """
-    can_flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    if setting == "flash" and not can_flash:
-        missing = "this GPU is older than Ampere" if torch.cuda.is_available() else "there is no GPU"
-        raise RecipeError("model.attention", f"flash cannot run: {missing}", "set attention: auto")
-    if setting == "auto":
-        return "flash" if can_flash else "sdpa"
-    return setting  # type: ignore[return-value]
+    if setting in ("sdpa", "eager"):
+        return AttentionChoice(setting)  # type: ignore[arg-type]
+    unusable = _no_flash(dtype)
+    problems = [] if unusable is None else [unusable]
+    for kernel in FLASH_KERNELS if unusable is None else ():
+        problem = flash_problem(kernel, getattr(torch, dtype), shape or AttentionShape())
+        if problem is None:
+            return AttentionChoice(kernel, "; ".join(problems))
+        problems.append(f"{IN_WORDS[kernel]} {problem}")
+    if setting == "flash":
+        raise RecipeError("model.attention", f"flash cannot run: {'; '.join(problems)}", "set attention: auto")
+    return AttentionChoice("sdpa", "; ".join(problems) if torch.cuda.is_available() else "")
+
+
+def _no_flash(dtype: str) -> str | None:
+    """Why this machine has no flash kernel at all."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "this GPU is older than Ampere"
+    return None if getattr(torch, dtype) in FLASH_DTYPES else f"flash kernels do not compute in {dtype}"
 
 
 def enable_document_attention(model: PreTrainedModel, kernel: Kernel) -> bool:
@@ -141,14 +183,11 @@ def uses_document_attention(model: PreTrainedModel) -> bool:
     return model.config.get_text_config()._attn_implementation in DOCUMENT_ATTENTION.values()
 
 
-def attention_description(model: PreTrainedModel, dtype: str) -> str:
-    """Describes the attention of a model for the run's manifest; `dtype` is the compute precision."""
+def attention_description(model: PreTrainedModel) -> str:
+    """Describes the attention of a model for the run's manifest."""
     used = model.config.get_text_config()._attn_implementation
-    if not uses_document_attention(model):
-        return f"{used}, with masks"
-    if used == DOCUMENT_ATTENTION["flash"] and dtype == "bfloat16":
-        return f"{'flash-attn' if FLASH_ATTN_INSTALLED else 'flash of torch'}, by document"
-    return "sdpa, by document"
+    words = [IN_WORDS[kernel] for kernel, name in DOCUMENT_ATTENTION.items() if name == used]
+    return f"{words[0]}, by document" if words else f"{used}, with masks"
 
 
 @torch.no_grad()
@@ -188,7 +227,8 @@ def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, spans: Attenti
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, flash: bool,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+    flash: FlashKernel | None,
     attention_spans: AttentionSpans | None = None, dropout: float = 0.0, scaling: float | None = None,
     sliding_window: int | None = None, **options: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -216,66 +256,19 @@ def _attention(
     q, k, v = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))  # [row, heads, head dim]
     if spans.gather_indices is not None:
         q, k, v = (tensor.index_select(0, spans.gather_indices) for tensor in (q, k, v))
-    supported = dtype in FLASH_DTYPES and query.shape[-1] <= FLASH_MAX_HEAD_DIM and query.is_cuda
-    if flash and supported and not dropout:
-        result = _flash(q, k, v, spans, scaling, sliding_window)
+    supported = query.is_cuda and dtype in FLASH_DTYPES and value.shape[-1] == query.shape[-1] <= FLASH_MAX_HEAD_DIM
+    if flash is not None and supported and not dropout:
+        sequences = VarlenInput(spans.lengths, spans.cu_seqlens)
+        result = FLASH_KERNELS[flash](q, k, v, sequences, scaling, sliding_window)
     else:
-        result = _sdpa_per_span(q, k, v, spans, scaling, dropout, sliding_window)
+        result = sdpa_per_sequence(q, k, v, spans.lengths, scaling, dropout, sliding_window)
     if spans.restore_indices is not None:
         result = result.index_select(0, spans.restore_indices)
     return result[None], None
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scaling: float | None, window: int | None) -> Tensor:
-    """One varlen kernel for all spans: flash-attn if it is installed, otherwise torch's."""
-    longest, cu_seqlens = max(spans.lengths), spans.cu_seqlens
-    window_size = (-1 if window is None else window - 1, 0)  # tokens to the left and to the right
-    result: Tensor
-    if FLASH_ATTN_INSTALLED:
-        from flash_attn import flash_attn_varlen_func
-
-        result = flash_attn_varlen_func(
-            q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=True,
-            window_size=window_size,
-        )  # fmt: skip
-        return result
-    result = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=window_size,
-                         enable_gqa=q.shape[1] != k.shape[1])  # fmt: skip
-    return result
-
-
-def _sdpa_per_span(
-    q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, scaling: float | None, dropout: float, window: int | None
-) -> Tensor:
-    """One call of scaled_dot_product_attention for each span."""
-    parts = (tensor.split(spans.lengths) for tensor in (q, k, v))
-    grouped = q.shape[1] != k.shape[1]
-    results = []
-    for span in zip(*parts, strict=True):
-        length = len(span[0])
-        span_q, span_k, span_v = (part.transpose(0, 1)[None] for part in span)
-        windowed = window is not None and window < length
-        out = functional.scaled_dot_product_attention(
-            span_q,
-            span_k,
-            span_v,
-            attn_mask=_sliding_window_mask(length, window, q.device) if windowed and window else None,
-            is_causal=not windowed,
-            dropout_p=dropout,
-            scale=scaling,
-            enable_gqa=grouped,
-        )
-        results.append(out[0].transpose(0, 1))
-    return torch.cat(results)
-
-
-def _sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Causal mask of a sliding window: each token and the `window - 1` before it, [length, length]."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
-
-
 # Not traced by torch.compile: the computation depends on the lengths of each row.
 _untraced_attention: Any = torch.compiler.disable(_attention)
 for _kernel, _name in DOCUMENT_ATTENTION.items():
-    AttentionInterface.register(_name, partial(_untraced_attention, flash=_kernel == "flash"))
+    AttentionInterface.register(_name, partial(_untraced_attention, flash=None if _kernel == "sdpa" else _kernel))
     AttentionMaskInterface.register(_name, sdpa_mask)

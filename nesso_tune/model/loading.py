@@ -19,6 +19,7 @@ from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
 from nesso_tune.hub import base_folder, check_model_folder, check_pinned
 from nesso_tune.model.attention import choose_attention
+from nesso_tune.model.flash import AttentionShape
 from nesso_tune.model.forward import choose_forward_path
 from nesso_tune.recipes.sections import ModelSection
 
@@ -41,7 +42,7 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
     check_model_folder(folder, section)
     config = _config(folder, section, where)
     transformers_logging.disable_progress_bar()
-    kernel = choose_attention(section.attention)
+    kernel = choose_attention(section.attention, section.dtype, AttentionShape.of(config)).kernel
     try:
         model = _build(folder, section, where, config, "eager" if kernel == "eager" else "sdpa", seed)
     except _UnsupportedKernel:

@@ -57,6 +57,7 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "train.learning_rate": ("lr", "learning_rate_peak"),
     "train.optimizer": ("optim", "optimiser"),
     "train.adam_epsilon": ("eps",),
+    "train.deterministic": ("full_determinism", "deterministic_mode", "use_deterministic_algorithms"),
     "train.max_grad_norm": ("gradient_clipping", "grad_clip", "gradient_clip_val"),
     "train.best_metric": ("metric_for_best_model", "load_best_model_at_end", "save_best_model", "monitor"),
     "train.early_stopping_patience": ("early_stopping", "patience", "early_stop_patience"),

@@ -84,6 +84,9 @@ class TrainSection(Section):
     torch_compile: Literal["auto"] | bool = "auto"
     """Compile the decoder layers with torch.compile, for packed rows of constant length (SFT). auto enables this on a
     CPU if the run is long enough to amortise the compilation time."""
+    deterministic: bool = False
+    """Use deterministic operations only on GPUs, such as a flash backward pass without atomic additions: a repeated or
+    resumed run then gives the same bits on the same machine. Steps are slower. CPU runs are deterministic anyway."""
     schedule: Schedule = Schedule()
     """Learning-rate schedule."""
 

@@ -58,7 +58,8 @@ class ModelSection(Section):
     random_init: bool = False
     """Start from random weights. `base` then needs only config.json and a tokenizer."""
     attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
-    """Attention implementation. auto uses flash if it is installed and a GPU is available, otherwise sdpa."""
+    """Attention implementation. auto uses flash (of flash-attn or of torch) if a test on the GPU passes, otherwise
+    sdpa. flash is an error where it does not work."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of computation and of the weights in final/. Master weights are always float32."""
     adapter: LoraSection | None = None

@@ -105,7 +105,8 @@ def decide_resume(
     if manifest is None or overwrite:
         return FRESH
     recorded = manifest["recipe"]
-    changed = differences(recorded, comparable_recipe(recorded, recipe, manifest.get("salt", "")))
+    comparable = comparable_recipe(recorded, recipe, manifest.get("salt", ""))
+    changed = differences(_with_new_keys(recorded, comparable, recipe.model_dump(exclude_defaults=True)), comparable)
     moved = {key: changed.pop(key) for key in list(changed) if _names_content(key, changed[key], recipe)}
     if problems := [_changed_key(run, key, *changed[key]) for key in changed if key not in allow_changes]:
         return _refused(RecipeError(problems))
@@ -149,6 +150,22 @@ def confirm_resume(decision: ResumeDecision, run: Path, facts: RunFacts) -> Resu
         checkpoint = decision.checkpoint.name
         notes.append(f"resuming {checkpoint} in a different environment ({changes}): results may not be bit-identical")
     return replace(decision, notes=tuple(notes), environment=environment)
+
+
+def _with_new_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], stated: Any) -> dict[str, Any]:
+    """A recorded recipe with the keys that the version which began the run did not have, where they have their default.
+
+    Args:
+        recorded: the recipe of the manifest.
+        now: the recipe of this call, in the same form.
+        stated: its values that are no defaults.
+    """
+    stated = stated if isinstance(stated, Mapping) else {}
+    result = {key: now[key] for key in now if key not in recorded and key not in stated} | dict(recorded)
+    for key, value in recorded.items():
+        if isinstance(value, Mapping) and isinstance(now.get(key), Mapping):
+            result[key] = _with_new_keys(value, now[key], stated.get(key))
+    return result
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Changes:

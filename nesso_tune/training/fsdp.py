@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
@@ -78,6 +79,25 @@ def check_sharded(model: nn.Module) -> None:
         )  # fmt: skip
 
 
+def finish_forward(model: nn.Module) -> None:
+    """Ends the last forward pass of every FSDP unit and reshards its weights; call it after a pass without gradients.
+
+    The LM head on supervised positions reads the head's weight, so the module of the head does not run forward. FSDP2
+    then takes the forward pass of its unit (that of a tied embedding) as not finished. A backward pass ends it.
+    After a pass without gradients, torch 2.13 and newer end it; older ones keep the weights unsharded, and would not
+    unshard them in the next forward pass after they are resharded.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            state._modules_to_run_forward.clear()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # one before torch 2.13
+            for group in groups:
+                if group is not None:
+                    group._training_state = TrainingState.IDLE  # in FORWARD, `reshard` may keep the weights
+            module.reshard()
+
+
 @contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Keeps the weights of a sharded model whole on every rank, in the precision of computation. Collective.
@@ -94,7 +114,7 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.set_reshard_after_forward(True, recurse=False)  # as in `fsdp_arguments`
-            module.reshard()
+        finish_forward(model)
 
 
 @contextmanager

@@ -25,11 +25,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
 from nesso_tune.training import eight_bit
+from nesso_tune.training.fsdp import finish_forward
 
 SEPARATOR = "|"  # between parameter and moment; parameter names do not contain it
 SHARDS = "shard-*.safetensors"
@@ -64,9 +64,7 @@ def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = Tr
     if eight_bit.is_eight_bit(optimizer):
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         return _joined(eight_bit.get_state(_trained(model), optimizer)) if is_main else {}
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
+    finish_forward(model)  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
     options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
     state = get_optimizer_state_dict(model, optimizer, options=options).get(
         "state", {}

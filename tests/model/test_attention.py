@@ -1,5 +1,7 @@
 """Documents of a packed row are isolated: their logits equal those of each document alone."""
 
+import re
+
 import pytest
 import torch
 from torch.nn import functional
@@ -146,12 +148,12 @@ def test_the_probe_detects_an_attention_that_ignores_the_spans(monkeypatch):
     net = model()
     enable_document_attention(net, "sdpa")
     assert isolates_documents(net)
-    original = attention._sdpa_per_span
+    original = attention.sdpa_per_sequence
 
-    def leaking(q, k, v, spans, *rest):
-        return original(q, k, v, AttentionSpans.from_documents([len(q)]), *rest)
+    def leaking(q, k, v, lengths, *rest):
+        return original(q, k, v, [len(q)], *rest)
 
-    monkeypatch.setattr(attention, "_sdpa_per_span", leaking)
+    monkeypatch.setattr(attention, "sdpa_per_sequence", leaking)
     assert not isolates_documents(net)
 
 
@@ -196,7 +198,7 @@ def test_gradients_equal_those_of_a_dense_mask():
     wanted = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2)
     weight = torch.randn_like(wanted)
     theirs = torch.autograd.grad((wanted * weight).sum(), (q, k, v))
-    got, _ = attention._attention(None, q, k, v, None, flash=False, attention_spans=spans)
+    got, _ = attention._attention(None, q, k, v, None, flash=None, attention_spans=spans)
     ours = torch.autograd.grad((got * weight).sum(), (q, k, v))
     torch.testing.assert_close(got, wanted)
     for a, b in zip(ours, theirs, strict=True):
@@ -204,23 +206,36 @@ def test_gradients_equal_those_of_a_dense_mask():
 
 
 def test_choice_and_description_of_kernels(monkeypatch):
-    assert [choose_attention(name) for name in ("auto", "sdpa", "eager")] == ["sdpa", "sdpa", "eager"]
+    assert [choose_attention(name).kernel for name in ("auto", "sdpa", "eager")] == ["sdpa", "sdpa", "eager"]
+    assert str(choose_attention("auto")) == "sdpa", "nothing to say on a CPU"
     with pytest.raises(RecipeError, match="there is no GPU"):
         choose_attention("flash")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
-    assert choose_attention("auto") == "sdpa"
+    assert str(choose_attention("auto")) == "sdpa (this GPU is older than Ampere)"
     with pytest.raises(RecipeError, match="older than Ampere"):
         choose_attention("flash")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert choose_attention("auto") == choose_attention("flash") == "flash"
+    problems = {"flash-attn": "is not installed", "flash": None}
+    monkeypatch.setattr(attention, "flash_problem", lambda kernel, dtype, shape: problems[kernel])
+    for setting in ("auto", "flash"):
+        assert str(choose_attention(setting)) == "flash of torch (flash-attn is not installed)"
+    assert choose_attention("auto", "float32").kernel == "sdpa"
+    with pytest.raises(RecipeError, match="flash kernels do not compute in float32"):
+        choose_attention("flash", "float32")
+    problems["flash"] = "fails (no kernel image)"
+    cause = "flash-attn is not installed; flash of torch fails (no kernel image)"
+    assert str(choose_attention("auto")) == f"sdpa ({cause})"
+    with pytest.raises(RecipeError, match=re.escape(f"flash cannot run: {cause}; set attention: auto")):
+        choose_attention("flash")
+    problems["flash-attn"] = None
+    assert str(choose_attention("auto")) == "flash-attn"
     net = model()
-    assert attention_description(net, "bfloat16") == "sdpa, with masks"
+    assert attention_description(net) == "sdpa, with masks"
     enable_document_attention(net, "flash")
     assert uses_document_attention(net)
     assert net.config._attn_implementation == DOCUMENT_ATTENTION["flash"]
-    assert attention_description(net, "bfloat16") == "flash of torch, by document"
-    assert attention_description(net, "float32") == "sdpa, by document", "flash kernels have no float32"
+    assert attention_description(net) == "flash of torch, by document"
 
 
 def test_a_padded_batch_of_packed_rows():
