@@ -34,6 +34,7 @@ def test_there_is_one_script_for_each_purpose():
         assert len((SCRIPTS / name).read_text().splitlines()) <= limit
 
 
+@thorough
 def test_the_smoke_script_kills_and_resumes_a_run():
     done = run(SCRIPTS / "gpu_smoke.py", "--toy", "bfloat16")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

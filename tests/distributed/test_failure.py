@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tests.support.processes import Ranks
-from tests.support.runs import metrics, recipe, several, steps, write_recipe
+from tests.support.runs import metrics, recipe, several, steps, thorough, write_recipe
 from tests.test_kill import when_at
 
 SPEAKS_S = 10
@@ -64,9 +64,11 @@ def wait_until(condition, seconds, both):
     ("rank", "failure", "step", "message", "code"),
     [
         pytest.param(1, "memory", "1", f"rank 1 on {HOST}: out of memory: CUDA out of memory", 5, id="memory, step 1"),
-        pytest.param(0, "memory", "evaluation", f"rank 0 on {HOST}: out of memory", 5, id="memory, evaluation"),
+        pytest.param(
+            0, "memory", "evaluation", f"rank 0 on {HOST}: out of memory", 5, id="memory, evaluation", marks=thorough
+        ),
         pytest.param(0, "disk", "2", "the disk is full", 5, id="disk of the rank that serves the store"),
-        pytest.param(1, "bug", "3", "internal error: KeyError", 1, id="bug"),
+        pytest.param(1, "bug", "3", "internal error: KeyError", 1, id="bug", marks=thorough),
     ],
 )
 def test_a_failing_rank_speaks_and_nobody_waits(tmp_path, path, rank, failure, step, message, code):
@@ -83,7 +85,7 @@ def test_a_failing_rank_speaks_and_nobody_waits(tmp_path, path, rank, failure, s
         assert "in this order: set train.gradient_checkpointing: true, lower data.sequence_len" in run.failing.stderr
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=thorough), 1])
 def test_a_killed_rank_is_named_by_one_that_waits_in_c_code(tmp_path, path, rank):
     run = Failure(tmp_path, ["train", path], rank, "kill", "2")
     assert run.exit_codes() == (-signal.SIGKILL, 5)
@@ -113,6 +115,7 @@ def test_a_preempted_run_is_no_failure(tmp_path, talks):
     assert "lost contact" not in both.stderr
 
 
+@thorough
 def test_a_rank_that_fails_between_two_runs_of_a_chain(tmp_path, talks, path):
     """The second run has no process group yet: the others prepare its data, or wait for the group."""
     second = recipe("sft", tmp_path / "second", [talks], train={**PAIR, "max_steps": 2}, distributed=FULL)
@@ -131,6 +134,7 @@ def test_a_program_gets_the_exception_and_its_peer_ends(tmp_path, path):
     assert f"cannot go on: rank 1 on {HOST} failed (exit code 5)" in run.waiting.stderr
 
 
+@thorough
 def test_a_program_goes_on_after_an_error_of_all_ranks(tmp_path, talks, path):
     """Both ranks get the exception, in a process group that is then aborted; the next run has a new one."""
     unmeasured = {**PAIR, "max_steps": 4, "best_metric": "eval_loss/de"}

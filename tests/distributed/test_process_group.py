@@ -29,6 +29,7 @@ FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict":
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
 QLORA = {"adapter": {"type": "qlora", "r": 4}}
+EIGHT_BIT = {"train": {"optimizer": "adamw_8bit"}}
 WITH_SFT = {"dpo": {"loss": {"sigmoid": 1.0, "sft": 0.5}}}
 CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
@@ -157,7 +158,10 @@ def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pa
     assert {weight.dtype for weight in masters.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("sections", [{"model": QLORA}, {"train": {"optimizer": "adamw_8bit"}}], ids=["4-bit", "8-bit"])
+@pytest.mark.parametrize(
+    "sections",
+    [pytest.param({"model": QLORA}, marks=thorough, id="4-bit"), pytest.param(EIGHT_BIT, id="8-bit")],
+)
 def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, sections):
     """Each process holds the whole 4-bit base, or all 8-bit moments (DDP)."""
     model = {**base_of(tmp_path / "base", tied=False), **sections.get("model", {})}
