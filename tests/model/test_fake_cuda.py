@@ -1,8 +1,8 @@
 """Attention, LM head and grouped metrics on fake CUDA tensors: devices, dtypes and kernel arguments without a GPU.
 
-Fake tensors have a shape, a dtype and a device, but no values. With a CUDA build of torch, and no driver, every operation
-of a forward pass on `cuda` is checked as far as torch can check it without running it. A CPU build has no CUDA kernels to
-check against: there only the path for CPUs runs.
+Fake tensors have a shape, a dtype and a device, but no values. With a CUDA build of torch, and no driver, every
+operation of a forward pass on `cuda` is checked as far as torch can check it without running it. A CPU build has no
+CUDA kernels to check against: there only the path for CPUs runs.
 """
 
 import pytest
