@@ -118,8 +118,8 @@ class AttentionChoice:
 def choose_attention(setting: str, dtype: str = "bfloat16", shape: AttentionShape | None = None) -> AttentionChoice:
     """Returns the kernel for `model.attention`.
 
-    flash and auto take the first flash kernel that works on this GPU in a forward and a backward pass; without one, auto
-    takes sdpa.
+    flash and auto take the first flash kernel that works on this GPU in a forward and a backward pass; without one,
+    auto takes sdpa.
 
     Args:
         setting: `model.attention`.

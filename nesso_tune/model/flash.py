@@ -1,8 +1,8 @@
 """Flash kernels of document attention, and their test on the training device.
 
-There are two: that of the package flash-attn, and torch's `varlen_attn`. That a package is installed does not prove that
-it works: it may be built for another torch, CUDA or GPU, or not support a head dimension. So a kernel is chosen only
-after a forward and a backward pass on the training device have given what scaled_dot_product_attention gives.
+There are two: that of the package flash-attn, and torch's `varlen_attn`. That a package is installed does not prove
+that it works: it may be built for another torch, CUDA or GPU, or not support a head dimension. So a kernel is chosen
+only after a forward and a backward pass on the training device have given what scaled_dot_product_attention gives.
 """
 
 from __future__ import annotations

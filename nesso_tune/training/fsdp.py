@@ -83,8 +83,8 @@ def finish_forward(model: nn.Module) -> None:
     """Ends the last forward pass of every FSDP unit and reshards its weights; call it after a pass without gradients.
 
     The LM head on supervised positions reads the head's weight, so the module of the head does not run forward. FSDP2
-    then takes the forward pass of its unit, which a tied embedding belongs to, as not finished. A backward pass ends it.
-    After a pass without gradients, torch 2.13 and newer end it; older ones keep the weights unsharded, and would not
+    then takes the forward pass of its unit, which a tied embedding belongs to, as not finished. A backward pass ends
+    it. After a pass without gradients, torch 2.13 and newer end it; older ones keep the weights unsharded, and would not
     unshard them in the next forward pass after they are resharded.
     """
     for module in model.modules():
