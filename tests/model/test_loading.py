@@ -248,7 +248,7 @@ def test_a_base_that_scales_its_logits_trains_with_padding(base, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = load(folder, random_init=True)
     assert not uses_document_attention(model)
-    assert attention_description(model, "float32") == "sdpa, with masks"
+    assert attention_description(model) == "sdpa, with masks"
 
 
 def test_a_damaged_file_in_the_hubs_cache_is_named(tmp_path, whole_base):
