@@ -60,7 +60,8 @@ class ModelSection(Section):
     attention: Literal["auto", "flash", "sdpa", "eager"] = "auto"
     """Attention implementation. auto uses flash if it is installed and a GPU is available, otherwise sdpa."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of computation and of the weights in final/. Master weights are always float32."""
+    """Precision of computation, of the weights in final/, and of the frozen base under an adapter. Trained weights are
+    float32 during training."""
     adapter: LoraSection | None = None
     """Train a low-rank adapter instead of all weights. null trains all weights."""
 

@@ -382,6 +382,6 @@ def test_a_mac_is_told_that_it_trains_on_the_cpu(monkeypatch, capsys):
             patch.setattr("platform.machine", lambda: "arm64")
             assert has_apple_gpu() is told
         monkeypatch.setattr("nesso_tune.cli.check.has_apple_gpu", lambda told=told: told)
-        code, out, _ = main_here(capsys, "check", "quickstart")
+        code, out, _ = main_here(capsys, "check", "quickstart/sft")
         assert (code, NO_MPS in out) == (0, told)
-        assert NO_MPS not in main_here(capsys, "check", "quickstart", "--gpu", "h200")[1], "another machine"
+        assert NO_MPS not in main_here(capsys, "check", "quickstart/sft", "--gpu", "h200")[1], "another machine"
