@@ -61,7 +61,8 @@ class ModelSection(Section):
     """Attention implementation. auto uses flash (of flash-attn or of torch) if a test on the GPU passes, otherwise
     sdpa. flash is an error where it does not work."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of computation and of the weights in final/. Master weights are always float32."""
+    """Precision of computation, of the weights in final/, and of the frozen base under an adapter. Trained weights are
+    float32 during training."""
     adapter: LoraSection | None = None
     """Train a low-rank adapter instead of all weights. null trains all weights."""
 

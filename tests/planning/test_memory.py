@@ -16,7 +16,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config, quantise
 from nesso_tune.model.attention import AttentionSpans, enable_document_attention, last_hidden_states
 from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
-from nesso_tune.planning.hardware import GIB, GPUS, Gpu, find_gpu
+from nesso_tune.planning.hardware import GIB, GPUS, NO_MPS, Gpu, find_gpu, has_apple_gpu
 from nesso_tune.planning.memory import (
     adapter_parameters,
     dora_activations,
@@ -31,7 +31,7 @@ from nesso_tune.planning.shapes import known_config, shape_of
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.sections import LoraSection, ModelSection
 from tests.support.recipe_texts import DPO, SFT, read
-from tests.support.runs import BASE, ROOT, thorough
+from tests.support.runs import BASE, ROOT, main_here, thorough
 
 ZAGREUS, EIGHT = (shape_of(known_config(base)) for base in ("mii-llm/zagreus-0.4B-ita", "meta-llama/Llama-3.1-8B"))
 SHAPES = {
@@ -373,3 +373,15 @@ def test_a_run_on_a_cpu_takes_what_is_planned(tmp_path):
     figures = list(map(json.loads, done.stdout.splitlines()))
     assert [line["gradient_checkpointing"] for line in figures] == [False, True]
     assert all(0.8 < line["ratio"] < 1.2 for line in figures), figures
+
+
+def test_a_mac_is_told_that_it_trains_on_the_cpu(monkeypatch, capsys):
+    for system, told in (("darwin", True), ("linux", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "platform", system)
+            patch.setattr("platform.machine", lambda: "arm64")
+            assert has_apple_gpu() is told
+        monkeypatch.setattr("nesso_tune.cli.check.has_apple_gpu", lambda told=told: told)
+        code, out, _ = main_here(capsys, "check", "quickstart/sft")
+        assert (code, NO_MPS in out) == (0, told)
+        assert NO_MPS not in main_here(capsys, "check", "quickstart/sft", "--gpu", "h200")[1], "another machine"
