@@ -14,7 +14,7 @@ from tests.support.runs import recipe
 FACTS = RunFacts(
     nesso_tune="0", versions={}, python="3", base="", tokenizer="", data="", identity=2, start="", recipe_hash="",
     world_size=1, global_batch=1, threads=1, device="cpu", attention="", unpacked=False, torch_compile=False,
-    command=[],
+    frozen_weights=None, command=[],
 )  # fmt: skip
 
 

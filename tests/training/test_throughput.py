@@ -138,9 +138,9 @@ def test_waiting_for_rows_shows(tmp_path, talks, monkeypatch):
         (DiskSpace, "check_save", 0.7),
     ):
         monkeypatch.setattr(owner, name, slow(getattr(owner, name), seconds))
-    train(recipe("sft", tmp_path / "run", [talks], train={"max_steps": 3}))
-    _, second, third = lines(tmp_path / "run")
-    assert second["data_wait_share"] > 0.5, "two rows a step; one batch is read ahead"
+    train(recipe("sft", tmp_path / "run", [talks], train={"max_steps": 4}))
+    _, second, third, _ = lines(tmp_path / "run")
+    assert second["data_wait_share"] > 0.5, "two rows a step; one step and one batch are read ahead"
     busy = (third["tokens"] - second["tokens"]) / third["tokens_per_second"]
     assert busy < 0.7, "after step 2 it evaluates and saves"
 
