@@ -102,6 +102,7 @@ def test_a_long_call_is_no_loss(tmp_path, path):
     assert len(steps(tmp_path / "run")) == 4
 
 
+@thorough
 def test_a_preempted_run_is_no_failure(tmp_path, talks):
     some = recipe("sft", tmp_path / "run", [talks], train={**PAIR, "max_steps": 2000}, distributed=FULL,
                   evaluation=None, checkpoint={"every_steps": 500})  # fmt: skip

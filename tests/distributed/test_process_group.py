@@ -183,7 +183,7 @@ def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, s
     assert all(torch.equal(again[name], value) for name, value in moments.items())
 
 
-@pytest.mark.parametrize("fsdp", ["full_shard", "none"])
+@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("none", marks=thorough)])
 def test_a_frozen_base_in_bfloat16_is_sharded_beside_trained_weights_in_float32(tmp_path, talks, fsdp):
     batch = {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 2, "gradient_accumulation_steps": None}
     model = {**base_of(tmp_path / "base", tied=True), **LORA, "dtype": "bfloat16"}
