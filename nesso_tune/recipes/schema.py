@@ -122,10 +122,6 @@ class DistributedSection(Section):
     timeout_s: Count = 1800
     """Timeout of collective operations in seconds. A collective that takes longer ends the run."""
 
-    def shards(self, processes: int) -> bool:
-        """Whether the recipe asks to shard; never with a single process. See `BaseRecipe.shards`."""
-        return processes > 1 and self.fsdp != "none"
-
 
 class CheckpointSection(Section):
     """Checkpoints for resuming a run."""
@@ -201,8 +197,8 @@ class BaseRecipe(Section):
         return in_four_bits or self.train.optimizer == "adamw_8bit"
 
     def shards(self, processes: int) -> bool:
-        """Whether parameters, gradients and optimizer state are sharded; never 4-bit weights and 8-bit moments."""
-        return not self.needs_bitsandbytes and self.distributed.shards(processes)
+        """Whether the state is sharded over the processes; never 4-bit weights, 8-bit moments, or a single process."""
+        return processes > 1 and self.distributed.fsdp != "none" and not self.needs_bitsandbytes
 
     def in_shards(self, processes: int) -> bool:
         """Whether each process writes its own shard of a checkpoint."""

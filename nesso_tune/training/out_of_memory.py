@@ -104,9 +104,10 @@ def _what_to_lower(recipe: Recipe, plan: Plan | None) -> str:
     if plan is None or not plan.gradient_checkpointing:
         steps.append("set train.gradient_checkpointing: true")
     steps.append(f"lower data.sequence_len (now {recipe.data.sequence_len})")
-    if plan is not None and plan.processes > 1 and not recipe.distributed.shards(plan.processes):
+    can_shard = not recipe.needs_bitsandbytes
+    if plan is not None and can_shard and plan.processes > 1 and not recipe.shards(plan.processes):
         steps.append("set distributed.fsdp: full_shard")
-    if plan is not None and plan.processes == 1:
+    if plan is not None and can_shard and plan.processes == 1:
         steps.append("share the weights over several GPUs with `nesso-tune launch` and distributed.fsdp: full_shard")
     return f"in this order: {', '.join(steps)} (to resume, name the changed keys with --allow-changes)"
 

@@ -15,6 +15,8 @@ from tests.support.runs import main_here, recipe, write_recipe
 
 OOM = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.14 GiB")
 
+QLORA = {"adapter": {"type": "qlora"}, "dtype": "bfloat16", "random_init": False}
+
 
 def raise_oom(*_, **__):
     raise OOM
@@ -76,6 +78,10 @@ def test_only_what_helps_is_named(tmp_path, talks):
     assert "gradient_checkpointing: true" not in message
     assert "full_shard" not in message
     assert "used by other processes" not in message
+    for sections in ({"train": {**batch, "optimizer": "adamw_8bit"}}, {"train": batch, "model": QLORA}):
+        _, message = said(recipe("sft", tmp_path, [talks], distributed={"fsdp": "none"}, **sections))
+        assert "lower data.sequence_len" in message
+        assert "full_shard" not in message, "it cannot be sharded"
 
 
 @pytest.mark.parametrize("place", ["the first step", "a later step", "evaluation", "generation"])
