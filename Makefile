@@ -16,14 +16,16 @@ $(READY): pyproject.toml constraints.txt
 	  $(BIN)/python -m pip install --quiet --editable '.[dev]'; }
 	touch $@
 
+# Many tests wait, so one process more than the cores of a small machine; long files early. The interpreters that tests
+# start find compiled modules, also where the environment forbids them.
 test: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder  # many tests wait, so one more than the cores of a small machine; long files early
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The fast part of the suite with the oldest versions that pyproject.toml declares, and with the newest releases, which may
 # be beyond its upper bounds. On Linux, pip takes the CUDA build of torch, which runs without a GPU too, and checks more;
 # TORCH_INDEX names another index for torch, such as that of the CPU builds on pytorch.org.
 ENDS := tests/model/test_fake_cuda.py tests/model/test_flash.py tests/model/test_cuda.py tests/model/test_attention.py \
-  tests/model/test_lm_head.py tests/training/test_fsdp.py tests/training/test_sft.py tests/training/test_dpo_step.py \
+  tests/model/test_lm_head.py tests/model/test_compiled_layers.py tests/training/test_fsdp.py tests/training/test_sft.py tests/training/test_dpo_step.py \
   tests/training/test_adapters.py tests/distributed/test_shared_step.py tests/runs/test_checkpoint.py tests/test_run.py
 test-oldest test-newest: test-%: .venv-%/.ready
 	.venv-$*/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|transformers|trl|accelerate|datasets|peft|tokenizers|numpy|pyarrow|pydantic) '
@@ -43,7 +45,7 @@ FUZZ_MINUTES ?= 30
 fuzz: $(READY)
 	$(BIN)/python scripts/fuzz.py --minutes $(FUZZ_MINUTES) $(if $(FUZZ_SEED),--seed $(FUZZ_SEED)) $(FUZZ_PATHS)
 
-# SFT, then DPO, then a word with the result: about three minutes on two CPU cores, set-up aside.
+# SFT, then DPO, then two questions to the result; README.md says how long it takes.
 quickstart: $(READY)
 	$(BIN)/nesso-tune train quickstart/sft quickstart/dpo
 	@echo

@@ -1,18 +1,25 @@
 """Content-keyed cache: each result is a folder, named by a hash of everything that decides it.
 
-A folder is complete or absent: it is built under another name, synced to disk and renamed. When a process first uses
-it, its files are compared with their SHA-256; a damaged result is reported and built again.
+A folder is complete or absent: it is built under a name that no other process has, synced to disk and renamed. When a
+process first uses it, its files are compared with their SHA-256; a damaged result is reported and built again.
+
+A lock file lets one process build and the others wait. On some shared file systems locks exclude only processes of one
+machine (Lustre with `-o localflock`): then several machines may build the same result, and the first rename wins.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from filelock import Timeout
 from platformdirs import user_cache_dir
@@ -26,6 +33,10 @@ Opened = TypeVar("Opened")
 Stamp = tuple[int, int, int]  # of a file: size, modification time in ns, inode
 DONE_FILE = "done.json"  # written last: a folder without it is incomplete
 _MOVE_REMEDY = "set NESSO_TUNE_CACHE to a folder on another disk"
+_STAGING = ".partial"
+_ABANDONED_S = 24 * 3600  # a staging folder of another machine that was not written to for this long
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+WAIT_MESSAGES_S = (10.0, 60.0)  # of a process that waits: the first one, and between later ones
 
 # Files that this process has compared with their hashes: path -> stamp at that time.
 _verified: dict[str, Stamp] = {}
@@ -51,6 +62,7 @@ def get_or_build(
     build: Callable[[Path], dict[str, Any]],
     loader: Callable[[Path, dict[str, Any]], Opened],
     label: str | None = None,
+    timeout_s: float | None = None,
 ) -> tuple[Opened, dict[str, Any], bool]:
     """Loads a result, after building it if it is absent or damaged. Concurrent callers wait and share one build.
 
@@ -60,27 +72,28 @@ def get_or_build(
         build: fills an empty folder; returns a note, plain data that is stored with the result.
         loader: loads the result from its folder and its note; raises `Damaged` if they are inconsistent.
         label: name of the result in messages; `kind` by default.
+        timeout_s: seconds to wait for a process that builds it; unlimited by default.
 
     Returns:
         The result, its note, and whether it was in the cache.
 
     Raises:
-        RunEnvironmentError: if the disk is full.
+        RunEnvironmentError: if the disk is full, or another process builds the result for longer than `timeout_s`.
     """
-    root = cache_root() / kind
+    root, label = cache_root() / kind, label or kind
     root.mkdir(parents=True, exist_ok=True)
     while True:
         exists = (root / key).exists()
         if exists:
             with suppress(Damaged):  # outside the lock, so that several processes read at once
                 _verify(root / key, _read(root / key)["files"])
-        with acquire_lock(root / f"{key}.lock", _MOVE_REMEDY):
+        with _locked(root / f"{key}.lock", label, timeout_s):
             if not exists and (root / key).exists():
                 continue  # another process has built it in the meantime
-            if (found := _load_or_remove(root / key, loader, label or kind)) is not None:
+            if (found := _load_or_remove(root / key, loader, label)) is not None:
                 return *found, True
-            note = _build(root, key, build)
-            return loader(root / key, note), note, False
+            if (note := _build(root, key, build)) is not None:
+                return loader(root / key, note), note, False
 
 
 def load(
@@ -90,7 +103,7 @@ def load(
     root = cache_root() / kind
     if not (root / key).exists():
         return None
-    with acquire_lock(root / f"{key}.lock", _MOVE_REMEDY):
+    with _locked(root / f"{key}.lock", label or kind):
         found = _load_or_remove(root / key, loader, label or kind)
     return None if found is None else found[0]
 
@@ -111,7 +124,7 @@ def file_hashes(kind: str, key: str) -> dict[str, str]:
 
 
 def verified_files() -> dict[str, Stamp]:
-    """The files that this process has compared with their hashes; for another process's `trust_verified`."""
+    """The files that this process has compared with their hashes, for `trust_verified` of one on the same machine."""
     return dict(_verified)
 
 
@@ -120,16 +133,51 @@ def trust_verified(others: Mapping[str, Stamp]) -> None:
     _verified.update(others)
 
 
-def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Builds a result in a staging folder, seals it and renames it; returns its note."""
-    staging = root / f"{key}.partial"
-    shutil.rmtree(staging, ignore_errors=True)
-    _remove_abandoned_builds(root)
+@contextmanager
+def _locked(lock: Path, label: str, timeout_s: float | None = None) -> Iterator[None]:
+    """Holds the lock of a result; a process that waits for it says so, and since when.
+
+    Raises:
+        RunEnvironmentError: if another process holds it for longer than `timeout_s`.
+    """
+    started, (pause, interval), host = time.monotonic(), WAIT_MESSAGES_S, socket.gethostname()
+    while True:
+        left = float("inf") if timeout_s is None else timeout_s + started - time.monotonic()
+        try:
+            held = acquire_lock(lock, _MOVE_REMEDY, timeout=max(0.0, min(pause, left)))
+            break
+        except Timeout:
+            if left <= pause:
+                raise RunEnvironmentError(
+                    str(lock), f"{label}: another process on {host} was not done within {timeout_s:g} s",
+                    "run `nesso-tune prepare` first, which has the time it needs, or raise distributed.timeout_s",
+                ) from None  # fmt: skip
+            bound = "" if timeout_s is None else f" (at most {timeout_s:g} s)"
+            waited = f"{time.monotonic() - started:.0f} s so far{bound}"
+            logger.info(f"{label}: waiting for another process on {host} that builds it, {waited}", extra=EVERY_RANK)
+            pause = interval
+    with held:
+        yield
+
+
+def _build(root: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any] | None:
+    """Builds a result in a staging folder, seals it and renames it.
+
+    Returns:
+        Its note; None if another machine has built the same result meanwhile.
+    """
+    _remove_abandoned_builds(root, key)
+    staging = _staging(root / key)
     staging.mkdir()
     try:
         note = build(staging)
         files = _seal(staging, note)
-        staging.rename(root / key)
+        try:
+            staging.rename(root / key)
+        except OSError:
+            if (root / key / DONE_FILE).exists():
+                return None
+            raise
         _sync_folder(root)
     except Exception as error:
         if not is_disk_full(error):
@@ -176,7 +224,10 @@ def _load_or_remove(
         return loader(folder, record["note"]), record["note"]
     except Damaged as why:
         logger.warning(f"{label} in {folder} is damaged ({why}): building it again", extra=EVERY_RANK)
-        shutil.rmtree(folder, ignore_errors=True)
+        removed = _staging(folder)
+        with suppress(FileNotFoundError):  # another machine was faster
+            folder.rename(removed)  # at once, so that no other machine sees half of it
+        shutil.rmtree(removed, ignore_errors=True)
         return None
 
 
@@ -217,8 +268,44 @@ def _sync_folder(folder: Path) -> None:
         fsync(folder)
 
 
-def _remove_abandoned_builds(root: Path) -> None:
-    """Removes staging folders of killed processes: a build that still runs holds its lock."""
-    for staging in root.glob("*.partial"):
-        with suppress(Timeout), acquire_lock(staging.with_suffix(".lock"), _MOVE_REMEDY, timeout=0):
+def _staging(folder: Path) -> Path:
+    """A name for the folder while it is built or removed, which no other process uses."""
+    return folder.with_name(f"{folder.name}.{_machine()}-{os.getpid()}-{uuid4().hex[:8]}{_STAGING}")
+
+
+def _machine() -> str:
+    """Identifies the running kernel, whose processes see each other's locks; containers on a machine share it."""
+    try:
+        return _BOOT_ID.read_text(encoding="ascii").strip().replace("-", "")[:12]
+    except OSError:  # not Linux
+        return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:12]
+
+
+def _remove_abandoned_builds(root: Path, locked: str) -> None:
+    """Removes staging folders of killed processes.
+
+    A build of this machine that still runs holds the lock of its key; this process holds that of `locked`. The locks of
+    another machine may not be visible here, so its builds are judged by the time of their last write.
+    """
+    for staging in root.glob(f"*{_STAGING}"):
+        key, _, builder = staging.name.removesuffix(_STAGING).partition(".")
+        if builder and not builder.startswith(f"{_machine()}-"):
+            if _seconds_since_write(root, staging) > _ABANDONED_S:
+                shutil.rmtree(staging, ignore_errors=True)
+        elif key == locked:
             shutil.rmtree(staging, ignore_errors=True)
+        else:
+            with suppress(Timeout), acquire_lock(root / f"{key}.lock", _MOVE_REMEDY, timeout=0):
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _seconds_since_write(root: Path, staging: Path) -> float:
+    """Seconds since the last write to a staging folder, by the clock of the file system."""
+    with suppress(OSError):
+        newest = max(path.stat().st_mtime for path in (staging, *staging.rglob("*")))
+        probe = root / f"clock-{uuid4().hex}"
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - newest
+    return 0.0

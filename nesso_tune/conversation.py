@@ -27,6 +27,7 @@ class Message:
             `{"function": {…}}` is accepted too.
         name: name of the speaker or the tool, if the data has one.
         train: whether the turn is supervised; None decides by the role.
+        reasoning: what the assistant thinks before the content; None or empty without reasoning.
     """
 
     role: str
@@ -34,6 +35,7 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     name: str | None = None
     train: bool | None = None
+    reasoning: str | None = None
 
 
 @dataclass(frozen=True)

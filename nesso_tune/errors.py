@@ -182,6 +182,12 @@ def shortened(text: str, max_length: int = 60) -> str:
     return text if len(text) <= max_length else f"{text[: max_length - 20]}... ({len(text):,} characters)"
 
 
+def cut_in_the_middle(name: str, max_length: int) -> str:
+    """A name of at most `max_length` characters: paths and metrics often differ in their ends."""
+    end = max_length * 2 // 3
+    return name if len(name) <= max_length else f"{name[: max_length - end - 1]}…{name[-end:]}"
+
+
 def _message_of(error: BaseException) -> str:
     try:
         return str(error)

@@ -11,13 +11,16 @@ written as JSON escapes, so JSON output stays valid and equal.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 # Control characters (C0, DEL, C1), bidirectional controls, invisible characters, line separators, lone surrogates and
 # tag characters. The joiners U+200C and U+200D are safe; emoji and several scripts need them.
@@ -26,6 +29,7 @@ UNSAFE = re.compile(
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")  # our own colour sequences
+STAMP_VARIABLE = "NESSO_TUNE_LOG_STAMP"  # if set, messages begin with time, host and rank
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that any process may log; of others, only rank 0's are kept
 
 
@@ -40,16 +44,45 @@ class _SafeRecords(logging.Filter):
 
 
 class TerminalHandler(logging.Handler):
-    """Prints messages on stderr. `prefix` comes before each of them, e.g. the name of a recipe."""
+    """Prints messages on stderr: as text, or each as a JSON object.
+
+    Attributes:
+        prefix: comes before each message, e.g. the name of a recipe.
+        json: print JSON objects.
+    """
 
     prefix = ""
+    json = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Prints one message."""
+        """Prints one message. Lines of figures, see `with_figures`, begin with the time."""
         try:
-            print_to_stderr(f"{self.prefix}{record.getMessage()}")
+            figures = getattr(record, "figures", None)
+            if self.json:
+                print_to_stderr(_as_json(record.getMessage(), record.levelname, record.created, self.prefix, figures))
+            else:
+                stamped = figures is None or os.environ.get(STAMP_VARIABLE)  # the stamp has the time
+                clock = "" if stamped else time.strftime("%H:%M:%S ", time.localtime(record.created))
+                print_to_stderr(f"{clock}{self.prefix}{record.getMessage()}")
         except Exception:
             self.handleError(record)  # as logging's own handlers: a closed stderr does not stop a run
+
+
+def _as_json(
+    message: str, level: str, created: float, prefix: str = "", figures: Mapping[str, Any] | None = None
+) -> str:
+    when = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(created))
+    line = {"time": when, "level": level.lower(), "message": message}
+    return json.dumps(line | ({"recipe": prefix.removesuffix(": ")} if prefix else {}) | dict(figures or {}))
+
+
+def with_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`extra` of a message that shows figures of a step: `--json-logs` prints them as keys."""
+    return {"figures": {key: value if _is_json(value) else str(value) for key, value in figures.items()}}
+
+
+def _is_json(value: Any) -> bool:
+    return value is None or isinstance(value, (str, int)) or (isinstance(value, float) and abs(value) < float("inf"))
 
 
 def _make_logger() -> logging.Logger:
@@ -60,6 +93,18 @@ def _make_logger() -> logging.Logger:
 
 logger = _make_logger()
 _terminal = TerminalHandler()
+
+
+def set_output(*, as_json: bool, quiet: bool) -> None:
+    """How the command line prints messages: as JSON objects; `quiet` prints warnings and errors only."""
+    _terminal.json = as_json
+    _terminal.setLevel(logging.WARNING if quiet else logging.NOTSET)
+
+
+def output_flags() -> list[str]:
+    """The flags of `set_output` that are set, for a command that starts this one in other processes."""
+    quiet = _terminal.level == logging.WARNING
+    return [*(["--json-logs"] if _terminal.json else []), *(["--quiet"] if quiet else [])]
 
 
 @contextmanager
@@ -97,14 +142,34 @@ def _escape(character: str) -> str:
     return "".join(f"\\u{units[i] << 8 | units[i + 1]:04x}" for i in range(0, len(units), 2))
 
 
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows of a table as lines, each column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def print_lines(*lines: str) -> None:
     """Writes lines to stdout; line breaks within a line are escaped."""
     _write("".join(f"{visible(line)}\n" for line in lines), sys.stdout)
 
 
 def print_to_stderr(*lines: str) -> None:
-    """Writes lines to stderr; line breaks within a line are escaped."""
-    _write("".join(f"{visible(line)}\n" for line in lines), sys.stderr)
+    """Writes messages to stderr, one a line; line breaks within a line are escaped."""
+    stamp = _stamp() if os.environ.get(STAMP_VARIABLE) and not _terminal.json else ""
+    _write("".join(f"{stamp}{visible(line)}\n" for line in lines), sys.stderr)
+
+
+def _stamp() -> str:
+    """Time in UTC, host, and the rank if this process has one."""
+    rank = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())} {visible(socket.gethostname())}{rank}: "
+
+
+def print_error(*lines: str) -> None:
+    """Writes the lines of an error to stderr, in JSON if messages are."""
+    if _terminal.json:
+        lines = tuple(_as_json(line, "error", time.time(), _terminal.prefix) for line in map(visible, lines))
+    print_to_stderr(*lines)
 
 
 def print_text(text: str, *, error: bool = False, keep: str = "\n\t", coloured: bool = False) -> None:

@@ -1,20 +1,30 @@
 """Registry of all training and evaluation metrics: meaning, which direction is better, and where they are shown.
 
 A metric is reported over all rows under its name (`eval_loss`), per language (`eval_loss/it`), and per source
-(`eval_loss/source/NAME`). docs/metrics.md describes each one in detail.
+(`eval_loss/source/NAME`). docs/metrics.md describes each one in detail. `answer_metric` adds a metric of
+your own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any, Literal, TypeVar
 
-from nesso_tune.errors import closest
+from nesso_tune.errors import RecipeError, closest, first_line
 
 Better = Literal["lower", "higher"]
 MeasuredOn = Literal["training", "validation", "answers"]
 TRAIN_PREFIX = "train_"  # of metrics measured on answers to training prompts
+ENTRY_POINTS = "nesso_tune.metrics"  # group in which an installed package names its metrics
+# Other keys of lines of metrics, and metrics of the suite `chat`
+RESERVED = ("step", "event", "empty_rate", "judge_score", "total_steps", "seconds_left", "time", "level", "message")
+AnswerScore = Callable[..., "float | bool | None"]  # of one Answer; None where it is undefined
+Score = TypeVar("Score", bound=AnswerScore)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Metric:
     in_progress: bool = False
 
 
+_LOGPS = "Log-probability of the answers (nats)"
 _SHIFT = "Chosen log-probability shift vs reference (nats/token)"
 _ALL = (
     # Training, at every `logging.every_steps`.
@@ -49,16 +60,21 @@ _ALL = (
            chart="Loss", chart_by_source=True),
     Metric("loss_sft", "the sft term of the DPO loss, unweighted", "training", method="dpo"),
     Metric("loss_preference", "sum of all other terms of the DPO loss", "training", method="dpo"),
-    Metric("token_accuracy", "share of supervised tokens that are the most likely prediction", "training"),
-    Metric("logps/chosen", "log-probability of the chosen answer under the policy, in nats", "training", method="dpo"),
+    Metric("token_accuracy", "share of supervised tokens that are the most likely prediction", "training",
+           chart="Token accuracy"),
+    Metric("logps/chosen", "log-probability of the chosen answer under the policy, in nats", "training", method="dpo",
+           chart=_LOGPS),
     Metric("logps/rejected", "log-probability of the rejected answer under the policy, in nats", "training",
-           method="dpo"),
+           method="dpo", chart=_LOGPS),
     Metric("logps/chosen_shift", "(log pi - log ref) / tokens of the chosen answer, in nats/token", "training",
            method="dpo", chart=_SHIFT),
-    Metric("rewards/chosen", "beta x (log pi - log ref) of the chosen answer", "training", method="dpo"),
-    Metric("rewards/rejected", "beta x (log pi - log ref) of the rejected answer", "training", method="dpo"),
-    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "training", method="dpo"),
-    Metric("rewards/accuracies", "share of pairs with a positive margin", "training", method="dpo"),
+    Metric("rewards/chosen", "beta x (log pi - log ref) of the chosen answer", "training", method="dpo",
+           chart="Rewards"),
+    Metric("rewards/rejected", "beta x (log pi - log ref) of the rejected answer", "training", method="dpo",
+           chart="Rewards"),
+    Metric("rewards/margins", "rewards/chosen - rewards/rejected", "training", method="dpo", chart="Reward margin"),
+    Metric("rewards/accuracies", "share of pairs with a positive margin", "training", method="dpo",
+           chart="Reward accuracy"),
     # Validation rows, at every `evaluation.every_steps`.
     Metric("eval_loss", "loss on the validation rows", "validation", "lower", chart="Validation loss",
            chart_by_source=True, in_progress=True),
@@ -99,24 +115,125 @@ _ALL = (
     Metric("seconds", "seconds since the start of training, earlier sessions included", "training"),
     Metric("tokens", "tokens of the run so far, all processes, without padding", "training"),
     Metric("supervised_tokens", "supervised tokens of the run so far, all processes", "training"),
-    Metric("tokens_per_second", "tokens/s since the last line, all processes", "training"),
+    Metric("tokens_per_second", "tokens/s since the last line, all processes", "training", chart="Tokens per second"),
     Metric("supervised_tokens_per_second", "supervised tokens/s since the last line, all processes", "training"),
-    Metric("mfu", "model FLOPs utilisation: share of the dense bfloat16 peak of the device", "training"),
-    Metric("peak_memory_gb", "maximum memory of a process in 10^9 bytes", "training"),
-    Metric("data_wait_share", "share of the time spent waiting for the next batch, on the slowest process", "training"),
+    Metric("mfu", "model FLOPs utilisation: share of the dense bfloat16 peak of the device", "training",
+           chart="MFU"),
+    Metric("mfu_common", "mfu as other tools count it: the LM head on every token, attention over whole rows",
+           "training", chart="MFU"),
+    Metric("peak_memory_gb", "maximum memory of a process in 10^9 bytes", "training", chart="Memory (GB)"),
+    Metric("data_wait_share", "share of the time spent waiting for the next batch, on the slowest process", "training",
+           chart="Share of time waiting for data"),
 )  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+# Which of two models is better, by method; a DPO loss depends on its beta, so it cannot be compared.
+HEADLINE = {"sft": "eval_loss", "dpo": "eval_rewards/accuracies"}
 
 
 def _selectable(measured_on: MeasuredOn) -> tuple[str, ...]:
     return tuple(metric.name for metric in _ALL if metric.better and metric.measured_on == measured_on)
 
 
-# Names that `train.best_metric` can take.
+# Names that `train.best_metric` can take, beside own metrics.
 VALIDATION_METRICS = _selectable("validation")
 ANSWER_METRICS = _selectable("answers")
-# Names on the progress line of an evaluation.
-PROGRESS_METRICS = (*(metric.name for metric in _ALL if metric.in_progress), f"{TRAIN_PREFIX}exact_match")
+_own: dict[str, AnswerScore] = {}  # registered by `answer_metric`, and installed ones
+
+
+def answer_metric(name: str | None = None, *, better: Better = "higher") -> Callable[[Score], Score]:
+    """Decorator that makes a function a metric of generated answers, measured wherever answers are: in evaluations
+    during training, and in tasks of kind `chat`.
+
+        @answer_metric(better="higher")
+        def polite(answer: Answer) -> bool:
+            return "grazie" in answer.text.lower()
+
+    It is then a name for `train.best_metric`, for suites and for gates, and has a chart in report.html. A package can
+    name such functions as entry points of the group `nesso_tune.metrics`; then the command line measures them too.
+
+    Args:
+        name: of the metric; by default the name of the function.
+        better: which direction is better.
+
+    Raises:
+        RecipeError: if the name cannot be one, or is that of another metric.
+    """
+
+    def register(function: Score) -> Score:
+        own = name or function.__name__
+        _check_own(own)
+        _own[own] = function
+        METRICS[own] = Metric(own, (function.__doc__ or "").strip().partition("\n")[0], "answers", better, chart=own,
+                              in_progress=True)  # fmt: skip
+        return function
+
+    return register
+
+
+def own_metrics(more: Mapping[str, AnswerScore] | None = None) -> dict[str, AnswerScore]:
+    """The functions of all own metrics by name: registered ones, installed ones, and `more`.
+
+    Raises:
+        RecipeError: if an installed metric cannot be imported, or a name of `more` cannot be one.
+    """
+    _load_installed()
+    for name, function in (more or {}).items():
+        if not callable(function):
+            raise RecipeError(f"metrics {name}", "is not a function", "pass a function of one Answer")
+        if name not in _own:
+            _check_own(name)
+    return {**_own, **(more or {})}
+
+
+def score_of(name: str, function: AnswerScore, answer: Any) -> float | None:
+    """The score of an answer. Raises RecipeError if the function fails, or returns no number."""
+    try:
+        score = function(answer)
+        return None if score is None else float(score)
+    except Exception as error:  # of the user's code
+        what = f"fails on an answer ({type(error).__name__}: {first_line(error)})"
+        raise RecipeError(
+            f"metric {name}", what, "return a number, a truth value, or None if it is undefined"
+        ) from error
+
+
+def definition_of_own() -> dict[str, str]:
+    """The code of every own metric: results that depend on it are cached under it."""
+    return {name: _code(function) for name, function in sorted(own_metrics().items())}
+
+
+def _code(function: AnswerScore) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter, or not a plain function
+        code = getattr(function, "__code__", None)
+        return repr(function) if code is None else f"{code.co_code.hex()} {code.co_consts} {code.co_names}"
+
+
+def _check_own(name: str) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.startswith((TRAIN_PREFIX, "eval_")):
+        remedy = f"write lower-case letters, digits and _, and begin with neither {TRAIN_PREFIX} nor eval_"
+        raise RecipeError(f"metric {name}", "is not a name for a metric", remedy)
+    if name in RESERVED or any(name == metric.name for metric in _ALL):
+        raise RecipeError(f"metric {name}", "is a name that nesso-tune uses itself", "choose another name")
+
+
+@cache
+def _load_installed() -> None:
+    """Registers the functions that installed packages name; higher is better unless they are decorated themselves."""
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            function = point.load()
+        except Exception as error:  # of the user's code
+            what = f"cannot be imported ({type(error).__name__}: {first_line(error)})"
+            raise RecipeError(f"metric {point.name}", what, f"correct or uninstall {point.value}") from error
+        if function not in _own.values():
+            answer_metric(point.name)(function)
+
+
+def progress_metrics() -> tuple[str, ...]:
+    """Names on the progress line of an evaluation."""
+    return (*(metric.name for metric in METRICS.values() if metric.in_progress), f"{TRAIN_PREFIX}exact_match")
 
 
 def charts() -> dict[str, tuple[str, ...]]:
@@ -124,7 +241,7 @@ def charts() -> dict[str, tuple[str, ...]]:
     (`loss/source`).
     """
     found: dict[str, tuple[str, ...]] = {}
-    for metric in _ALL:
+    for metric in METRICS.values():
         if metric.chart is not None:
             found[metric.chart] = (*found.get(metric.chart, ()), metric.name)
             if metric.chart_by_source:
@@ -145,9 +262,13 @@ def overall_metric(name: str) -> str | None:
     """
     prefix = TRAIN_PREFIX if name.startswith(TRAIN_PREFIX) else ""
     bare = name.removeprefix(prefix)
-    for overall in ANSWER_METRICS if prefix else (*VALIDATION_METRICS, *ANSWER_METRICS):
+    of_answers = (*ANSWER_METRICS, *_own)
+    for overall in of_answers if prefix else (*VALIDATION_METRICS, *of_answers):
         if bare == overall or bare.startswith(f"{overall}/"):
             return prefix + overall
+    if not _load_installed.cache_info().currsize:  # installed metrics are looked up only for a name that is not known
+        _load_installed()
+        return overall_metric(name)
     return None
 
 

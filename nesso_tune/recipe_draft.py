@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nesso_tune.chat.special_tokens import CHAT_KEY
 from nesso_tune.data.detect import NEARLY_ALL, DetectedSource
 from nesso_tune.data.estimate import CHARACTERS_PER_TOKEN
 from nesso_tune.errors import ModelError
 from nesso_tune.logs import visible
-from nesso_tune.planning.advice import auto_learning_rate, nearest_tuned_run
+from nesso_tune.planning.advice import TUNED, auto_learning_rate, nearest_tuned_run
 from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.json_schema import SCHEMA_FILE
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS
@@ -29,13 +31,25 @@ SMALL_MODEL = 2e9  # parameters
 
 
 @dataclass(frozen=True)
+class DraftSource:
+    """A source of a first recipe.
+
+    Attributes:
+        detected: its properties.
+        split: the split that it reads.
+    """
+
+    detected: DetectedSource
+    split: str = "train"
+
+
+@dataclass(frozen=True)
 class RecipeValues:
     """The values of a first recipe that depend on base model and data."""
 
     sequence_len: int
     validation_size: int | float
     num_epochs: float
-    micro_batch_size: int
     global_batch_size: int
     learning_rate: float
 
@@ -44,7 +58,8 @@ def choose_values(method: str, data: Sequence[DetectedSource], shape: ModelShape
     """Chooses values by the size of base model and data.
 
     The sequence length is a power of two that fits 99 % of the data. The global batch size is at most the tuned one,
-    and smaller if the run would have too few steps. The learning rate is the tuned one for the model size.
+    and smaller if the run would have too few steps. The learning rate is the tuned one for the model size, rescaled
+    to the tokens or pairs in a batch.
     """
     lengths = sorted(_tokens(data))
     longest = lengths[min(len(lengths) - 1, int(0.99 * len(lengths)))]
@@ -62,16 +77,42 @@ def choose_values(method: str, data: Sequence[DetectedSource], shape: ModelShape
     batch = min(MAX_BATCH[method], max(MIN_BATCH, batch))
     if method == "sft" and units * epochs / batch < MIN_STEPS:  # more epochs for small data sets
         epochs = float(min(MAX_EPOCHS, math.ceil(MIN_STEPS * batch / units)))
-    size = shape.parameters if shape else SMALL_MODEL
-    micro = 1 if size > 4e9 else 2 if size > 1e9 else 4
     return RecipeValues(
         sequence_len=length,
         validation_size=0.1 if rows < 500 else int(float(f"{min(2000, max(50, 0.05 * rows)):.1g}")),
         num_epochs=epochs,
-        micro_batch_size=min(micro, max(1, batch // 8)),
         global_batch_size=batch,
-        learning_rate=auto_learning_rate(method, shape),
+        learning_rate=_learning_rate(method, shape, batch * _batch_unit(method, length)),
     )
+
+
+def _batch_unit(method: str, length: int) -> int:
+    """What a row adds to a batch: the tokens of a packed row, or one pair."""
+    return length if method == "sft" else 1
+
+
+def _learning_rate(method: str, shape: ModelShape | None, batch: int) -> float:
+    """The tuned learning rate for a model size, rescaled if the batch is 4x larger or smaller than the tuned one.
+
+    It scales with the square root of the batch size (Malladi et al., 2022, arXiv:2205.10287).
+
+    Args:
+        method: `sft` or `dpo`.
+        shape: sizes of the model; None if unknown.
+        batch: tokens (SFT) or pairs (DPO) per optimizer step.
+    """
+    rate = auto_learning_rate(method, shape)
+    if shape is None:
+        return rate
+    ratio = batch / _tuned_batch(method, shape)
+    return rate if 1 / 4 < ratio < 4 else float(f"{rate * math.sqrt(ratio):.1e}")
+
+
+def _tuned_batch(method: str, shape: ModelShape) -> float:
+    """Tokens or pairs per step of the tuned runs, interpolated to a model size like their learning rates."""
+    sizes = [math.log(run.parameters) for run in TUNED[method]]
+    batches = [math.log(run.batch) for run in TUNED[method]]
+    return math.exp(float(np.interp(math.log(shape.parameters), sizes, batches)))
 
 
 @dataclass(frozen=True)
@@ -93,7 +134,10 @@ class BaseModelInfo:
     replaces: str = ""
 
 
-def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Sequence[DetectedSource]) -> str:
+def recipe_text(
+    name: str, file: str, base: BaseModelInfo, method: str, sources: Sequence[DraftSource],
+    validation: Sequence[DraftSource] = (), on_cpu: bool = False,
+) -> str:  # fmt: skip
     """The text of a recipe.
 
     Args:
@@ -101,13 +145,16 @@ def recipe_text(name: str, file: str, base: BaseModelInfo, method: str, data: Se
         file: path of the recipe, shown in its commands.
         base: the base model.
         method: `sft` or `dpo`.
-        data: inspected sources, all for this method.
+        sources: inspected sources, all for this method.
+        validation: validation sources; without them, rows are held out.
+        on_cpu: whether this machine has no GPU.
     """
+    data = [source.detected for source in sources]
     values = choose_values(method, data, base.shape)
     lines = [
         *_head(name, file, base, method),
-        *_model(base),
-        *_data(values, method, data),
+        *_model(base, on_cpu),
+        *_data(values, method, sources, validation),
         *_train(values, method, base.shape),
         *(_dpo(base.shape) if method == "dpo" else []),
         _commented("checkpoint: {every_steps: 0.25, keep: 2}", "every quarter of the run"),
@@ -134,24 +181,36 @@ def _head(name: str, file: str, base: BaseModelInfo, method: str) -> list[str]:
     ]
 
 
-def _model(base: BaseModelInfo) -> list[str]:
+def _model(base: BaseModelInfo, on_cpu: bool) -> list[str]:
     lines = ["model:", _commented(f"  base: {_text(base.name)}", _size(base.shape))]
     if base.random_init:
         lines.append(_commented("  random_init: true", "the folder has no weights"))
+    if on_cpu:
+        lines.append(_commented("  dtype: float32", "this machine has no GPU; remove it to train on one"))
     if base.template is not None:  # otherwise the base contains tokens and template
         note = "replaces that of the base" if base.replaces else "or the path of a file"
         lines += ["chat:", _commented(f"  template: {base.template}", note)]
     return lines
 
 
-def _data(values: RecipeValues, method: str, data: Sequence[DetectedSource]) -> list[str]:
+def _data(
+    values: RecipeValues, method: str, sources: Sequence[DraftSource], validation: Sequence[DraftSource]
+) -> list[str]:
     rows = "length of packed rows" if method == "sft" else "maximum length of prompt and longer answer"
+    held_out = "rows held out for evaluation, from all languages"
+    has_reasoning = any(source.detected.reasoning for source in (*sources, *validation))
+    merges = any(source.detected.merge_turns for source in (*sources, *validation))
+    reasoning = "answers have reasoning; keep trains on it, with a template such as qwen3"
     return [
         "data:",
         _commented(f"  sequence_len: {values.sequence_len}", rows),
-        _commented(f"  validation_size: {values.validation_size}", "rows held out for evaluation, from all languages"),
+        *([_commented("  reasoning: drop", reasoning)] if has_reasoning else []),
+        *([_commented("  clean: {role_order: merge}", "rows have two turns of one role in a row")] if merges else []),
+        *([] if validation else [_commented(f"  validation_size: {values.validation_size}", held_out)]),
         "  sources:",
-        *(line for part in data for line in _source(part)),
+        *(line for source in sources for line in _source(source)),
+        *(["  validation_sources:"] if validation else []),
+        *(line for source in validation for line in _source(source)),
     ]
 
 
@@ -160,11 +219,9 @@ def _train(values: RecipeValues, method: str, shape: ModelShape | None) -> list[
     return [
         "train:",
         _commented(f"  num_epochs: {values.num_epochs:g}", "passes over the data"),
-        _commented(
-            f"  micro_batch_size: {values.micro_batch_size}", "rows per GPU and forward pass; see check --gpu NAME"
-        ),
+        _commented("  micro_batch_size: auto", "rows per GPU and forward pass: what fits; see check --gpu NAME"),
         _commented(f"  global_batch_size: {values.global_batch_size}", "rows per step over all GPUs"),
-        _commented(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(method, shape)),
+        _commented(f"  learning_rate: {_number(values.learning_rate)}", _rate_note(values, method, shape)),
         f"  schedule: {{type: cosine, warmup_ratio: {0.03 if method == 'sft' else 0.1}{tail}}}",
     ]
 
@@ -200,19 +257,22 @@ def _size(shape: ModelShape | None) -> str:
     return f"{shape.parameters / 1e6:,.0f} M parameters, context {shape.context:,}"
 
 
-def _rate_note(method: str, shape: ModelShape | None) -> str:
+def _rate_note(values: RecipeValues, method: str, shape: ModelShape | None) -> str:
     if shape is None:
         return "a conservative value, since the size of the base is unknown"
-    run = nearest_tuned_run(method, shape)
-    return f"for this model size; tuned: {run.learning_rate:g} ({run.source})"
+    run, unit = nearest_tuned_run(method, shape), "tokens" if method == "sft" else "pairs"
+    batch = values.global_batch_size * _batch_unit(method, values.sequence_len)
+    return f"for {batch:,} {unit} per step; tuned: {run.learning_rate:g} at {run.batch:,} ({run.source})"
 
 
-def _source(part: DetectedSource) -> list[str]:
+def _source(source: DraftSource) -> list[str]:
+    part = source.detected
     rows = f"{part.rows:,} rows" if part.rows is not None else "rows on the hub"
     tools = f", {part.tools:.0%} with tools" if part.tools else ""
     lines = [
         _commented(f"    - path: {_text(part.path)}", rows + tools),
-        f"      format: {part.format}",
+        *([] if source.split == "train" else [f"      split: {_text(source.split)}"]),
+        f"      format: {_text(part.format)}",
         *(f"      {key}: {_value(value)}" for key, value in part.fields.items()),
     ]
     if part.language is None:
@@ -229,8 +289,10 @@ def languages_of(part: DetectedSource) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_text(key)}: {_text(item)}" for key, item in value.items()) + "}"
-    return _text(str(value))
+        return "{" + ", ".join(f"{_text(key)}: {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_value, value)) + "]"
+    return json.dumps(value) if isinstance(value, (bool, int, float)) else _text(str(value))
 
 
 def _text(text: str) -> str:

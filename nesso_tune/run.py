@@ -2,128 +2,211 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
+from nesso_tune.cache import cache_root
+from nesso_tune.data.cache_key import KIND as PREPARED
 from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
-from nesso_tune.data.report import DataReport
+from nesso_tune.data.privacy import Privacy
+from nesso_tune.data.report import DataReport, listed_keys
+from nesso_tune.data.workers import ReadFiles
 from nesso_tune.distributed.launcher_config import check_launcher_config
 from nesso_tune.distributed.preemption import StopRequest
 from nesso_tune.distributed.process_group import (
     barrier,
     broadcast_from_rank0,
+    broadcast_weights,
     check_shared_folder,
     detect_world,
     idle_gpus,
     init_process_group,
     is_main_process,
+    join_ranks,
+    one_rank_first,
     process_group_of_run,
     report_lost_ranks,
 )
-from nesso_tune.errors import RecipeError
-from nesso_tune.export.card import model_card
+from nesso_tune.errors import RecipeError, RunEnvironmentError, first_line
 from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
+from nesso_tune.export.publish import check_gate, gate_of, model_folder, publish
+from nesso_tune.export.stages import Stage, read_stages, without_private
+from nesso_tune.export.verify import Amount, Verifier
+from nesso_tune.hub import base_folder
 from nesso_tune.logs import logger
+from nesso_tune.metric_registry import AnswerScore
 from nesso_tune.model.adapters import check_adapter
 from nesso_tune.model.attention import attention_description, choose_attention, uses_document_attention
-from nesso_tune.model.cuda import deterministic_algorithms, use_expandable_segments
+from nesso_tune.model.cuda import bind_to_near_cores, deterministic_algorithms, use_expandable_segments
 from nesso_tune.model.flash import AttentionShape
-from nesso_tune.model.lm_head import ForwardPath, LossPair, forward_path
-from nesso_tune.model.loading import base_hash, can_compile, load_model
+from nesso_tune.model.lm_head import forward_path
+from nesso_tune.model.loading import TINY_MODEL, SharedWeights, base_hash, fetch_base, load_model
+from nesso_tune.model.passed import with_passed
 from nesso_tune.planning.advice import epochs_rounded_up
 from nesso_tune.planning.hardware import NO_MPS, has_apple_gpu
 from nesso_tune.planning.memory import MOMENT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.recipes.schema import Recipe, SFTRecipe
+from nesso_tune.recipes.load import load_recipe
+from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe, dump
 from nesso_tune.reports.data_report import write_data_report
+from nesso_tune.reports.result import TrainResult
 from nesso_tune.reports.run_report import write_report
+from nesso_tune.runs.cache_use import record_use
 from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_json
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.metrics_log import last_metrics
 from nesso_tune.runs.provenance import RunFacts
-from nesso_tune.runs.resume import confirm_resume
+from nesso_tune.runs.resume import confirm_resume, recorded_choices
 from nesso_tune.runs.run_directory import RunDir, open_run, write_end, write_start
+from nesso_tune.runs.run_status import recorded_status
+from nesso_tune.training.callbacks import AfterEvaluation
 from nesso_tune.training.eight_bit import check_optimizer
 from nesso_tune.training.evaluator import best_summary
-from nesso_tune.training.fit import Trainer, check_trackers, fit
+from nesso_tune.training.fit import Extensions, Trainer, add_adapter, check_trackers, fit
+from nesso_tune.training.memory_probe import probe_micro_batch
+from nesso_tune.training.model_limits import adapt_to_model
 from nesso_tune.training.numerical_checks import check_final
 from nesso_tune.training.out_of_memory import out_of_memory_errors
 
-TINY_MODEL = 20_000_000  # parameters; below, several CPU threads cost more than they gain
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """Result of a run.
-
-    Attributes:
-        model_dir: the finished model, `final/`.
-        metrics: the last value of every metric; if `train.best_metric` selected earlier weights, up to their step.
-        notes: messages from opening the run directory.
-        trained: False if the run was already finished.
-        asked_to_stop: a signal arrived too late to stop this run; do not start another one.
-    """
-
-    model_dir: Path
-    metrics: dict[str, Any]
-    notes: tuple[str, ...] = ()
-    trained: bool = True
-    asked_to_stop: bool = False
-
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | str | Path | Mapping[str, Any],
     *,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+    model: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    train_dataset: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    metrics: Mapping[str, AnswerScore] | None = None,
     resume: str = "auto",
     overwrite: bool = False,
     allow_changes: tuple[str, ...] = (),
+    verify: Amount = "sample",
 ) -> TrainResult:
     """Trains a recipe, or resumes its run where it stopped.
 
+    A model, tokenizer or data set that is passed takes the place of the recipe's. It is written into the cache under a
+    hash of its content, and the run records that: it resumes with the same content only, and `nesso-tune train
+    OUTPUT_DIR/recipe.yaml` resumes it too. Started by a launcher, every process passes the same.
+
     Args:
-        recipe: the recipe.
+        recipe: a recipe, or what `load_recipe` takes: `train("quickstart/sft")`.
+        callbacks: transformers' callbacks, called on every process after those of the trainer. State of an
+            `ExportableState` is in checkpoints.
+        model: a transformers model to start from, instead of `model.base`. It is loaded from the cache in float32; the
+            object is not changed.
+        tokenizer: its tokenizer; by default that of `model.base`. The recipe's chat template is added to it.
+        train_dataset: rows instead of `data.sources`, read with the keys (`format`, `language` ...) on which these
+            sources agree.
+        eval_dataset: rows instead of `data.validation_sources`, or instead of the split of the training rows.
+        metrics: own metrics of the answers during training, by name: functions of an `Answer`. See `answer_metric`.
         resume: `auto` continues an unfinished run, `never` refuses to, a path continues from that checkpoint.
         overwrite: replaces an earlier run in `output_dir`. It is deleted when this one saves its first checkpoint, and
             restored if this one ends before.
         allow_changes: dotted recipe keys whose change is accepted when a run is resumed.
+        verify: validation rows whose loss must be the same with `final/` in plain transformers: `sample`, `all` or
+            `none`.
 
     Raises:
         NessoError: a subclass per kind of error; finished checkpoints and models stay intact. With several ranks it
             does not wait for the others. A rank that waits for one that failed is ended, with its exit code, since
             no exception reaches a thread that waits for a GPU.
-        Preempted: one of them, if a signal asked to stop; the same call resumes the run.
+        GateRefused: one of them, if the model does not pass `evaluation.gate`; its weights are in `candidate/`.
+        Preempted: another one, if a signal asked to stop; the same call resumes the run.
     """
+    recipe = recipe if isinstance(recipe, SFTRecipe | DPORecipe) else load_recipe(recipe)
+    recipe = with_passed(recipe, model, tokenizer, train_dataset, eval_dataset)
+    if metrics and (recipe.evaluation is None or not recipe.evaluation.samples):
+        raise RecipeError("metrics", "need answers, and this recipe generates none", "set evaluation.samples above 0")
+    extensions = Extensions.of(callbacks, metrics)
+    return run_recipe(
+        recipe, extensions, resume=resume, overwrite=overwrite, allow_changes=allow_changes, verify=verify
+    )
+
+
+def run_recipe(
+    recipe: Recipe,
+    extensions: Extensions,
+    *,
+    resume: str = "auto",
+    overwrite: bool = False,
+    allow_changes: tuple[str, ...] = (),
+    verify: Amount = "sample",
+) -> TrainResult:
+    """`train` after its arguments are checked; arguments and errors as there."""
     check_trackers(recipe)
     check_adapter(recipe.model.adapter)
     check_optimizer(recipe)
+    check_gate(recipe)
     use_expandable_segments(os.environ)
-    with StopRequest() as request, deterministic_algorithms(recipe.train.deterministic):
+    bind_to_near_cores()
+    with (
+        Verifier(verify) as verifier,
+        StopRequest() as request,
+        deterministic_algorithms(recipe.train.deterministic),
+    ):
         opened = None
         try:
             with process_group_of_run():
-                if is_main_process():
-                    opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
-                    _log_opening(opened, recipe)
-                data = prepare_data(recipe)
+                with report_lost_ranks():
+                    join_ranks(recipe.distributed.timeout_s)
+                    if is_main_process():
+                        opened = open_run(recipe, resume=resume, overwrite=overwrite, allow_changes=allow_changes)
+                        _log_opening(opened, recipe)
+                    data = _prepare(recipe)
+                if opened is not None:
+                    record_use(PREPARED, data.key, opened.path)
                 if opened is not None and not opened.finished and opened.checkpoint is None:
                     _log_data(data.summary)
                 init_process_group(recipe.distributed.timeout_s)
-                with report_lost_ranks(), out_of_memory_errors(recipe, data.volume):
+                plan_of = partial(make_plan, recipe, volume=data.volume)
+                _check_same_on_ranks(recipe)
+                with report_lost_ranks(), out_of_memory_errors(recipe, lambda: plan_of(detect_world())):
                     run: RunDir = broadcast_from_rank0(None if opened is None else opened.without_lock())
                     check_shared_folder(run.path)
-                    return _finished(recipe, run, data) if run.finished else _train(recipe, run, data, request)
+                    return (
+                        _finished(recipe, run, data)
+                        if run.finished
+                        else _train(recipe, run, data, request, extensions, verifier)
+                    )
         finally:
             if opened is not None:
                 _close(opened, overwrite and resume == "auto")
+
+
+def _check_same_on_ranks(recipe: Recipe) -> None:
+    """Raises RecipeError if processes were given different recipes, models or data sets. Every rank must call this."""
+    own = json.dumps(dump(recipe), sort_keys=True).replace(str(cache_root()), "")  # each machine may have its own cache
+    different = [rank for rank, other in enumerate(gather_object([own])) if other != own]
+    if different:
+        what = f"process {different[0]} was given another recipe, model or data set than this one"
+        error = RecipeError("train", what, "pass the same on every process")
+        error.on_all_ranks = True
+        raise error
+
+
+def _prepare(recipe: Recipe) -> PreparedData:
+    """Prepares the data and fetches the base on rank 0; then one rank of each node asks for them, then the others."""
+    timeout_s = recipe.distributed.timeout_s
+    with one_rank_first("data and base model", timeout_s, lambda: ReadFiles.of_this_process().to_json()) as read_before:
+        if read_before is not None:
+            ReadFiles.from_json(read_before).trust()
+        data = prepare_data(recipe)
+        fetch_base(recipe.model)
+    return data
 
 
 def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
@@ -131,45 +214,87 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     if read_json(run.path, MANIFEST).get("unpacked"):
         data = unpacked(data, recipe)
     plan = make_plan(recipe, detect_world(), data.volume)
-    facts = RunFacts.collect(recipe, data, plan, base_hash(recipe.model))
+    facts = RunFacts.collect(recipe, data, plan, _base_hash(recipe), identity=run.data_identity)
     confirm_resume(run.decision, run.path, facts).raise_if_refused()
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
 
 
-def _train(recipe: Recipe, run: RunDir, data: PreparedData, request: StopRequest) -> TrainResult:
+def _base_hash(recipe: Recipe) -> str:
+    """The hash of the base, whose files only rank 0 reads."""
+    found: str = broadcast_from_rank0(base_hash(recipe.model) if is_main_process() else None)
+    return found
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    data: PreparedData,
+    request: StopRequest,
+    extensions: Extensions,
+    verifier: Verifier,
+) -> TrainResult:
     """Loads the model, confirms that the run may resume, trains, and exports. Called on every rank."""
-    plan, opening_notes = make_plan(recipe, detect_world(), data.volume), run.notes
+    recorded, opening_notes = recorded_choices(run.path, run.checkpoint), run.notes
+    plan = make_plan(recipe, detect_world(), data.volume, recorded=recorded)
     check_launcher_config(recipe, plan, os.environ)
     if plan.processes == 1:  # a single process is not sharded, whatever accelerate's configuration says
         os.environ.pop("ACCELERATE_USE_FSDP", None)
-    model = load_model(recipe.model, data.chat, recipe.seed)
+    shared = SharedWeights(is_main_process(), broadcast_weights) if plan.processes > 1 else None
+    model = load_model(recipe.model, data.chat, recipe.seed, shared)
+    earlier = without_private(read_stages(base_folder(recipe.model.base, recipe.model.revision)), recipe)
     _set_threads(model.num_parameters())
     kernel, given = attention_description(model), recipe
     _log_attention(model, recipe)
-    recipe, data, plan = _adapt_to_model(forward_path(model), kernel, recipe, data, plan)
-    facts = RunFacts.collect(given, data, plan, base_hash(given.model), kernel)
+    recipe, data, plan = adapt_to_model(forward_path(model), kernel, recipe, data, plan, recorded)
+    facts = RunFacts.collect(given, data, plan, _base_hash(given), kernel, run.data_identity)
     run = _confirm(run, facts)
     if run.checkpoint is not None:
         facts = facts.resumed(read_json(run.checkpoint, MANIFEST))
     _check_end(run, recipe, plan)
     disk = _disk_space(model, recipe, plan, run.path)
-    with disk.full_disk_errors(remove_partial=is_main_process()):
+    with disk.full_disk_errors(remove_partial=is_main_process()), out_of_memory_errors(recipe, lambda: plan):
+        flops = add_adapter(model, recipe, data.chat.new_ids, facts)
+        if recipe.train.micro_batch_size == "auto" and plan.gpu is not None and run.checkpoint is None:
+            plan = probe_micro_batch(model, recipe, data, plan)
+            facts = facts.trained_by(plan)
+        _log_choices(plan)
         if is_main_process():
-            disk.check_run(plan, run.step, recipe.checkpoint.keep, best=recipe.train.best_metric is not None)
+            disk.check_run(plan, run.step, recipe.checkpoints_kept, best=recipe.train.best_metric is not None)
             if run.checkpoint is None:
                 run.metrics.unlink(missing_ok=True)
                 _warn_all(epochs_rounded_up(recipe, plan))
             write_start(run, given, facts)
             write_data_report(run.path, recipe, data)
         barrier()
-        trainer = fit(model, data, recipe, plan, run, facts, disk, request)
-        metrics = _export(trainer, recipe, data, plan, run)
+        extensions = replace(
+            extensions, callbacks=(AfterEvaluation(partial(_write_report, run.path)), *extensions.callbacks)
+        )
+        with _reported(run.path, given, plan):
+            trainer = fit(model, data, recipe, plan, run, facts, flops, disk, request, extensions)
+            metrics, best = _export(trainer, recipe, data, plan, run, earlier, verifier)
+            kept = trainer if gate_of(given) is None else None
+            del trainer, model  # a gate loads the exported model and its parent
+            publish(given, data.chat)
+            if is_main_process():
+                write_end(run, best, None if verifier.verified is None else asdict(verifier.verified))
     stop_requested = any(gather_object([request.signal_name]))  # also a barrier
-    return TrainResult(run.final, metrics, opening_notes, asked_to_stop=stop_requested)
+    return TrainResult(run.final, metrics, opening_notes, asked_to_stop=stop_requested, trainer=kept)
 
 
-def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, run: RunDir) -> dict[str, Any]:
-    """Gathers the weights on rank 0, which writes `final/` and the report; returns the last metrics."""
+def _export(
+    trainer: Trainer,
+    recipe: Recipe,
+    data: PreparedData,
+    plan: Plan,
+    run: RunDir,
+    earlier: list[Stage],
+    verifier: Verifier,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Gathers the weights on rank 0, which writes and verifies them.
+
+    Returns:
+        The last metrics, and the best evaluation if the run kept that.
+    """
     bare = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     model, state = gather_final_model(trainer.model_wrapped, bare, recipe.model, data.chat, recipe.seed)
     metrics, best, step = last_metrics(run.metrics), trainer.run_state.best, trainer.state.global_step
@@ -178,62 +303,35 @@ def _export(trainer: Trainer, recipe: Recipe, data: PreparedData, plan: Plan, ru
         logger.info(line)
     if is_main_process():
         check_final(state, recipe.model.dtype, step)
+    losses = verifier.losses_in_training(trainer, bare, recipe, data)
+    if is_main_process():
         trained = plan.trained(step, trainer.epochs_at(step))
-        card = model_card(recipe, trained, data.summary, metrics, selection)
-        save_final(state, model, data.chat, card, run.final, recipe.model.dtype)
-        write_report(run.path, recipe, trained, data.summary)
-        write_end(run, best=None if best is None else best.state_dict())
-    return metrics
+        facts, parameters = trainer.checkpointer.provenance, model.num_parameters()
+        stage = Stage.of(recipe, trained, data.summary, facts, metrics, selection, parameters)
+        verify = partial(verifier.verify, model=model, losses=losses, trust_remote_code=recipe.model.trust_remote_code)
+        save_final(state, model, data.chat, [*earlier, stage], model_folder(recipe), recipe.model.dtype, verify)
+    return metrics, None if best is None else best.state_dict()
 
 
-def _adapt_to_model(
-    path: ForwardPath, kernel: str, recipe: Recipe, data: PreparedData, plan: Plan
-) -> tuple[Recipe, PreparedData, Plan]:
-    """Recipe, data and plan as this model can train them: unpacked, or without compiled layers, where necessary.
-
-    Raises:
-        RecipeError: if the model cannot be sharded, or documents are longer than its position embeddings.
-    """
-    _warn_all(_forward_notes(path, recipe, plan, kernel))
-    if isinstance(recipe, SFTRecipe) and recipe.data.packing and not path.supports_packing:
-        recipe, data, plan = _without_packing(recipe, data, plan, path)
-    _check_positions(path, recipe, data, plan)
-    if plan.torch_compile and recipe.train.torch_compile == "auto" and not can_compile():
-        logger.warning("torch_compile: no C++ compiler was found: layers are not compiled")
-        plan = replace(plan, torch_compile=False)
-    return recipe, data, plan
-
-
-def _without_packing(
-    recipe: SFTRecipe, data: PreparedData, plan: Plan, path: ForwardPath
-) -> tuple[SFTRecipe, PreparedData, Plan]:
-    """Recipe, data and plan of the same run with one conversation per row."""
-    own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
-    rows, data = len(data.train), unpacked(data, recipe)
-    steps, plan = plan.steps, make_plan(own, detect_world(), data.volume)
-    logger.warning(
-        f"data.packing: this model does not isolate packed documents{_compared(path.packing_losses, 'packed')}: "
-        f"training on one conversation per row, {len(data.train):,} rows per epoch instead of {rows:,}, "
-        f"{plan.steps:,} steps instead of {steps:,}"
-    )
-    return own, data, plan
-
-
-def _check_positions(path: ForwardPath, recipe: Recipe, data: PreparedData, plan: Plan) -> None:
-    """Raises RecipeError if a document is longer than the learned position embeddings of the model."""
-    if path.max_positions is None:
+@contextmanager
+def _reported(run: Path, recipe: Recipe, plan: Plan) -> Iterator[None]:
+    """On the main process: records how the `with` block ends, and writes the report then."""
+    if not is_main_process():
+        yield
         return
-    longest = max(
-        int(rows.documents.sequence_lengths[rows.documents.kept].max(initial=0))
-        for rows in (data.train, data.validation)
-    )
-    if plan.torch_compile:  # rows are padded to this length, as one more document
-        longest = max(longest, recipe.data.sequence_len)
-    if longest > path.max_positions:
-        raise RecipeError(
-            "data.sequence_len", f"a document has {longest:,} tokens, the model has {path.max_positions:,} positions",
-            f"set it to {path.max_positions} or less (data.too_long decides what happens to longer documents)",
-        )  # fmt: skip
+    try:
+        with recorded_status(run, plan, Privacy(recipe.data)):
+            yield
+    finally:
+        _write_report(run)
+
+
+def _write_report(run: Path) -> None:
+    """Writes the report; a full disk is a warning, since the report can be written again from the run's files."""
+    try:
+        write_report(run)
+    except (OSError, RunEnvironmentError) as error:
+        logger.warning(f"report.html is not written ({first_line(error)}): `nesso-tune report {run}` writes it later")
 
 
 def _confirm(run: RunDir, facts: RunFacts) -> RunDir:
@@ -293,43 +391,27 @@ def _log_attention(model: PreTrainedModel, recipe: Recipe) -> None:
     logger.log(level, f"attention: {choice}")
 
 
+def _log_choices(plan: Plan) -> None:
+    """What `auto` chose, and why."""
+    if plan.micro_batch_reason:
+        rows = f"{plan.micro_batch} x {plan.accumulation} rows per process and step"
+        logger.info(f"micro batch auto: {rows} ({plan.micro_batch_reason})")
+    if plan.sharding_reason:
+        how = "sharded (full_shard)" if plan.sharded else "replicated (DDP)"  # auto never takes hybrid_shard
+        logger.info(f"fsdp auto: {how}: {plan.sharding_reason}")
+
+
 def _log_data(report: DataReport) -> None:
-    """Dropped rows, shares of the mixture, and warnings."""
+    """Dropped rows, columns and message keys that are not read, shares of the mixture, and warnings."""
     if report.dropped:
         dropped = ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items())
         logger.warning(f"{report.rows_kept:,} of {report.rows_read:,} rows kept; dropped: {dropped}")
+    for name, keys in report.unread.items():
+        logger.info(f"not read of {name}: {listed_keys(keys)}")
     if len(report.mixture) > 1:
         shares = ", ".join(f"{group.name} {group.share_of_tokens:.1%}" for group in report.mixture)
         logger.info(f"tokens per epoch: {shares}")
     _warn_all(report.warnings)
-
-
-def _forward_notes(path: ForwardPath, recipe: Recipe, plan: Plan, kernel: str) -> list[str]:
-    """What is slower with this model than with others.
-
-    Raises:
-        RecipeError: if it cannot be sharded.
-    """
-    notes = []
-    if not path.padding_free and recipe.model.attention != "eager":
-        notes.append(f"attention: {kernel}: this model does not support padding-free batches; using padding")
-    if path.head == "own":
-        figures = _compared(path.head_losses, "by the LM head alone")
-        notes.append(f"head: this model's logits are not only its LM head{figures}: using its own forward (slower)")
-    if recipe.evaluation is not None and path.generation != "batch":
-        cache = " and without a KV cache" if path.generation == "uncached" else ""
-        notes.append(f"evaluation: padding changes this model's answers: generating one prompt at a time{cache}")
-    if path.padding == "alone" and recipe.shards(plan.processes):
-        raise RecipeError(
-            "distributed.fsdp",
-            "this model processes one row at a time, so ranks with fewer rows would miss collective operations",
-            "set distributed.fsdp: none",
-        )
-    return notes
-
-
-def _compared(figures: LossPair | None, method: str) -> str:
-    return f" (loss of some tokens {figures[0]:.5f} {method}, {figures[1]:.5f} by its own forward)" if figures else ""
 
 
 def _close(run: RunDir, overwrites: bool) -> None:

@@ -30,7 +30,7 @@ from nesso_tune.metric_registry import overall_metric
 from nesso_tune.planning.shapes import find_config, unsupported
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, local_path, shipped_folder
 from nesso_tune.recipes.schema import RECIPES, Recipe, dump
-from nesso_tune.recipes.sections import ChatSection, ModelSection, Source
+from nesso_tune.recipes.sections import ChatSection, ModelSection, PreferenceSection, Source
 from nesso_tune.runs.checkpoint import MANIFEST
 from nesso_tune.runs.layout import MOVING, OVERWRITTEN
 
@@ -86,7 +86,10 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str]) -> Recipe:
         raw["data"]["sequence_len"] *= BUNDLED_TOKENS_RATIO
     for section, limits in LIMITS.items():
         if (values := raw[section]) is not None:
-            values |= {key: min(values[key], limit) for key, limit in limits.items() if values[key] is not None}
+            values |= {
+                key: limit if values[key] == "auto" else min(values[key], limit)
+                for key, limit in limits.items() if values[key] is not None
+            }  # fmt: skip
     if recipe.data.too_long == "error":
         raw["data"]["too_long"] = "drop"  # the maximum length is another one
     raw["data"] |= _data_keys(recipe)
@@ -97,6 +100,8 @@ def smoke_recipe(recipe: Recipe, made: dict[str, str]) -> Recipe:
     for section in ("checkpoint", "evaluation"):
         if raw[section] is not None:
             raw[section]["every_steps"] = STEPS // 2
+    if raw["evaluation"] is not None:
+        raw["evaluation"]["gate"] = None  # the weights are random
     raw["logging"] = {"every_steps": 1, "report_to": []}
     note = "" if own_tokenizer else " (the bundled tokenizer needs about twice as many)"
     logger.info(f"smoke: {STEPS} steps, rows of at most {raw['data']['sequence_len']} tokens{note}, output in {output}")
@@ -144,7 +149,7 @@ def _data_keys(recipe: Recipe) -> dict[str, Any]:
         # checks of the whole data do not apply to its first rows
         "mixture": None,
         "clean": {**recipe.data.clean.model_dump(mode="json"), "validation_overlap": "keep"},
-        **({"preferences": {}} if recipe.method == "dpo" else {}),
+        **({"preferences": {key: {} for key in PreferenceSection.model_fields}} if recipe.method == "dpo" else {}),
     }
 
 

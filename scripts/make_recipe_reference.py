@@ -33,7 +33,7 @@ def reference() -> str:
             continue
         parts += [line for one in _sections(section) for line in _section(name, one)]
     parts += _section("dpo (method: dpo)", DPORecipe.model_fields["dpo"].annotation)
-    for name in ("model", "data", "train"):
+    for name in ("model", "cluster", "data", "train"):
         parts += _nested(name, _sections(SFTRecipe.model_fields[name].annotation)[0])
     parts += _nested("data", DPORecipe.model_fields["data"].annotation, besides=SFTData.model_fields)
     return "\n".join(parts).rstrip() + "\n"
@@ -59,7 +59,7 @@ def _holder(annotation: Any) -> Any:
 
 def _section(title: str, model: Any) -> list[str]:
     rows = [
-        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(field.description or '')} |"
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(model.descriptions().get(name, ''))} |"
         for name, field in model.model_fields.items()
     ]
     summary = (model.__doc__ or "").strip().splitlines()[0]

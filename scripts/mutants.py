@@ -1,4 +1,4 @@
-"""Sixty-one faults planted in the code, one at a time: the tests named beside each of them must fail.
+"""Sixty-eight faults planted in the code, one at a time: the tests named beside each of them must fail.
 
     python scripts/mutants.py             # all
     python scripts/mutants.py --only mask # those whose name contains a word
@@ -37,6 +37,7 @@ class Mutant:
 RENDER, ENCODE, CHAT = "chat/render.py", "chat/encoding.py", "tests/chat/test_encoding.py tests/chat/test_render.py"
 PACK, PACKING = "data/packing.py", "tests/data/test_packing.py"
 MIX, MIXTURE = "data/mixture.py", "tests/data/test_mixture.py"
+FAMILIES, REASONING = "tests/chat/test_families.py", "tests/data/test_reasoning.py"
 RATE, RATES = "lr_schedule.py", "tests/test_lr_schedule.py"
 HEAD, HEADS = "model/lm_head.py", "tests/model/test_lm_head.py tests/training/test_dpo_step.py"
 SFT, DPO, LOSS, BATCH = "training/sft.py", "training/dpo.py", "training/losses.py", "training/dataset.py"
@@ -69,24 +70,39 @@ MUTANTS = (
     Mutant(
         "mask: header supervised",
         RENDER,
-        "template.header_of(message.role))",
-        "template.header_of(message.role), trained[i])",
+        "[*_template_segments(template, start), ",
+        "[*_template_segments(template, start, trained), ",
         CHAT,
     ),
     Mutant(
         "mask: separator supervised",
         RENDER,
-        "_template_segments(template, template.separator)",
-        "_template_segments(template, template.separator, trained[i])",
+        "_template_segments(template, separator)",
+        "_template_segments(template, separator, trained)",
         CHAT,
     ),
     Mutant("mask: no BOS", RENDER, 'out = [Segment(BOS, "control")] if template.bos else []', "out = []", CHAT),
     Mutant(
         "mask: default system of no language",
         RENDER,
-        "default_system.get(conversation.language, first)",
-        "default_system.get(conversation.language)",
+        "default_system.get(language, first)",
+        "default_system.get(language)",
         CHAT,
+    ),
+    Mutant("templates: history keeps reasoning", RENDER, "if i < last_user:", "if False:", FAMILIES),
+    Mutant("templates: prompt supervised", RENDER, 'start + reasoning, ""', "start, reasoning", FAMILIES),
+    Mutant("templates: results in turns of their own", RENDER, "not 0 < i < len(messages)", "True", FAMILIES),
+    Mutant("turns: earlier ones supervised", RENDER, "[False] * last + [True]", "trained[: last + 1]", REASONING),
+    Mutant(
+        "turns: no prompt leads there", RENDER, "for message in messages[i + 1 :])", "for message in ())", REASONING
+    ),
+    Mutant("reasoning: default keeps it", "data/reasoning.py", 'if data.reasoning == "error":', "if False:", REASONING),
+    Mutant(
+        "reasoning: equal pairs",
+        "data/convert.py",
+        "better.tool_calls, better.reasoning) == (worse.content, worse.tool_calls, worse.reasoning)",
+        "better.tool_calls) == (worse.content, worse.tool_calls)",
+        REASONING,
     ),
     Mutant("mask: labels everywhere", ENCODE, "token if yes else IGNORE_INDEX for", "token for", CHAT),
     Mutant(

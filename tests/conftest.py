@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,17 @@ def pytest_runtest_setup():
 def own_cache(tmp_path, monkeypatch):
     """Every test has a cache of its own."""
     monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def seldom_verified(monkeypatch):
+    """In the process of the tests, `final/` is verified only if all its rows are asked for; elsewhere as for users."""
+    module = sys.modules.get("nesso_tune.export.verify")
+    if module is not None:  # tests that train nothing must not load it
+        own = module.Verifier.__init__
+        monkeypatch.setattr(
+            module.Verifier, "__init__", lambda self, amount: own(self, "none" if amount == "sample" else amount)
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -202,3 +214,14 @@ def duels():
         {"prompt": f"Domanda {i}?", "chosen": f"Sì, la risposta è {i}.", "rejected": "Boh.", "lang": "it"}
         for i in range(6)
     ]
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory) -> Path:
+    """final/ of a run of one step: a chat template and random weights."""
+    from nesso_tune.run import train
+    from tests.support.runs import recipe, sums
+
+    folder = tmp_path_factory.mktemp("chat_model")
+    train(recipe("sft", folder / "run", [sums(folder)], train={"max_steps": 1}, evaluation=None))
+    return folder / "run" / "final"

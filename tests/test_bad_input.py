@@ -213,7 +213,9 @@ ENVIRONMENTS = {
     "a number that is none": ({"RANK": "first"}, {}, 5, "RANK"),
     "several that are told no meeting point": ({"WORLD_SIZE": "2"}, {}, 5, "MASTER_ADDR"),
     "a tracker that is not installed": ({}, {"logging": {"report_to": ["mlflow"]}}, 5, "mlflow is not installed"),
-    "an attention kernel that is not installed": ({}, {"model": {"attention": "flash"}}, 2, "attention"),
+    "an attention kernel that is not installed": (
+        {}, {"model": {"attention": "flash", "dtype": "bfloat16"}}, 2, "attention",
+    ),
     "a base on a hub that is out of reach": (
         {"HF_HUB_OFFLINE": "1"}, {"model": {"base": "no/such", "random_init": False}}, 5, "cannot be reached",
     ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from nesso_tune import DataError, cache, prepare_data
-from nesso_tune.data.prepare import is_prepared
+from nesso_tune.data.cache_key import is_prepared
+from nesso_tune.errors import RunEnvironmentError
 from tests.support.logs import logged
+from tests.support.processes import Forked
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,6 +201,45 @@ def test_two_processes_at_once_build_once(tmp_path):
     said = sorted(process.communicate(timeout=60)[0].strip() for process in running)
     assert said == ["content {'a': 1} False", "content {'a': 1} True"]
     assert (tmp_path / "log").read_text() == "built\n"
+
+
+def test_two_machines_without_common_locks_never_remove_what_the_other_builds(tmp_path):
+    """Each machine builds, since it does not see the other's lock; the first rename wins, and all read that result."""
+    running = [Forked(module="tests.support.two_machines", LOG=str(tmp_path / "log"), MACHINE=name) for name in "aabb"]
+    assert [process.wait(60) for process in running] == [0] * 4, [process.stderr for process in running]
+    said = [process.stdout.strip() for process in running]
+    assert sorted(said) == ["('x', {}, False)", *["('x', {}, True)"] * 3]
+    assert (tmp_path / "log").read_text().count("built") == 2, "one on each machine"
+    assert {path.name for path in (cache.cache_root() / "kind").iterdir() if path.is_dir()} == {"key"}
+
+
+def test_abandoned_builds_are_removed_and_those_of_other_machines_a_day_later(recipe):
+    prepare_data(recipe)
+    root, key = the_folder().parent, the_folder().name
+    dead, other, old = (root / f"{key}.{machine}-1-a.partial" for machine in (cache._machine(), "elsewhere", "gone"))
+    for staging in (dead, other, old):
+        staging.mkdir()
+        (staging / "ids.bin").touch()
+    for path in (old / "ids.bin", old):
+        os.utime(path, (1, 1))
+    shutil.rmtree(root / key)
+    assert not prepare_data(recipe).summary.cache_hit
+    assert not dead.exists()
+    assert not old.exists()
+    assert other.exists()
+
+
+def test_a_process_that_waits_says_so_and_stops_at_the_timeout(monkeypatch):
+    monkeypatch.setattr(cache, "WAIT_MESSAGES_S", (0.1, 0.2))
+    root = cache.cache_root() / "kind"
+    root.mkdir(parents=True)
+    with FileLock(root / "key.lock"), logged() as messages, pytest.raises(RunEnvironmentError) as stopped:
+        cache.get_or_build("kind", "key", lambda folder: {}, lambda folder, note: note, "prepared data", 0.5)
+    assert "prepared data: another process on " in str(stopped.value)
+    assert "was not done within 0.5 s; run `nesso-tune prepare` first" in str(stopped.value)
+    assert len(messages) == 2
+    assert "prepared data: waiting for another process on " in messages[0]
+    assert messages[0].endswith("0 s so far (at most 0.5 s)")
 
 
 def test_a_build_killed_half_way_is_done_again(tmp_path):

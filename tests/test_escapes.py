@@ -8,7 +8,9 @@ import pytest
 
 from nesso_tune import logs
 from nesso_tune.cli.chat import chat
+from nesso_tune.conversation import Message
 from nesso_tune.generation.inference import ChatModel
+from nesso_tune.reports.html import plotly_library
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms, Measurement
 from tests.support.runs import ROOT, main_here, recipe, write_recipe
@@ -87,8 +89,10 @@ def test_every_verb_shows_hostile_data(tmp_path, evil, capsys, monkeypatch):
             assert json.loads(out)
         if arguments[0] in ("prepare", "preview", "check", "init") and code == 0 and len(arguments) == 2:
             assert "\\u001b" in out or "\\x1b" in out, "it is there to be seen"
+    library = plotly_library().decode()
     for page in (*pages, *Path(f"run{NAME}").glob("*.html")):
-        assert is_tame(page.read_text(encoding="utf-8")), page.name
+        text = page.read_text(encoding="utf-8").replace(library, "")
+        assert is_tame(text), page.name
     assert is_tame((Path(f"run{NAME}") / "final" / "README.md").read_text(encoding="utf-8"))
 
 
@@ -115,9 +119,10 @@ def test_what_a_model_says_in_chat(monkeypatch, capsys, talking):
         return f"uno\n\tdue {EVIL}{call}"
 
     monkeypatch.setattr(ChatModel, "generate", answer)
+    monkeypatch.setattr(ChatModel, "read", lambda self, text: Message("assistant", text))
     monkeypatch.setattr(ChatModel, "remaining_context", lambda self, *_: 10_000)
     monkeypatch.setattr("nesso_tune.generation.inference.load_chat_model", lambda model: ChatModel(None, None))
-    asked, lines = [], iter(["ciao", "", "/history", ""])
+    asked, lines = [], iter(["ciao", "", "/history", "/exit"])
     monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or next(lines))
     prompt = None if talking else "Ciao"
     chat(f"model{EVIL}", prompt, system=None, language=None, tools=None, max_new_tokens=8, temperature=0.0, top_p=1.0)

@@ -38,12 +38,12 @@ FILES = {
 }
 
 
-# each kind of file with a base that is here, one of them with a base on the hub; by hand all with both
+# each kind of file with a base that is here; by hand also with a base on the hub
 @pytest.mark.parametrize(
     ("name", "prefix", "expected", "own_base"),
     [
         pytest.param(*file, own, id=f"{kind}-{'a base here' if own else 'a base on the hub'}",
-                     marks=thorough if not own and kind != "pairs" else ())
+                     marks=() if own else thorough)
         for kind, file in FILES.items() for own in (True, False)
     ],
 )  # fmt: skip

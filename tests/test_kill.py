@@ -124,7 +124,8 @@ def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks,
 
 @pytest.mark.parametrize(
     ("number", "to_all"),
-    [(signal.SIGTERM, False), (signal.SIGINT, True), pytest.param(signal.SIGHUP, False, marks=thorough)],
+    [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=thorough),
+     pytest.param(signal.SIGHUP, False, marks=thorough)],
     ids=["TERM to the launcher", "Ctrl-C, which all get", "HUP to the launcher"],
 )  # fmt: skip
 def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all):
@@ -149,13 +150,14 @@ def test_a_signal_to_the_launcher_saves_the_run(tmp_path, talks, number, to_all)
     assert not (tmp_path / "run" / "final").exists()
 
 
+@thorough  # without a launcher: tests/distributed/test_membership.py
 def test_a_killed_rank_ends_the_run_and_is_named(tmp_path, talks):
     rank = 1
     batch = {"max_steps": 60, "micro_batch_size": 1, "global_batch_size": 2}
     some = recipe("sft", tmp_path / "run", [talks], train=batch, checkpoint={"every_steps": 3}, evaluation=None)
     path = write_recipe(tmp_path / "r.yaml", some)
     launch = [sys.executable, "-m", "nesso_tune", "launch", path, "--gpus-per-node", "2",
-              "--set", "distributed.fsdp=none"]  # fmt: skip
+              "--set", "distributed.fsdp=none", "--verify", "none"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(launch, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     when_at(process, tmp_path / "run", 5, None)

@@ -1,12 +1,26 @@
 """Messages are records of one logger: a program that uses the library sees warnings and can capture them."""
 
+import json
 import logging
+import re
+import socket
 
 import pytest
 
 from nesso_tune import train
 from nesso_tune.cache import get_or_build
-from nesso_tune.logs import EVERY_RANK, logger, message_prefix, messages_on_stderr
+from nesso_tune.logs import (
+    EVERY_RANK,
+    STAMP_VARIABLE,
+    logger,
+    message_prefix,
+    messages_on_stderr,
+    output_flags,
+    print_error,
+    print_to_stderr,
+    set_output,
+    with_figures,
+)
 from tests.support.logs import logged
 from tests.support.processes import Forked
 from tests.support.runs import recipe, write_recipe
@@ -76,3 +90,56 @@ def test_the_command_line_prints_information_once_and_with_the_name_of_the_run(c
         root.removeHandler(second)
     logger.info("outside")
     assert capsys.readouterr().err.splitlines() == ["before", "sft.yaml: resuming", "after"]
+
+
+@pytest.fixture
+def output():
+    """Sets how messages are printed, for one test."""
+    yield set_output
+    set_output(as_json=False, quiet=False)
+
+
+def test_lines_of_figures_have_the_time(capsys):
+    with messages_on_stderr():
+        logger.info("step 1/2", extra=with_figures({"loss": 1.0}))
+    assert re.fullmatch(r"\d\d:\d\d:\d\d step 1/2\n", capsys.readouterr().err)
+
+
+def test_messages_as_json(output, capsys):
+    output(as_json=True, quiet=False)
+    assert output_flags() == ["--json-logs"], "`launch` passes them on"
+    with messages_on_stderr(), message_prefix("sft.yaml"):
+        logger.warning("of\n%s", "it")
+        logger.info("step 1/2", extra=with_figures({"loss": float("nan"), "step": 1}))
+    print_error("r.yaml:1: is wrong; correct it")
+    warning, figures, error = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d{4}", warning.pop("time"))
+    assert warning == {"level": "warning", "message": "of\\u000ait", "recipe": "sft.yaml"}
+    assert (figures["message"], figures["loss"], figures["step"]) == ("step 1/2", "nan", 1)
+    assert (error["level"], error["message"]) == ("error", "r.yaml:1: is wrong; correct it")
+
+
+def test_quiet_messages_are_warnings_and_errors(output, capsys):
+    output(as_json=False, quiet=True)
+    with messages_on_stderr():
+        logger.info("step 1/2", extra=with_figures({}))
+        logger.warning("9 of 10 rows kept")
+    print_error("r.yaml: is wrong; correct it")
+    assert capsys.readouterr().err.splitlines() == ["9 of 10 rows kept", "r.yaml: is wrong; correct it"]
+    assert output_flags() == ["--quiet"]
+
+
+def test_messages_of_jobs_begin_with_time_host_and_rank(capsys, monkeypatch):
+    with messages_on_stderr():
+        logger.info("one")
+        monkeypatch.setenv(STAMP_VARIABLE, "1")
+        logger.info("two")
+        monkeypatch.setenv("RANK", "3")
+        logger.warning("three", extra=EVERY_RANK)
+        print_to_stderr("four\n", "five")
+    one, two, *others = capsys.readouterr().err.splitlines()
+    time, host = r"2\d{3}-\d\d-\d\dT\d\d:\d\d:\d\dZ", re.escape(socket.gethostname())
+    assert one == "one"
+    assert re.fullmatch(f"{time} {host}: two", two)
+    for line, text in zip(others, ("three", r"four\u000a", "five"), strict=True):
+        assert re.fullmatch(f"{time} {host} rank 3: {re.escape(text)}", line)

@@ -1,11 +1,30 @@
 """The registry of metrics, and its agreement with the documentation."""
 
 import re
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
-from nesso_tune.metric_registry import ANSWER_METRICS, METRICS, PROGRESS_METRICS, VALIDATION_METRICS, charts, metric_of
+import pytest
+
+from nesso_tune import RecipeError, answer_metric, load_recipe, metric_registry
+from nesso_tune.evaluation.chat import parse_row, score
+from nesso_tune.evaluation.gate import Gate, decide
+from nesso_tune.evaluation.results import ModelResult
+from nesso_tune.generation.answers import Answer, Prompt, answer_metrics
+from nesso_tune.metric_registry import (
+    ANSWER_METRICS,
+    METRICS,
+    VALIDATION_METRICS,
+    charts,
+    definition_of_own,
+    metric_of,
+    own_metrics,
+    progress_metrics,
+)
 
 DOCS = Path(__file__).parent.parent / "docs"
+
+METRICS = dict(METRICS)  # as they are at import: tests register metrics of their own
 
 
 def test_every_metric_is_documented():
@@ -35,4 +54,66 @@ def test_charts_and_progress_lines_have_metrics_of_the_registry():
     assert shown["Validation loss by source"] == ("eval_loss/source",)
     shift = shown["Chosen log-probability shift vs reference (nats/token)"]
     assert shift == ("logps/chosen_shift", "eval_logps/chosen_shift"), "one chart for both"
-    assert {name.removeprefix("train_") for name in PROGRESS_METRICS} <= set(METRICS)
+    assert {name.removeprefix("train_") for name in progress_metrics()} <= set(METRICS)
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The registry as it is without own metrics, also after a test that registers one."""
+    monkeypatch.setattr(metric_registry, "METRICS", dict(METRICS))
+    monkeypatch.setattr(metric_registry, "_own", {})
+    return metric_registry
+
+
+def answer(text, language="it"):
+    return Answer(Prompt([], [], [], language), text, "", "", True)
+
+
+def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gates(registry):
+    with pytest.raises(RecipeError, match=r"`rude` is not a metric that can select weights; .*register your own"):
+        load_recipe("quickstart/sft", {"train.best_metric": "rude"})
+
+    @answer_metric(better="lower")
+    def rude(answer: Answer) -> bool | None:
+        """Share of answers with a rude word."""
+        return None if not answer.text else "boh" in answer.text.lower()
+
+    assert load_recipe("quickstart/sft", {"train.best_metric": "rude/it"}).train.best_metric == "rude/it"
+    assert registry.METRICS["rude"].meaning == "Share of answers with a rude word."
+    assert charts()["rude"] == ("rude",)
+    assert "rude" in progress_metrics()
+    answers = [answer("Boh."), answer("Prego!"), answer("")]
+    assert answer_metrics(answers, own=own_metrics())["rude/it"] == 0.5, "undefined for an empty answer"
+
+    prompts = [parse_row({"prompt": "Come va?", "language": "it"})] * 3
+    worse = score(prompts, [answer("Boh.")] * 3, [None] * 3)
+    better = score(prompts, [answer("Bene!")] * 3, [None] * 3)
+    assert (worse.metrics["rude"].value, worse.metrics["rude"].better) == (1.0, "lower")
+    gate = Gate.model_validate({"title": "g", "suites": ["chat"], "metrics": {"chat/rude": {"max_drop": 0.1}}})
+    models = [ModelResult("m", {"chat": result}).metrics for result in (worse, better)]
+    assert [verdict.refused for verdict in decide(gate, *models)] == [True]
+    assert repr(ModelResult("m", {"chat": worse})).endswith(", chat/rude 1)")
+    assert "boh" in definition_of_own()["rude"], "results are cached under its code"
+
+
+def test_an_installed_package_names_metrics(registry, monkeypatch):
+    point = EntryPoint("chars", f"{__name__}:characters", registry.ENTRY_POINTS)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else [])
+    registry._load_installed.cache_clear()
+    try:
+        assert load_recipe("quickstart/sft", {"train.best_metric": "chars"}).train.best_metric == "chars"
+        assert own_metrics() == {"chars": characters}
+    finally:
+        registry._load_installed.cache_clear()
+
+
+def characters(answer: Answer) -> int:
+    return len(answer.text)
+
+
+def test_mistakes_of_own_metrics(registry):
+    for name in ("stop_rate", "step", "eval_own", "Own", "own/it"):
+        with pytest.raises(RecipeError, match=f"metric {name}: "):
+            answer_metric(name)(characters)
+    with pytest.raises(RecipeError, match=r"metric failing: fails on an answer \(ZeroDivisionError: "):
+        answer_metrics([answer("Ciao")], own={"failing": lambda answer: 1 / 0})

@@ -163,7 +163,7 @@ def test_only_the_recipe_of_a_run_names_what_is_private(tmp_path, secret, talks,
     assert manifest["salt"] != before["salt"]
     card = (run / "final" / "README.md").read_text()
     assert f"- `{talks}`" in card
-    assert "- private data" in card
+    assert "- private source 1\n" in card
     assert load_recipe(run / "recipe.yaml").data == some.data, "the run's own recipe is whole"
     assert "this run is finished" in main_here(capsys, "train", path, *flags, "--set", "train.weight_decay=0.1")[2]
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support.runs import ROOT, fresh_command, main_here, metrics
+from tests.support.runs import ROOT, command, fresh_command, main_here, metrics
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_validation_loss_decreases_in_both_languages(home):
 
 
 def test_chat_prints_only_the_answer_to_stdout(home, capsys):
-    done = fresh_command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
+    done = command("chat", home / "dpo" / "final", "--prompt", "Qual è la capitale d'Italia?")
     assert done.returncode == 0
     assert done.stdout == "La capitale d'Italia è Roma. Posso aiutarti con altro?\n"
     assert "[transformers]" not in done.stderr

@@ -34,6 +34,7 @@ def test_every_shipped_recipe(name, capsys, elsewhere):
     run = elsewhere / f"{load_recipe(name).output_dir}-smoke"
     code, _, err = main_here(capsys, "train", name, "--smoke")
     assert code == 0, err
+    assert "alarm" not in err, "of a model with random weights"
     assert max(line["step"] for line in metrics(run)) == STEPS
     assert [path.name for path in run.parent.iterdir() if path.is_dir()] == [run.name], "the real run is untouched"
     code, out, err = main_here(capsys, "chat", run / "final", "--prompt", "Ciao!", "--max-new-tokens", "4")
@@ -42,12 +43,19 @@ def test_every_shipped_recipe(name, capsys, elsewhere):
 
 
 def test_a_chain_uses_its_own_result_and_starts_from_scratch_each_time(capsys, elsewhere):
-    for _ in range(2):
-        code, _, err = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke")
+    lines: list[dict] = []
+    for flags in (["--json-logs"], ["--quiet"]):
+        code, out, err = main_here(capsys, "train", "quickstart/sft", "quickstart/dpo", "--smoke", *flags)
         assert code == 0, err
         assert "unfinished" not in err
-        assert "finished" not in err
+        assert "this run is finished" not in err
         assert "in place of outputs" not in err, "DPO starts from the result of SFT"
+        lines = [json.loads(line) for line in err.splitlines()] if flags == ["--json-logs"] else lines
+    assert (out, err) == ("", ""), "nothing to warn of"
+    steps = [line for line in lines if line.get("recipe") == "quickstart/dpo" and line["message"].startswith("step ")]
+    assert [(line["step"], line["total_steps"]) for line in steps][:2] == [(1, 4), (2, 4)]
+    (end,) = [line for line in lines if line["message"].startswith("finished: 4 steps in ") and "logps/chosen" in line]
+    assert end["report"] == "outputs/quickstart/dpo-smoke/report.html"
     noted = json.loads((elsewhere / "outputs/quickstart/dpo-smoke/manifest.json").read_text())
     assert noted["recipe"]["model"]["base"] == "outputs/quickstart/sft-smoke/final"
 

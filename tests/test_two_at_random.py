@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.processes import Ranks
-from tests.support.runs import metrics, recipe, several, steps, write_recipe
+from tests.support.runs import metrics, recipe, several, steps, thorough, write_recipe
 from tests.test_kill import last_step, when_at
 
 KILLS, SIGNALS = (int(os.environ.get(f"NESSO_TUNE_{name}", "1")) for name in ("KILLS", "SIGNALS"))
@@ -43,7 +43,7 @@ class Runs:
         tries = max(KILLS, SIGNALS)
         self.steps = 30 + 12 * tries
         batch = {"max_steps": self.steps, "micro_batch_size": 1, "global_batch_size": 2}
-        sections = {"train": batch, "checkpoint": {"every_steps": 5}, "evaluation": None}
+        sections = {"train": batch, "checkpoint": {"every_steps": 5, "asynchronous": True}, "evaluation": None}
         sections["distributed"] = {"fsdp": "full_shard", "state_dict": "sharded"}
         self.whole, self.path = whole, folder / "run"
         self.recipes = {p: write_recipe(folder / f"{p.name}.yaml", recipe("sft", p, [talks], **sections))
@@ -73,6 +73,7 @@ class Runs:
             assert steps(self.path, key) == steps(self.whole, key), key
 
 
+@thorough
 def test_killed_at_random(run):
     print(f"NESSO_TUNE_SEED={SEED}", flush=True)
     chance = random.Random(f"2{SEED}")
@@ -98,6 +99,7 @@ def test_killed_at_random(run):
     assert sum(line.get("event") == "resumed" for line in metrics(run.path)) == KILLS
 
 
+@thorough
 def test_stop_signals_at_random_skew(run):
     """SIGTERM to one rank, or to both up to 500 ms apart: exit code 75, a checkpoint at that step, and no hang."""
     print(f"NESSO_TUNE_SEED={SEED}", flush=True)

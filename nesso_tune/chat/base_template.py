@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from nesso_tune.chat import sandbox
-from nesso_tune.chat.render import prompt_segments, with_system_and_tools
+from nesso_tune.chat.render import prompt_segments, segments, with_system_and_tools
 from nesso_tune.chat.special_tokens import (
     CHAT_KEY,
     CONFIG_FILE,
@@ -25,13 +25,15 @@ from nesso_tune.chat.special_tokens import (
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.conversation import Conversation, Message
 from nesso_tune.errors import ModelError, RecipeError, first_line
-from nesso_tune.recipes.builtin import local_path, shipped_folder
+from nesso_tune.recipes.builtin import local_path, template_names
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 
 DEFAULT_TEMPLATE = "chatml"  # for base models without a chat template
 TIMEOUT_S = 10.0  # for rendering a template
 ADDITIONAL_TEMPLATES = "additional_chat_templates"  # folder of named templates
 MAX_EXCERPT = 30  # characters shown of a difference
+DATE = "2025-07-08"  # for templates that write the current date, where a bundled one writes a fixed date
+DATE_FUNCTION = "strftime_now"
 
 TOOL = {
     "type": "function",
@@ -43,17 +45,28 @@ TOOL = {
 }
 QUESTION, ANSWER = Message("user", "Che tempo fa a Torino?"), Message("assistant", "C'è il sole.")
 CALL = Message("assistant", "", ({"name": "che_tempo_fa", "arguments": {"luogo": "Torino"}},))
-# Conversations to compare, by their name in errors; each is rendered up to the assistant's next header.
+TWO_CALLS = replace(CALL, tool_calls=CALL.tool_calls * 2)
+RESULT = Message("tool", '{"sole": true}')
+THOUGHT = Message("assistant", "C'è il sole.", reasoning="Guardo il cielo.")
+# Conversations to compare, by their name in errors. Each is rendered up to the assistant's next header, unless it ends
+# with an answer.
 SAMPLES = {
     "a question": Conversation((QUESTION,)),
     "several turns": Conversation((QUESTION, ANSWER, Message("user", "E domani?"))),
     "a system message": Conversation((Message("system", "Sii breve."), QUESTION, ANSWER, QUESTION)),
+    "an answer": Conversation((QUESTION, ANSWER)),
 }
 TOOL_SAMPLES = {
     "tools": Conversation((QUESTION,), tools=(TOOL,)),
-    "a call and its result": Conversation((QUESTION, CALL, Message("tool", '{"sole": true}')), tools=(TOOL,)),
+    "a call and its result": Conversation((QUESTION, CALL, RESULT), tools=(TOOL,)),
+    "two results": Conversation((QUESTION, TWO_CALLS, RESULT, RESULT), tools=(TOOL,)),
+    "tools and a system message": Conversation((Message("system", "Sii breve."), QUESTION), tools=(TOOL,)),
 }
-ALL_SAMPLES = {**SAMPLES, **TOOL_SAMPLES}
+REASONING_SAMPLES = {
+    "reasoning": Conversation((QUESTION, THOUGHT)),
+    "reasoning in an earlier answer": Conversation((QUESTION, THOUGHT, QUESTION)),
+}
+ALL_SAMPLES = {**SAMPLES, **TOOL_SAMPLES, **REASONING_SAMPLES}
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,12 @@ class BaseTemplate:
     Attributes:
         spec: name of the bundled template with the same output; None if there is none.
         difference: if there is none, the first difference from the default template.
+        dated: its chat template writes the current date, the bundled one a fixed date.
     """
 
     spec: str | None
     difference: str = ""
+    dated: bool = False
 
 
 def read_templates(folder: Path) -> dict[str, str]:
@@ -116,9 +131,9 @@ def render_jinja(template: str, variables: Mapping[str, Any], where: str, second
 
 
 @lru_cache(maxsize=8)  # a chat renders the same prompt several times
-def _render(template: str, renderings: str, seconds: float) -> list[dict[str, str]]:
+def _render(template: str, renderings: str, seconds: float, now: str | None = None) -> list[dict[str, str]]:
     variables = json.loads(renderings)
-    request = json.dumps({"template": template, "renderings": variables, "seconds": seconds})
+    request = json.dumps({"template": template, "renderings": variables, "seconds": seconds, "now": now})
     paths = os.pathsep.join(filter(None, sys.path))  # to import the same Jinja
     try:
         done = subprocess.run(
@@ -133,13 +148,16 @@ def _render(template: str, renderings: str, seconds: float) -> list[dict[str, st
     return [{"error": error}] * len(variables)
 
 
-def match_base_template(folder: Path, bos: str | None, default_system: DefaultSystem = None) -> BaseTemplate | None:
+def match_base_template(
+    folder: Path, bos: str | None, default_system: DefaultSystem = None, eos: str | None = None
+) -> BaseTemplate | None:
     """Finds the bundled template with the same output as the chat template of a base model; None if it has none.
 
     Args:
         folder: model folder.
         bos: text of its BOS token.
         default_system: the recipe's default system message.
+        eos: text of its EOS token, which some templates write at the end of an answer.
     """
     try:
         templates = read_templates(folder)
@@ -147,44 +165,61 @@ def match_base_template(folder: Path, bos: str | None, default_system: DefaultSy
         return BaseTemplate(None, f"its file cannot be read ({first_line(error)})")
     if not templates:
         return None
-    theirs = _render_samples(templates, bos or "")
-    names = sorted(
-        (file.stem for file in (shipped_folder("data_templates") / "chat").glob("*.yaml")), key=DEFAULT_TEMPLATE.__ne__
-    )
+    theirs = _render_samples(templates, bos or "", eos or "")
+    names = sorted(template_names("chat"), key=DEFAULT_TEMPLATE.__ne__)
     differences = {}
     for name in names:
         spec = load_template(name)
         found = [_difference(name, spec, theirs, system, bos or "") for system in (None, default_system)]
         if None in found:
-            return BaseTemplate(name)
+            return BaseTemplate(name, dated=DATE_FUNCTION in templates["default"])
         differences[name] = found[0]
     return BaseTemplate(None, differences[DEFAULT_TEMPLATE] or "")
 
 
-def _render_samples(templates: Mapping[str, str], bos: str) -> dict[str, dict[str, str]]:
-    """Renders each sample with the base's template: {"text"} or {"error"}. Tool samples only if it supports tools."""
+def _render_samples(templates: Mapping[str, str], bos: str, eos: str) -> dict[str, dict[str, str]]:
+    """Renders each sample with the base's template: {"text"} or {"error"}.
+
+    Samples with tools or reasoning are left out if it ignores or rejects them.
+    """
     answers: dict[str, dict[str, str]] = {}
-    sources = {**dict.fromkeys(SAMPLES, "default"), **dict.fromkeys(TOOL_SAMPLES, "tool_use")}
+    sources = {
+        **dict.fromkeys([*SAMPLES, *REASONING_SAMPLES], "default"), **dict.fromkeys(TOOL_SAMPLES, "tool_use")
+    }  # fmt: skip
     sources = {sample: templates.get(name, templates["default"]) for sample, name in sources.items()}
     for source in dict.fromkeys(sources.values()):  # usually a single template, so a single subprocess
         asked = {
-            sample: _template_variables(ALL_SAMPLES[sample], bos)
+            sample: _template_variables(ALL_SAMPLES[sample], bos, eos)
             for sample, other in sources.items()
             if other == source
         }
-        answers |= dict(zip(asked, _render(source, json.dumps(list(asked.values())), TIMEOUT_S), strict=True))
-    theirs, tools = ({sample: answers[sample] for sample in kind} for kind in (SAMPLES, TOOL_SAMPLES))
+        texts = _render(source, json.dumps(list(asked.values())), TIMEOUT_S, DATE)
+        answers |= dict(zip(asked, texts, strict=True))
+    theirs, tools, reasoning = (
+        {sample: answers[sample] for sample in kind} for kind in (SAMPLES, TOOL_SAMPLES, REASONING_SAMPLES)
+    )
     supports_tools = "text" in tools["tools"] and tools["tools"] != theirs["a question"]
-    return {**theirs, **tools} if supports_tools else theirs
+    supports_reasoning = "text" in reasoning["reasoning"] and reasoning["reasoning"] != theirs["an answer"]
+    return {**theirs, **(tools if supports_tools else {}), **(reasoning if supports_reasoning else {})}
 
 
-def _template_variables(conversation: Conversation, bos: str) -> dict[str, Any]:
+def _template_variables(conversation: Conversation, bos: str, eos: str = "") -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     for message in conversation.messages:
         calls = [{"type": "function", "function": dict(call)} for call in message.tool_calls]
-        messages.append({"role": message.role, "content": message.content, **({"tool_calls": calls} if calls else {})})
+        thought = {"reasoning_content": message.reasoning} if message.reasoning else {}
+        messages.append(
+            {"role": message.role, "content": message.content, **({"tool_calls": calls} if calls else {}), **thought}
+        )
     tools = [dict(tool) for tool in conversation.tools] or None
-    return {"messages": messages, "tools": tools, "add_generation_prompt": True, "bos_token": bos, "eos_token": ""}
+    generation = not _ends_with_answer(conversation)
+    return {
+        "messages": messages, "tools": tools, "add_generation_prompt": generation, "bos_token": bos, "eos_token": eos
+    }  # fmt: skip
+
+
+def _ends_with_answer(conversation: Conversation) -> bool:
+    return conversation.messages[-1].role == "assistant"
 
 
 def _difference(
@@ -197,6 +232,8 @@ def _difference(
         conversation = ALL_SAMPLES[sample]
         if conversation.tools and spec.tools is None:
             return f"it supports tools, {name} does not"
+        if sample in REASONING_SAMPLES and spec.reasoning is None:
+            return f"it writes reasoning, {name} does not"
         ours = _render_spec(conversation, spec, default_system, bos)
         if ours != answer["text"]:
             at = next((i for i, (a, b) in enumerate(zip(ours, answer["text"], strict=False)) if a != b), len(ours))
@@ -206,7 +243,8 @@ def _difference(
 
 
 def _render_spec(conversation: Conversation, spec: ChatTemplate, default_system: DefaultSystem, bos: str) -> str:
-    written = prompt_segments(with_system_and_tools(conversation, spec, default_system), spec)
+    arranged = with_system_and_tools(conversation, spec, default_system)
+    written = segments(arranged, spec, ()) if _ends_with_answer(conversation) else prompt_segments(arranged, spec)
     first = bos if spec.bos else ""
     return first + "".join(segment.text for segment in (written[1:] if spec.bos else written))
 
@@ -220,11 +258,13 @@ def choose_template(own: BaseTemplate | None, where: str) -> tuple[str, tuple[st
     if own is None or own.spec == DEFAULT_TEMPLATE:
         return DEFAULT_TEMPLATE, ()
     if own.spec is not None:
-        return own.spec, (f"chat.template: {own.spec}, which is equivalent to the chat template of the base",)
+        dated = "; where that writes the current date, it writes a fixed one" if own.dated else ""
+        return own.spec, (f"chat.template: {own.spec}, which is equivalent to the chat template of the base{dated}",)
     raise RecipeError(
         "chat.template",
         f"{where} has its own chat template, and {DEFAULT_TEMPLATE} would replace it: {own.difference}",
-        f"set chat.template: {DEFAULT_TEMPLATE} to replace it, or a file that describes it (see data_templates/chat/)",
+        f"to replace it, set chat.template to {', '.join(template_names('chat'))}, or to a file that describes it "
+        "(see data_templates/chat/)",
     )
 
 
@@ -234,7 +274,8 @@ def local_base_template(model: ModelSection) -> BaseTemplate | None:
     if not (folder / TOKENIZER_FILE).is_file():
         return None
     _, config = read_tokenizer(folder, f"model.base {model.base}", trust_remote_code=False)
-    return None if CHAT_KEY in config else match_base_template(folder, token_text(config.get("bos_token")))
+    bos, eos = (token_text(config.get(key)) for key in ("bos_token", "eos_token"))
+    return None if CHAT_KEY in config else match_base_template(folder, bos, eos=eos)
 
 
 def check_base_template(model: ModelSection, chat: ChatSection) -> None:

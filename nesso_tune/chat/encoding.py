@@ -13,10 +13,11 @@ from nesso_tune.chat.render import (
     BOS,
     Segment,
     TrainOnEos,
+    TurnsToTrain,
     answer_segments,
     prompt_segments,
     segments,
-    turn_text,
+    text_segments,
     with_system_and_tools,
 )
 from nesso_tune.chat.template import ChatTemplate, DefaultSystem
@@ -104,21 +105,24 @@ class ChatEncoder:
         conversations: Iterable[Conversation],
         roles_to_train: Collection[str] = ("assistant",),
         train_on_eos: TrainOnEos = "turn",
+        turns_to_train: TurnsToTrain = "all",
     ) -> list[Encoded]:
         """Encodes conversations; see `render.segments` for the supervised tokens."""
         complete = (with_system_and_tools(c, self._template, self._default_system) for c in conversations)
-        return self._encode([segments(c, self._template, roles_to_train, train_on_eos) for c in complete])
+        return self._encode(
+            [segments(c, self._template, roles_to_train, train_on_eos, turns_to_train) for c in complete]
+        )
 
     def texts(self, texts: Sequence[str], learn_end: bool = True) -> list[Encoded]:
         """Encodes plain texts (format `completion`), fully supervised, each followed by the end token."""
         start = [Segment(BOS, "control")] if self._template.bos else []
-        return self._encode([[*start, *answer_segments(text, self._template, True, learn_end)] for text in texts])
+        return self._encode([[*start, *text_segments(text, self._template, learn_end)] for text in texts])
 
     def pairs(self, pairs: Sequence[PreferencePair]) -> list[EncodedPair]:
         """Encodes pairs as prompt (including the assistant's header), chosen and rejected answer (with end token)."""
         prompts = [self._prompt_segments(pair.prompt, pair.language, pair.tools) for pair in pairs]
         answers = [
-            answer_segments(turn_text(message, self._template), self._template, True, True)
+            answer_segments(pair.prompt, message, self._template)
             for pair in pairs
             for message in (pair.chosen, pair.rejected)
         ]
@@ -129,6 +133,11 @@ class ChatEncoder:
     def prompt(self, messages: Sequence[Message], language: str, tools: Tools = ()) -> list[int]:
         """Token ids of a prompt for generation: the messages and the assistant's header."""
         return self._encode([self._prompt_segments(messages, language, tools)])[0].ids
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return self._template
 
     def _prompt_segments(self, messages: Sequence[Message], language: str, tools: Tools) -> list[Segment]:
         conversation = Conversation(tuple(messages), tuple(tools), language=language)

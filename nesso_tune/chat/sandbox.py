@@ -20,9 +20,9 @@ GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")  # a 
 
 
 def main() -> None:
-    """Request: `{"template", "renderings": [variables], "seconds"}`. Response: `[{"text"} or {"error"}]`."""
+    """Request: `{"template", "renderings": [variables], "seconds", "now"}`. Response: `[{"text"} or {"error"}]`."""
     request = json.load(sys.stdin)
-    jinja = environment()
+    jinja = environment(datetime.fromisoformat(request["now"]) if request.get("now") else None)
     _limit_resources(request["seconds"])
     json.dump(_render_all(jinja, request["template"], request["renderings"]), sys.stdout)
 
@@ -68,8 +68,8 @@ def _limit_resources(seconds: float) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 5))
 
 
-def environment() -> Any:
-    """The Jinja environment of transformers for chat templates."""
+def environment(now: datetime | None = None) -> Any:
+    """The Jinja environment of transformers for chat templates. `now` is the time that templates read."""
     from jinja2.exceptions import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -84,7 +84,7 @@ def environment() -> Any:
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     jinja.filters["tojson"] = to_json
     jinja.globals["raise_exception"] = raise_exception
-    jinja.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    jinja.globals["strftime_now"] = (now or datetime.now()).strftime
     return jinja
 
 

@@ -1,6 +1,6 @@
-"""Chat templates as data (the text around each turn, and the control tokens in it), and their Jinja form.
+"""Chat templates as data: the text around each turn, and the control tokens in it.
 
-Both the segments for training (`render.py`) and the `chat_template.jinja` of the final model (`to_jinja`) are derived
+Both the segments for training (`render.py`) and the `chat_template.jinja` of the final model (`jinja.py`) are derived
 from this specification; tests compare the two token by token.
 """
 
@@ -8,45 +8,129 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Annotated
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
-from nesso_tune.conversation import UNKNOWN_LANGUAGE
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.load import find_spec, read_spec
 from nesso_tune.recipes.sections import NonEmpty, Role, Section
-from nesso_tune.recipes.yaml_source import KeyPath
+from nesso_tune.recipes.yaml_source import Document, KeyPath
 
 DefaultSystem = str | Mapping[str, str] | None
+Strip = Literal["both", "end", "leading_lines"]
 
 
-class ToolFormat(Section):
+class _Format(Section):
+    """A section whose later keys are written only where they are set.
+
+    The serialized specification is part of the tokenizer's fingerprint, which must stay the same for runs that began
+    before a key was added.
+    """
+
+    later_keys: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _without_unused_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        unused = {
+            name for name in self.later_keys
+            if getattr(self, name) == fields[name].get_default(call_default_factory=True)
+        }  # fmt: skip
+        return {name: value for name, value in written.items() if name not in unused}
+
+
+class Turn(Section):
+    """Start and end of the turns of one role, where they differ from `header`, `end` and `separator`."""
+
+    start: str | None = None
+    """Text before the content. null writes the header."""
+    end: str | None = None
+    """Text after the content, instead of `end` and `separator`. Not for the assistant, whose turns end with `end`."""
+
+
+class SystemFormat(Section):
+    """Where the system message is written, and the text around it."""
+
+    placement: Literal["turn", "fold_into_user"] = "turn"
+    """turn writes it as a turn of its own, fold_into_user at the start of the first user turn."""
+    text: Annotated[str, Field(pattern=r"\{system\}")] = "{system}"
+    """Text of the message; {system} is replaced by the message of the conversation."""
+    default: NonEmpty | None = None
+    """Message of conversations that have none, unless the recipe sets `chat.default_system`."""
+
+
+class ToolFormat(_Format):
     """The text format of tool definitions, tool calls and tool results."""
 
+    later_keys = ("placement", "definition", "separator", "call_separator", "result_separator")
+
     offer: Annotated[str, Field(pattern=r"\{tools\}")]
-    """Text that the system message gets for tools; {tools} is replaced by their JSON, one per line."""
-    call: Annotated[str, Field(pattern=r"\{call\}")]
-    """A tool call in an assistant turn; {call} is replaced by {"name": …, "arguments": …}."""
+    """Text that offers the tools; {tools} is replaced by their definitions."""
+    call: Annotated[str, Field(pattern=r"\{call\}|\{name\}.*\{arguments\}")]
+    """A tool call in an assistant turn. {call} is replaced by {"name": …, "arguments": …}, {name} by the name alone and
+    {arguments} by their JSON."""
     result: Annotated[str, Field(pattern=r"\{result\}")]
     """The content of a tool turn; {result} is replaced by the result."""
+    placement: Literal["system", "after_system"] = "system"
+    """system writes the offer at the end of the system message, which is added if there is none; after_system writes it
+    after the turn of the system message."""
+    definition: Literal["json", "python"] = "json"
+    """How a definition is written: as JSON, or as a Python dict."""
+    separator: str = "\n"
+    """Text between two definitions."""
+    call_separator: str = "\n"
+    """Text between the content of a turn and its first call, and between two calls."""
+    result_separator: str | None = None
+    """Text between consecutive results in one turn. null writes each result as a turn of its own."""
 
 
-class ChatTemplate(Section):
+class ReasoningFormat(Section):
+    """The text format of an assistant's reasoning, which stands before the content of its turn.
+
+    Line breaks at the edges of the reasoning, and at the start of the content after it, are not written where `start`
+    and `end` contain them.
+    """
+
+    start: NonEmpty
+    """Text before the reasoning."""
+    end: NonEmpty
+    """Text after the reasoning."""
+    history: Literal["keep", "drop"] = "keep"
+    """drop writes reasoning only after the last user turn, so an answer loses it in later turns."""
+    empty: bool = False
+    """Write start and end around nothing in a last answer that has no reasoning."""
+
+
+class ChatTemplate(_Format):
     """The text format of a conversation."""
+
+    later_keys = ("turns", "prompt", "strip", "system", "reasoning")
 
     bos: bool = False
     """Start with the BOS token of the tokenizer."""
-    header: Annotated[str, Field(pattern=r"\{role\}")]
-    """Start of a turn; {role} is replaced by its role."""
+    header: Annotated[str, Field(pattern=r"\{role\}")] | None = None
+    """Start of a turn; {role} is replaced by its role. null requires a start for each role in `turns`."""
     end: NonEmpty
     """End of a turn, which the model learns to generate."""
     separator: str = ""
     """Text after the end of every turn; never supervised."""
     role_names: dict[Role, NonEmpty] = Field(default_factory=dict)
     """Names of roles in headers, where they differ from the role."""
+    turns: dict[Role, Turn] = Field(default_factory=dict)
+    """Start and end of turns by role, where they differ."""
+    prompt: str = ""
+    """Text after the assistant's header in a prompt for generation, and in the last answer; never supervised."""
+    strip: dict[Role, Strip] = Field(default_factory=dict)
+    """White space that is removed from contents, by role: both sides, the end, or leading line breaks."""
+    system: SystemFormat = SystemFormat()
+    """Format of the system message."""
     tools: ToolFormat | None = None
     """Format of tools; without it, conversations with tools are errors."""
+    reasoning: ReasoningFormat | None = None
+    """Format of reasoning; without it, `data.reasoning: keep` is an error."""
     control_tokens: Annotated[dict[NonEmpty, NonEmpty], Field(min_length=1)]
     """Control tokens, each with a text; the embedding of a new token starts from the mean of that text's embeddings."""
     eos_token: NonEmpty
@@ -54,13 +138,48 @@ class ChatTemplate(Section):
     pad_token: NonEmpty
     """Padding token."""
 
+    @cached_property
+    def tokens(self) -> tuple[str, ...]:
+        """The control tokens."""
+        return tuple(self.control_tokens)
+
+    def frame(self, role: str) -> tuple[str, str, str]:
+        """The text before the content of turns with this role, their end, and the text after it."""
+        if role not in self._frames:
+            self._frames[role] = (self.start_of(role), *self.end_of(role))
+        return self._frames[role]
+
+    @cached_property
+    def _frames(self) -> dict[str, tuple[str, str, str]]:
+        return {}
+
+    def start_of(self, role: str) -> str:
+        """The text before the content of a turn with this role."""
+        turn = self.turns.get(role)  # type: ignore[call-overload]
+        return self.header_of(role) if turn is None or turn.start is None else turn.start
+
     def header_of(self, role: str) -> str:
         """The header of a turn with this role."""
-        return self.header.replace("{role}", self.role_names.get(role, role))  # type: ignore[call-overload]
+        name = self.role_names.get(role, role)  # type: ignore[call-overload]
+        return (self.header or "{role}").replace("{role}", name)
+
+    def end_of(self, role: str) -> tuple[str, str]:
+        """The text after the content of a turn with this role: its end, and what follows it."""
+        turn = self.turns.get(role)  # type: ignore[call-overload]
+        return (self.end, self.separator) if turn is None or turn.end is None else (turn.end, "")
 
     def pieces(self, text: str) -> Iterator[tuple[str, bool]]:
         """Splits template text into (piece, whether it is a control token)."""
-        return split_at_control_tokens(text, tuple(self.control_tokens))
+        return split_at_control_tokens(text, self.tokens)
+
+    def has_control_token(self, text: str) -> bool:
+        """Whether a template text contains a control token."""
+        return any(is_control for _, is_control in self.pieces(text))
+
+    @property
+    def drops_history(self) -> bool:
+        """Whether an answer is written otherwise once a user turn follows it."""
+        return self.reasoning is not None and self.reasoning.history == "drop"
 
 
 def split_at_control_tokens(text: str, control_tokens: Collection[str]) -> Iterator[tuple[str, bool]]:
@@ -78,22 +197,12 @@ def load_template(name: str) -> ChatTemplate:
         RecipeError: if it does not exist or is invalid.
     """
     template, document = read_spec(find_spec("chat", name, "chat.template"), ChatTemplate)
-    if template.tools is not None:
-        for key in ("offer", "call", "result"):
-            if any(is_control for _, is_control in template.pieces(getattr(template.tools, key))):
-                raise RecipeError(
-                    document.where(("tools", key)), f"`tools.{key}` contains a control token",
-                    "write tags as plain text: answers are decoded without control tokens",
-                )  # fmt: skip
+    _check_roles(template, document)
+    _check_control_tokens(template, document)
     for place, text, placeholder in _placeholders(template):
         if text.count(placeholder) > 1:
             key = ".".join(map(str, place))
             raise RecipeError(document.where(place), f"`{key}` contains {placeholder} more than once", "keep one")
-    for key in ("eos_token", "end"):
-        if getattr(template, key) not in template.control_tokens:
-            raise RecipeError(
-                document.where((key,)), f"`{key}` is not in control_tokens", "add it there, to make it a single token"
-            )
     if template.eos_token != template.end:
         raise RecipeError(
             document.where(("eos_token",)),
@@ -103,160 +212,52 @@ def load_template(name: str) -> ChatTemplate:
     return template
 
 
+def _check_roles(template: ChatTemplate, document: Document) -> None:
+    """Raises RecipeError if the turns of a role have no start, or the assistant's another end."""
+    if template.header is None:
+        folded = ("system",) if template.system.placement == "fold_into_user" else ()
+        roles = [role for role in get_args(Role) if role not in folded]
+        missing = [role for role in roles if role not in template.turns or template.turns[role].start is None]
+        if missing:
+            what = f"the key `header` is missing, and turns of {missing[0]} have no start"
+            raise RecipeError(
+                document.where(("header",)), what,
+                "add `header`, or a start for every role in `turns`",
+            )  # fmt: skip
+    if "assistant" in template.turns and template.turns["assistant"].end is not None:
+        raise RecipeError(
+            document.where(("turns", "assistant", "end")), "`turns.assistant.end` has no effect", "set `end`"
+        )
+    if template.prompt and (template.reasoning is None or not template.reasoning.empty):
+        raise RecipeError(
+            document.where(("prompt",)), "`prompt` is not in the answers of conversations",
+            "add `reasoning` with `empty: true`, or write the text into `turns.assistant.start`",
+        )  # fmt: skip
+
+
+def _check_control_tokens(template: ChatTemplate, document: Document) -> None:
+    """Raises RecipeError for a control token in text that is encoded as text, and for an end that is none."""
+    if (tools := template.tools) is not None:
+        keys = ["result", *(["offer"] if tools.placement == "system" else [])]
+        wrong = next((key for key in keys if template.has_control_token(getattr(tools, key))), None)
+        if wrong is None and template.end in tools.call:
+            wrong = "call"
+        if wrong is not None:
+            what = f"`tools.{wrong}` contains a control token"
+            raise RecipeError(document.where(("tools", wrong)), what, "write tags as plain text")
+    for key in ("eos_token", "end"):
+        if getattr(template, key) not in template.control_tokens:
+            raise RecipeError(
+                document.where((key,)), f"`{key}` is not in control_tokens", "add it there, to make it a single token"
+            )
+
+
 def _placeholders(template: ChatTemplate) -> list[tuple[KeyPath, str, str]]:
     """(key, its text, the placeholder in it) of every text with a placeholder."""
-    found: list[tuple[KeyPath, str, str]] = [(("header",), template.header, "{role}")]
-    if template.tools is not None:
-        keys = {"offer": "{tools}", "call": "{call}", "result": "{result}"}
-        found += [(("tools", key), getattr(template.tools, key), placeholder) for key, placeholder in keys.items()]
+    found: list[tuple[KeyPath, str, str]] = [
+        (("header",), template.header or "", "{role}"), (("system", "text"), template.system.text, "{system}"),
+    ]  # fmt: skip
+    if (tools := template.tools) is not None:
+        found += [(("tools", "offer"), tools.offer, "{tools}"), (("tools", "result"), tools.result, "{result}")]
+        found += [(("tools", "call"), tools.call, name) for name in ("{call}", "{name}", "{arguments}")]
     return found
-
-
-# JSON must be written as by the `tojson` filter of transformers. The filter of plain Jinja sorts keys and escapes `<`
-# and non-ASCII characters; PLAIN_JSON detects it, and the macro AS_JSON replaces it.
-PLAIN_JSON = "{%- set plain_json = ({'b': '<è', 'a': 1} | tojson) == '{\"b\": \"<è\", \"a\": 1}' -%}"
-AS_JSON = r"""
-{%- macro as_json(value) -%}
-{%- if value is string -%}
-{%- set text = namespace(escaped=value | replace('\\', '\\\\') | replace('"', '\\"')) -%}
-{%- set short = {8: 'b', 9: 't', 10: 'n', 12: 'f', 13: 'r'} -%}
-{%- for code in range(32) -%}
-{%- set escape = '\\' + short[code] if code in short else '\\u%04x' | format(code) -%}
-{%- set text.escaped = text.escaped | replace('%c' | format(code), escape) -%}
-{%- endfor -%}
-{{- '"' + text.escaped + '"' -}}
-{%- elif value is none -%}
-{{- 'null' -}}
-{%- elif value is boolean -%}
-{{- 'true' if value else 'false' -}}
-{%- elif value is mapping -%}
-{{- '{' -}}
-{%- for key in value -%}
-{{- ('' if loop.first else ', ') + as_json(key | string) + ': ' + as_json(value[key]) -}}
-{%- endfor -%}
-{{- '}' -}}
-{%- elif value is iterable -%}
-{{- '[' -}}
-{%- for item in value -%}
-{{- ('' if loop.first else ', ') + as_json(item) -}}
-{%- endfor -%}
-{{- ']' -}}
-{%- else -%}
-{{- value -}}
-{%- endif -%}
-{%- endmacro -%}""".strip()
-
-
-def to_jinja(template: ChatTemplate, default_system: DefaultSystem = None, masks: bool = False) -> str:
-    """The text of `chat_template.jinja`; plain Jinja and transformers render it to the same text.
-
-    Variables: `messages` (with `tool_calls` in the OpenAI form), `tools`, `add_generation_prompt`, and `language` if
-    the default system message depends on it.
-
-    Args:
-        template: the chat template.
-        default_system: system message of conversations without one.
-        masks: for transformers only: wraps assistant turns in `generation` blocks, which give the assistant mask, and
-            uses its `tojson` filter.
-    """
-    end, separator = template.end, template.separator
-    before, after = template.header.split("{role}")
-    lines = [
-        *(["{{- bos_token -}}"] if template.bos else []),
-        *([PLAIN_JSON, AS_JSON] if template.tools is not None and not masks else []),
-        *_system(default_system),
-        *(_tool_definitions(template.tools, masks) if template.tools is not None else []),
-        "{%- if system is not none -%}",
-        f"{{{{- {_quoted(template.header_of('system'))} + system + {_quoted(end + separator)} -}}}}",
-        "{%- endif -%}",
-        "{%- for message in rest -%}",
-        "{%- set turn = namespace(body=message['content'] or '') -%}",
-        *(_body(template.tools, masks) if template.tools is not None else []),
-        f"{{{{- {_quoted(before)} + {_role(template)} + {_quoted(after)} -}}}}",
-        *_turn(f"{{{{- turn.body + {_quoted(end)} -}}}}", masks),
-        *([f"{{{{- {_quoted(separator)} -}}}}"] if separator else []),
-        "{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{- {_quoted(template.header_of('assistant'))} -}}}}{{%- endif -%}}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _turn(body: str, masks: bool) -> list[str]:
-    """The body of a turn and its end token; with `masks`, assistant turns are in a `generation` block."""
-    if not masks:
-        return [body]
-    supervised = f"{{%- generation -%}}{body}{{%- endgeneration -%}}"
-    return ["{%- if message['role'] == 'assistant' -%}", supervised, f"{{%- else -%}}{body}{{%- endif -%}}"]
-
-
-def _json(value: str, masks: bool) -> str:
-    """A Jinja expression for the JSON of a value."""
-    return f"({value} | tojson)" if masks else f"({value} | tojson if plain_json else as_json({value}))"
-
-
-def _quoted(text: str) -> str:
-    """A text as a Jinja string literal."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
-    return f"'{escaped}'"
-
-
-def _system(default_system: DefaultSystem) -> Iterator[str]:
-    """Sets `system` (the system message, the default, or none) and `rest` (the other messages)."""
-    if isinstance(default_system, Mapping):
-        texts = ", ".join(f"{_quoted(k)}: {_quoted(v)}" for k, v in default_system.items())
-        first = _quoted(next(iter(default_system)))
-        unknown = f"language is not defined or language == {_quoted(UNKNOWN_LANGUAGE)}"
-        yield f"{{%- set systems = {{{texts}}} -%}}"
-        yield (
-            "{%- set default_system = systems[language] if language is defined and language in systems "
-            f"else systems[{first}] if {unknown} else none -%}}"
-        )
-    else:
-        yield f"{{%- set default_system = {'none' if default_system is None else _quoted(default_system)} -%}}"
-    yield "{%- set has_system = messages and messages[0]['role'] == 'system' -%}"
-    yield "{%- set system = (messages[0]['content'] or '') if has_system else default_system -%}"
-    yield "{%- set rest = messages[1:] if has_system else messages -%}"
-
-
-def _tool_definitions(tools: ToolFormat, masks: bool) -> Iterator[str]:
-    """Appends the tool definitions to `system`."""
-    before, after = (_quoted(part) for part in tools.offer.split("{tools}"))
-    tool = "tool if tool['function'] is defined else {'type': 'function', 'function': tool}"
-    yield "{%- if tools -%}"
-    yield "{%- set offered = namespace(lines='') -%}"
-    yield "{%- for tool in tools -%}"
-    yield "{%- set line_break = '' if loop.first else '\\n' -%}"
-    yield f"{{%- set offered.lines = offered.lines + line_break + {_json(f'({tool})', masks)} -%}}"
-    yield "{%- endfor -%}"
-    yield f"{{%- set offer = {before} + offered.lines + {after} -%}}"
-    yield "{%- set system = system + '\\n\\n' + offer if system else offer -%}"
-    yield "{%- endif -%}"
-
-
-def _body(tools: ToolFormat, masks: bool) -> Iterator[str]:
-    """Appends tool calls to `turn.body`, and wraps tool results."""
-    before, after = (_quoted(part) for part in tools.call.split("{call}"))
-    opens, closes = (_quoted(part) for part in tools.result.split("{result}"))
-    wrapped = f"{opens} + turn.body + {closes}"
-    if opens != "''":
-        wrapped = f"turn.body if turn.body.startswith({opens}) else {wrapped}"
-    name, arguments = _json("call['name']", masks), _json("call['arguments']", masks)
-    call = f"'{{\"name\": ' + {name} + ', \"arguments\": ' + said + '}}'"
-    yield f"{{%- if message['role'] == 'tool' -%}}{{%- set turn.body = {wrapped} -%}}{{%- endif -%}}"
-    yield "{%- if message['tool_calls'] is defined and message['tool_calls'] -%}"
-    yield "{%- for entry in message['tool_calls'] -%}"
-    yield "{%- set call = entry['function'] if entry['function'] is defined else entry -%}"
-    yield (
-        f"{{%- set said = call['arguments'] if call['arguments'] is string else {arguments} -%}}"
-        "{%- set line_break = '\\n' if turn.body else '' -%}"
-    )
-    yield f"{{%- set turn.body = turn.body + line_break + {before} + {call} + {after} -%}}"
-    yield "{%- endfor -%}"
-    yield "{%- endif -%}"
-
-
-def _role(template: ChatTemplate) -> str:
-    if not template.role_names:
-        return "message['role']"
-    names = ", ".join(f"{_quoted(role)}: {_quoted(name)}" for role, name in template.role_names.items())
-    return f"({{{names}}}[message['role']] if message['role'] in {{{names}}} else message['role'])"

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from nesso_tune.chat.base_template import DEFAULT_TEMPLATE, BaseTemplate, choose_template, match_base_template
 from nesso_tune.chat.encoding import ChatEncoder, token_id
-from nesso_tune.chat.render import TrainOnEos
+from nesso_tune.chat.jinja import to_jinja
+from nesso_tune.chat.render import TrainOnEos, TurnsToTrain
 from nesso_tune.chat.special_tokens import (
     CHAT_KEY,
     CONFIG_FILE,
@@ -34,7 +35,7 @@ from nesso_tune.chat.special_tokens import (
     token_text,
     vocabulary_size,
 )
-from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template, to_jinja
+from nesso_tune.chat.template import ChatTemplate, DefaultSystem, load_template
 from nesso_tune.conversation import Conversation
 from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.hub import base_folder, check_pinned
@@ -126,12 +127,21 @@ def chat_tokenizer(model: ModelSection, chat: ChatSection) -> ChatTokenizer:
     check_pinned(model)
     folder = base_folder(model.base, model.revision)
     where = f"model.base {model.base}"
-    has_weights = not model.random_init  # random weights were not trained with any template
-    return build_chat_tokenizer(folder, chat, where, trust_remote_code=model.trust_remote_code, has_weights=has_weights)
+    return build_chat_tokenizer(
+        folder, chat, where,
+        trust_remote_code=model.trust_remote_code,
+        has_weights=not model.random_init,  # random weights were not trained with any template
+        context=model.overrides.get("max_position_embeddings"),
+    )  # fmt: skip
 
 
 def build_chat_tokenizer(
-    folder: Path, chat: ChatSection, where: str, trust_remote_code: bool = False, has_weights: bool = True
+    folder: Path,
+    chat: ChatSection,
+    where: str,
+    trust_remote_code: bool = False,
+    has_weights: bool = True,
+    context: Any = None,
 ) -> ChatTokenizer:
     """Builds the chat tokenizer of a base model.
 
@@ -141,6 +151,7 @@ def build_chat_tokenizer(
         where: the place named in errors.
         trust_remote_code: allow code of the model to run.
         has_weights: whether the base has trained weights, which may depend on its own chat template.
+        context: length of the model's context, if the recipe overrides it.
 
     Raises:
         ModelError: if there is no tokenizer, or if it has too few reserved slots.
@@ -148,20 +159,15 @@ def build_chat_tokenizer(
             and the recipe names none.
     """
     tokenizer, config = read_tokenizer(folder, where, trust_remote_code)
+    config["model_max_length"] = context or config.get("model_max_length")
     own = config.pop(CHAT_KEY, None)
     bos = token_text(config.get("bos_token"))
     undecided = own is None and chat.template is None and has_weights
-    foreign = match_base_template(folder, bos, chat.default_system) if undecided else None
+    base_eos = token_text(config.get("eos_token"))
+    foreign = match_base_template(folder, bos, chat.default_system, base_eos) if undecided else None
     template, notes = _chosen_template(own, foreign, chat, where)
     default_system = chat.default_system if chat.default_system is not None else (own or {}).get("default_system")
-    if chat.eos_token not in (None, template.eos_token):
-        raise RecipeError(
-            "chat.eos_token",
-            f"{chat.eos_token} is not the token that ends turns in this template ({template.eos_token}): "
-            "the model would not learn to stop",
-            "remove it, or use a template that ends turns with it",
-        )
-    base_eos = token_text(config.get("eos_token"))
+    _check_end(chat, template)
     placed = place_control_tokens(tokenizer, list(template.control_tokens), chat.new_tokens, where)
     remove_implicit_tokens(tokenizer)
     text = json.dumps(tokenizer, ensure_ascii=False)
@@ -189,6 +195,17 @@ def build_chat_tokenizer(
         pad_id=token_id(ready, pad),
         notes=notes,
     )
+
+
+def _check_end(chat: ChatSection, template: ChatTemplate) -> None:
+    """Raises RecipeError if the recipe names another end token than the template has."""
+    if chat.eos_token not in (None, template.eos_token):
+        raise RecipeError(
+            "chat.eos_token",
+            f"{chat.eos_token} is not the token that ends turns in this template ({template.eos_token}): "
+            "the model would not learn to stop",
+            "remove it, or use a template that ends turns with it",
+        )
 
 
 def _chosen_template(
@@ -291,6 +308,7 @@ def encode_conversation(
     tokenizer: PreTrainedTokenizerBase,
     roles_to_train: Collection[str] = ("assistant",),
     train_on_eos: TrainOnEos = "turn",
+    turns_to_train: TurnsToTrain = "all",
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of one conversation.
 
@@ -299,12 +317,14 @@ def encode_conversation(
         tokenizer: from `load_tokenizer`, or from the folder of a trained model.
         roles_to_train: roles whose content is supervised.
         train_on_eos: which end tokens are supervised.
+        turns_to_train: whether all turns of these roles are supervised, or only the last one.
 
     Returns:
         `input_ids` and `labels` of the same length; labels are unshifted, -100 where not supervised.
 
     Raises:
         ModelError: if the tokenizer has no nesso-tune chat template.
+        RecipeError: if the template cannot write the conversation, or not as the model would generate it.
     """
-    encoded = encoder_of(tokenizer).conversations([conversation], roles_to_train, train_on_eos)[0]
+    encoded = encoder_of(tokenizer).conversations([conversation], roles_to_train, train_on_eos, turns_to_train)[0]
     return encoded.ids, encoded.labels

@@ -14,8 +14,8 @@ import typer
 from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.cli.options import file_path
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message
-from nesso_tune.data.convert import Tool, read_tool_file
 from nesso_tune.data.languages import detect_language
+from nesso_tune.data.tools import Tool, read_tool_file
 from nesso_tune.errors import RecipeError
 from nesso_tune.logs import print_text, visible
 from nesso_tune.recipes.builtin import flag_path
@@ -31,7 +31,7 @@ COMMANDS = """\
 /undo          remove the last turn and its answer
 /reset         start a new conversation
 /history       show the conversation
-/exit          exit; an empty line and Ctrl-D do the same
+/exit          exit; Ctrl-D does the same
 """
 
 
@@ -69,7 +69,7 @@ def chat(
     with suppress(ImportError):
         import readline  # noqa: F401 - adds history and line editing to `input`
 
-    _note(f"{model}: /help lists the commands, an empty line ends the conversation.\n")
+    _note(f"{model}: /help lists the commands, /exit or Ctrl-D ends the conversation.\n")
     with suppress(KeyboardInterrupt):
         run_session(session, _read, print_text, _note)
 
@@ -109,7 +109,7 @@ class ChatSession:
         except BaseException:  # an interrupted answer leaves the conversation unchanged
             self.messages.pop()
             raise
-        self.messages.append(Message("assistant", answer))
+        self.messages.append(self.model.read(answer))
         return answer
 
     @property
@@ -155,8 +155,10 @@ def run_session(session: ChatSession, read: Read, write: Write, note: Write) -> 
             line = read("> ").strip()
         except EOFError:
             return
-        if not line or line in ("/exit", "/quit", "exit", "quit"):
+        if line in ("/exit", "/quit", "exit", "quit"):
             return
+        if not line:
+            continue
         if line.startswith("/"):
             _run_command(session, line, note)
         else:
@@ -166,14 +168,15 @@ def run_session(session: ChatSession, read: Read, write: Write, note: Write) -> 
 def _run_turn(session: ChatSession, message: Message, read: Read, write: Write, note: Write) -> None:
     """Sends a message, writes the answer, and asks for the results of the tools that the answer calls."""
     try:
-        answer = session.send(message, write)
+        session.send(message, write)
     except KeyboardInterrupt:
         note("\n(interrupted; your turn was removed)\n")
         return
     write("\n")
     if truncated := session.truncated_turns:
         note(f"({truncated} turns at the start no longer fit into the model's context)\n")
-    calls = parse_tool_calls(answer)
+    answer = session.messages[-1]
+    calls = [*answer.tool_calls, *parse_tool_calls(answer.content)]
     for i, call in enumerate(calls):
         arguments = ", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in call["arguments"].items())
         note(f"  calls {call['name']}({arguments})\n")
@@ -202,9 +205,15 @@ def _run_command(session: ChatSession, line: str, note: Write) -> None:
             pass
         note(f"({len(session.messages)} turns left)\n")
     elif name == "/history":
-        note("".join(f"{message.role}: {message.content}\n" for message in session.all_messages))
+        note("".join(f"{message.role}: {_shown(message)}\n" for message in session.all_messages))
     else:
         note(COMMANDS if name == "/help" else f"unknown command {name}:\n{COMMANDS}")
+
+
+def _shown(message: Message) -> str:
+    """The parts of a message as lines of text: reasoning, content and calls."""
+    calls = [json.dumps(call, ensure_ascii=False) for call in message.tool_calls]
+    return "\n".join([*([f"({message.reasoning})"] if message.reasoning else []), message.content, *calls])
 
 
 def _read(prompt: str) -> str:

@@ -1,42 +1,71 @@
-"""`nesso-tune launch`: starts a run on the GPUs of this machine, or writes a Slurm job."""
+"""`nesso-tune launch`: starts a run on the GPUs of this machine, or writes the jobs of Slurm."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-import shutil
-import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from types import MappingProxyType
+from typing import Annotated, Literal
 
 import typer
 
 from nesso_tune.cli.options import (
+    ChangesOption,
     SetOption,
+    VerifyOption,
     check_bases,
     check_before_start,
     check_flags,
     check_folders,
     file_path,
+    keys_of,
     load_all,
+    settings_of,
 )
 from nesso_tune.data.files import is_local
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.hub import has_weights, local_base_folder
-from nesso_tune.launch.command import Machines, local_command, train_arguments
-from nesso_tune.launch.slurm import sbatch_text
-from nesso_tune.logs import print_lines, print_text
+from nesso_tune.launch.command import Machines, local_command, train_arguments, verb_arguments
+from nesso_tune.launch.container import cache_variables, container_mounts
+from nesso_tune.launch.slurm import Job, JobKind, chain_commands, sbatch_text, submit_chain
+from nesso_tune.logs import output_flags, print_lines, print_text
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import flag_path, is_run_output
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 
+DOCTOR: Literal["doctor"] = "doctor"  # in the place of a recipe
+DOCTOR_TIMEOUT_S = 300  # many processes that load Python from a shared file system start slowly
+
+
+@dataclass(frozen=True)
+class JobRecipes:
+    """The recipes that run in one job: consecutive ones with equal cluster sections.
+
+    Attributes:
+        names: the recipes, as on the command line.
+        recipes: the same, loaded.
+        cluster: their section, with the flags applied.
+        machines: nodes and GPUs.
+    """
+
+    names: list[str]
+    recipes: list[Recipe]
+    cluster: ClusterSection
+    machines: Machines
+
 
 def launch(
-    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="As for `train`: run in order.")],
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="As for `train`, in order; or `doctor`, which checks the machines."),
+    ],
     settings: SetOption = [],  # noqa: B006 - typer copies it
     nodes: Annotated[int | None, typer.Option(min=1, help="Number of machines (with --slurm).")] = None,
     gpus_per_node: Annotated[
@@ -48,73 +77,159 @@ def launch(
     partition: Annotated[str | None, typer.Option(help="Slurm partition.")] = None,
     account: Annotated[str | None, typer.Option(help="Slurm account.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit of the job, e.g. 24:00:00.")] = None,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Prepare the data in a CPU job before (with --slurm).")
+    ] = False,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", parser=flag_path, help="As for `train`.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="As for `train`; not with --slurm.")] = False,
-    allow_changes: Annotated[str, typer.Option(metavar="KEY,...", help="As for `train`.")] = "",
+    allow_changes: ChangesOption = "",
+    verify: VerifyOption = "sample",
     submit: Annotated[bool, typer.Option("--submit", help="Submit the sbatch file.")] = False,
     show: Annotated[
         bool, typer.Option("--print", help="Print the command or the sbatch file, and do nothing else.")
     ] = False,
 ) -> None:
     """Start a run on several GPUs: on this machine, or through Slurm on many."""
-    loaded = load_all(recipes, settings)
-    cluster = _cluster(recipes, loaded, {"partition": partition, "account": account, "time": time})
-    check_folders(recipes, loaded)
-    check_flags(loaded, resume, allow_changes)
-    arguments = train_arguments(recipes, settings, _flags(resume, overwrite, allow_changes))
+    is_doctor = recipes[0] == DOCTOR
+    names = recipes[1:] if is_doctor else recipes
+    loaded = load_all(names, settings)
+    words = {"partition": partition, "account": account, "time": time}
     if slurm is None:
-        _check_slurm_options({"--nodes": nodes, "--partition": partition, "--account": account, "--time": time,
-                           "--submit": submit or None})  # fmt: skip
-        _check_plans(loaded, machines := Machines(1, gpus_per_node or _count_gpus()))
-        command = local_command(machines, arguments)
-        if show:
-            print_lines(shlex.join(command))
-            return
-        sys.stdout.flush()
-        os.execv(command[0], command)  # the launcher replaces this process and receives its signals
-    machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
-    _check_plans(loaded, machines)
-    _check_job(overwrite, resume, submit and show)
-    timeout_s = max(recipe.distributed.timeout_s for recipe in loaded)
-    text = sbatch_text(Path(recipes[0]).stem, machines, cluster, arguments, os.getcwd(), timeout_s)
-    if show:
-        print_text(text)
+        check_slurm_options({"--nodes": nodes, **{f"--{name}": word for name, word in words.items()},
+                              "--prepare": prepare or None, "--submit": submit or None})  # fmt: skip
+    groups = group_recipes(names, loaded, words, nodes, gpus_per_node, is_doctor)
+    check_folders(names, loaded)
+    check_flags(loaded, resume, allow_changes)
+    flags = [*_flags(resume, overwrite, allow_changes, verify), *output_flags()]
+    if slurm is None:
+        machines = Machines(1, gpus_per_node or _count_gpus())
+        if not is_doctor:
+            check_plans(loaded, machines)
+        arguments = _doctor_arguments(loaded) if is_doctor else train_arguments(names, settings, flags)
+        _start_here(local_command(machines, arguments), show)
         return
-    if cluster.offline:
-        _check_cached(recipes, loaded)
-    check_bases(loaded)
-    check_before_start(loaded, machines.processes)
-    slurm.parent.mkdir(parents=True, exist_ok=True)
-    slurm.write_text(text, encoding="utf-8")
-    print_lines(f"{slurm}: {machines.nodes} nodes x {machines.gpus_per_node} GPUs = {machines.processes} processes")
-    if submit:
-        _submit(slurm)
+    _check_job(overwrite, resume, prepare and is_doctor)
+    if is_doctor:
+        jobs = [make_job(DOCTOR, groups[0], [_doctor_arguments(loaded)], DOCTOR)]
     else:
-        print_lines(f"next: sbatch {shlex.quote(str(slurm))}")
+        for group in groups:
+            check_plans(group.recipes, group.machines)
+        jobs = [_train_job(group, settings, allow_changes, verify) for group in groups]
+        if prepare:
+            jobs = [*prepare_jobs(groups[0], names, loaded, settings), *jobs]
+    if not show and not is_doctor:
+        check_start(groups, loaded)
+    write_jobs(jobs, slurm, show, submit)
 
 
-def _cluster(names: list[str], recipes: list[Recipe], flags: dict[str, str | None]) -> ClusterSection:
-    """The cluster section of the recipes of a job, with the flags applied.
+def _start_here(command: list[str], show: bool) -> None:
+    """Prints the command, or replaces this process by the launcher, which then receives its signals."""
+    if show:
+        print_lines(shlex.join(command))
+        return
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def group_recipes(
+    names: list[str],
+    recipes: list[Recipe],
+    flags: Mapping[str, str | None] = MappingProxyType({}),
+    nodes: int | None = None,
+    gpus_per_node: int | None = None,
+    is_doctor: bool = False,
+) -> list[JobRecipes]:
+    """The recipes by job. A recipe without a cluster section has that of the one before, or else of the next.
 
     Raises:
-        RecipeError: if the sections differ, or if a flag is not a single word.
+        RecipeError: if a flag is not a single word.
     """
-    sections = {recipe.cluster.model_dump_json(): name for name, recipe in zip(names, recipes, strict=True)
-                if recipe.cluster is not None}  # fmt: skip
-    if len(sections) > 1:
-        first, other = list(sections.values())[:2]
-        raise RecipeError(
-            f"{other}: cluster", f"differs from that of {first}, but a job has one cluster section", "make them equal"
-        )
-    section = next((recipe.cluster for recipe in recipes if recipe.cluster is not None), ClusterSection())
     for name, value in flags.items():
         if value is not None and not re.fullmatch(SLURM_WORD, value):
             raise RecipeError(f"--{name}", f"must be one word without quotes or #, not {value!r}", "correct it")
-    return section.model_copy(update={name: value for name, value in flags.items() if value is not None})
+    given = {name: value for name, value in flags.items() if value is not None}
+    section = next((recipe.cluster for recipe in recipes if recipe.cluster is not None), ClusterSection())
+    groups: list[JobRecipes] = []
+    for name, recipe in zip(names, recipes, strict=True):
+        section = recipe.cluster or section
+        cluster = section.model_copy(update=given)
+        if not groups or (groups[-1].cluster != cluster and not is_doctor):
+            machines = Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node)
+            groups.append(JobRecipes([], [], cluster, machines))
+        groups[-1].names.append(name)
+        groups[-1].recipes.append(recipe)
+    if not groups:  # `launch doctor` alone
+        cluster = section.model_copy(update=given)
+        groups = [JobRecipes([], [], cluster, Machines(nodes or cluster.nodes, gpus_per_node or cluster.gpus_per_node))]
+    return groups
 
 
-def _check_job(overwrite: bool, resume: str, submit_and_show: bool) -> None:
-    """Raises RecipeError for flags that would do harm when the job is requeued after its time limit."""
+def _train_job(group: JobRecipes, settings: list[str], allow_changes: str, verify: str) -> Job:
+    flags = [*_flags("auto", False, ",".join(keys_of(group.recipes, allow_changes)), verify), *output_flags()]
+    arguments = train_arguments(group.names, settings_of(group.names, settings), flags)
+    return make_job(Path(group.names[0]).stem, group, [arguments], "train")
+
+
+def prepare_jobs(group: JobRecipes, names: list[str], recipes: list[Recipe], settings: list[str]) -> list[Job]:
+    """The CPU job that prepares the data of all recipes whose base exists: the others need its tokenizer."""
+    outputs = {(Path(recipe.output_dir) / "final").resolve() for recipe in recipes}
+    ready = [(name, recipe) for name, recipe in zip(names, recipes, strict=True)
+             if Path(recipe.model.base).resolve() not in outputs]  # fmt: skip
+    for name in sorted({*names} - {name for name, _ in ready}):
+        print_lines(f"{name}: its own job prepares its data, because the base is the model of an earlier recipe")
+    if not ready:
+        return []
+    of_job = JobRecipes([name for name, _ in ready], [recipe for _, recipe in ready], group.cluster, Machines())
+    steps = [verb_arguments("prepare", [name], settings_of([name], settings)) for name in of_job.names]
+    return [make_job("prepare", of_job, steps, "prepare")]
+
+
+def make_job(name: str, group: JobRecipes, steps: list[list[str]], kind: JobKind) -> Job:
+    """The job of some recipes; that of `doctor` may have none."""
+    caches = cache_variables({**os.environ, **group.cluster.env})
+    runs = [Path(os.path.abspath(recipe.output_dir)) for recipe in group.recipes] or [Path.cwd() / "outputs" / DOCTOR]
+    mounts = container_mounts(group.names, group.recipes, group.cluster, caches)
+    timeout_s = max((recipe.distributed.timeout_s for recipe in group.recipes), default=DOCTOR_TIMEOUT_S)
+    timeout_s = DOCTOR_TIMEOUT_S if kind == "doctor" else timeout_s
+    return Job(name, group.machines, group.cluster, steps, os.getcwd(), runs, kind, mounts, caches, timeout_s)
+
+
+def _doctor_arguments(recipes: list[Recipe]) -> list[str]:
+    folder = Path(recipes[0].output_dir).parent if recipes else Path("outputs")
+    return [DOCTOR, "--output-dir", str(folder), "--timeout", str(DOCTOR_TIMEOUT_S)]
+
+
+def write_jobs(jobs: list[Job], file: Path, show: bool, submit: bool) -> None:
+    """Writes one sbatch file for each job, or prints them; `submit` also submits them as a chain.
+
+    Raises:
+        RecipeError: if they are to be submitted and only printed.
+        RunEnvironmentError: as `submit_chain`.
+    """
+    if submit and show:
+        raise RecipeError("--submit", "has no effect with --print, which does nothing", "remove one of the two")
+    stem, suffix = file.stem, file.suffix
+    files = [file] if len(jobs) == 1 else [
+        file.with_name(f"{stem}-{i}-{job.name}{suffix}") for i, job in enumerate(jobs, 1)
+    ]  # fmt: skip
+    for path, job in zip(files, jobs, strict=True):
+        if show:
+            print_text(("" if len(jobs) == 1 else f"# {path}\n") + sbatch_text(job))
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(sbatch_text(job), encoding="utf-8")
+        size = f"{job.machines.nodes} nodes x {job.machines.gpus_per_node} GPUs = {job.machines.processes} processes"
+        tasks = f"{job.array} tasks, each on " if job.array else ""
+        print_lines(f"{path}: {tasks}{f'{job.cluster.prepare.cpus} CPUs' if job.kind == 'prepare' else size}")
+    if submit and not show:
+        print_lines(*(f"Submitted batch job {job}" for job in submit_chain(files)))
+    elif not show:
+        first, *rest = chain_commands(files)
+        print_lines(f"next: {first}", *(f"      {command}" for command in rest))
+
+
+def _check_job(overwrite: bool, resume: str, prepare_doctor: bool) -> None:
+    """Raises RecipeError for flags that would do harm when the job is requeued, or that have no effect."""
     if overwrite:
         raise RecipeError(
             "--overwrite", "would remove the checkpoints of the job itself", "remove the run directory by hand"
@@ -123,25 +238,40 @@ def _check_job(overwrite: bool, resume: str, submit_and_show: bool) -> None:
         raise RecipeError(
             "--resume", "would discard or reject the checkpoints of the job itself", "omit it: the job resumes"
         )
-    if submit_and_show:
-        raise RecipeError("--submit", "has no effect with --print, which does nothing", "remove one of the two")
+    if prepare_doctor:
+        raise RecipeError("--prepare", "has no effect with `doctor`, which reads no data", "remove it")
 
 
-def _flags(resume: str, overwrite: bool, allow_changes: str) -> list[str]:
+def check_start(groups: list[JobRecipes], loaded: list[Recipe]) -> None:
+    """Checks bases, data and caches of all jobs before one of them waits in the queue."""
+    given = groups[0].cluster.env
+    caches = cache_variables({**os.environ, **given})
+    os.environ.update({name: path for name, path in caches.items() if name in given})  # the hub's libraries read them
+    for group in groups:
+        if group.cluster.offline:
+            _check_cached(group.names, group.recipes)
+    check_bases(loaded)
+    for group in groups:
+        check_before_start(group.recipes, group.machines.processes)
+
+
+def _flags(resume: str, overwrite: bool, allow_changes: str, verify: str) -> list[str]:
     flags = [] if resume == "auto" else ["--resume", resume]
     flags += ["--overwrite"] if overwrite else []
+    flags += [] if verify == "sample" else ["--verify", verify]
     return [*flags, "--allow-changes", allow_changes] if allow_changes else flags
 
 
-def _check_slurm_options(given: dict[str, object]) -> None:
+def check_slurm_options(given: dict[str, object]) -> None:
+    """Raises RecipeError for an option that is given and has no effect without a job."""
     for option in (name for name, value in given.items() if value is not None):
         raise RecipeError(option, "has no effect without --slurm FILE", "add it, or remove the option")
 
 
-def _check_plans(recipes: list[Recipe], machines: Machines) -> None:
+def check_plans(recipes: list[Recipe], machines: Machines) -> None:
     """Raises RecipeError if a global batch size is not divisible by the number of processes."""
     for recipe in recipes:
-        make_plan(recipe, World(machines.processes))
+        make_plan(recipe, World(machines.processes, per_node=machines.gpus_per_node))
 
 
 def _count_gpus() -> int:
@@ -164,21 +294,11 @@ def _check_cached(names: list[str], recipes: list[Recipe]) -> None:
         uncached = [] if is_run_output(base) or (folder and has_weights(folder)) or recipe.model.random_init else [base]
         sources = (*recipe.data.sources, *recipe.data.validation_sources)
         uncached += [source.path for source in sources if not is_local(source.path) and not is_cached(source)]
-        remedy = f"run `nesso-tune prepare {shlex.quote(name)}` on the login node, or set cluster.offline: false"
+        command = f"nesso-tune prepare --fetch-only {shlex.quote(name)}"
+        remedy = f"run `{command}` on the login node, or set cluster.offline: false"
         missing += [
             Problem(name, f"{what} is not in the cache, and the nodes have no network access", remedy)
             for what in uncached
         ]
     if missing:
-        raise RunEnvironmentError(missing)
-
-
-def _submit(file: Path) -> None:
-    if shutil.which("sbatch") is None:
-        raise RunEnvironmentError(
-            "sbatch", "is not installed on this machine", f"run `sbatch {file}` on the login node"
-        )
-    done = subprocess.run(["sbatch", str(file)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RunEnvironmentError("sbatch", f"rejected the job ({done.stderr.strip()})", "correct the cluster section")
-    print_text(done.stdout.strip() + "\n")
+        raise RunEnvironmentError(dict.fromkeys(missing))  # the runs of a sweep miss the same

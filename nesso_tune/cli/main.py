@@ -12,6 +12,7 @@ import io
 import os
 import sys
 import threading
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -22,15 +23,17 @@ from typer.core import TyperCommand, TyperGroup
 
 from nesso_tune.errors import (
     NessoError,
+    Preempted,
     RunEnvironmentError,
     from_os_error,
     from_out_of_memory,
     is_out_of_memory,
 )
 from nesso_tune.launch.command import EXIT_FILE
-from nesso_tune.logs import messages_on_stderr, print_lines, print_text, print_to_stderr
+from nesso_tune.logs import messages_on_stderr, print_error, print_lines, print_text, print_to_stderr, set_output
 
 EXIT_TIMEOUT_S = 30.0  # for the exit handlers of libraries after an error
+RANK0_PRINTS_S = 10.0  # for rank 0 to print an error that all ranks have
 
 USAGE_ERROR: Any = typer.BadParameter.__base__  # click's UsageError, which typer bundles
 SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False, "rich_markup_mode": None}
@@ -38,12 +41,26 @@ SETTINGS: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable":
 # Verb: the module that defines it, and the first sentence of its docstring. The order is that of `--help`.
 VERBS = {
     "init": ("init", "Write a first recipe for your base and your data, or list the bundled ones."),
-    "check": ("check", "Validate a recipe and show its plan."),
+    "check": ("check", "Validate recipes and show their plans."),
     "prepare": ("data", "Download, read, encode and cache the data on the CPU, and report on it."),
     "preview": ("data", "Show rows as the model receives them."),
     "train": ("train", "Train."),
+    "sweep": (
+        "sweep",
+        "Train a recipe once for each combination of values, one run after another, and compare the runs on one page.",
+    ),
     "launch": ("launch", "Start a run on several GPUs: on this machine, or through Slurm on many."),
+    "status": ("report", "List the runs below a folder: state, step, loss, speed, time left and age of the last line."),
+    "report": (
+        "report",
+        "Write the report of a run, a page that compares several runs, or a page that lists the runs of a folder.",
+    ),
     "chat": ("chat", "Chat with a model."),
+    "eval": ("eval", "Evaluate models on a suite of tasks, and compare them with a parent."),
+    "generate": ("generate", "Write several answers of a model to each prompt, and preference pairs of them."),
+    "card": ("export", "Write the model card of a finished run again, after its recipe's card section was completed."),
+    "export": ("export", "Export a finished run to another format, and check its answers there."),
+    "cache": ("cache", "List the results in the cache with the runs that use them, or remove those that no run needs."),
     "schema": ("check", "Print the JSON Schema of recipes, for editors."),
     "doctor": ("check", "Check versions, driver, GPUs, disk, cache and ports."),
 }
@@ -100,8 +117,10 @@ def options(
         False, "--version", is_eager=True, callback=_print_version, help="Show the version."
     ),
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error (also accepted after the verb)."),
+    quiet: bool = typer.Option(False, "--quiet", help="Show warnings and errors only (also accepted after the verb)."),
+    json_logs: bool = typer.Option(False, "--json-logs", help="Print each message as JSON (also after the verb)."),
 ) -> None:
-    """Options before the verb. `main` removes `--debug` from the arguments before this runs."""
+    """Options before the verb. `main` removes these flags from the arguments before this runs."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -125,7 +144,8 @@ def _run(arguments: list[str] | None) -> None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    set_output(as_json="--json-logs" in arguments, quiet="--quiet" in arguments)
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--json-logs", "--quiet")]
     try:
         code = app(arguments, standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
@@ -151,7 +171,7 @@ def _run(arguments: list[str] | None) -> None:
         if debug:
             print_text(traceback.format_exc(), error=True)
         else:
-            print_to_stderr(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
+            print_error(f"nesso-tune: internal error: {type(error).__name__}: {error}; "
                         "run again with --debug and report the traceback")  # fmt: skip
         sys.exit(1)
 
@@ -173,15 +193,22 @@ def end_process(error: NessoError) -> None:
 
 
 def _print_error(error: NessoError) -> None:
-    """Prints an error once per run, or once per machine if it concerns the machine."""
+    """Prints an error once per run, or once per machine if it concerns the machine.
+
+    Before the ranks are connected, another rank waits for the one that prints: when a rank ends, the launcher kills the
+    others. A rank that is not killed has an error of its own, and prints it.
+    """
     prints_message = error.prints_message
     if prints_message is None:
         rank = os.environ.get("LOCAL_RANK" if isinstance(error, RunEnvironmentError) else "RANK", "0")
         prints_message = rank == "0" or not rank.isdecimal()
+        if not prints_message and not error.on_all_ranks and not isinstance(error, Preempted):
+            time.sleep(RANK0_PRINTS_S)
+            prints_message = True
     if prints_message:
         from nesso_tune.recipes.secrets import masked
 
-        print_to_stderr(*(masked(str(problem)) for problem in error.problems))
+        print_error(*(masked(str(problem)) for problem in error.problems))
 
 
 def _record_exit_code(code: int) -> None:

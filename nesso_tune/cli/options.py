@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from glob import escape
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -28,6 +28,13 @@ from nesso_tune.runs.layout import OVERWRITTEN
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a bundled recipe.")]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. train.learning_rate=5e-4.")
+]
+ChangesOption = Annotated[
+    str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the resumed run.")
+]
+VerifyOption = Annotated[
+    Literal["sample", "all", "none"],
+    typer.Option(help="Validation rows whose loss must be that of final/ in transformers."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print plain JSON.")]
 
@@ -66,9 +73,9 @@ def load_all(names: list[str], settings: list[str]) -> list[Recipe]:
     Raises:
         RecipeError: with the problems of all recipes.
     """
-    stems = [name.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml") for name in names]
-    shared = [s for s in settings if ":" not in s.partition("=")[0]]
-    named = [s for s in settings if ":" in s.partition("=")[0]]
+    stems = [_stem(name) for name in names]
+    shared = [s for s in settings if not _is_named(s)]
+    named = [s for s in settings if _is_named(s)]
     for setting in named:
         stem = setting.partition(":")[0]
         if stem not in stems:
@@ -86,6 +93,21 @@ def load_all(names: list[str], settings: list[str]) -> list[Recipe]:
     if problems:
         raise RecipeError(dict.fromkeys(problems))  # report a shared --set once
     return recipes
+
+
+def settings_of(names: list[str], settings: list[str]) -> list[str]:
+    """The overrides that apply to some of the recipes of a command."""
+    stems = {_stem(name) for name in names}
+    return [s for s in settings if not _is_named(s) or s.partition(":")[0] in stems]
+
+
+def _is_named(setting: str) -> bool:
+    """Whether an override names the recipe that it applies to."""
+    return ":" in setting.partition("=")[0]
+
+
+def _stem(name: str) -> str:
+    return name.rsplit("/", 1)[-1].removesuffix(".yaml").removesuffix(".yml")
 
 
 def check_folders(names: list[str], recipes: list[Recipe]) -> None:
@@ -118,18 +140,33 @@ def check_flags(recipes: list[Recipe], resume: str, allow_changes: str) -> None:
                 f"{resume} is not in the output_dir of any of these recipes",
                 "name one of their checkpoints",
             )
-    keys = {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
+    known = set(keys_of(recipes, allow_changes))
     for key in filter(None, (key.strip() for key in allow_changes.split(","))):
-        plain = ".".join(part for part in key.split(".") if not part.isdigit())
-        if plain not in keys:
-            near = closest(plain, sorted(keys))
+        if key not in known:
+            near = closest(_plain_key(key), sorted(_keys(recipes)))
             raise RecipeError(
                 "--allow-changes", f"unknown key `{key}`", f"did you mean `{near}`?" if near else "correct it"
             )
 
 
+def keys_of(recipes: list[Recipe], allow_changes: str) -> list[str]:
+    """The keys of `--allow-changes` that some of the recipes have."""
+    keys = _keys(recipes)
+    return [key for key in (key.strip() for key in allow_changes.split(",")) if key and _plain_key(key) in keys]
+
+
+def _keys(recipes: list[Recipe]) -> set[str]:
+    """Dotted names of all keys that the recipes can have."""
+    return {".".join(names) for recipe in recipes for names in key_paths(type(recipe))}
+
+
+def _plain_key(key: str) -> str:
+    """A dotted key without the indices of list items."""
+    return ".".join(part for part in key.split(".") if not part.isdigit())
+
+
 def check_before_start(recipes: list[Recipe], processes: int) -> None:
-    """Checks batch sizes, output folders, chat templates, and the format of local data files of every recipe.
+    """Checks batch sizes, output folders, chat templates, gates, and the format of local data files of every recipe.
 
     Raises:
         RecipeError, DataError: naming the key or the file.
@@ -139,6 +176,10 @@ def check_before_start(recipes: list[Recipe], processes: int) -> None:
         check_output(recipe)
         if recipe.chat.template is not None:
             load_template(recipe.chat.template)
+        if recipe.evaluation is not None and recipe.evaluation.gate is not None:
+            from nesso_tune.evaluation.gate import load_gate  # imports numpy, which others do not need
+
+            load_gate(recipe.evaluation.gate)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
             if is_local(source.path):
                 make_record_reader(source, recipe.method)

@@ -6,14 +6,17 @@ import os
 import shlex
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nesso_tune.cli.options import (
+    ChangesOption,
     SetOption,
+    VerifyOption,
     check_bases,
     check_before_start,
     check_flags,
@@ -25,9 +28,15 @@ from nesso_tune.cli.options import (
 from nesso_tune.data.prepare import prepare_data
 from nesso_tune.data.workers import prepare_in_background
 from nesso_tune.errors import Preempted, RecipeError
-from nesso_tune.logs import logger, message_prefix
+from nesso_tune.logs import logger, message_prefix, with_figures
 from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import METRICS
+from nesso_tune.runs.run_status import format_duration
+
+if TYPE_CHECKING:
+    from nesso_tune.reports.result import TrainResult
+    from nesso_tune.training.fit import Extensions
 
 
 def train(
@@ -45,9 +54,8 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace an existing run; it is kept until the new run has a checkpoint."),
     ] = False,
-    allow_changes: Annotated[
-        str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the resumed run.")
-    ] = "",
+    allow_changes: ChangesOption = "",
+    verify: VerifyOption = "sample",
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Test all stages in about a minute: tiny model, first rows, few steps.")
     ] = False,
@@ -64,33 +72,78 @@ def train(
     check_before_start(loaded, num_processes)
     logger.info("loading the libraries")
     warnings.filterwarnings("ignore", category=FutureWarning)  # users cannot act on those between libraries
-    _skip_bitsandbytes(loaded)
-    with prepare_in_background(prepare_data, loaded[0]) if _is_first() else nullcontext():
-        from nesso_tune.cli.main import end_process
-        from nesso_tune.distributed.process_group import on_lost_rank
-        from nesso_tune.run import train as run_one
-
-        on_lost_rank(end_process)
+    skip_bitsandbytes(loaded)
+    with prepare_first(loaded[0]):
         allowed = tuple(key.strip() for key in allow_changes.split(",") if key.strip())
-        for i, (name, recipe) in enumerate(zip(recipes, loaded, strict=True)):
-            with message_prefix(name):
-                try:
-                    result = run_one(
-                        recipe,
-                        resume=resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto",
-                        overwrite=overwrite,
-                        allow_changes=allowed,
-                    )
-                except KeyboardInterrupt:
-                    raise Preempted(
-                        name, "interrupted", "run the same command to continue from its last checkpoint"
-                    ) from None
-                done = "" if result.trained else "this run is finished (--overwrite trains it again): "
-                logger.info(f"{done}model in {result.model_dir}")
-                logger.info(f"metrics in {Path(recipe.output_dir) / 'metrics.jsonl'}")
-            if result.asked_to_stop and i + 1 < len(recipes):
-                raise Preempted(recipes[i + 1], "stopped before it started", "run the same command to continue with it")
-    _log_next(recipes, result.model_dir, smoke)
+        model_dir = _run_all(recipes, loaded, resume, smoke, overwrite=overwrite, allow_changes=allowed, verify=verify)
+    _log_next(recipes, model_dir, smoke)
+
+
+def _run_all(names: list[str], recipes: list[Recipe], resume: str, smoke: bool, **options: Any) -> Path:
+    """Runs the recipes in order, with the options of `run_recipe`; returns the model of the last one."""
+    from nesso_tune.cli.main import end_process
+    from nesso_tune.distributed.process_group import on_lost_rank
+    from nesso_tune.training.fit import Extensions
+
+    on_lost_rank(end_process)
+    extensions = Extensions.of(alarms=not smoke)
+    for i, (name, recipe) in enumerate(zip(names, recipes, strict=True)):
+        own = resume if resume == "never" or is_checkpoint_of(resume, recipe) else "auto"
+        result = run_one(name, recipe, extensions, several=len(recipes) > 1, resume=own, **options)
+        if result.asked_to_stop and i + 1 < len(recipes):
+            raise Preempted(names[i + 1], "stopped before it started", "run the same command to continue with it")
+    return result.model_dir
+
+
+def run_one(
+    name: str,
+    recipe: Recipe,
+    extensions: Extensions,
+    *,
+    several: bool,
+    hint: str = " (--overwrite trains it again)",
+    **options: Any,
+) -> TrainResult:
+    """Runs one recipe of a command with the options of `run_recipe`, and logs how it ended.
+
+    Args:
+        name: before each message, if the command has `several` runs.
+        recipe: the recipe.
+        extensions: of the run.
+        several: whether the command has several runs.
+        hint: for a run that was finished before.
+        options: of `run_recipe`.
+
+    Returns:
+        The result without its trainer, whose memory the next run needs.
+
+    Raises:
+        Preempted: if the run is interrupted.
+    """
+    from nesso_tune.run import run_recipe
+
+    with message_prefix(name) if several else nullcontext():
+        try:
+            result = run_recipe(recipe, extensions, **options)
+        except KeyboardInterrupt:
+            raise Preempted(name, "interrupted", "run the same command to continue from its last checkpoint") from None
+        result = replace(result, trainer=None)
+        _log_summary(result, hint)
+    return result
+
+
+def _log_summary(result: TrainResult, hint: str) -> None:
+    """How a run ended, how long it trained, and where its files are."""
+    metrics, where = result.metrics, {"model": str(result.model_dir)}
+    where |= {"report": str(result.report), "metrics": str(result.run_dir / METRICS)}
+    if result.trained:
+        took = format_duration(metrics.get("seconds"))
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in result.main_metrics.items())
+        line = f"finished: {metrics.get('step', 0):,} steps in {took}{'; ' if shown else ''}{shown}"
+        logger.info(line, extra=with_figures({**metrics, **where}))
+    done = "" if result.trained else f"this run is finished{hint}: "
+    for name, path in where.items():
+        logger.info(f"{done if name == 'model' else ''}{name} in {path}")
 
 
 def _log_next(recipes: list[str], model_dir: Path, smoke: bool) -> None:
@@ -118,12 +171,14 @@ def _smoke(recipes: list[Recipe]) -> list[Recipe]:
     return [smoke_recipe(recipe, outputs) for recipe in recipes]
 
 
-def _skip_bitsandbytes(recipes: list[Recipe]) -> None:
+def skip_bitsandbytes(recipes: list[Recipe]) -> None:
     """Hides bitsandbytes from this process if no recipe needs it: peft would import it, which takes a second."""
     needed = any(recipe.needs_bitsandbytes for recipe in recipes)
     if not needed and "torch" not in sys.modules:  # otherwise other code of this process may need it
         sys.modules.setdefault("bitsandbytes", None)  # type: ignore[arg-type]
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+def prepare_first(recipe: Recipe) -> AbstractContextManager[None]:
+    """Prepares the data of the first recipe while the `with` block loads the libraries; on rank 0 only."""
+    is_first = os.environ.get("RANK", "0") == "0"
+    return prepare_in_background(prepare_data, recipe) if is_first else nullcontext()

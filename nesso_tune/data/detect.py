@@ -10,28 +10,44 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Message, PreferencePair
-from nesso_tune.data.convert import Example, Unusable, record_language, to_example
-from nesso_tune.data.files import Record, expand, is_json_lines, is_local, read_records
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message, PreferencePair
+from nesso_tune.data.blocks import Record
+from nesso_tune.data.cleaning import clean
+from nesso_tune.data.column_inference import InferredFormat, infer_format
+from nesso_tune.data.columns import Row, UnreadCounts, Unusable
+from nesso_tune.data.convert import Example, record_language, to_example
+from nesso_tune.data.file_formats import is_json_lines, read_records
+from nesso_tune.data.files import expand, is_local
 from nesso_tune.data.formats import (
-    InferredFormat,
-    describe_columns,
-    infer_format,
+    choose_format,
+    find_label,
     load_format,
+    not_matching,
     recognise_format,
-    used_columns,
+    recognise_nested,
 )
 from nesso_tune.data.languages import detect_example_language
-from nesso_tune.data.record_reader import DropCounter
+from nesso_tune.data.record_reader import (
+    DropCounter,
+    check_named_columns,
+    is_selected,
+    make_record_reader,
+    read_examples,
+)
+from nesso_tune.data.remedies import remedy_of
 from nesso_tune.data.sources import count_records, source_records
+from nesso_tune.data.user_readers import is_user_reader
 from nesso_tune.errors import DataError
-from nesso_tune.recipes.sections import AUTO, Source
+from nesso_tune.logs import logger
+from nesso_tune.recipes.data_rules import ALL_FORMAT_KEYS, FORMAT_KEYS
+from nesso_tune.recipes.sections import AUTO, CleanSection, Source
 
 NEARLY_ALL = 0.95  # share of the examples that decides for the source
 SAMPLE_RECORDS = 1000
 OFFSET_SAMPLING_BYTES = 64_000_000  # size from which JSON-lines files are sampled at byte offsets, not read whole
 MAX_READ_RECORDS = 200_000  # records read from all other sources
 _CALL_CHARACTERS = 40  # added by the markup of a tool call
+_TOOLS_CHARACTERS = 500  # added by the introduction of the tools
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,10 @@ class DetectedSource:
         language: value for the recipe: a code, `auto`, or None if the rows have a language column.
         characters: length of each usable row of the sample.
         tools: share of the usable rows with tools or tool calls.
-        unused: columns that the format does not read.
+        reasoning: share of the usable rows with reasoning.
+        unread: number of the sampled rows with each column or message key that the format does not read.
+        unread_texts: number of those in which it holds text.
+        merge_turns: whether the rows have two turns of one role in a row, and can be used if these are merged.
     """
 
     path: str
@@ -64,46 +83,80 @@ class DetectedSource:
     language: str | None
     characters: tuple[int, ...] = field(repr=False)
     tools: float = 0.0
-    unused: tuple[str, ...] = ()
+    reasoning: float = 0.0
+    unread: dict[str, int] = field(default_factory=dict)
+    unread_texts: dict[str, int] = field(default_factory=dict)
+    merge_turns: bool = False
 
 
-def detect_source(path: str) -> DetectedSource:
+def detect_source(path: str, given: Source | None = None) -> DetectedSource:
     """Detects the properties of a source from a sample of its rows.
+
+    Args:
+        path: file, folder, pattern, URL or hub id.
+        given: the source with what is known of it: its split, format and columns.
 
     Raises:
         DataError: if it cannot be read, its format is not recognised, or none of its rows can be used.
     """
-    plain = Source(path=path)
+    plain = given or Source(path=path)
+    if is_user_reader(plain.format):
+        return _detect_with_reader(plain)
     records = sample_records(plain, SAMPLE_RECORDS)
     if not records:
         raise DataError(path, "contains no rows", "give a file with rows")
     name, fields = _detect_format(plain, records)
-    _check_not_labelled(path, records)
     source = Source(path=path, format=name, **fields)
-    examples, dropped = _convert(source, records)
+    source, selected = _without_bad_answers(source, records)
+    examples, dropped, unread = _convert(source, selected)
+    merged = _convert(source, selected, CleanSection(role_order="merge"))[0] if dropped["roles_out_of_order"] else []
+    merge_turns = dropped["roles_out_of_order"] > len(examples) and len(merged) > len(examples)
+    if merge_turns:
+        examples, dropped, unread = _convert(source, selected, CleanSection(role_order="merge"))
     if not examples:
-        why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
-        raise DataError(path, f"looks like format {name}, but none of {len(records)} rows can be used ({why})",
-                        "correct the data, or name its columns in a recipe (see docs/recipe.md)")  # fmt: skip
+        raise _none_usable(source, len(selected), dropped)
     codes = [example.language for example in examples]
     has_column = sum(code != UNKNOWN_LANGUAGE for code in codes) >= NEARLY_ALL * len(codes)
     codes = codes if has_column else [detect_example_language(example) for example in examples]
     shares = {code: n / len(codes) for code, n in Counter(codes).most_common()}
-    columns = {column for record in records for column in record}
     return DetectedSource(
         path=path,
         method="dpo" if isinstance(examples[0], PreferencePair) else "sft",
         format=name,
-        fields=fields,
-        rows=count_records(plain) if is_local(path) else None,
-        usable=len(examples) / len(records),
+        fields={**fields, **({"where": dict(source.where)} if source.where else {})},
+        rows=count_records(plain) * len(selected) // len(records) if is_local(path) else None,
+        usable=len(examples) / len(selected),
         dropped=dict(dropped.most_common()),
         languages=shares,
         language=None if has_column else _main_language(shares) or AUTO,
         characters=tuple(map(_count_characters, examples)),
         tools=sum(map(_has_tools, examples)) / len(examples),
-        unused=tuple(sorted(columns - used_columns(name, fields, records))),
+        reasoning=sum(map(_has_reasoning, examples)) / len(examples),
+        unread=dict(unread.rows.most_common()),
+        unread_texts=dict(unread.texts.most_common()),
+        merge_turns=merge_turns,
     )
+
+
+def _without_bad_answers(source: Source, records: list[Record]) -> tuple[Source, list[Record]]:
+    """A source and its records; of answers that are labelled good or bad, as for KTO, only the good ones."""
+    label = None if load_format(source.format).has_pairs else find_label(records)
+    if label is None or label[0] in source.where:
+        return source, records
+    column, good = label
+    source = source.model_copy(update={"where": {**source.where, column: good}})
+    what = f"answers are labelled good or bad (`{column}`, as for KTO, which is not supported)"
+    logger.warning(f"{source.path}: {what}; the recipe keeps the good ones (where)")
+    selected = [record for record in records if is_selected(record, source)]
+    if not selected:
+        raise DataError(source.path, f"{what}, and none of {len(records)} is good", "give data with good answers")
+    return source, selected
+
+
+def _none_usable(source: Source, rows: int, dropped: DropCounter) -> DataError:
+    why = "; ".join(f"{reason}: {n}, e.g. {dropped.examples[reason]}" for reason, n in dropped.most_common())
+    what = f"looks like format {source.format}, but none of {rows} rows can be used ({why})"
+    return DataError(source.path, what, remedy_of(dropped.most_common(1)[0][0]))
 
 
 def sample_records(source: Source, count: int) -> list[Record]:
@@ -112,7 +165,7 @@ def sample_records(source: Source, count: int) -> list[Record]:
     Raises:
         DataError: if a file cannot be read.
     """
-    files = expand(source.path) if is_local(source.path) else []
+    files = expand(source.path, source.split) if is_local(source.path) else []
     large = [is_json_lines(file) and file.stat().st_size > OFFSET_SAMPLING_BYTES for file in files]
     if source.max_rows is None and files and all(large):
         per_file = max(1, count // len(files))
@@ -139,41 +192,66 @@ def _sample_at_offsets(file: Path, count: int) -> Iterator[Record]:
 
 def _detect_format(source: Source, records: Sequence[Record]) -> InferredFormat:
     """The format of records, with the keys of a source that name columns other than its own."""
+    given = _given_fields(source)
+    if source.format != "auto":
+        data_format = choose_format(source, records)
+        if set(given).isdisjoint(set(ALL_FORMAT_KEYS) - set(FORMAT_KEYS.get(source.format, ALL_FORMAT_KEYS))):
+            check_named_columns(source, data_format)  # keys that the format does not use are errors of the recipe
+        return InferredFormat(source.format, given)
+    if given and (adapted := recognise_format(source, records)) is not None:
+        return InferredFormat(adapted, given)
     name = recognise_format(source, records)
-    recognised = None if name is None else InferredFormat(name, {})
-    if recognised is not None and _convert(source.model_copy(update={"format": name}), records)[0]:
-        return recognised
-    found = infer_format(records) or recognised
-    if found is None:
-        raise DataError(
-            source.path, f"its format is not recognised (its columns are {describe_columns(records)})",
-            "rename the columns to those of a known format (messages; prompt and response; prompt, chosen and "
-            "rejected), or name them in a recipe (prompt_field and response_field, …)",
-        )  # fmt: skip
-    return found
+    nested = recognise_nested(records) if name is None else None
+    recognised = InferredFormat(*nested) if nested else None if name is None else InferredFormat(name, {})
+    if recognised is not None:
+        update = {"format": recognised.name, **recognised.fields}
+        as_they_are = CleanSection(role_order="keep")
+        if _convert(source.model_copy(update=update), records, as_they_are)[0]:
+            return recognised
+    inferred = infer_format(records)
+    if recognised is not None and (inferred is None or not _is_better(inferred, recognised, source, records)):
+        return recognised  # the reasons for dropping its rows say what is wrong
+    if inferred is None:
+        check_named_columns(source)
+        raise not_matching(source, records)
+    return inferred
 
 
-def _check_not_labelled(path: str, records: Sequence[Record]) -> None:
-    """Raises DataError for answers labelled good or bad, as for KTO: SFT would train on the bad ones too."""
-    if sum(isinstance(record.get("label"), bool) and "completion" in record for record in records) > len(records) / 2:
-        raise DataError(
-            path, "each answer has a `label`, true or false (as for KTO, which is not supported)",
-            "keep the rows with label: true for SFT, or make pairs of a good and a bad answer for DPO",
-        )  # fmt: skip
+def _is_better(inferred: InferredFormat, other: InferredFormat, source: Source, records: Sequence[Record]) -> bool:
+    """Whether an inferred format gives examples of the same kind as another one, which gives none."""
+    if load_format(inferred.name).has_pairs != load_format(other.name).has_pairs:
+        return False
+    source = Source.model_validate({"path": source.path, "format": inferred.name, **inferred.fields})
+    return bool(_convert(source, records)[0])
 
 
-def _convert(source: Source, records: Sequence[Record]) -> tuple[list[Example], DropCounter]:
+def _convert(
+    source: Source,
+    records: Sequence[Record],
+    settings: CleanSection = CleanSection(),  # noqa: B008 - frozen
+) -> tuple[list[Example], DropCounter, UnreadCounts]:
     data_format = load_format(source.format).adapted(source)
     method = "dpo" if data_format.has_pairs else "sft"
     examples: list[Example] = []
-    dropped = DropCounter()
+    dropped, unread = DropCounter(), UnreadCounts()
     for i, record in enumerate(records):
+        row = Row(record)
         try:
-            language = record_language(record, source)
-            examples.append(to_example(record, data_format, method, language, source.path))
+            language = record_language(row, source)
+            example = clean(to_example(row, data_format, method, language, source.path), settings)
+            if isinstance(example, Conversation) and not any(map(_is_supervised, example.messages)):
+                raise Unusable("nothing_to_learn")
+            examples.append(example)
+            row.read.update(source.where)
+            unread.add(row)
         except Unusable as error:
             dropped.add_unusable(error, f"row {i + 1} of the sample")
-    return examples, dropped
+    return examples, dropped, unread
+
+
+def _is_supervised(message: Message) -> bool:
+    """Whether a message is supervised if the recipe trains on the assistant."""
+    return message.role == "assistant" if message.train is None else message.train
 
 
 def _main_language(shares: Mapping[str, float]) -> str | None:
@@ -190,11 +268,47 @@ def _count_characters(example: Example) -> int:
         calls = [call for turn in turns for call in turn.tool_calls]
         return sum(len(turn.content) for turn in turns) + sum(len(str(call)) + _CALL_CHARACTERS for call in calls)
 
-    tools = sum(len(str(tool)) for tool in example.tools)
+    tools = sum(len(str(tool)) for tool in example.tools) + (_TOOLS_CHARACTERS if example.tools else 0)
     if isinstance(example, PreferencePair):
         return tools + count(*example.prompt) + max(count(example.chosen), count(example.rejected))
     return tools + count(*example.turns)
 
 
+def _has_reasoning(example: Example) -> bool:
+    return any(turn.reasoning is not None for turn in example.turns)
+
+
 def _has_tools(example: Example) -> bool:
     return bool(example.tools) or any(turn.tool_calls for turn in example.turns)
+
+
+def _given_fields(source: Source) -> dict[str, Any]:
+    """The keys that a source sets itself, except those that say where its rows are."""
+    return {key: getattr(source, key) for key in source.model_fields_set - {"path", "split", "format"}}
+
+
+def _detect_with_reader(source: Source) -> DetectedSource:
+    """The properties of a source that a user-defined reader converts, to conversations or else to pairs."""
+    for method in ("sft", "dpo"):
+        dropped = DropCounter()
+        try:
+            reader = make_record_reader(source, method)
+            sample = list(islice(source_records(source), SAMPLE_RECORDS))
+            examples = [
+                example for example in read_examples(reader, sample, dropped, UnreadCounts()) if example is not None
+            ]
+            break
+        except DataError:
+            if method == "dpo":
+                raise
+    if not examples:
+        raise DataError(source.path, f"{source.format} returned no row that can be used", "correct the function")
+    shares = Counter(detect_example_language(example) for example in examples)
+    languages = {code: n / len(examples) for code, n in shares.most_common()}
+    return DetectedSource(
+        path=source.path, method=method, format=source.format, fields=_given_fields(source),
+        rows=count_records(source) if is_local(source.path) else None, usable=len(examples) / len(sample),
+        dropped=dict(dropped.most_common()), languages=languages, language=_main_language(languages) or AUTO,
+        characters=tuple(map(_count_characters, examples)), tools=sum(map(_has_tools, examples)) / len(examples),
+        reasoning=sum(map(_has_reasoning, examples)) / len(examples),
+    )  # fmt: skip

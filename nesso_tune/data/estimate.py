@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from dataclasses import dataclass, replace
 
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
 from nesso_tune.conversation import Message
+from nesso_tune.data.block_encoder import BlockCounters, BlockEncoder, no_usable_rows
+from nesso_tune.data.cache_key import is_prepared
+from nesso_tune.data.columns import UnreadCounts
 from nesso_tune.data.files import expand, is_local
-from nesso_tune.data.pipeline import build_documents
-from nesso_tune.data.prepare import check_validation_size, is_prepared, prepare_data
-from nesso_tune.data.record_reader import DropCounter, make_record_reader, read_examples
-from nesso_tune.data.sources import count_records, source_records
+from nesso_tune.data.privacy import Privacy
+from nesso_tune.data.reasoning import check_reasoning
+from nesso_tune.data.record_reader import Drop, DropCounter, make_record_reader, read_examples
+from nesso_tune.data.report import unread_warnings
+from nesso_tune.data.sources import count_records, source_blocks, source_records
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import local_path
+from nesso_tune.recipes.data_rules import check_validation_size
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData, Source
 
@@ -25,6 +28,7 @@ CHARACTERS_PER_TOKEN = 3.8  # Italian and English chat with a large vocabulary; 
 _TOKENS_PER_TURN = 5  # control tokens around each turn
 _TOKENS_PER_ROW, _SUPERVISED_PER_ROW = 500, 300  # assumed if no row is available
 _SAMPLE_ROWS = 500  # of each source
+_LENGTH_SPREAD = 2.0  # mean document length over the tokens / mean length, if lengths vary by about their mean
 _PACKING_FILL = 0.99  # typical fill of best-fit packed rows of chat data
 _PUBLISHED_ROWS: dict[tuple[str, str | None, str], int] = {  # (hub id, subset, split) -> rows on its hub page
     ("DeepMount00/OpenItalianData", None, "train"): 2_140_000,
@@ -54,14 +58,21 @@ def estimate_volume(recipe: Recipe) -> DataVolume | None:
         if is_local(source.path):
             expand(source.path)
     chat = _available_tokenizer(recipe)
-    if chat is not None and all(is_local(source.path) for source in sources) and is_prepared(recipe):
+    if chat is not None and is_prepared(recipe):
+        from nesso_tune.data.prepare import prepare_data  # with numpy, a fifth of the time of `check`
+
         return prepare_data(recipe).volume
     volumes = [_source_volume(recipe, source, chat) for source in sources]
     known = [volume for volume in volumes if volume is not None]
     if len(known) < len(volumes):
         return None
     n = len(recipe.data.sources)
-    return _epoch_volume(recipe, known[:n], known[n:])
+    volume = _epoch_volume(recipe, [of for of, _ in known[:n]], [of for of, _ in known[n:]])
+    privacy = Privacy(recipe.data)
+    counts = [(dict(unread.rows.most_common()), dict(unread.texts.most_common())) for _, unread in known]
+    unread, texts = privacy.shown_unread(counts[:n])
+    held_unread, held_texts = privacy.shown_unread(counts[n:], validation=True)
+    return replace(volume, unread={**held_unread, **unread}, warnings=tuple(unread_warnings({**held_texts, **texts})))
 
 
 def _available_tokenizer(recipe: Recipe) -> ChatTokenizer | None:
@@ -74,16 +85,17 @@ def _available_tokenizer(recipe: Recipe) -> ChatTokenizer | None:
         return None
 
 
-def _source_volume(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -> DataVolume | None:
-    """Estimated usable rows and tokens of one source."""
+def _source_volume(
+    recipe: Recipe, source: Source, chat: ChatTokenizer | None
+) -> tuple[DataVolume, UnreadCounts] | None:
+    """Estimated usable rows and tokens of one source, and what is not read of its first rows."""
     if not is_local(source.path):
         published = _published_rows(source)
         if published is None:
             return None
         rows = round(source.weight * published)
-        return DataVolume(
-            rows, rows * _TOKENS_PER_ROW, rows * _SUPERVISED_PER_ROW, exact=False, basis=_FROM_HUB_PAGE
-        )  # fmt: skip
+        tokens, supervised = rows * _TOKENS_PER_ROW, rows * _SUPERVISED_PER_ROW
+        return DataVolume(rows, tokens, supervised, exact=False, basis=_FROM_HUB_PAGE), UnreadCounts()
     limited = source.model_copy(update={"max_rows": min(_SAMPLE_ROWS, source.max_rows or _SAMPLE_ROWS)})
     sample = _encode_sample(recipe, limited, chat) if chat is not None else _measure_sample(recipe, limited)
     total = max(count_records(source), sample.read)  # a last line may lack its line break
@@ -91,7 +103,7 @@ def _source_volume(recipe: Recipe, source: Source, chat: ChatTokenizer | None) -
     rows, tokens, supervised = (round(ratio * n) for n in (sample.kept, sample.tokens, sample.supervised_tokens))
     basis = _FROM_SAMPLE if chat is not None else _WITHOUT_TOKENIZER
     dropped = {reason: n / max(1, sample.read) for reason, n in sample.dropped.items()}
-    return DataVolume(rows, tokens, supervised, exact=False, basis=basis, dropped=dropped)
+    return DataVolume(rows, tokens, supervised, exact=False, basis=basis, dropped=dropped), sample.unread
 
 
 def _published_rows(source: Source) -> int | None:
@@ -101,29 +113,48 @@ def _published_rows(source: Source) -> int | None:
 
 @dataclass(frozen=True)
 class _Sample:
-    """The first rows of a source: rows read and kept, tokens of the rows kept, and dropped rows by reason."""
+    """The first rows of a source: rows read and kept, tokens of those, dropped rows by reason, and unread keys."""
 
     read: int
     kept: int
     tokens: int
     supervised_tokens: int
     dropped: Mapping[str, int]
+    unread: UnreadCounts
 
 
 def _encode_sample(recipe: Recipe, source: Source, chat: ChatTokenizer) -> _Sample:
-    with TemporaryDirectory() as folder:
-        _, report = build_documents(Path(folder), recipe, [source], chat)
-    return _Sample(report.rows_read, report.rows_kept, report.tokens, report.supervised_tokens, report.dropped)
+    """A sample whose tokens are counted. Near duplicates are not looked for."""
+    data, contamination = recipe.data, None
+    check_reasoning(data, chat.template)
+    if data.clean.decontaminate is not None:
+        from nesso_tune.data.filtering import read_evaluation_texts
+
+        contamination = read_evaluation_texts(data.clean.decontaminate).find_in
+    encoder = BlockEncoder([make_record_reader(source, recipe.method, data.clean)], data, chat, contamination)
+    counters, kept, tokens, supervised = BlockCounters(1), 0, 0, 0
+    seen: set[int] = set()
+    for block in map(encoder, ((0, block) for block in source_blocks(source))):
+        counters.add(block)
+        for identity, length, supervised_count in block.chunk.sizes():
+            if data.clean.duplicates == "drop" and identity in seen:
+                counters.drop(0, Drop(block.chunk.prefix, "duplicate", ""))
+                continue
+            seen.add(identity)
+            kept, tokens, supervised = kept + 1, tokens + length, supervised + supervised_count
+    if kept == 0:
+        raise no_usable_rows([source], counters)
+    return _Sample(counters.rows[0], kept, tokens, supervised, dict(counters.dropped[0]), counters.unread[0])
 
 
 def _measure_sample(recipe: Recipe, source: Source) -> _Sample:
     """A sample whose tokens are estimated from the number of characters."""
-    dropped = DropCounter()
+    dropped, unread = DropCounter(), UnreadCounts()
     read = kept = tokens = supervised = 0
     trained_roles = recipe.data.roles_to_train if isinstance(recipe.data, SFTData) else ("assistant",)
     limit = recipe.data.sequence_len * (1 if recipe.method == "sft" else 2)
     for item in read_examples(
-        make_record_reader(source, recipe.method, recipe.data.clean), source_records(source), dropped
+        make_record_reader(source, recipe.method, recipe.data.clean), source_records(source), dropped, unread
     ):
         read += 1
         if item is None:
@@ -133,7 +164,7 @@ def _measure_sample(recipe: Recipe, source: Source) -> _Sample:
         if length <= limit:
             kept, tokens = kept + 1, tokens + length
             supervised += sum(size for is_trained, size in sizes if is_trained)
-    return _Sample(read, kept, tokens, supervised, dict(dropped))
+    return _Sample(read, kept, tokens, supervised, dict(dropped), unread)
 
 
 def _tokens_of(turn: Message) -> int:
@@ -163,5 +194,8 @@ def _epoch_volume(recipe: Recipe, train: Sequence[DataVolume], validation: Seque
     for volume in train:
         for reason, share in volume.dropped.items():
             dropped[reason] = dropped.get(reason, 0.0) + share * volume.rows / max(1, rows)
+    mean = tokens / max(1, round(train_share * rows))
+    document = min(_LENGTH_SPREAD * mean, float(recipe.data.sequence_len))
     frequent = {reason: share for reason, share in sorted(dropped.items(), key=lambda pair: -pair[1]) if share >= 0.005}
-    return DataVolume(train_rows, tokens, supervised, validation_rows, exact=False, basis=basis, dropped=frequent)
+    return DataVolume(train_rows, tokens, supervised, validation_rows, exact=False, basis=basis, dropped=frequent,
+                      document_length=document)  # fmt: skip

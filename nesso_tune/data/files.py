@@ -1,44 +1,71 @@
-"""Local data files: the files that a path means, and reading them in blocks of records.
-
-A block is the unit of work of a worker process. It is small, picklable, and includes the location of its records.
-"""
+"""Data files: the files that a path, folder or pattern means, their splits, and a hash of their content."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
-from nesso_tune.errors import DataError, closest
+from nesso_tune.errors import DataError, closest, shortened
 from nesso_tune.recipes.builtin import local_path
 
-Record = Mapping[str, Any]
-LocatedRecord = tuple[Record, str]  # a record and its location, `file:line` or `file row N`
-NumberedRecord = tuple[Record, int]  # a record and its number; its location is the block's `prefix` and this number
-
-BLOCK_BYTES = 1 << 18  # size of a block of JSON lines
-BLOCK_RECORDS = 1024  # size of all other blocks
-
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".ndjson")
-_TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
-_OTHER_SUFFIXES = (".gz", ".csv", ".tsv", ".txt", ".zst", ".zip", ".yaml", ".arrow")
+ALL_SPLITS = "all"  # value of `split` that reads every file
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
+_DATA_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".feather", *TABLE_SUFFIXES,
+                  ".xlsx", ".xls", ".xlsb", ".ods")  # fmt: skip
+_OTHER_SUFFIXES = (*COMPRESSED_SUFFIXES, ".txt", ".zip", ".yaml", ".tar")
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json")
+_NOT_DATA = ("__MACOSX",)  # folders that macOS adds to archives
+_OFFICE_LOCK = "~$"  # prefix of the lock file of an open document
 _GLOB_CHARACTERS = frozenset("*?[")
-_BOM = b"\xef\xbb\xbf"
-_GZIP, _ZIP, _ZSTD = b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd"
-_CONVERT_TABLE = (
-    "convert it to JSON lines, e.g. python -c \"import pandas; pandas.read_csv('{file}').to_json('{stem}.jsonl', "
-    "orient='records', lines=True)\""
-)
+# Words in the names of files and folders, as in `datasets`
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+FileStamp = tuple[int, int, int, int]  # size, times of modification and of change in ns, inode
+FileHash = tuple[FileStamp, bytes]  # SHA-256 of a file that had this stamp before it was read
+_SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}\b.*")  # of a data set on the hub
+
+_hashed: dict[str, FileHash] = {}  # by this process: path -> hash
+_trusted: dict[str, FileHash] = {}  # by another one, for this process
+
+
+@dataclass(frozen=True)
+class SelectedFiles:
+    """The files that a path means.
+
+    Attributes:
+        files: the files of the chosen split, in a fixed order.
+        split: the chosen split; None if the names carry no splits.
+        splits: all splits that the names carry.
+        skipped: names of hidden files and folders, metadata, and files of other types.
+    """
+
+    files: list[Path]
+    split: str | None = None
+    splits: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = field(default=(), repr=False)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is a URL, e.g. `s3://bucket/rows.jsonl`."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path) is not None
 
 
 def is_local(path: str) -> bool:
-    """Whether the path of a source means local files, not a data set on the hub."""
+    """Whether the path of a source means local files, not a URL or a data set on the hub."""
+    if is_remote(path):
+        return False
     try:
         return local_path(path).exists() or is_glob(path) or _looks_like_file(path)
     except OSError:  # longer than a file name can be
@@ -51,21 +78,97 @@ def is_glob(path: str) -> bool:
 
 
 def looks_like_data(path: str) -> bool:
-    """Whether a command-line argument can only mean data: a data file, or a glob."""
-    return is_glob(path) or _has_data_suffix(path) or path.lower().endswith(_TABLE_SUFFIXES)
+    """Whether a command-line argument can only mean data: a data file, a URL, or a glob."""
+    return is_remote(path) or is_glob(path) or _has_data_suffix(path)
 
 
-def expand(path: str) -> list[Path]:
+def expand(path: str, split: str = ALL_SPLITS) -> list[Path]:
     """The files that a path, folder or glob means, in a fixed order.
 
+    Args:
+        path: as in a recipe.
+        split: the split to choose where the names of several files carry splits.
+
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or not of this split.
     """
+    return select_files(path, split).files
+
+
+def select_files(path: str, split: str = ALL_SPLITS) -> SelectedFiles:
+    """As `expand`, with the splits that were found, and what was skipped."""
     try:
-        return _expand(path)
+        return _select(path, split)
     except (OSError, ValueError) as error:  # ValueError: an invalid pattern, or a null character
         reason = error.strerror or "" if isinstance(error, OSError) else str(error)
         raise DataError(path, f"cannot be read ({reason.lower()})", "check the path and its permissions") from None
+
+
+def split_name(name: str) -> str | None:
+    """The split in the name of a file, of a folder, or of a list of rows; None if it names none.
+
+    `train-00000-of-00002.parquet` and `my_train.jsonl` are of split train, `train_sft-00000-of-00001.parquet` of
+    train_sft, `dev.jsonl` of validation.
+    """
+    kind, shard = split_kind(name), _SHARD.fullmatch(name)
+    return kind if kind is None or shard is None else _SPLIT_WORDS.get(shard[1].lower(), shard[1])
+
+
+def split_kind(split: str) -> str | None:
+    """What a split is for, `train`, `validation` or `test`, by the last word of its name that says so."""
+    words = [word for word in re.split(r"[^a-z]+", split.lower()) if word in _SPLIT_WORDS]
+    return _SPLIT_WORDS[words[-1]] if words else None
+
+
+def no_split(where: str, split: str, found: Iterable[str]) -> DataError:
+    """The error for a file or folder without the requested split."""
+    names = sorted(found)
+    return DataError(
+        where, f"contains the splits {', '.join(map(shortened, names))}, not {split}",
+        f"set split: {names[0]}, or split: {ALL_SPLITS} to read them all",
+    )  # fmt: skip
+
+
+def choose_split(path: str, names: Sequence[str], split: str, is_dict: bool = False) -> tuple[list[int], str | None]:
+    """The files of a split. One split alone is read whatever its name, since nothing is mixed.
+
+    Args:
+        path: folder or pattern, for messages.
+        names: the files, relative to it.
+        split: the split to choose.
+        is_dict: whether each folder is a split, as `DatasetDict.save_to_disk` writes them.
+
+    Returns:
+        The indices of the files, and their split; None if all files are read.
+
+    Raises:
+        DataError: if several splits would be mixed.
+    """
+    split = _SPLIT_WORDS.get(split, split)
+    by_split: dict[str | None, list[int]] = {}
+    for i, name in enumerate(names):
+        by_split.setdefault(_split_of(name, is_dict), []).append(i)
+    unnamed, found = by_split.pop(None, []), sorted(name for name in by_split if name is not None)
+    every = list(range(len(names)))
+    if split == ALL_SPLITS or not found or (unnamed and found == ["train"] == [split]):
+        return every, None
+    if unnamed:
+        shown = ", ".join(names[i] for i in unnamed[:3]) + (" …" if len(unnamed) > 3 else "")
+        raise DataError(
+            path, f"mixes the splits {', '.join(map(shortened, found))} with files of none ({shown})",
+            f"name the files of one split, or a glob, or set split: {ALL_SPLITS} to read them all",
+        )  # fmt: skip
+    if split in by_split:
+        return by_split[split], split
+    if len(found) == 1 and split == "train":
+        return every, found[0]
+    raise no_split(path, split, found)
+
+
+def is_data_name(name: str) -> bool:
+    """Whether a file in a folder is read: by its suffix, and if it is not hidden and no metadata."""
+    parts = name.split("/")
+    return not _is_hidden(parts) and parts[-1] not in _METADATA and _has_data_suffix(parts[-1])
 
 
 def files_under(path: str) -> list[Path]:
@@ -75,7 +178,7 @@ def files_under(path: str) -> list[Path]:
         DataError: if there are none.
     """
     root = local_path(path)
-    return sorted(file for file in root.rglob("*") if file.is_file()) if root.is_dir() else expand(path)
+    return sorted(file for file in _walk(root) if file.is_file()) if root.is_dir() else expand(path)
 
 
 def could_match(path: str, *files: Path) -> bool:
@@ -98,285 +201,36 @@ def could_match(path: str, *files: Path) -> bool:
 
 
 def content_hash(files: list[Path]) -> str:
-    """SHA-256 over the bytes of all files in order; independent of their names and times."""
+    """SHA-256 over the bytes of all files in order; independent of their names and times.
+
+    Files are read, unless another process on this machine has hashed them for this one (`trust_hashes`).
+    """
     digest = hashlib.sha256()
     for file in files:
         try:
             with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                name, stamp = os.path.abspath(file), _stamp(os.fstat(stream.fileno()))
+                known = _trusted.get(name)
+                if known is None or known[0] != stamp:
+                    known = _hashed[name] = stamp, hashlib.file_digest(stream, "sha256").digest()
+                digest.update(known[1])
         except OSError as error:
-            raise _unreadable(file, error) from None
+            raise unreadable(file, error) from None
     return digest.hexdigest()
 
 
-def is_json_lines(file: Path) -> bool:
-    """Whether the suffix of a file is that of JSON lines."""
-    return file.suffix.lower() in (".jsonl", ".ndjson")
+def hashed_files() -> dict[str, FileHash]:
+    """The files that this process has hashed, for `trust_hashes` of another one on the same machine."""
+    return {**_trusted, **_hashed}
 
 
-def is_json_array(file: Path) -> bool:
-    """Whether a file contains one JSON array, whatever its suffix."""
-    return _file_head(file).startswith(b"[")
+def trust_hashes(others: Mapping[str, FileHash]) -> None:
+    """Takes over what another process has hashed a moment ago: files with the same stamp are not read again."""
+    _trusted.update(others)
 
 
-def count_lines(files: list[Path]) -> int:
-    """Number of non-blank lines of all files."""
-    count = 0
-    for file in files:
-        with file.open("rb") as stream:
-            count += sum(1 for line in stream if not line.isspace())
-    return count
-
-
-def read_records(file: Path) -> Iterator[LocatedRecord]:
-    """All records of a file with their locations. Raises DataError as `file_blocks` does."""
-    return with_locations(file_blocks(file))
-
-
-def file_blocks(file: Path) -> Iterator[Block]:
-    """The blocks of a file.
-
-    Raises:
-        DataError: if its type is not supported, or it is damaged.
-    """
-    if file.suffix.lower() == ".parquet":
-        yield from _parquet_blocks(file)
-        return
-    if file.suffix.lower() in _TABLE_SUFFIXES:
-        remedy = _CONVERT_TABLE.format(file=file, stem=file.stem)
-        raise DataError(str(file), f"{file.suffix} files are not supported", remedy)
-    try:
-        head = _file_head(file)
-    except OSError as error:
-        raise _unreadable(file, error) from None
-    if head.startswith((_GZIP, _ZIP, _ZSTD)):
-        raise DataError(str(file), "is compressed", "decompress it first (gunzip, unzip, zstd -d)")
-    if not head:
-        raise DataError(str(file), "is empty", "give a file with rows, or remove the source")
-    yield from _json_array_blocks(file) if is_json_array(file) else _json_lines_blocks(file)
-
-
-def with_locations(blocks: Iterable[Block]) -> Iterator[LocatedRecord]:
-    """All records of blocks with their locations."""
-    for block in blocks:
-        for record, number in block.numbered_records():
-            yield record, f"{block.prefix}{number}"
-
-
-def limit_records(blocks: Iterator[Block], limit: int | None) -> Iterator[Block]:
-    """The blocks of the first `limit` records; all blocks for None."""
-    if limit is None:
-        yield from blocks
-        return
-    left = limit
-    for block in blocks:
-        count = block.count()
-        yield block if count <= left else replace(block, limit=left)
-        left -= count
-        if left <= 0:
-            return
-
-
-@dataclass(frozen=True)
-class JsonLinesBlock:
-    """Lines of a JSON-lines file, not yet parsed.
-
-    Attributes:
-        prefix: location of the file; a line number follows it.
-        first: number of the first line, from 1.
-        data: the lines.
-        limit: maximum number of records to read.
-    """
-
-    prefix: str
-    first: int
-    data: bytes = field(repr=False)
-    limit: int | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes of the source that the block covers."""
-        return len(self.data)
-
-    def numbered_records(self) -> Iterator[NumberedRecord]:
-        """The records with their line numbers; blank lines are skipped.
-
-        Raises:
-            DataError: with file and line, if a line is not a JSON object.
-        """
-        lines = ((i, line) for i, line in enumerate(self.data.split(b"\n"), self.first) if line.strip())
-        for number, line in islice(lines, self.limit):
-            yield _parse_line(line, f"{self.prefix}{number}"), number
-
-    def count(self) -> int:
-        """Number of records."""
-        lines = sum(1 for line in self.data.split(b"\n") if line.strip())
-        return lines if self.limit is None else min(lines, self.limit)
-
-
-@dataclass(frozen=True)
-class ObjectsBlock:
-    """Parsed records: those of a JSON array, or of a data set on the hub. Attributes as in JsonLinesBlock."""
-
-    prefix: str
-    first: int
-    records: list[Any] = field(repr=False)
-    size: int
-    limit: int | None = None
-
-    def numbered_records(self) -> Iterator[NumberedRecord]:
-        """The records with their numbers. Raises DataError if one is not an object."""
-        for number, record in enumerate(self.records[: self.limit], self.first):
-            yield _check_object(record, f"{self.prefix}{number}"), number
-
-    def count(self) -> int:
-        """Number of records."""
-        return len(self.records[: self.limit])
-
-
-@dataclass(frozen=True)
-class ArrowBlock:
-    """Records of a Parquet file, as a record batch in the Arrow IPC format. Attributes as in JsonLinesBlock."""
-
-    prefix: str
-    first: int
-    data: bytes = field(repr=False)
-    num_records: int
-    size: int
-    limit: int | None = None
-
-    def numbered_records(self) -> Iterator[NumberedRecord]:
-        """The records with their numbers.
-
-        Raises:
-            DataError: for values that cannot be read, e.g. text that is not UTF-8.
-        """
-        import pyarrow
-
-        try:
-            with pyarrow.ipc.open_stream(self.data) as stream:
-                records = stream.read_all().slice(0, self.limit).to_pylist()
-        except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # OverflowError: a date out of range
-            reason = str(error).partition("\n")[0]
-            where, what = self.prefix.removesuffix(" row "), f"is not readable from row {self.first} on ({reason})"
-            raise DataError(where, what, "check the file") from None
-        for number, record in enumerate(records, self.first):
-            yield drop_nulls(record), number
-
-    def count(self) -> int:
-        """Number of records."""
-        return self.num_records if self.limit is None else min(self.num_records, self.limit)
-
-
-Block = JsonLinesBlock | ObjectsBlock | ArrowBlock
-
-
-def drop_nulls(record: Record) -> Record:
-    """A record of an Arrow table without the nulls inside its columns.
-
-    All objects of an Arrow column have the same keys; the keys that an object did not have are null there.
-    """
-
-    def without_nulls(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: without_nulls(item) for key, item in value.items() if item is not None}
-        return [without_nulls(item) for item in value] if isinstance(value, list) else value
-
-    return {column: without_nulls(value) for column, value in record.items()}
-
-
-def _json_lines_blocks(file: Path) -> Iterator[Block]:
-    first = 1
-    with file.open("rb") as stream:
-        while data := stream.read(BLOCK_BYTES):
-            if not data.endswith(b"\n"):
-                data += stream.readline()  # a block ends at a line break
-            yield JsonLinesBlock(f"{file}:", first, data.removeprefix(_BOM) if first == 1 else data)
-            first += data.count(b"\n")
-
-
-def _json_array_blocks(file: Path) -> Iterator[Block]:
-    try:
-        records = json.loads(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise _not_utf8(str(file)) from None
-    except json.JSONDecodeError as error:
-        several = "Extra data" in error.msg
-        remedy = (
-            'if every line is a list of messages, write {"messages": [...]} on each' if several else "correct the file"
-        )
-        raise DataError(f"{file}:{error.lineno}", f"is not JSON ({error.msg})", remedy) from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, or too deep nesting
-        raise DataError(str(file), f"is not readable JSON ({_json_error(error)})", "correct the file") from None
-    size = file.stat().st_size * BLOCK_RECORDS // max(1, len(records))
-    for start in range(0, len(records), BLOCK_RECORDS):
-        yield ObjectsBlock(f"{file} row ", start + 1, records[start : start + BLOCK_RECORDS], size)
-
-
-def _parquet_blocks(file: Path) -> Iterator[Block]:
-    import pyarrow
-    from pyarrow import parquet
-
-    first, size = 1, file.stat().st_size
-    try:
-        with parquet.ParquetFile(file) as table:
-            bytes_per_record = size / max(1, table.metadata.num_rows)
-            for batch in table.iter_batches(batch_size=BLOCK_RECORDS):
-                data, count = _to_ipc(batch), batch.num_rows
-                yield ArrowBlock(f"{file} row ", first, data, count, round(bytes_per_record * count))
-                first += count
-    except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: invalid UTF-8
-        reason = str(error).partition("\n")[0]
-        raise DataError(str(file), f"is not a readable Parquet file ({reason})", "check the file") from None
-
-
-def _to_ipc(batch: Any) -> bytes:
-    """A record batch as an Arrow IPC stream."""
-    import pyarrow
-
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, batch.schema) as writer:
-        writer.write_batch(batch)
-    return bytes(sink.getvalue().to_pybytes())
-
-
-def _parse_line(line: bytes, where: str) -> Record:
-    try:
-        return _check_object(json.loads(str(line, "utf-8")), where)
-    except UnicodeDecodeError:
-        raise _not_utf8(where) from None
-    except (ValueError, RecursionError) as error:
-        hint = "one complete JSON object per line; the file may be truncated, or not JSON at all"
-        raise DataError(where, f"is not JSON ({_json_error(error)})", f"correct the line: {hint}") from None
-
-
-def _check_object(record: Any, where: str) -> Record:
-    if not isinstance(record, dict):
-        raise DataError(where, f"a row must be a JSON object, got {type(record).__name__}", "write one object per line")
-    return record
-
-
-def _json_error(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-
-
-def _not_utf8(where: str) -> DataError:
-    return DataError(where, "is not UTF-8 text", "convert the file, e.g. with iconv -t UTF-8")
-
-
-def _unreadable(file: Path, error: OSError) -> DataError:
-    return DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions")
-
-
-def _file_head(file: Path) -> bytes:
-    """Up to 4096 bytes of a file from its first non-blank one, without a byte order mark; empty for a blank file."""
-    with file.open("rb") as stream:
-        head = stream.read(4096).removeprefix(_BOM).lstrip()
-        while not head and (more := stream.read(1 << 20)):
-            head = more.lstrip()
-    return head[:4096]
+def _stamp(status: os.stat_result) -> FileStamp:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _looks_like_file(path: str) -> bool:
@@ -385,31 +239,120 @@ def _looks_like_file(path: str) -> bool:
 
 
 def _has_data_suffix(name: str) -> bool:
-    """Whether a file is data by its name. Compressed data counts, so that it is reported instead of ignored."""
-    name = name.lower()
-    return name.removesuffix(".gz").removesuffix(".zst").removesuffix(".zip").endswith(_DATA_SUFFIXES)
+    """Whether a file is data by its name; archives count, so that they are reported instead of ignored."""
+    stem = name.lower()
+    for suffix in (*COMPRESSED_SUFFIXES, ".zip"):
+        stem = stem.removesuffix(suffix)
+    return stem.endswith(_DATA_SUFFIXES)
 
 
-def _expand(path: str) -> list[Path]:
+def _select(path: str, split: str) -> SelectedFiles:
     root = local_path(path)
     if root.is_dir():
-        files = sorted(p for p in root.rglob("*") if p.is_file() and _has_data_suffix(p.name))
+        files, skipped = _files_of_folder(root)
         if not files:
-            raise DataError(path, "the folder contains no .jsonl, .json or .parquet file", "name the files, or a glob")
-        return files
+            shown = f"only {', '.join(skipped[:5])}{' …' if len(skipped) > 5 else ''}" if skipped else "it is empty"
+            raise DataError(path, f"the folder contains no data file (.jsonl, .json, .csv, .parquet, .arrow); {shown}",
+                            "name the files, or a glob")  # fmt: skip
+        return _selected(path, root, files, split, skipped)
     if root.exists():
-        return [root]
+        return SelectedFiles([root])
     if is_glob(path):
-        base = Path(root.anchor) if root.is_absolute() else Path()
-        files = sorted(p for p in base.glob(str(root.relative_to(root.anchor) if root.anchor else root)) if p.is_file())
-        if files:
-            return files
+        fixed = Path(*takewhile(lambda part: not is_glob(part), root.parts))
+        pattern = root.relative_to(fixed)
+        hidden = any(part.startswith(".") for part in pattern.parts)
+        found = sorted(file for file in fixed.glob(str(pattern)) if not file.is_dir())
+        kept = [file for file in found if hidden or not _is_hidden(file.relative_to(fixed).parts)]
+        for file in kept:
+            _check_link(file)
+        if kept:
+            skipped = tuple(str(file.relative_to(fixed)) for file in found if file not in kept)
+            return _selected(path, fixed, kept, split, skipped)
         raise DataError(path, "matches no file", "check the pattern; it is relative to the working directory")
     raise _no_such_file(path, root)
 
 
+def _selected(path: str, root: Path, files: list[Path], split: str, skipped: tuple[str, ...]) -> SelectedFiles:
+    names, is_dict = [file.relative_to(root).as_posix() for file in files], (root / "dataset_dict.json").is_file()
+    indices, chosen = choose_split(path, names, split, is_dict)
+    splits = sorted({name for name in (_split_of(name, is_dict) for name in names) if name is not None})
+    return SelectedFiles([files[i] for i in indices], chosen, tuple(splits), skipped)
+
+
+def _split_of(name: str, is_dict: bool) -> str | None:
+    """The split of a file by its name, or by that of the nearest folder in its relative path."""
+    parts = name.split("/")
+    if is_dict and len(parts) > 1:
+        return _SPLIT_WORDS.get(parts[0], parts[0])
+    return next((split for part in reversed(parts) if (split := split_name(part)) is not None), None)
+
+
+def _files_of_folder(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The data files in a folder, and the names of what is skipped."""
+    files: list[Path] = []
+    skipped: dict[str, None] = {}
+    saved: dict[Path, list[str] | None] = {}
+    for file in sorted(_walk(root)):
+        parts = file.relative_to(root).parts
+        if _is_hidden(parts):
+            hidden = next(i for i in range(len(parts)) if _is_hidden(parts[i : i + 1]))
+            skipped["/".join(parts[: hidden + 1])] = None
+            continue
+        folder = file.parent
+        if folder not in saved:
+            saved[folder] = _saved_files(folder)
+        of_data_set = saved[folder]
+        is_data = _has_data_suffix(file.name) if of_data_set is None else file.name in of_data_set
+        if is_data and file.name not in _METADATA:
+            _check_link(file)
+            files.append(file)
+        else:
+            skipped["/".join(parts)] = None
+    return files, tuple(skipped)
+
+
+def _walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """All files under a folder and under the folders that it links to; each folder under it once."""
+    above = (*above, os.path.realpath(folder))
+    for entry in folder.iterdir():
+        if not entry.is_dir():
+            yield entry
+        elif not entry.is_symlink() or not _is_walked(f"{os.path.realpath(entry)}/", above):
+            yield from _walk(entry, above)
+
+
+def _is_walked(folder: str, above: Sequence[str]) -> bool:
+    """Whether a folder that is linked to is inside the first of the folders above the link, or contains one of them."""
+    return folder.startswith(f"{above[0]}/") or any(f"{other}/".startswith(folder) for other in above)
+
+
+def _check_link(file: Path) -> None:
+    """Raises DataError for a link to a file that does not exist."""
+    if file.is_symlink() and not file.exists():
+        what = f"is a link to {os.readlink(file)}, which does not exist"
+        raise DataError(str(file), what, "restore that file, or remove the link")
+
+
+def _saved_files(folder: Path) -> list[str] | None:
+    """Names of the files of a data set that `datasets` saved to a folder; None if the folder is not one."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return [str(part["filename"]) for part in state["_data_files"]]
+    return None
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    return any(part.startswith((".", _OFFICE_LOCK)) or part in _NOT_DATA for part in parts)
+
+
+def unreadable(file: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be opened."""
+    return DataError(str(file), f"cannot be read ({error.strerror})", "check its permissions")
+
+
 def _no_such_file(path: str, root: Path) -> DataError:
-    near = sorted(p.name for p in root.parent.glob("*") if p.suffix in _DATA_SUFFIXES) if root.parent.is_dir() else []
+    _check_link(root)
+    near = sorted(p.name for p in root.parent.glob("*") if _has_data_suffix(p.name)) if root.parent.is_dir() else []
     if guess := closest(root.name, near):
         remedy = f"did you mean {root.parent / guess}?"
     elif near:

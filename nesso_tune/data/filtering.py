@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nesso_tune.data.columns import lookup
 from nesso_tune.data.convert import Example
-from nesso_tune.data.files import expand, read_records
-from nesso_tune.data.formats import describe_columns, lookup
+from nesso_tune.data.file_formats import read_records
+from nesso_tune.data.files import expand
+from nesso_tune.data.formats import describe_columns
 from nesso_tune.data.token_store import Documents, IntArray
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.sections import CleanSection, Decontamination
@@ -102,15 +104,15 @@ def find_near_duplicates(signatures: IntArray, similarity: float) -> IntArray:
     return earlier
 
 
-def minhash_signature(example: Example) -> IntArray:
-    """MinHash signature of the 3-word shingles of an example's turns, shape (128,), uint32."""
+def minhash_signature(example: Example) -> bytes:
+    """MinHash signature of the 3-word shingles of an example's turns: 128 numbers, uint32."""
     from rensa import RMinHash
 
     words = _words(" ".join(turn.content for turn in example.turns))
     shingles = [" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))]
     sketch = RMinHash(num_perm=_NUM_HASHES, seed=_HASH_SEED)
     sketch.update(shingles)
-    return np.array(sketch.digest(), np.uint32)
+    return np.array(sketch.digest(), np.uint32).tobytes()
 
 
 def _compare_group(group: IntArray, signatures: IntArray, similarity: float, earlier: IntArray) -> None:

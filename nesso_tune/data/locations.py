@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.data.files import expand
-from nesso_tune.data.sources import is_local_source
+from nesso_tune.data.sources import has_files, source_files
 from nesso_tune.files import atomic_replace
 from nesso_tune.recipes.sections import CleanSection, Source
 
@@ -26,7 +26,7 @@ def file_names(sources: Sequence[Source], clean: CleanSection) -> list[str]:
     names = [
         name
         for source in sources
-        for name in (map(str, expand(source.path)) if is_local_source(source) else [source.path])
+        for name in ([file.name for file in source_files(source)] if has_files(source) else [source.path])
     ]
     evaluations = clean.decontaminate.files if clean.decontaminate else ()
     return [*names, *(str(file) for path in evaluations for file in expand(path))]

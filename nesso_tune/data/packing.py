@@ -44,6 +44,24 @@ class Rows(Sequence[dict[str, Any]]):
         """The records in a row, as indices into `documents`."""
         return self.records[self.bounds[row] : self.bounds[row + 1]]
 
+    @property
+    def token_counts(self) -> IntArray:
+        """Tokens of each row."""
+        ends: IntArray = np.concatenate([[0], np.cumsum(self.documents.lengths[self.records])])
+        return np.diff(ends[self.bounds])
+
+    @property
+    def document_length(self) -> float:
+        """Mean length of a document over the tokens: the sum of squared lengths by the number of tokens.
+
+        A pair has the squares that its attention computes: both answers with the prompt, which is computed once.
+        """
+        tokens = int(self.documents.lengths[self.records].sum())
+        sizes = np.diff(self.documents.offsets).reshape(-1, self.documents.documents_per_record)[self.records]
+        prompt, rest = sizes[:, 0].astype(float), sizes[:, 1:].astype(float)
+        squares = ((prompt[:, None] + rest) ** 2).sum() - (prompt**2).sum() if rest.size else (prompt**2).sum()
+        return float(squares / tokens) if tokens else 0.0
+
     @overload
     def __getitem__(self, key: int) -> dict[str, Any]: ...
     @overload

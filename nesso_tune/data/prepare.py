@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, lru_cache
-from importlib.metadata import version
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,30 +14,27 @@ import numpy as np
 
 from nesso_tune import cache
 from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
-from nesso_tune.data.anomalies import check_preferences
-from nesso_tune.data.files import content_hash, expand, is_local
+from nesso_tune.data.cache_key import KIND, cache_key, contents_of
 from nesso_tune.data.locations import FileNames, copy_with_current_names, file_names, renamed_files, with_current_names
 from nesso_tune.data.mixture import mixture_groups, mixture_report, mixture_warnings
 from nesso_tune.data.packing import Rows, RowStream, sequential_rows
 from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Privacy, source_name
 from nesso_tune.data.record_reader import OTHER_KEY
-from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport
-from nesso_tune.data.sources import SourceContent, source_content
+from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport, Unread, unread_warnings
+from nesso_tune.data.statistics import check_preferences
 from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
 from nesso_tune.data.workers import wait_for_background_preparation
-from nesso_tune.errors import DataError, RecipeError
+from nesso_tune.errors import DataError
 from nesso_tune.planning.plan import DataVolume
-from nesso_tune.recipes.builtin import shipped_folder
+from nesso_tune.recipes.data_rules import check_validation_size
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-KIND = "documents"  # folder of the cache
 _CONTROL_TOKEN_SHARE = 0.1  # share of rows with control tokens as text from which they look rendered already
-PACKAGES = ("nesso-tune", "tokenizers", "py3langid", "rensa", "numpy", "pyarrow", "datasets")  # part of the cache key
 _MIN_STRATUM = 10  # records of a language from which a validation share includes at least one of them
 
 
@@ -55,6 +50,7 @@ class PreparedData:
         chat: files of the chat-ready tokenizer.
         key: name of the training sources' folder in the cache.
         renamed: files that had other names when they were prepared.
+        byte_fingerprint: the fingerprint as earlier versions computed it, which also covers the bytes of the files.
     """
 
     train: Rows
@@ -64,6 +60,7 @@ class PreparedData:
     chat: ChatTokenizer
     key: str = ""
     renamed: FileNames = field(default_factory=dict)
+    byte_fingerprint: str = ""
 
     def __repr__(self) -> str:
         return (
@@ -88,6 +85,8 @@ class PreparedData:
             len(self.train), self.summary.train.tokens, self.summary.train.supervised_tokens,
             len(self.validation.records),
             dropped={reason: rows / self.summary.rows_read for reason, rows in self.summary.dropped.items()},
+            document_length=self.train.document_length,
+            unread=self.summary.unread, warnings=tuple(unread_warnings(self.summary.unread_texts)),
         )  # fmt: skip
 
 
@@ -100,17 +99,19 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         DataError: if a file cannot be read or no usable row is left.
         RecipeError: if the recipe does not fit the data.
         ModelError: if the tokenizer of the base model does not fit the recipe.
+        RunEnvironmentError: if the disk of the cache is full, or another process prepares the same data for longer
+            than `distributed.timeout_s`.
     """
     _check_no_process_group()
     wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     corpus = _encoded_corpus(recipe, data.sources, chat)
-    documents, cache_hit, content = corpus.documents, corpus.cache_hit, [corpus.identity]
+    documents, cache_hit, corpora = corpus.documents, corpus.cache_hit, [corpus]
     if data.validation_sources:
         held_corpus = _encoded_corpus(recipe, data.validation_sources, chat, validation=True)
         held_documents, cache_hit = held_corpus.documents, cache_hit and held_corpus.cache_hit
         train, held_out = documents.kept, held_documents.kept
-        content.append(held_corpus.identity)
+        corpora.append(held_corpus)
     else:
         seen, unseen = hold_out(documents.languages[documents.kept], data.validation_size, recipe.seed)
         train, held_out, held_documents = documents.kept[seen], documents.kept[unseen], documents
@@ -121,11 +122,15 @@ def prepare_data(recipe: Recipe) -> PreparedData:
     rows = stream.epoch(0)
     first_pair = 0 if held_documents is documents else len(documents)
     validation = sequential_rows(held_documents, held_out, capacity, first_pair)
+    unread, unread_texts = _shown_unread(corpora, data)
     order = [{i: source.weight for i, source in enumerate(data.sources)}, *_mixture_settings(data)]
     warnings = [
-        *chat.notes, *_data_warnings(corpus.report, overlap, data), *mixture_warnings(documents, groups, train, data),
+        *chat.notes, *unread_warnings(unread_texts),
+        *_data_warnings(corpus.report, overlap, data), *mixture_warnings(documents, groups, train, data),
         *_split_warnings(data, len(train), len(held_out)),
+        *_personal_data_warnings([part.report for part in corpora], data),
     ]  # fmt: skip
+    arrangement = [_array_hash(train, held_out), recipe.seed, capacity, *order]
     summary = DataReport(
         **{field.name: getattr(corpus.report, field.name) for field in fields(corpus.report)},
         validation_overlap=overlap,
@@ -133,11 +138,21 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         validation=held_documents.counts(held_out),
         packing=_packing_report(rows, data.sequence_len),
         mixture=mixture_report(documents, groups, rows.records),
-        fingerprint=cache.key_of([content, _array_hash(train, held_out), recipe.seed, capacity, *order]),
+        fingerprint=cache.key_of([[part.tokens for part in corpora], *arrangement]),
         cache_hit=cache_hit,
+        unread=unread,
+        unread_texts=unread_texts,
         warnings=tuple(warnings),
     )
-    return PreparedData(rows, validation, stream, summary, chat, corpus.key, corpus.renamed)
+    of_bytes = cache.key_of([[[part.tokens, *part.content] for part in corpora], *arrangement])
+    return PreparedData(rows, validation, stream, summary, chat, corpus.key, corpus.renamed, of_bytes)
+
+
+def _shown_unread(corpora: Sequence[_Corpus], data: SFTData | DPOData) -> tuple[Unread, Unread]:
+    """Rows with each key that was not read, and those in which it holds text; sources by the name that is shown."""
+    shown = [Privacy(data).shown_unread(part.unread, validation=i == 1) for i, part in enumerate(corpora)]
+    unread = {name: keys for part, _ in reversed(shown) for name, keys in part.items()}
+    return unread, {name: keys for _, part in reversed(shown) for name, keys in part.items()}
 
 
 def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
@@ -148,16 +163,8 @@ def unpacked(data: PreparedData, recipe: Recipe) -> PreparedData:
     packing = _packing_report(rows, recipe.data.sequence_len, unpacked=True)
     fingerprint = cache.key_of([data.summary.fingerprint, "unpacked"])
     summary = replace(data.summary, packing=packing, fingerprint=fingerprint)
-    return replace(data, train=rows, validation=validation, stream=stream, summary=summary)
-
-
-def is_prepared(recipe: Recipe) -> bool:
-    """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it."""
-    chat = chat_tokenizer(recipe.model, recipe.chat)
-    lists = [sources for sources in (recipe.data.sources, recipe.data.validation_sources) if sources]
-    if not all(is_local(source.path) for sources in lists for source in sources):
-        return False
-    return all(cache.find(KIND, _cache_key(recipe, _contents(recipe, sources), chat)) for sources in lists)
+    of_bytes = cache.key_of([data.byte_fingerprint, "unpacked"])
+    return replace(data, train=rows, validation=validation, stream=stream, summary=summary, byte_fingerprint=of_bytes)
 
 
 def dropped_file(data: PreparedData) -> Path:
@@ -197,15 +204,6 @@ def hold_out(languages: IntArray, size: int | float, seed: int) -> tuple[IntArra
     ]
     held_out = np.sort(np.concatenate(chosen)).astype(np.int64)
     return np.setdiff1d(np.arange(total), held_out), held_out
-
-
-def check_validation_size(size: int | float, total: int) -> None:
-    """Raises RecipeError if holding out `size` of `total` rows would leave no training row."""
-    if isinstance(size, int) and size and size >= total:
-        raise RecipeError(
-            "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
-            f"hold out fewer, e.g. {max(1, total // 20)}, or a share like 0.05",
-        )  # fmt: skip
 
 
 def _validation_counts(counts: IntArray, size: int | float) -> list[int]:
@@ -276,6 +274,19 @@ def _split_warnings(data: SFTData | DPOData, train_rows: int, validation_rows: i
     return [f"{what}: nothing is held out or evaluated; raise it"]
 
 
+def _personal_data_warnings(reports: Sequence[CorpusReport], data: SFTData | DPOData) -> list[str]:
+    """A warning for the training and one for the validation sources with personal data that the recipe only reports."""
+    if data.clean.personal_data != "report":
+        return []
+    return [
+        f"personal data in the {name} sources: "
+        + ", ".join(f"{found.values:,} {kind}" for kind, found in report.personal_data.items())
+        + ": data.clean.personal_data: mask replaces it, drop removes the rows"
+        for name, report in zip(("training", "validation"), reports, strict=False)
+        if report.personal_data
+    ]
+
+
 def _rows(count: int, verb: str) -> str:
     return f"1 row {verb}s" if count == 1 else f"{count:,} rows {verb}"
 
@@ -287,21 +298,27 @@ class _Corpus(NamedTuple):
     report: CorpusReport
     key: str
     renamed: FileNames
-    identity: list[Any]  # part of the fingerprint
+    tokens: list[Any]  # identifies the encoded records
+    content: list[Any]  # identifies the bytes of the files
     cache_hit: bool
+
+    @property
+    def unread(self) -> list[tuple[Mapping[str, int], Mapping[str, int]]]:
+        """For each source, the rows with each unread key, and those in which it holds text."""
+        return [(source.unread, source.unread_texts) for source in self.report.sources]
 
 
 def _encoded_corpus(
     recipe: Recipe, sources: Sequence[Source], chat: ChatTokenizer, validation: bool = False
 ) -> _Corpus:
     """Reads and encodes a list of sources, or finds the result in the cache."""
-    contents, privacy = _contents(recipe, sources), Privacy(recipe.data)
-    key = _cache_key(recipe, contents, chat)
+    contents, privacy = contents_of(recipe, sources), Privacy(recipe.data)
+    key = cache_key(recipe, contents, chat)
     files = file_names(sources, recipe.data.clean)
 
     def build(staging: Path) -> dict[str, Any]:
         store, report = build_documents(staging, recipe, sources, chat)
-        if _contents(recipe, sources) != contents:
+        if contents_of(recipe, sources) != contents:
             paths = ", ".join(source.path for source in sources)
             raise DataError(paths, "changed while it was read", "run again when no other process writes to it")
         return {"documents": store, "report": report.to_dict(), "files": files}
@@ -316,53 +333,25 @@ def _encoded_corpus(
             private_sources=privacy.hidden_sources(validation), private_files=privacy.hidden_files(documents.prefixes),
         )  # fmt: skip
 
-    documents, note, cache_hit = cache.get_or_build(KIND, key, build, load, "prepared data")
+    timeout_s = recipe.distributed.timeout_s
+    documents, note, cache_hit = cache.get_or_build(KIND, key, build, load, "prepared data", timeout_s)
     report = CorpusReport.from_dict(with_current_names(note, files)["report"])
     named = [
         replace(part, path=source.path, alias=source.alias or None)
         for part, source in zip(report.sources, sources, strict=True)
     ]
     report = replace(report, sources=tuple(named))
-    return _Corpus(
-        documents, report, key, renamed_files(note, files), _corpus_identity(documents, contents, key), cache_hit
-    )
+    evaluations, by_source = contents
+    content = [evaluations, [(source.rows, source.tools, source.reads) for source in by_source]]
+    tokens = _token_identity(documents, key)
+    return _Corpus(documents, report, key, renamed_files(note, files), tokens, content, cache_hit)
 
 
-def _corpus_identity(documents: Documents, contents: tuple[list[str], list[SourceContent]], key: str) -> list[Any]:
-    """Identifies encoded sources by the bytes of their files and by their tokens, not by names or versions."""
-    evaluations, sources = contents
+def _token_identity(documents: Documents, key: str) -> list[Any]:
+    """Identifies encoded records by their tokens, languages and sources, not by files, names or versions."""
     hashes = cache.file_hashes(KIND, key)
     columns = _array_hash(documents.offsets, documents.languages, documents.sources)
-    tokens = [
-        hashes[IDS_FILE], hashes[MASK_FILE], columns, documents.language_names, documents.documents_per_record
-    ]  # fmt: skip
-    return [tokens, evaluations, [(source.rows, source.tools, source.reads) for source in sources]]
-
-
-def _contents(recipe: Recipe, sources: Sequence[Source]) -> tuple[list[str], list[SourceContent]]:
-    """Content hashes of the decontamination files and of the sources."""
-    decontaminate = recipe.data.clean.decontaminate
-    evaluations = [] if decontaminate is None else [content_hash(expand(name)) for name in decontaminate.files]
-    return evaluations, [source_content(source) for source in sources]
-
-
-def _cache_key(recipe: Recipe, contents: tuple[list[str], list[SourceContent]], chat: ChatTokenizer) -> str:
-    """Hash of everything that decides the encoded records: content, settings, code and package versions."""
-    after_encoding = {"sources", "validation_sources", "validation_size", "packing", "mixture", "preferences"}
-    settings = recipe.data.model_dump(mode="json", exclude=after_encoding)
-    settings["clean"].pop("validation_overlap")
-    settings["clean"]["decontaminate"] = {**(settings["clean"]["decontaminate"] or {}), "files": None}
-    return cache.key_of([software_versions(), recipe.method, chat.fingerprint, settings, *contents])
-
-
-@lru_cache(maxsize=1)
-def software_versions() -> list[str]:
-    """Identifies the code that encodes rows: hash of this package's code and formats, and versions of packages."""
-    package = Path(__file__).parents[1]
-    code = [file for folder in ("chat", "data") for file in sorted((package / folder).glob("*.py"))]
-    formats = sorted((shipped_folder("data_templates") / "formats").glob("*.yaml"))
-    own = content_hash([*code, package / "conversation.py", *formats])
-    return [own, unicodedata.unidata_version, *(f"{name} {version(name)}" for name in PACKAGES)]
+    return [hashes[IDS_FILE], hashes[MASK_FILE], columns, documents.language_names, documents.documents_per_record]
 
 
 def _mixture_settings(data: SFTData | DPOData) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 from nesso_tune.data.files import expand, is_glob, is_local
 from nesso_tune.data.locations import ROW_NUMBER
 from nesso_tune.data.record_reader import OTHER_KEY
+from nesso_tune.data.report import Unread
 from nesso_tune.errors import DataError
 from nesso_tune.recipes.builtin import SOURCE_SEPARATOR, local_path, reader_file
 from nesso_tune.recipes.schema import Recipe, dump
@@ -112,6 +114,33 @@ class Privacy:
         by_language = {f"{name} {code}": f"{shown} {code}" for code in languages for name, shown in pairs}
         return by_language | dict(pairs)
 
+    def hides_columns(self, source: Source) -> bool:
+        """Whether the names of a source's columns are hidden: it is private, or reads a private file."""
+        return bool(self) and (source.private or not self._private_files.isdisjoint(_file_ids(source.path)))
+
+    def shown_unread(
+        self, counts: Sequence[tuple[Mapping[str, int], Mapping[str, int]]], validation: bool = False
+    ) -> tuple[Unread, Unread]:
+        """Rows with unread keys, and rows in which these hold text, by the public name of their source.
+
+        The keys of a private source are numbered, and those of a source that reads a private file.
+
+        Args:
+            counts: both numbers by column or message key, for each source, or for each validation source.
+            validation: which of the two.
+        """
+        unread: dict[str, Counter[str]] = {}
+        texts: dict[str, Counter[str]] = {}
+        sources = self.data.validation_sources if validation else self.data.sources
+        for source, name, (of_rows, of_texts) in zip(sources, self.source_names(validation), counts, strict=True):
+            hides = self.hides_columns(source)
+            for number, (key, rows) in enumerate(of_rows.items(), 1):
+                shown = f"key {number}" if hides else key
+                unread.setdefault(name, Counter())[shown] += rows
+                if rows := of_texts.get(key, 0):
+                    texts.setdefault(name, Counter())[shown] += rows
+        return {name: dict(keys) for name, keys in unread.items()}, {name: dict(keys) for name, keys in texts.items()}
+
     def metric_name(self, metric: str) -> str:
         """Public name of a metric: `eval_loss/source/ALIAS` with the number of a private source."""
         stem, by_source, name = metric.partition(SOURCE_SEPARATOR)
@@ -152,10 +181,19 @@ class Privacy:
         for key, values in changed.items():
             found = _DATA_KEY.match(key) if self else None
             public = found is None or (
-                found[1] in ("data", "data.clean") and not self._reveals(json.dumps([key, values]))
+                found[1] in ("data", "data.clean") and not self.reveals(json.dumps([key, values]))
             )
             out[key if public or found is None else found[1]] = values if public else (HIDDEN, HIDDEN)
         return out
+
+    def reveals(self, text: str) -> bool:
+        """Whether a text contains the path or alias of a private source, or a word that only private sources have."""
+        words = self._private_words
+        return bool(self) and (
+            any(name in text for name in self._private_names)
+            or not words.isdisjoint(_WORD.findall(text))
+            or (not words.isdisjoint(_texts_in(text)))
+        )
 
     @cached_property
     def _private(self) -> tuple[Source, ...]:
@@ -242,17 +280,8 @@ class Privacy:
         if found := _DATA_KEY.match(word):
             rest = word[found.end() :]
             simple = found[1] == "data" and re.fullmatch(r"\.[a-z_]+=[\w.]+", rest)
-            return word if simple and not self._reveals(rest) else f"{word[: found.end()]}{HIDDEN}"
-        return HIDDEN if self._reveals(word) else word
-
-    def _reveals(self, text: str) -> bool:
-        """Whether a text contains the path or alias of a private source, or a word that only private sources have."""
-        words = self._private_words
-        return (
-            any(name in text for name in self._private_names)
-            or not words.isdisjoint(_WORD.findall(text))
-            or (not words.isdisjoint(_texts_in(text)))
-        )
+            return word if simple and not self.reveals(rest) else f"{word[: found.end()]}{HIDDEN}"
+        return HIDDEN if self.reveals(word) else word
 
 
 def _with_digests_of(old: Any, new: Any, salt: str) -> Any:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple
 
-from nesso_tune.chat.render import TOOL_CALL
-from nesso_tune.conversation import UNKNOWN_LANGUAGE, Completion, Conversation, Message, PreferencePair
-from nesso_tune.data.convert import Example, Tool, Unusable, is_empty, read_tool_file, record_language, to_example
-from nesso_tune.data.files import LocatedRecord, Record
+from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, PreferencePair
+from nesso_tune.data.blocks import LocatedRecord, Record
+from nesso_tune.data.cleaning import clean
+from nesso_tune.data.column_inference import infer_format
+from nesso_tune.data.columns import Row, UnreadCounts, Unusable, as_number, column_value, find_column, is_equal, lookup
+from nesso_tune.data.convert import Example, record_language, to_example
 from nesso_tune.data.formats import (
     DETECTED_FORMATS,
     EXPLICIT_FORMATS,
+    PAIR_FORMATS,
     DataFormat,
     choose_format,
     describe_columns,
-    infer_format,
     load_format,
-    lookup,
     recognise_format,
+    recognise_nested,
 )
 from nesso_tune.data.languages import detect_example_language
 from nesso_tune.data.sources import source_records
+from nesso_tune.data.tools import Tool, read_tool_file
 from nesso_tune.data.user_readers import UserReader, is_user_reader, load_user_reader
-from nesso_tune.errors import DataError, first_line
+from nesso_tune.errors import DataError, closest, first_line, shortened
 from nesso_tune.recipes.builtin import local_path
 from nesso_tune.recipes.sections import AUTO, CleanSection, Rule, Source
 
+_KEYS_OF_ENTRIES = ("role_field", "content_field", "response_field")  # the last in rankings alone
 OTHER_KEY = "other"  # key in `rules` and `shares` for everything without a key of its own
 FORMAT_RECORDS = 50  # records from which a format is chosen
 
@@ -55,39 +57,48 @@ class RecordReader:
     clean: CleanSection
     tools: tuple[Tool, ...] = ()
 
-    def read(self, record: Record, where: str) -> Example:
-        """The example of a record.
+    def read(self, record: Record | Row, where: str) -> Example:
+        """The example of a record. A `Row` notes what is read of it.
 
         Raises:
             Unusable: with the reason, if the record is dropped.
             DataError: if its score is not a number, or a user-defined reader fails.
         """
-        source = self.source
-        if source.where and not is_selected(record, source):
+        source, row = self.source, Row.of(record)
+        if source.where and not is_selected(row.columns, source):
             raise Unusable("not_selected")
+        row.read |= self._selecting_columns
         if source.min_score is not None and not source.rules:
-            _check_score(record, source, source.min_score, where)
-        example = self._convert(record, where)
+            _check_score(row.columns, source, source.min_score, where)
+        example = self._convert(row, where)
         if source.language == AUTO and example.language == UNKNOWN_LANGUAGE:
             example = replace(example, language=detect_example_language(example))
         if source.rules:
-            self._apply_rule(language_rule(source, example.language), record, where)
+            self._apply_rule(language_rule(source, example.language), row.columns, where)
         if self.tools and not example.tools and isinstance(example, (Conversation, PreferencePair)):
             example = replace(example, tools=self.tools)
         return clean(example, self.clean)
 
-    def _convert(self, record: Record, where: str) -> Example:
-        if isinstance(self.data_format, DataFormat):
-            language = record_language(record, self.source)
-            return to_example(record, self.data_format, self.method, language, self.source.path)
-        return self._convert_with(self.data_format, record, where)
+    @cached_property
+    def _selecting_columns(self) -> frozenset[str]:
+        """The columns that decide whether a record is used."""
+        return frozenset((*self.source.where, *([self.source.score_field] if self.source.score_field else ())))
 
-    def _convert_with(self, reader: UserReader, record: Record, where: str) -> Example:
+    def _convert(self, row: Row, where: str) -> Example:
+        if isinstance(self.data_format, DataFormat):
+            language = record_language(row, self.source)
+            return to_example(row, self.data_format, self.method, language, self.source.path)
+        return self._convert_with(self.data_format, row, where)
+
+    def _convert_with(self, reader: UserReader, row: Row, where: str) -> Example:
+        """The example that a user's reader makes of a record. Of what it returns, unread keys are noted."""
+        record = row.columns
         try:
             result = reader.function(dict(record))
         except (Exception, SystemExit) as error:  # user code may raise anything
             what = f"{reader.name} raised {type(error).__name__}: {first_line(error)}"
             raise DataError(where, what, "correct the function, or let it return None for such rows") from None
+        row.read.update(record)  # the function was given all columns
         if result is None:
             raise Unusable("left_out_by_reader")
         if isinstance(result, (Conversation, PreferencePair)):
@@ -100,9 +111,12 @@ class RecordReader:
             what = f"{reader.name} returned a row with {', '.join(map(str, result)) or 'nothing'}"
             expected = "prompt, chosen and rejected" if self.method == "dpo" else "messages, or prompt and response"
             raise DataError(where, what, f"return {expected}")
-        language = record_language(result, self.source)
+        made = Row(result)
+        language = record_language(made, self.source)
         language = language if language != UNKNOWN_LANGUAGE else record_language(record, self.source)
-        return to_example(result, data_format, self.method, language, self.source.path)
+        example = to_example(made, data_format, self.method, language, self.source.path)
+        row.absorb(made)
+        return example
 
     def _validate(self, result: Conversation | PreferencePair, record: Record, where: str) -> Example:
         """A reader's own Conversation or PreferencePair, with the same checks as a record."""
@@ -110,7 +124,7 @@ class RecordReader:
         if is_pair != (self.method == "dpo"):
             raise DataError(where, f"a {kind} is not for method {self.method}", "correct the reader")
         try:
-            names = ("role", "content", "tool_calls", "train")
+            names = ("role", "content", "tool_calls", "train", "reasoning")
             turns = [{name: getattr(turn, name) for name in names} for turn in result.turns]
             turns = [{**turn, "tool_calls": list(turn["tool_calls"])} for turn in turns]
             tools = [dict(tool) for tool in result.tools]
@@ -157,12 +171,15 @@ def make_record_reader(
 
 
 def read_examples(
-    reader: RecordReader, records: Iterable[LocatedRecord], dropped: DropCounter
+    reader: RecordReader, records: Iterable[LocatedRecord], dropped: DropCounter, unread: UnreadCounts
 ) -> Iterator[Example | None]:
     """The example of each record, or None for a dropped one; the reason is counted in `dropped`."""
     for record, where in records:
+        row = Row(record)
         try:
-            yield reader.read(record, where)
+            example = reader.read(row, where)
+            unread.add(row)
+            yield example
         except Unusable as error:
             dropped.add_unusable(error, where)
             yield None
@@ -206,9 +223,8 @@ def language_rule(source: Source, language: str) -> Rule | None:
 def is_selected(record: Record, source: Source) -> bool:
     """Whether a record has the column values that `where` requires."""
     for column, expected in source.where.items():
-        value = lookup(record, (column,))
-        allowed = expected if isinstance(expected, tuple) else (expected,)
-        if not any(isinstance(value, bool) == isinstance(v, bool) and value == v for v in allowed):
+        value = column_value(record, column)
+        if not any(is_equal(value, v) for v in (expected if isinstance(expected, tuple) else (expected,))):
             return False
     return True
 
@@ -216,8 +232,8 @@ def is_selected(record: Record, source: Source) -> bool:
 def _check_score(record: Record, source: Source, min_score: float, where: str) -> None:
     """Raises Unusable if the score of a record is too low, DataError if it is not a number."""
     assert source.score_field is not None
-    score = lookup(record, (source.score_field,))
-    if isinstance(score, bool) or not isinstance(score, (int, float)):
+    score = as_number(column_value(record, source.score_field))
+    if score is None:
         raise DataError(where, f"`{source.score_field}` is not a number", "correct it, or remove min_score")
     if not score >= min_score:  # true for NaN as well
         raise Unusable("below_min_score")
@@ -236,14 +252,46 @@ def _choose_format(source: Source, method: str, records: Sequence[Record]) -> Da
         raise DataError(source.path, "contains no rows", "give a file with rows, or remove the source")
     if is_user_reader(source.format):
         return load_user_reader(source.format, source.reads)
-    if source.format == "auto" and recognise_format(source, records) is None:
+    if source.format == "auto" and recognise_format(source, records) is None and recognise_nested(records) is None:
+        check_named_columns(source)
         _suggest_columns(source, records)
-    data_format, column = choose_format(source, records), source.language_field
-    if column is not None and not any(column in record for record in records):
-        columns = sorted({name for record in records for name in record})
-        raise DataError(source.path, f"no column `{column}` (language_field)", f"its columns are {', '.join(columns)}")
+    data_format = choose_format(source, records)
     _check_kind(source, method, data_format, records)
+    check_named_columns(source, data_format)
     return data_format
+
+
+def check_named_columns(source: Source, data_format: DataFormat | None = None) -> None:
+    """Raises DataError for a column, or a message key of a known format, that the source names and no record has."""
+    keys = (*(key for key in type(source).model_fields if key.endswith("_field")), "choice_fields", "label_fields")
+    keys = keys if data_format is not None else tuple(key for key in keys if key not in _KEYS_OF_ENTRIES)
+    named = [(key, name) for key in keys if (value := getattr(source, key)) is not None
+             for name in ((value,) if isinstance(value, str) else value)]  # fmt: skip
+    missing, columns = dict.fromkeys(named), dict[str, None]()
+    for record, _ in source_records(source.model_copy(update={"max_rows": None})) if named else ():
+        for key, name in list(missing):
+            if _has_named(record, key, name, data_format):
+                del missing[key, name]
+        if not missing:
+            return
+        columns.update(dict.fromkeys(record))
+    for key, name in missing:
+        guess, known = closest(name, list(columns)), describe_columns([columns])
+        remedy = f"did you mean `{shortened(guess)}`? " if guess else ""
+        raise DataError(source.path, f"no column `{name}` ({key})", f"{remedy}its columns are {known}")
+
+
+def _has_named(record: Record, key: str, name: str, data_format: DataFormat | None) -> bool:
+    """Whether a record has what a key of its source names: a column, a key of its messages, or of its answers."""
+    of_entries = key in _KEYS_OF_ENTRIES[:2] or (data_format is not None and data_format.kind == "ranking")
+    if data_format is not None and key in _KEYS_OF_ENTRIES and of_entries:
+        lists = (*data_format.messages_field, *data_format.prompt_field, *data_format.response_field,
+                 *data_format.chosen_field, *data_format.rejected_field, *data_format.answers_field)  # fmt: skip
+        values = [lookup(record, (column,)) for column in lists]
+        entries = [entry for value in values for entry in (value if isinstance(value, list) else [value])]
+        texts = any(isinstance(value, str) and value.lstrip().startswith("[") for value in values)
+        return texts or any(isinstance(entry, Mapping) and name in entry for entry in entries)
+    return find_column(record, (name,)) is not None
 
 
 def _suggest_columns(source: Source, records: Sequence[Record]) -> None:
@@ -273,121 +321,5 @@ def _check_kind(source: Source, method: str, data_format: DataFormat, records: S
 
 
 def _mostly_pairs(records: Sequence[Record]) -> bool:
-    return sum("chosen" in record and "rejected" in record for record in records) > len(records) / 2
-
-
-# Zero-width and control characters except tab, line feed and carriage return; soft hyphens; directional marks
-INVISIBLE_CHARACTERS = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
-    # The two joiners have a meaning in emoji and in Arabic and Indic scripts, but not next to Latin letters or spaces
-    "|(?<![^\x00-\u024f])[\u200c\u200d]|[\u200c\u200d](?![^\x00-\u024f])"
-)
-
-_TextStep = Callable[[str], str]
-
-
-def clean(example: Example, settings: CleanSection) -> Example:
-    """Applies the cleaning steps to characters, empty turns and the order of roles.
-
-    Raises:
-        Unusable: if a step drops the example, or a text becomes empty.
-    """
-    steps = _text_steps(settings)
-    if isinstance(example, Completion):
-        text = _apply(steps, example.text)
-        if not text.strip():
-            raise Unusable("empty_text")
-        return example if text is example.text else replace(example, text=text)
-    if isinstance(example, Conversation):
-        messages = _clean_messages(example.messages, settings, steps)
-        return example if messages is example.messages else replace(example, messages=messages)
-    if isinstance(example, PreferencePair):
-        return _clean_pair(example, settings, steps)
-    return example
-
-
-def _text_steps(settings: CleanSection) -> list[_TextStep]:
-    steps: list[_TextStep] = []
-    if settings.invisible == "remove":
-        steps.append(partial(INVISIBLE_CHARACTERS.sub, ""))
-    if settings.unicode == "nfc":
-        steps.append(_normalize_nfc)
-    return steps
-
-
-def _normalize_nfc(text: str) -> str:
-    return text if text.isascii() or unicodedata.is_normalized("NFC", text) else unicodedata.normalize("NFC", text)
-
-
-def _apply(steps: Sequence[_TextStep], text: str) -> str:
-    for step in steps:
-        text = step(text)
-    return text
-
-
-def _clean_pair(pair: PreferencePair, settings: CleanSection, steps: Sequence[_TextStep]) -> PreferencePair:
-    """Cleans the prompt with each of the two answers after it."""
-    first, second = (
-        _clean_messages((*pair.prompt, answer), settings, steps) for answer in (pair.chosen, pair.rejected)
-    )
-    if len(first) < 2:
-        raise Unusable("no_prompt")
-    if (first[-1].content, first[-1].tool_calls) == (second[-1].content, second[-1].tool_calls):
-        raise Unusable("chosen_equals_rejected")
-    return replace(pair, prompt=first[:-1], chosen=first[-1], rejected=second[-1])
-
-
-def _clean_messages(
-    messages: tuple[Message, ...], settings: CleanSection, steps: Sequence[_TextStep]
-) -> tuple[Message, ...]:
-    if steps:
-        messages = tuple(replace(m, content=_apply(steps, m.content)) for m in messages)
-        if any(m.role == "assistant" and is_empty(m) for m in messages):
-            raise Unusable("empty_answer")
-    if settings.empty_turns != "keep" and any(is_empty(m) and m.role in ("user", "system") for m in messages):
-        if settings.empty_turns == "drop":
-            raise Unusable("empty_turn")
-        messages = tuple(m for m in messages if not (is_empty(m) and m.role in ("user", "system")))
-    fault = None if settings.role_order == "keep" else role_order_fault(messages)
-    if fault is not None and settings.role_order == "merge":
-        messages = merge_consecutive_turns(messages)
-        fault = role_order_fault(messages)
-    if fault is not None:
-        raise Unusable("roles_out_of_order", fault)
-    return messages
-
-
-def role_order_fault(messages: Sequence[Message]) -> str | None:
-    """A description of the first fault in the order of roles; None if the order is valid."""
-    previous_role, speaker = "", None
-    for message in messages:
-        role = message.role
-        if role == previous_role and role != "tool":
-            return f"{role} twice in a row"
-        if role == "system" and previous_role:
-            return f"system after {previous_role}"
-        if role == "tool" and not _calls_tool(speaker):
-            return "a tool's result without a call"
-        if role != "tool":
-            speaker = message
-        previous_role = role
-    return None
-
-
-def _calls_tool(message: Message | None) -> bool:
-    if message is None or message.role != "assistant":
-        return False
-    return bool(message.tool_calls) or TOOL_CALL.search(message.content) is not None
-
-
-def merge_consecutive_turns(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Merges consecutive messages of one role, with a blank line between their texts; tool results stay separate."""
-    merged: list[Message] = []
-    for message in messages:
-        last = merged[-1] if merged else None
-        if last is None or last.role != message.role or message.role == "tool" or last.train != message.train:
-            merged.append(message)
-            continue
-        text = "\n\n".join(m.content for m in (last, message) if m.content)
-        merged[-1] = replace(last, content=text, tool_calls=(*last.tool_calls, *message.tool_calls))
-    return tuple(merged)
+    pairs = [load_format(name) for name in PAIR_FORMATS]
+    return sum(any(known.matches(record) for known in pairs) for record in records) > len(records) / 2

@@ -1,89 +1,172 @@
-"""The records of a source, from local files or a data set on the hub, and a hash of everything that decides them."""
+"""The records of a source, from files or a data set on the hub, and a hash of everything that decides them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from nesso_tune.data.files import (
+from nesso_tune import cache
+from nesso_tune.data.blocks import (
     BLOCK_RECORDS,
     Block,
     LocatedRecord,
     ObjectsBlock,
-    content_hash,
-    could_match,
-    count_lines,
+    Record,
     drop_nulls,
-    expand,
-    file_blocks,
-    files_under,
-    is_glob,
-    is_json_array,
-    is_json_lines,
-    is_local,
     limit_records,
     with_locations,
 )
+from nesso_tune.data.file_formats import count_lines, file_blocks, has_splits, is_json_lines
+from nesso_tune.data.files import (
+    ALL_SPLITS,
+    content_hash,
+    could_match,
+    expand,
+    files_under,
+    is_glob,
+    is_local,
+    is_remote,
+    select_files,
+)
 from nesso_tune.data.formats import load_format
+from nesso_tune.data.remote import is_downloaded, remote_files
 from nesso_tune.data.user_readers import is_user_reader, load_user_reader
 from nesso_tune.errors import DataError, Problem, RecipeError, RunEnvironmentError
+from nesso_tune.files import sha256
 from nesso_tune.hub import set_offline_if_unreachable
+from nesso_tune.logs import logger
 from nesso_tune.recipes.builtin import local_path, path_keys, reader_file
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import Source
 
+CHATGPT_READER = "recipes/readers/chatgpt.py:last_branch"
+PASSED_ROWS = "passed-data"  # folder of the cache
+# Keys of a source that say where its rows are, not how they are read
+_LOCATION_KEYS = ("path", "split", "subset", "revision", "alias", "private")
 # Examples of the files that a run writes, to match data globs against
 _RUN_FILES = ("metrics.jsonl", "data_report.json", "final/config.json", "checkpoint-1/trainer_state.json")
 
 
+class DataFile(NamedTuple):
+    """A data file, and its name in locations and messages: its path, or its URL."""
+
+    path: Path
+    name: str
+
+
 def source_records(source: Source) -> Iterator[LocatedRecord]:
-    """The records of a source, at most `max_rows`, with their locations."""
-    return with_locations(source_blocks(source))
+    """The records of a source, at most `max_rows`, with their locations.
+
+    Raises:
+        DataError: if its format is to be detected, and it is an export that only a reader can convert.
+    """
+    records = with_locations(source_blocks(source))
+    first = next(records, None)
+    if first is None:
+        return
+    if source.format == "auto":
+        _check_not_tree(first[0], source.path)
+    yield first
+    yield from records
 
 
 def source_blocks(source: Source) -> Iterator[Block]:
     """The records of a source in blocks, at most `max_rows`."""
-    if is_local_source(source):
-        blocks: Iterator[Block] = chain.from_iterable(file_blocks(file) for file in expand(source.path))
+    if has_files(source):
+        _report_selection(source)
+        texts = _text_columns(source)
+        blocks: Iterator[Block] = chain.from_iterable(
+            file_blocks(file.path, file.name, source.split, texts, source.private) for file in source_files(source)
+        )
     else:
         blocks = hub_blocks(source)
     return limit_records(blocks, source.max_rows)
 
 
+def source_files(source: Source) -> list[DataFile]:
+    """The files of a source with files, those of its split, in a fixed order; remote ones are downloaded."""
+    if is_remote(source.path):
+        return [DataFile(path, url) for path, url in remote_files(source.path, source.split, source.private)]
+    return [DataFile(path, str(path)) for path in expand(source.path, source.split)]
+
+
 def source_size(source: Source) -> int:
     """Bytes of the files of a source, or of a hub data set in memory: the sum of the sizes of its blocks."""
-    if is_local_source(source):
-        return sum(file.stat().st_size for file in expand(source.path))
+    if has_files(source):
+        return sum(file.path.stat().st_size for file in source_files(source))
     return hub_size(source)
 
 
 def count_records(source: Source) -> int:
-    """Number of records of a local source: the lines of JSON-lines files, otherwise counted while reading."""
-    files = expand(source.path)
-    lines = all(is_json_lines(file) and not is_json_array(file) for file in files)
+    """Number of records of a source with files: the lines of JSON-lines files, otherwise counted while reading."""
+    files = [file.path for file in source_files(source)]
+    lines = all(is_json_lines(file) for file in files)
     count = count_lines(files) if lines else sum(block.count() for block in source_blocks(source))
     return min(count, source.max_rows or count)
 
 
-def is_local_source(source: Source) -> bool:
-    """Whether a source consists of local files.
+def has_files(source: Source) -> bool:
+    """Whether a source consists of local files or of files behind a URL, not of a hub data set.
 
     Raises:
-        RecipeError: if it does, and sets a key that only applies to hub data sets (subset, revision, split).
+        RecipeError: if it does, and sets a key that only applies to hub data sets (subset, revision), or a split where
+            neither the names of the files nor the file itself have splits.
     """
-    if not is_local(source.path):
+    if not is_local(source.path) and not is_remote(source.path):
         return False
-    inert = [key for key in ("subset", "revision") if getattr(source, key) is not None]
-    inert += ["split"] if source.split != "train" else []
+    kind = "a URL" if is_remote(source.path) else "local files"
+    inert = [(key, kind) for key in ("subset", "revision") if getattr(source, key) is not None]
+    if source.split != "train" and is_local(source.path):
+        found = select_files(source.path, ALL_SPLITS)
+        if not found.splits and not (len(found.files) == 1 and has_splits(found.files[0])):
+            inert.append(("split", "local files whose names carry no splits"))
     if inert:
         raise RecipeError(
-            Problem(f"data.sources {source.path}", f"`{key}` has no effect on local files", "remove it")
-            for key in inert
+            Problem(f"data.sources {source.path}", f"`{key}` has no effect on {what}", "remove it")
+            for key, what in inert
         )
     return True
+
+
+def _text_columns(source: Source) -> frozenset[str]:
+    """The columns that hold texts by the format of a source."""
+    if source.format == "auto" or is_user_reader(source.format):
+        names = (source.prompt_field, source.input_field, source.response_field, source.text_field)
+        return frozenset(name for name in names if name is not None)
+    data_format = load_format(source.format).adapted(source)
+    columns = (data_format.prompt_field, data_format.input_field, data_format.response_field, data_format.text_field,
+               data_format.choice_fields)  # fmt: skip
+    return frozenset(name for names in columns for name in names)
+
+
+def _report_selection(source: Source) -> None:
+    """Says once which split of a folder is read, and which of its files are not data."""
+    if is_remote(source.path) or source.private:  # messages name files
+        return
+    found = select_files(source.path, source.split)
+    if found.split is not None and found.splits != ("train",):
+        others = [name for name in found.splits if name != found.split]
+        _say_once(f"{source.path}: reads split {found.split}" + (f", not {', '.join(others)}" if others else ""))
+    if found.skipped:
+        names = ", ".join(found.skipped[:5]) + (" …" if len(found.skipped) > 5 else "")
+        _say_once(f"{source.path}: skips {names} (hidden, metadata, or not data)")
+
+
+@lru_cache(maxsize=1024)
+def _say_once(text: str) -> None:
+    logger.info(text)
+
+
+def _check_not_tree(record: Record, path: str) -> None:
+    """Raises DataError for a chat of ChatGPT's export, a tree of messages: a reader takes the last branch."""
+    if isinstance(record.get("mapping"), dict) and "current_node" in record:
+        raise DataError(
+            path, "is an export of ChatGPT, whose chats are trees of messages", f"set format: {CHATGPT_READER}"
+        )
 
 
 class SourceContent(NamedTuple):
@@ -111,12 +194,26 @@ def source_content(source: Source) -> SourceContent:
     else:
         data_format = None if source.format == "auto" else load_format(source.format).model_dump(mode="json")
     tools = None if source.tools_file is None else content_hash(expand(source.tools_file))
-    rows = content_hash(expand(source.path)) if is_local_source(source) else hub_fingerprint(source)
+    files = [file.path for file in source_files(source)] if has_files(source) else None
+    rows = hub_fingerprint(source) if files is None else _rows_hash(files)
     reads = [content_hash(files_under(path)) for path in source.reads]
     paths = {key for (key,) in path_keys(Source)}
     settings = source.model_dump(mode="json", exclude={"weight", "private", "alias", *paths})
     settings["rules"] = {code: {**rule, "weight": None} for code, rule in settings["rules"].items()}
     return SourceContent(rows, tools, reads, data_format, settings)
+
+
+def _rows_hash(files: list[Path]) -> str:
+    """Hash of the bytes of files and of which ones wrap their rows: of a file of one line, its name decides that."""
+    wrapped = [i for i, file in enumerate(files) if _wraps_rows(file)]
+    return f"{content_hash(files)}-{wrapped}" if wrapped else content_hash(files)
+
+
+def _wraps_rows(file: Path) -> bool:
+    try:
+        return has_splits(file)
+    except DataError:  # reading the rows raises it, after the errors of the files before it
+        return False
 
 
 def check_output(recipe: Recipe) -> None:
@@ -126,7 +223,7 @@ def check_output(recipe: Recipe) -> None:
         RecipeError: if the run would read files that it writes, or its output folder contains an input.
     """
     output = Path(recipe.output_dir).resolve()
-    for key, path in _input_paths(recipe):
+    for key, path in input_paths(recipe):
         root = local_path(path)
         several = root.is_dir() or (not root.exists() and is_glob(path))
         if several and could_match(path, *(output / name for name in _RUN_FILES)):
@@ -142,8 +239,8 @@ def check_output(recipe: Recipe) -> None:
             )  # fmt: skip
 
 
-def _input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The key and path of every local input of a run, except its base model."""
+def input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The key and path of every local input of a run, except its base model; patterns and folders as they are."""
     data, template = recipe.data, recipe.chat.template
     if template is not None and template.endswith((".yaml", ".yml")):
         yield "chat.template", template
@@ -165,6 +262,55 @@ def _auxiliary_paths(source: Source) -> Iterator[tuple[str, str]]:
     if source.tools_file is not None:
         yield "tools_file", source.tools_file
     yield from (("reads", path) for path in source.reads)
+
+
+def passed_source(rows: Any, name: str, replaced: Sequence[Source]) -> Source:
+    """The source of a data set that is passed in Python, as a file of the cache that is named by its content.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        name: its name in reports and errors.
+        replaced: the recipe's sources in whose place it is read: with the keys on which all of them agree, such as
+            `format` and `language`. It is private if one of them is.
+
+    Raises:
+        DataError: if it is no data set, or has no rows.
+    """
+    import datasets
+
+    if not isinstance(rows, datasets.Dataset):
+        is_split = isinstance(rows, datasets.DatasetDict)
+        remedy = f"pass one of its splits: {', '.join(rows)}" if is_split else "make one: datasets.Dataset.from_list(…)"
+        raise DataError(name, f"is a {type(rows).__name__}, not a datasets.Dataset", remedy)
+    if not len(rows):
+        raise DataError(name, "has no rows", "pass a data set with rows")
+    stated = [source.model_dump(exclude_unset=True) for source in replaced]
+    agreed = {
+        key: value
+        for key, value in stated[0].items()
+        if key not in _LOCATION_KEYS and all(key in other and other[key] == value for other in stated)
+    }
+    private = any(source.private for source in replaced)
+    return Source.model_validate({**agreed, "path": str(_stored(rows, name)), "alias": name, "private": private})
+
+
+def _stored(rows: Any, name: str) -> Path:
+    """The file of the cache with the rows of a data set."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    root = cache.cache_root() / PASSED_ROWS
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=root) as folder:
+        file = Path(folder) / "rows.parquet"
+        rows.to_parquet(file)
+
+        def build(staging: Path) -> dict[str, Any]:
+            file.rename(staging / file.name)
+            return {}
+
+        found, _, _ = cache.get_or_build(PASSED_ROWS, sha256(file)[:24], build, lambda path, _: path, name)
+    return found / file.name
 
 
 def hub_blocks(source: Source) -> Iterator[Block]:
@@ -192,12 +338,29 @@ def hub_fingerprint(source: Source) -> str:
 
 
 def is_cached(source: Source) -> bool:
-    """Whether a hub data set is in the local cache. Call it only if `HF_HUB_OFFLINE` is set."""
+    """Whether a hub data set, or the files of a URL, are in the local cache.
+
+    Call it only if `HF_HUB_OFFLINE` is set.
+    """
+    if is_remote(source.path):
+        return is_downloaded(source.path, source.split)
     try:
         _dataset(source)
     except (DataError, RunEnvironmentError):
         return False
     return True
+
+
+def fetch(source: Source) -> None:
+    """Downloads a hub data set or the files of a URL into the local cache; checks that local files exist.
+
+    Raises:
+        DataError, RunEnvironmentError: if they do not exist, or cannot be reached.
+    """
+    if has_files(source):
+        source_files(source)
+    else:
+        _dataset(source)
 
 
 def _dataset(source: Source) -> Any:

@@ -6,28 +6,24 @@ chosen and rejected answer of a pair).
 
 from __future__ import annotations
 
-import hashlib
-import json
 import zipfile
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from nesso_tune.chat.encoding import IGNORE_INDEX, Encoded, EncodedPair
-from nesso_tune.conversation import Completion, Conversation, Message, Tokenized
-from nesso_tune.data.convert import Example
+from nesso_tune.chat.encoding import IGNORE_INDEX
+from nesso_tune.data.block_encoder import Chunk, Identity
 from nesso_tune.data.report import TokenCounts
 
 IntArray = npt.NDArray[Any]
 IDS_FILE, MASK_FILE, COLUMNS_FILE = "ids.bin", "trained.bin", "entries.npz"
 _ID_DTYPE, _MASK_DTYPE = np.dtype("<i4"), np.dtype("u1")
-_NO_HASH = 0  # for the answers of a record that is not a pair
 
 
 @dataclass(frozen=True, repr=False)
@@ -229,95 +225,3 @@ class DocumentWriter:
         with (self._folder / COLUMNS_FILE).open("wb") as stream:
             columns: dict[str, Any] = {"kept": records.astype(np.int64), **self._columns}
             np.savez(stream, **columns)
-
-
-@dataclass
-class Chunk:
-    """Encoded records of one block of a file.
-
-    Attributes:
-        prefix: location of a row without its number, e.g. `FILE:`.
-        ids, supervised: token ids and loss mask of all documents, concatenated.
-        lengths: tokens of each document.
-        supervised_counts: supervised tokens of each record.
-        languages: language code of each record.
-        numbers: row number of each record in its file.
-        identities: four content hashes per record, concatenated; see `Identity`.
-        mismatched: 1 for a pair with an answer in another language than its prompt.
-    """
-
-    prefix: str
-    ids: array[int] = field(default_factory=lambda: array("i"))
-    supervised: bytearray = field(default_factory=bytearray)
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    supervised_counts: array[int] = field(default_factory=lambda: array("q"))
-    languages: list[str] = field(default_factory=list)
-    numbers: array[int] = field(default_factory=lambda: array("q"))
-    identities: array[int] = field(default_factory=lambda: array("Q"))
-    mismatched: bytearray = field(default_factory=bytearray)
-
-    def add(
-        self, record: Encoded | EncodedPair, language: str, number: int, identity: Identity, mismatched: bool = False
-    ) -> None:
-        """Appends one conversation, text or pair."""
-        if isinstance(record, Encoded):
-            mask = bytes(record.trained)
-            self.ids.extend(record.ids)
-            self.lengths.append(len(record.ids))
-        else:
-            parts = (record.prompt, record.chosen, record.rejected)
-            for part in parts:
-                self.ids.extend(part)
-            self.lengths.extend(map(len, parts))
-            mask = bytes(len(record.prompt)) + b"\1" * (len(record.chosen) + len(record.rejected))
-        self.supervised += mask
-        self.supervised_counts.append(mask.count(1))
-        self.languages.append(language)
-        self.numbers.append(number)
-        self.identities.extend(identity)
-        self.mismatched.append(mismatched)
-
-
-class Identity(NamedTuple):
-    """64-bit content hashes of a record: equal for records with the same text.
-
-    Attributes:
-        whole: hash of all turns and tools.
-        prompt: hash of the turns before the last answer, or of all turns if there is no answer.
-        chosen, rejected: hashes of a pair's answers, each with the prompt; 0 for other records.
-    """
-
-    whole: int
-    prompt: int
-    chosen: int = _NO_HASH
-    rejected: int = _NO_HASH
-
-
-def identity_of(item: Example) -> Identity:
-    """The content hashes of a record; its language and its source do not count."""
-    if isinstance(item, Tokenized):
-        key = _hash(",".join(map(str, item.input_ids)))
-        return Identity(key, key)
-    if isinstance(item, Completion):
-        key = _hash(item.text)
-        return Identity(key, key)
-    tools = json.dumps(item.tools, ensure_ascii=False) if item.tools else ""
-    if isinstance(item, Conversation):
-        turns = _turn_texts(item.messages)
-        last = next((i for i in reversed(range(len(turns))) if item.messages[i].role == "assistant"), len(turns))
-        return Identity(_hash(tools, *turns), _hash(*turns[:last]))
-    prompt = _turn_texts(item.prompt)
-    chosen, rejected = _turn_texts([item.chosen, item.rejected])
-    return Identity(
-        _hash(tools, *prompt, chosen, rejected), _hash(*prompt), _hash(*prompt, chosen), _hash(*prompt, rejected)
-    )
-
-
-def _turn_texts(messages: Iterable[Message]) -> list[str]:
-    """Role, content and tool calls of each message, separated by control characters."""
-    return [f"{m.role}\x1f{m.content}\x1f{json.dumps(m.tool_calls) if m.tool_calls else ''}" for m in messages]
-
-
-def _hash(*texts: str) -> int:
-    digest = hashlib.blake2b("\x1e".join(texts).encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

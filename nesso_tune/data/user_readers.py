@@ -29,7 +29,7 @@ from typing import Any
 
 from nesso_tune.data.files import content_hash, files_under
 from nesso_tune.errors import RecipeError, closest, first_line
-from nesso_tune.recipes.builtin import reader_file
+from nesso_tune.recipes.builtin import local_path, reader_file
 
 ReaderFunction = Callable[[dict[str, Any]], Any]
 ModuleFiles = dict[str, Path | None]  # files of imported modules; None for modules that are not the user's own
@@ -96,7 +96,8 @@ def _hash_code(name: str, hashes: Sequence[str]) -> str:
 
 
 def _load_function(name: str) -> ReaderFunction:
-    file, _, function = name.rpartition(":")
+    path, _, function = name.rpartition(":")
+    file = str(local_path(path))
     module = ModuleType(f"nesso_tune_reader_{len(_loaded)}_{Path(file).stem}")
     module.__file__ = file
     sys.modules[module.__name__] = module  # dataclasses and pickle look up the module of a class there
@@ -133,7 +134,7 @@ def _outdated_modules(name: str) -> list[str]:
     are imported again, since they may hold references to it; otherwise they stay, since the calling program may use
     them.
     """
-    file, modules = Path(reader_file(name)), _find_modules(name)
+    file, modules = local_path(reader_file(name)), _find_modules(name)
     siblings = [
         module
         for module in modules
@@ -164,7 +165,7 @@ def _find_modules(name: str) -> dict[str, bytes]:
     Raises:
         RecipeError: if a file cannot be read.
     """
-    file = Path(reader_file(name))
+    file = local_path(reader_file(name))
     try:
         found = {"": file.read_bytes()}
         files, folders = _module_files.get(name, {}), _folders_in_strings(file, found[""])

@@ -8,6 +8,7 @@ may use torch on the CPU, run with one thread (as in the workers of torch's `Dat
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import sys
@@ -16,14 +17,16 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from nesso_tune import cache
+from nesso_tune.data.files import FileHash, FileStamp, hashed_files, trust_hashes
 from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.recipes.schema import Recipe
 
@@ -51,18 +54,22 @@ def parallel_map(function: Callable[[Block], Result], blocks: Iterable[Block]) -
 
     Raises:
         RunEnvironmentError: if a worker process is killed.
-        Exception: whatever the function raises, in the place of that block's result.
+        Exception: whatever the function raises, in the place of that block's result; whatever reading the blocks
+            raises, after the results of all earlier blocks. So the first error of the data is the one that is raised.
     """
-    processes, blocks = available_cores() if sys.platform == "linux" else 1, iter(blocks)
-    first = list(islice(blocks, MIN_PARALLEL_BLOCKS))
+    processes, read = available_cores() if sys.platform == "linux" else 1, _with_error_as_last(blocks)
+    first = list(islice(read, MIN_PARALLEL_BLOCKS))
     if processes == 1 or len(first) < MIN_PARALLEL_BLOCKS:
-        yield from map(function, chain(first, blocks))
+        for block in chain(first, read):
+            if isinstance(block, _ReadError):
+                raise block.error
+            yield function(block)
         return
     with _process_pool(function, processes) as pool:
         pending: deque[Future[Result]] = deque()
         try:
-            for block in chain(first, blocks):
-                pending.append(pool.submit(_apply, block))
+            for block in chain(first, read):
+                pending.append(block.future() if isinstance(block, _ReadError) else pool.submit(_apply, block))
                 if len(pending) >= BLOCKS_AHEAD_PER_PROCESS * processes:
                     yield pending.popleft().result()
             while pending:
@@ -71,6 +78,26 @@ def parallel_map(function: Callable[[Block], Result], blocks: Iterable[Block]) -
             raise RunEnvironmentError(
                 "preparation", "a worker process was killed", "check whether the machine ran out of memory; run again"
             ) from None
+
+
+@dataclass(frozen=True)
+class _ReadError:
+    """An error that reading a block raised, in the place of that block."""
+
+    error: Exception
+
+    def future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(self.error)
+        return future
+
+
+def _with_error_as_last(blocks: Iterable[Block]) -> Iterator[Block | _ReadError]:
+    """The blocks; blocks are read ahead of their results, so an error of reading must wait for its turn."""
+    try:
+        yield from blocks
+    except Exception as error:
+        yield _ReadError(error)
 
 
 @contextmanager
@@ -95,12 +122,48 @@ def _start_worker(function: Callable[[Any], Any]) -> None:
     torch = sys.modules.get("torch")
     if torch is not None:  # its thread pool does not survive a fork: a user reader could wait for it forever
         torch.set_num_threads(1)
-    _follow_parent()
+    follow_parent()
 
 
 def _apply(block: Any) -> Any:
     assert _function is not None
     return _function(block)
+
+
+@dataclass(frozen=True)
+class ReadFiles:
+    """The files that a process has read and hashed, so that another process on the machine need not.
+
+    Attributes:
+        data: of the sources, see `data.files.hashed_files`.
+        cached: of prepared data in the cache, see `cache.verified_files`.
+    """
+
+    data: dict[str, FileHash]
+    cached: dict[str, cache.Stamp]
+
+    @classmethod
+    def of_this_process(cls) -> ReadFiles:
+        """The files that this process has read."""
+        return cls(hashed_files(), cache.verified_files())
+
+    @classmethod
+    def from_json(cls, text: str) -> ReadFiles:
+        """Reads what `to_json` returned."""
+        data, cached = json.loads(text)
+        hashes = {
+            name: (cast(FileStamp, tuple(stamp)), bytes.fromhex(digest)) for name, (stamp, digest) in data.items()
+        }
+        return cls(hashes, {name: cast(cache.Stamp, tuple(stamp)) for name, stamp in cached.items()})
+
+    def to_json(self) -> str:
+        """The files as ASCII text, for another process."""
+        return json.dumps([{name: (stamp, digest.hex()) for name, (stamp, digest) in self.data.items()}, self.cached])
+
+    def trust(self) -> None:
+        """Takes them over from another process: files that were not changed since then are not read again."""
+        trust_hashes(self.data)
+        cache.trust_verified(self.cached)
 
 
 @contextmanager
@@ -146,8 +209,8 @@ def wait_for_background_preparation(recipe: Recipe) -> None:
     (_, process, receiver), _background = _background, None
     error = None
     with suppress(EOFError):  # the process was killed
-        error, verified = receiver.recv()
-        cache.trust_verified(verified)  # so that no file is read and hashed a second time
+        error, files = receiver.recv()
+        files.trust()
     process.join()
     if error is not None:
         raise error
@@ -157,17 +220,17 @@ def _prepare(prepare: Callable[[Recipe], Any], recipe: Recipe, sender: Connectio
     """Runs in the background process."""
     global _background
     _background = None
-    _follow_parent()
+    follow_parent()
     os.nice(_NICENESS)
     try:
         prepare(recipe)
-        sender.send((None, cache.verified_files()))
+        sender.send((None, ReadFiles.of_this_process()))
     except Exception as error:
         with suppress(Exception):  # an error that cannot be pickled is raised again when the caller prepares the data
-            sender.send((error, {}))
+            sender.send((error, ReadFiles({}, {})))
 
 
-def _follow_parent() -> None:
+def follow_parent() -> None:
     """Leaves signals to the parent process, and makes this process end when the parent does."""
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)

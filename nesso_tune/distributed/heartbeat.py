@@ -30,6 +30,7 @@ GRACE_S = 5.0  # for the main thread to end by itself: gloo raises an error when
 NCCL_GRACE_S = 2.0  # only for an error that all ranks raise; torch's own watchdog may abort the process after that
 OWN_ERROR_S = 30.0  # for the main thread to report an error of its own
 CONNECT_TIMEOUT_S = 30.0
+ALL_CONNECTED_S = 2.0  # for the ranks that have just joined to connect, before rank 0 tells them of its error
 MAX_LINE = 4096  # bytes
 ADDRESS_KEY = "heartbeat"
 KEEPALIVE_S = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}  # 60 s in all
@@ -71,8 +72,11 @@ class Heartbeat:
     Rank 0 passes what it learns of one rank on to the others. The main thread has `grace_s` to end by itself.
     """
 
-    def __init__(self, rank: int, on_loss: Callable[[Sequence[RankState]], None], grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self, rank: int, world_size: int, on_loss: Callable[[Sequence[RankState]], None], grace_s: float = GRACE_S
+    ) -> None:
         self._own, self._on_loss, self._grace_s = RankState(rank), on_loss, grace_s
+        self._unconnected = set(range(1, world_size)) if rank == 0 else set[int]()
         self._states: dict[int, RankState] = {}
         self._connections: list[_Connection] = []
         self._server: socket.socket | None = None
@@ -112,6 +116,9 @@ class Heartbeat:
 
     def end_run(self, exit_code: int | None = None) -> None:
         """Tells the others that this rank has ended its run, and whether by an error. It no longer needs them."""
+        deadline = time.monotonic() + ALL_CONNECTED_S
+        while exit_code is not None and self._unconnected and time.monotonic() < deadline:
+            time.sleep(0.01)  # a rank that connects too late would not learn why this one is gone
         with self._lock:
             self._own = replace(self._own, ended_runs=self._own.ended_runs + 1, exit_code=exit_code)
             self._in_run, self._noticed_at, self._wait_until = False, None, 0.0
@@ -174,6 +181,7 @@ class Heartbeat:
             if not hmac.compare_digest(token, self._token) or not rank.isdigit():
                 return False
             connection.rank = int(rank)
+            self._unconnected.discard(connection.rank)
             for state in (self._own, *self._states.values()):
                 self._send(state, only=connection)
             return True

@@ -55,7 +55,8 @@ def _contradictions(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) 
 
 def _fsdp_contradictions(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) -> list[tuple[str, str]]:
     setting = f"distributed.fsdp: {recipe.distributed.fsdp}"
-    if recipe.distributed.fsdp == "none":
+    if not plan.sharded:
+        setting += f", which does not shard here ({plan.sharding_reason})" if plan.sharding_reason else ""
         return [("distributed_type: FSDP", setting)]
     found = []
     version = environment.get("FSDP_VERSION", "2")

@@ -64,12 +64,17 @@ class Membership:
     def __init__(self, store: dist.Store, groups: dist.Store, hosts: Sequence[str], launcher_store: bool) -> None:
         self.store, self.hosts, self.launcher_store = store, tuple(hosts), launcher_store
         self._group_root = groups  # a connection of its own: a process group can block one while it waits
-        self._polls = self._groups = 0
+        self._polls = self._groups = self._turns = 0
 
     def new_group_store(self) -> dist.Store:
         """A namespace of the store for one more process group: each run of a chain has its own group."""
         self._groups += 1
         return dist.PrefixStore(f"group/{self._groups}", self._group_root)
+
+    def new_turn(self) -> str:
+        """A namespace of the store for work that ranks do one after another."""
+        self._turns += 1
+        return f"turn/{self._turns}"
 
     def unresponsive_ranks(self) -> list[int] | None:
         """After a failure, the ranks that do not respond; None if the store does not respond."""

@@ -79,6 +79,8 @@ class PreemptionCallback(TrainerCallback):
         if self._trainer.accelerator.num_processes > 1:
             stop = self._trainer.sum_over_processes(stop)
         if stop.item() and state.global_step < self._total_steps:  # the last step ends the run anyway
-            self.stopped_at = state.global_step
+            self.stopped_at, self._trainer.preempted = state.global_step, True
             control.should_save = control.should_training_stop = True
+        elif control.should_training_stop:  # by a callback: the trainer then evaluates and saves
+            control.should_log = True
         return control

@@ -6,6 +6,7 @@ thread waits for a lost one is ended by its heartbeat: a call into a library can
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
@@ -24,12 +25,14 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
 
+from nesso_tune.cache import WAIT_MESSAGES_S
 from nesso_tune.distributed.heartbeat import GRACE_S, NCCL_GRACE_S, Heartbeat, RankState
 from nesso_tune.distributed.membership import Membership, wait_for_ranks, with_timeout
 from nesso_tune.errors import NessoError, RunEnvironmentError, exit_code_of, first_line, from_os_error
 from nesso_tune.logs import EVERY_RANK, logger
-from nesso_tune.planning.hardware import Gpu
+from nesso_tune.planning.hardware import gpu_of_device
 from nesso_tune.planning.plan import World
 
 SHARED_FILE_TIMEOUT_S = 5  # network file systems may show a new file only after a moment
@@ -39,16 +42,36 @@ LOST_RANK_MESSAGES = (
     "Timed out", "timed out", "NCCL communicator was aborted", "remote process exited",
 )  # fmt: skip
 
+T = TypeVar("T")
 ABORT_TIMEOUT_S = 5.0
+MAX_POLL_S = 0.5
 LOSS_NOTICE_S = 2.0  # for the heartbeat to hear of the rank whose loss made a collective operation fail
 EXIT_TIMEOUT_S = 10.0  # to print why the heartbeat ends this process
 LOST_RANK_REMEDY = "see its own message, or the launcher's; the same command resumes from the last checkpoint"
+PREPARE_REMEDY = "run `nesso-tune prepare` first, which has the time it needs, or raise distributed.timeout_s"
 LOST_RANK = "lost rank"  # what is common to the messages of all ranks about it
 
 # For the lifetime of this process, across the runs of a chain
 _membership: Membership | None = None
 _heartbeat: Heartbeat | None = None
 _exit_with: Callable[[NessoError], None] | None = None
+
+
+def join_ranks(timeout_s: int) -> None:
+    """Waits until all ranks have joined, and starts the heartbeat. Once a process; a single process joins nothing.
+
+    No process group is needed, so the ranks notice a lost one while the data is prepared, which has no timeout there.
+
+    Raises:
+        RunEnvironmentError: if ranks do not join within `timeout_s`.
+    """
+    global _membership, _heartbeat
+    if world_size() == 1 or _membership is not None:
+        return
+    _membership = wait_for_ranks(world_size(), timeout_s)
+    grace_s = NCCL_GRACE_S if torch.cuda.is_available() else GRACE_S
+    _heartbeat = Heartbeat(int(os.environ["RANK"]), world_size(), _end_process, grace_s)
+    _heartbeat.start(_membership.store, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
 def init_process_group(timeout_s: int) -> None:
@@ -63,13 +86,10 @@ def init_process_group(timeout_s: int) -> None:
     Raises:
         RunEnvironmentError: if ranks do not join, or cannot communicate.
     """
-    global _membership, _heartbeat
     on_gpu, timeout = torch.cuda.is_available(), timedelta(seconds=timeout_s)
     if world_size() > 1 and not dist.is_initialized():
-        if _membership is None:
-            _membership = wait_for_ranks(world_size(), timeout_s)
-            _heartbeat = Heartbeat(int(os.environ["RANK"]), _end_process, NCCL_GRACE_S if on_gpu else GRACE_S)
-            _heartbeat.start(_membership.store, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        join_ranks(timeout_s)
+        assert _membership is not None
         try:
             dist.init_process_group(
                 "nccl" if on_gpu else "gloo", store=_membership.new_group_store(), rank=int(os.environ["RANK"]),
@@ -78,6 +98,105 @@ def init_process_group(timeout_s: int) -> None:
         except RuntimeError as error:
             raise _network_error("cannot connect to the other ranks, though all have joined", error) from None
     PartialState(cpu=not on_gpu, timeout=timeout)
+
+
+@contextmanager
+def one_rank_first(what: str, timeout_s: int, hand_over: Callable[[], str]) -> Iterator[str | None]:
+    """Lets rank 0 run the block first, then one rank of each other node, then the remaining ranks.
+
+    For work whose result a file system holds afterwards. It needs `join_ranks`, but no process group.
+
+    Args:
+        what: the work, for messages.
+        timeout_s: seconds that a rank waits for another one.
+        hand_over: called after the block in the first rank of each node.
+
+    Yields:
+        What the first rank of this node handed over; None in that rank itself.
+
+    Raises:
+        RunEnvironmentError: if the rank before this one failed, is lost, or is not done within `timeout_s`.
+    """
+    if _membership is None:
+        yield None
+        return
+    rank, turn = int(os.environ["RANK"]), _membership.new_turn()
+    first = rank - int(os.environ.get("LOCAL_RANK") or "0")
+    if rank != first:
+        yield _wait_for(f"{turn}/{first}", first, what, timeout_s, PREPARE_REMEDY)
+        return
+    if rank != 0:
+        _wait_for(f"{turn}/0", 0, what, timeout_s, PREPARE_REMEDY)
+    yield None
+    _membership.store.set(f"{turn}/{rank}", hand_over())
+
+
+def exchange_later(what: str, timeout_s: int, *, in_thread: bool) -> Callable[[T], list[T] | None]:
+    """A function that gathers JSON data of each rank and may be called in another thread. Every rank must call this.
+
+    Args:
+        what: what the ranks do before they call the function, for messages.
+        timeout_s: seconds that rank 0 waits for each of the others.
+        in_thread: whether the function is called in a thread beside the main thread.
+
+    Returns:
+        A function that returns the values of all ranks on rank 0, and None on the others, which do not wait. It raises
+        RunEnvironmentError if a rank is lost, or is not done within `timeout_s`.
+    """
+    if world_size() == 1:
+        return lambda value: [value]
+    assert _membership is not None
+    store, space, rank = _membership.store, _membership.new_turn(), int(os.environ["RANK"])
+
+    def exchange(value: T) -> list[T] | None:
+        store.set(f"{space}/{rank}", json.dumps(value))
+        if rank != 0:
+            return None
+        values, remedy = [], "check its disk, or raise distributed.timeout_s"
+        for other in range(world_size()):
+            key = f"{space}/{other}"
+            values.append(json.loads(_wait_for(key, other, what, timeout_s, remedy, in_thread=in_thread)))
+            store.delete_key(key)
+        return values
+
+    return exchange
+
+
+def _wait_for(key: str, rank: int, what: str, timeout_s: int, remedy: str, *, in_thread: bool = False) -> str:
+    """Waits until a rank has set a key of the store; returns its value. One rank of each node says so.
+
+    In a thread beside the main thread, what the rank has set before it was lost still counts, and no message of the run
+    is claimed: the main thread fails by itself.
+    """
+    assert _membership is not None
+    started, name = time.monotonic(), _membership.describe(rank)
+    next_message, interval = WAIT_MESSAGES_S
+    try:
+        while True:
+            lost = [] if _heartbeat is None else _heartbeat.lost_ranks()
+            if lost and not in_thread:
+                raise _error_of(lost, f"while this rank waited for {what}")
+            if _membership.store.check([key]):
+                return str(_membership.store.get(key).decode())
+            if lost:
+                names = ", ".join(_membership.describe(state.rank) for state in lost)
+                raise RunEnvironmentError(_this_rank(), f"lost contact with {names} during {what}", LOST_RANK_REMEDY)
+            waited = time.monotonic() - started
+            if waited >= timeout_s:
+                error = RunEnvironmentError(_this_rank(), f"{what}: {name} was not done within {timeout_s} s", remedy)
+                error.same_on_ranks = f"{what}: {name}"
+                raise error
+            if waited >= next_message and int(os.environ.get("LOCAL_RANK") or "0") <= 1:
+                next_message += interval
+                logger.info(
+                    f"{_this_rank()}: {what}: waiting for {name}, {waited:.0f} s so far (at most {timeout_s} s)",
+                    extra=EVERY_RANK,
+                )
+            time.sleep(min(MAX_POLL_S, 0.01 + waited / 10))  # short waits end at once
+    except (dist.DistError, RuntimeError) as error:
+        if in_thread:
+            raise RunEnvironmentError(_this_rank(), f"{what}: {first_line(error)}", LOST_RANK_REMEDY) from None
+        raise _lost_rank_error(error) from None
 
 
 def on_lost_rank(exit_with: Callable[[NessoError], None]) -> None:
@@ -147,11 +266,13 @@ def is_main_process() -> bool:
 
 
 def detect_world() -> World:
-    """Number of processes and, if there is one, the GPU."""
+    """Number of processes, in all and on each node, and, if there is one, the GPU."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
     if not torch.cuda.is_available():
-        return World(world_size())
+        return World(world_size(), None, per_node)
     memory = torch.cuda.get_device_properties(0).total_memory
-    return World(world_size(), Gpu(torch.cuda.get_device_name(), memory, bfloat16=torch.cuda.is_bf16_supported()))
+    gpu = gpu_of_device(torch.cuda.get_device_name(), memory, torch.cuda.is_bf16_supported())
+    return World(world_size(), gpu, per_node)
 
 
 def idle_gpus() -> int:
@@ -165,6 +286,25 @@ def broadcast_from_rank0(value: Any) -> Any:
         return value
     (shared,) = broadcast_object_list([value], from_process=0)
     return shared
+
+
+def broadcast_weights(model: nn.Module) -> bool:
+    """Copies parameters and buffers of rank 0 into the model of every other rank, one after the other. Collective.
+
+    Returns:
+        Whether it was done: not if the ranks' models differ in a name, shape or type, which all of them notice.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    layout = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors.items()]
+    if any(other != layout for other in gather_object([layout])):
+        return False
+    device = PartialState().device
+    for tensor in tensors.values():
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(device)  # any type, also with gloo
+        dist.broadcast(flat, src=0)
+        if not is_main_process() and flat.data_ptr() != tensor.data_ptr():  # a GPU's copy
+            tensor.detach().copy_(flat.to(tensor.device).view(tensor.dtype).reshape(tensor.shape))
+    return True
 
 
 def barrier() -> None:
@@ -214,7 +354,11 @@ def report_lost_ranks() -> Iterator[None]:
             _heartbeat.expect_own_error()
         if _membership is not None and own_error.prints_message is None:
             _membership.mark_reported()
-            own_error.prints_message = _membership.claim_message(own_error.same_on_ranks or str(own_error))
+            claimed = _membership.claim_message(own_error.same_on_ranks or str(own_error))
+            if claimed is None:  # the rank that served the store has ended, with an error of its own
+                rank = "LOCAL_RANK" if isinstance(own_error, RunEnvironmentError) else "RANK"
+                claimed = os.environ.get(rank, "0") == "0"
+            own_error.prints_message = claimed
         if own_error is raised:
             raise
         raise own_error from raised
@@ -259,7 +403,8 @@ def _error_of(lost: Sequence[RankState], reason: str) -> RunEnvironmentError:
         what = f"cannot go on: {names} failed (exit code {failed[0].exit_code})"
     result = RunEnvironmentError(_this_rank(), what, LOST_RANK_REMEDY)
     result.exit_code = result.exit_code if not failed else failed[0].exit_code or result.exit_code
-    claimed = _membership.claim_message(LOST_RANK)
+    loses_store = not _membership.launcher_store and any(state.rank == 0 for state in lost)  # its answers may be lost
+    claimed = None if loses_store else _membership.claim_message(LOST_RANK)
     result.prints_message = _prints_for_its_node() if claimed is None else claimed
     return result
 

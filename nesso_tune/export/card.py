@@ -1,54 +1,234 @@
-"""Model card of `final/`: usage, training, data and validation results, without private sources."""
+"""Model card of a model folder, from its `provenance.json` and `config.json` alone.
+
+`FIELDS` maps every value of the tables to its file and key. What is not known is a marked placeholder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from nesso_tune.data.privacy import Privacy
-from nesso_tune.data.report import DataReport
+from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.evaluation.records import Evaluations, read_records
+from nesso_tune.export.stages import PROVENANCE, Stage, read_stages, to_provenance, with_card, write_stages
+from nesso_tune.files import atomic_write
 from nesso_tune.logs import visible
-from nesso_tune.planning.plan import Plan
-from nesso_tune.recipes.schema import Recipe
+from nesso_tune.recipes import load_recipe
+from nesso_tune.runs.checkpoint import MANIFEST
+from nesso_tune.runs.layout import CANDIDATE, FINAL, RECIPE, run_manifest
 
-METRICS = ("eval_loss", "stop_rate", "exact_match", "train_exact_match", "eval_rewards/accuracies", "closer_to_chosen")
+PLACEHOLDER = "[placeholder: "
+CARD = "README.md"
+LIBRARIES = {"hf": "transformers", "adapter": "peft", "mlx": "mlx"}
 
 
-def model_card(
-    recipe: Recipe, plan: Plan, report: DataReport, metrics: Mapping[str, Any], chosen: Sequence[str] = ()
-) -> str:
-    """README.md of `final/`, in Markdown.
+@dataclass(frozen=True)
+class CardField:
+    """A row of a table of the card.
+
+    Attributes:
+        label: first column.
+        file: file in the model folder.
+        key: dotted key in that file; of a stage, relative to the stage.
+        format: of numbers.
+    """
+
+    label: str
+    file: str
+    key: str
+    format: str = ""
+
+
+CONFIG = "config.json"
+MODEL_FIELDS = (
+    CardField("Architecture", CONFIG, "architectures.0"),
+    CardField("Parameters", PROVENANCE, "stages.-1.parameters", ","),
+    CardField("Layers", CONFIG, "num_hidden_layers"),
+    CardField("Hidden size", CONFIG, "hidden_size"),
+    CardField("Feed-forward size", CONFIG, "intermediate_size"),
+    CardField("Attention heads", CONFIG, "num_attention_heads"),
+    CardField("Key-value heads", CONFIG, "num_key_value_heads"),
+    CardField("Vocabulary", CONFIG, "vocab_size", ","),
+    CardField("Context length in tokens", CONFIG, "max_position_embeddings", ","),
+    CardField("Precision of the weights", CONFIG, "dtype"),
+)
+STAGE_FIELDS = tuple(
+    CardField(label, PROVENANCE, key, format)
+    for label, key, format in (
+        ("Base", "base", ""),
+        ("Commit of the base", "base_revision", ""),
+        ("Optimizer steps", "steps", ","),
+        ("Epochs", "epochs", ".3g"),
+        ("Rows per step", "global_batch", ","),
+        ("Sequence length", "sequence_len", ","),
+        ("Learning rate", "schedule", ""),
+        ("Rows", "rows", ","),
+        ("Tokens", "tokens", ","),
+        ("Supervised tokens", "supervised_tokens", ","),
+        ("Processes", "processes", ""),
+        ("Device", "device", ""),
+        ("Attention", "attention", ""),
+        ("nesso-tune", "nesso_tune", ""),
+        ("torch", "versions.torch", ""),
+        ("transformers", "versions.transformers", ""),
+        ("trl", "versions.trl", ""),
+    )
+)
+FIELDS = (*MODEL_FIELDS, *STAGE_FIELDS)
+
+
+def model_card(folder: Path, config_folder: Path | None = None) -> str:
+    """README.md of a model folder, in Markdown.
 
     Args:
-        recipe, plan: of the run.
-        report: the report of `prepare_data`.
-        metrics: last value of each metric.
-        chosen: sentences on which checkpoint was exported and why, unless it is the last one by default.
+        folder: has provenance.json.
+        config_folder: has config.json; by default `folder`.
     """
-    hidden = Privacy(recipe.data).hidden_sources()
+    return _render(_read(folder / PROVENANCE), config_folder or folder)
+
+
+def read_card(folder: Path) -> str | None:
+    """The card of a model folder as it is, whether it was generated or edited; None without one."""
+    file = folder / CARD
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def renew_card(path: Path, overwrite: bool = False) -> Path:
+    """Writes the card of a finished run again, from the card section of its recipe.yaml and the results in `final/`.
+
+    `provenance.json` gets the new section too, so that it travels with the model.
+
+    Args:
+        path: the run directory, or its `final/`.
+        overwrite: replace a card that somebody edited.
+
+    Returns:
+        The card.
+
+    Raises:
+        RunEnvironmentError: if the folder is not a finished run, or its card was edited.
+        RecipeError: if its recipe.yaml is not valid.
+    """
+    run = path.parent if path.name == FINAL and not (path / RECIPE).exists() else path
+    final = run / FINAL
+    stages = _stages_of_run(run)
+    stages = with_card(stages, load_recipe(run / RECIPE))
+    text = _render(to_provenance(stages), final)
+    if not overwrite and read_card(final) not in (None, text, model_card(final)):
+        what = "was edited, or files in evaluations/ were added or removed by hand"
+        raise RunEnvironmentError(str(final / CARD), what, "--overwrite replaces it; an edited text is then lost")
+    atomic_write(final / CARD, text)  # before the provenance: interrupted in between, it is not taken for an edited one
+    write_stages(final, stages)
+    return final / CARD
+
+
+def _stages_of_run(run: Path) -> list[Stage]:
+    """The stages in `final/` of a run. Raises RunEnvironmentError for every other folder."""
+    if not (run / MANIFEST).is_file() and (run / PROVENANCE).is_file():
+        remedy = "name the run that it was made from, or export that run again"
+        raise RunEnvironmentError(str(run), "is a model folder, not a run", remedy)
+    if not run.exists() or run_manifest(run, overwrite=False) is None:
+        raise RunEnvironmentError(str(run), "is not a run directory", "name the output_dir of a finished run")
+    if not (run / FINAL).is_dir():
+        why, remedy = "the run is not finished", "finish it with the same `nesso-tune train`"
+        if (run / CANDIDATE).is_dir():
+            why, remedy = "its gate refused the model", "train another way, or relax evaluation.gate"
+        raise RunEnvironmentError(str(run), f"has no {FINAL}/: {why}", remedy)
+    if not (stages := read_stages(run / FINAL)):
+        what = f"has no readable {PROVENANCE}, from which cards are made"
+        raise RunEnvironmentError(str(run / FINAL), what, f"edit {CARD} by hand, or train again with --overwrite")
+    return stages
+
+
+def _render(provenance: Mapping[str, Any], model: Path) -> str:
+    """The card of a model with this provenance; its config.json and results are in the folder `model`."""
+    files = {PROVENANCE: provenance, CONFIG: _read(model / CONFIG)}
+    stages, export = files[PROVENANCE]["stages"], files[PROVENANCE]["export"]
+    last, first, own = stages[-1], stages[0], stages[-1]["card"]
+    kind = export.get("to", "hf")
+    again = "export it again" if export else "run `nesso-tune card RUN`"
+    languages = {code: None for stage in stages for code in stage["languages"] if code != "und"}
+    hub_data = {source["name"]: None for stage in stages for source in stage["sources"] if source["hub"]}
     return _environment.get_template("card.md.j2").render(
-        name=recipe.output_dir.rstrip("/").rsplit("/", 1)[-1],
-        method=recipe.method,
-        base=recipe.model.base,
-        languages=[code for code in report.languages if code != "und"],
-        steps=f"{plan.steps:,}",
-        global_batch=plan.global_batch,
-        epochs=f"{plan.epochs:.3g}",
-        schedule=plan.schedule.in_words() if plan.schedule else "",
-        checkpoint_choice=chosen,
-        rows=f"{report.rows_kept:,}",
-        supervised_tokens=f"{report.supervised_tokens:,}",
-        sources=[source.path for i, source in enumerate(recipe.data.sources) if i not in hidden],
-        has_private_source=bool(hidden),
-        metrics=[(key, f"{metrics[key]:.4g}") for key in METRICS if isinstance(metrics.get(key), (int, float))],
+        kind=kind,
+        library=LIBRARIES.get(kind),
+        name=own["name"] or last["name"],
+        own=own,
+        license=own["license"],
+        base_model=first["base"] if first["base_on_hub"] and not first["random_init"] else None,
+        languages=list(languages),
+        datasets=list(hub_data),
+        method=last["method"],
+        chain=[_origin(first), *(f"{stage['method'].upper()} ({stage['name']})" for stage in stages)],
+        model_table=_table(MODEL_FIELDS[:-1] if export else MODEL_FIELDS, files),  # an export has its own precision
+        stages=[
+            {**stage, "table": [*_table(STAGE_FIELDS, {PROVENANCE: stage}), *_hyperparameters(stage)]}
+            for stage in stages
+        ],
+        evaluations=Evaluations() if export.get("average") else read_records(model),
+        context=files[CONFIG].get("max_position_embeddings"),
+        export=export,
+        placeholder=lambda what, key: f"{PLACEHOLDER}{what}; set {key} in recipe.yaml of the run and {again}]",
     )
 
 
+def placeholders(card: str) -> list[str]:
+    """The placeholders in the text of a card."""
+    return [part.partition("]")[0] for part in card.split(PLACEHOLDER)[1:]]
+
+
+def _origin(stage: Mapping[str, Any]) -> str:
+    return f"random weights of the shape {stage['base']}" if stage["random_init"] else str(stage["base"])
+
+
+def _table(fields: tuple[CardField, ...], files: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = [(field.label, find(files[field.file], field.key), field.format) for field in fields]
+    return [(label, _shown(value, format)) for label, value, format in rows if value not in (None, "")]
+
+
+def _hyperparameters(stage: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(f"`{key}`", _shown(value, "")) for key, value in stage["hyperparameters"].items()]
+
+
+def find(data: Any, key: str) -> Any:
+    """The value under a dotted key; items of lists by index. None if there is none."""
+    for part in key.split("."):
+        try:
+            data = data[int(part)] if isinstance(data, list) else data.get(part)
+        except (IndexError, AttributeError):
+            return None
+    return data
+
+
+def _shown(value: Any, format: str) -> str:
+    return f"{value:{format}}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
 def _finalize(value: Any) -> Any:
-    """Escapes control characters, line breaks too, in every printed value."""
-    return visible(value) if isinstance(value, str) else value
+    """Escapes control characters, line breaks too, in every printed value; `Markdown` is the author's own text."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
+
+
+class Markdown(str):
+    """Text of the recipe's `card` section, which may have several lines."""
+
+
+def _markdown(text: str) -> Markdown:
+    return Markdown("\n".join(visible(line) for line in text.splitlines()))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 _environment = Environment(
@@ -60,3 +240,4 @@ _environment = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
+_environment.filters |= {"markdown": _markdown, "cell": _cell}

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.distributed.process_group import is_main_process
-from nesso_tune.files import apply_umask, fsync, make_staging_folder, replace_folder
+from nesso_tune.export.card import CARD, model_card
+from nesso_tune.export.stages import Stage, write_stages
+from nesso_tune.files import apply_umask, fsync, make_staging_folder, remove, replace_folder
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.loading import load_model
 from nesso_tune.recipes.sections import ModelSection
@@ -38,11 +41,16 @@ def gather_final_model(
     state = get_weights(trained)
     if section.adapter is None or not is_main_process():
         return model, state
-    fresh = load_model(section, chat, seed)
-    adapted = adapt(fresh, section, chat.new_ids, seed, merging=True)
+    fresh, adapted = adapted_base(section, chat, seed)
     set_weights(fresh, state)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
     return merged, get_weights(merged.requires_grad_(True))  # frozen weights would be left out
+
+
+def adapted_base(section: ModelSection, chat: ChatTokenizer, seed: int) -> tuple[PreTrainedModel, PeftModel]:
+    """The base with an untrained adapter to merge, by itself and in peft's wrapper; trained weights are set on it."""
+    fresh = load_model(section, chat, seed)
+    return fresh, adapt(fresh, section, chat.new_ids, seed, merging=True)
 
 
 def final_bytes(model: PreTrainedModel, dtype: str) -> int:
@@ -50,8 +58,16 @@ def final_bytes(model: PreTrainedModel, dtype: str) -> int:
     return sum(weight.numel() for weight in model.parameters()) * getattr(torch, dtype).itemsize
 
 
-def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: str, folder: Path, dtype: str) -> None:
-    """Writes weights, configuration, tokenizer, chat template, generation config and model card.
+def save_final(
+    state: State,
+    model: PreTrainedModel,
+    chat: ChatTokenizer,
+    stages: Sequence[Stage],
+    folder: Path,
+    dtype: str,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes weights, configuration, tokenizer, chat template, generation config, provenance and model card.
 
     The folder loads with transformers alone. It is staged beside `folder` and renamed once it is complete.
 
@@ -59,22 +75,41 @@ def save_final(state: State, model: PreTrainedModel, chat: ChatTokenizer, card: 
         state: state dict from `gather_final_model`.
         model: the model, for its configuration.
         chat: the chat tokenizer.
-        card: text of README.md.
+        stages: training stages of the model, the last one of this run.
         folder: path of `final/`; an existing folder is replaced.
         dtype: dtype of the saved weights.
+        check: called with the complete folder before it gets its name; if it raises, the folder is removed.
     """
-    precision = getattr(torch, dtype)
     staging = make_staging_folder(folder)
-    model.config.dtype, model.config.use_cache = precision, True  # training disables the cache
+    save_model(state, model, staging, dtype)
+    chat.save(staging)
+    write_stages(staging, stages)
+    (staging / CARD).write_text(model_card(staging), encoding="utf-8")
+    try:
+        if check is not None:
+            check(staging)
+    except BaseException:
+        remove(staging)
+        raise
+    finish_folder(staging, folder)
+
+
+def save_model(state: Mapping[str, Tensor], model: PreTrainedModel, folder: Path, dtype: str) -> None:
+    """Writes weights, config.json and generation_config.json into an existing folder; arguments as of `save_final`."""
+    precision = getattr(torch, dtype)
+    model.config.use_cache = True  # training disables the cache
     with safetensors_errors(folder):
-        model.save_pretrained(staging, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
-    config_file = staging / "config.json"
-    config = json.loads(config_file.read_text())
+        model.save_pretrained(folder, state_dict={name: tensor.to(precision) for name, tensor in state.items()})
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | {"dtype": dtype}  # transformers writes that of the model in memory
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
     compatible = with_transformers4_keys(config)
     if _reads_same_rope(model, config, compatible):
         config_file.write_text(json.dumps(compatible, indent=2) + "\n")
-    chat.save(staging)
-    (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def finish_folder(staging: Path, folder: Path) -> None:
+    """Flushes the files of a staging folder to disk, and renames it to `folder`."""
     for file in staging.iterdir():
         apply_umask(file)
         fsync(file)

@@ -10,7 +10,10 @@ from pathlib import Path
 
 MODULE = "nesso_tune"
 EXIT_FILE = "NESSO_TUNE_EXIT_FILE"  # names the file in which rank 0 records its exit code
-DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per GPU
+DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")  # one folder per NVIDIA GPU
+AMD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")  # one folder per CPU socket and AMD GPU
+# Variables that hide GPUs from a process: of both vendors, and of AMD alone
+VISIBLE_DEVICES, AMD_VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,41 @@ class Rendezvous:
 
 
 def count_local_gpus() -> int:
-    """Number of GPUs that a run on this machine can use, from the driver and CUDA_VISIBLE_DEVICES, without torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(list(DRIVER_GPUS.iterdir())) if DRIVER_GPUS.is_dir() else 0
-    return count if visible is None else min(count, len([name for name in visible.split(",") if name.strip()]))
+    """Number of GPUs that a run on this machine can use, from the drivers and the variables that hide GPUs.
+
+    torch would say the same, but takes seconds to load.
+    """
+    nvidia = len(list(DRIVER_GPUS.iterdir())) if DRIVER_GPUS.is_dir() else 0
+    count, hiding = (nvidia, VISIBLE_DEVICES) if nvidia else (count_amd_gpus(), VISIBLE_DEVICES + AMD_VISIBLE_DEVICES)
+    visible = [os.environ[name] for name in hiding if name in os.environ]
+    return min([count, *(len([name for name in text.split(",") if name.strip()]) for text in visible)])
+
+
+def count_amd_gpus() -> int:
+    """Number of AMD GPUs of this machine, from the driver. The nodes of its list without SIMD units are CPUs."""
+    count = 0
+    for file in AMD_NODES.glob("*/properties"):
+        try:
+            lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+        except OSError:  # GPUs that this process may not use
+            continue
+        count += any(line[0] == "simd_count" and line[1] != "0" for line in lines if len(line) == 2)
+    return count
 
 
 def train_arguments(recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()) -> list[str]:
     """Arguments `train RECIPE… --set …`, after `-m nesso_tune`."""
-    arguments = ["train", *recipes, *(word for setting in settings for word in ("--set", setting)), *flags]
+    return verb_arguments("train", recipes, settings, flags)
+
+
+def verb_arguments(
+    verb: str, recipes: Sequence[str], settings: Sequence[str] = (), flags: Sequence[str] = ()
+) -> list[str]:
+    """Arguments of a verb that takes recipes, after `-m nesso_tune`."""
+    options = [*(word for setting in settings for word in ("--set", setting)), *flags]
     if any(recipe.startswith("-") for recipe in recipes):  # it would be parsed as an option
-        arguments = ["train", *arguments[1 + len(recipes) :], "--", *recipes]
-    return arguments
+        return [verb, *options, "--", *recipes]
+    return [verb, *recipes, *options]
 
 
 def accelerate_arguments(machines: Machines, meeting: Rendezvous | None = None, module: str = MODULE) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks of `nesso-tune doctor`: one machine (versions, GPUs, disk, ports), and all machines of a launcher together."""
+"""Checks of `nesso-tune doctor` on one machine: versions, GPUs, disks, ports. `allocation.py` compares several."""
 
 from __future__ import annotations
 
@@ -9,37 +9,63 @@ import shutil
 import socket
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate.utils import gather_object
+from filelock import FileLock
 from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 
-from nesso_tune.distributed.process_group import (
-    broadcast_from_rank0,
-    init_process_group,
-    process_group_of_run,
-    report_lost_ranks,
-    world_size,
-)
+from nesso_tune.cache import cache_root
 from nesso_tune.errors import Problem
-from nesso_tune.files import format_bytes
+from nesso_tune.files import format_bytes, fsync
+from nesso_tune.launch.command import count_amd_gpus
+from nesso_tune.launch.container import cache_variables
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.planning.hardware import GIB, NO_MPS, has_apple_gpu
 
 PACKAGE = "nesso-tune"
 DEFAULT_PORT = 29500  # of torchrun and accelerate
 MIN_DISK_BYTES = MIN_SHARED_MEMORY_BYTES = GIB
-MESSAGE_SIZE = 16 << 20  # elements of the test message: 64 MiB in float32
-ROUNDS = 5
-SLOW_LINK = 0.5  # report links below this fraction of the median bandwidth
+PROBE_BYTES, PROBE_FILES = 16 << 20, 10
+AMD_DRIVER, AMD_DEVICE = Path("/sys/module/amdgpu/version"), Path("/dev/kfd")
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A file system that a run uses.
+
+    Attributes:
+        label: what it is for.
+        free: bytes.
+        write_rate: bytes/s of a write of 16 MiB with fsync.
+        latency_s: median seconds to create, sync, rename and remove a small file.
+        locks: whether it supports file locks.
+    """
+
+    label: str
+    free: int
+    write_rate: float
+    latency_s: float
+    locks: bool
+
+
+@dataclass(frozen=True)
+class Driver:
+    """The GPU driver of a machine: its version, and the names of its GPUs; None and () without one.
+
+    Attributes:
+        version: as the vendor says it.
+        gpus: names of the GPUs that the driver sees; those of AMD have no names here.
+        amd: whether it is AMD's.
+    """
+
+    version: str | None = None
+    gpus: tuple[str, ...] = ()
+    amd: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +78,7 @@ class MachineReport:
         gpus: names of the GPUs that torch sees, in order.
         facts: (label, value) lines to print.
         problems: problems that would stop or harm a run.
+        disks: of the output folder, and of the caches.
     """
 
     host: str
@@ -59,20 +86,37 @@ class MachineReport:
     gpus: tuple[str, ...]
     facts: tuple[tuple[str, str], ...]
     problems: tuple[Problem, ...]
+    disks: tuple[Disk, ...] = ()
 
 
-def inspect_machine(folder: Path) -> MachineReport:
+def inspect_machine(folder: Path, disks_too: bool = True) -> MachineReport:
     """Checks this machine.
 
     Args:
         folder: output folder of runs; it need not exist.
+        disks_too: also write to the disks; of several processes on a machine, one does.
     """
     versions, problems = package_versions()
     gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    driver, shown = query_driver()
-    versions |= {"CUDA of torch": str(torch.version.cuda or "none"), "driver": driver or "none"}
-    problems += [*_gpu_problems(gpus, shown, driver), *_disk_problems(folder, len(gpus))]
-    return MachineReport(socket.gethostname(), versions, gpus, tuple(_facts(versions, gpus, folder)), tuple(problems))
+    driver = find_driver()
+    versions |= {
+        _platform(): str(torch.version.hip or torch.version.cuda or "none"),
+        "driver": driver.version or "none",
+    }
+    places = {"runs": folder, "data cache": cache_root(), "hub cache": Path(HF_HUB_CACHE)}
+    disks = []
+    for label, place in places.items() if disks_too else ():
+        found = probe_disk(label, existing_folder(place))
+        if isinstance(found, Disk):
+            disks.append(found)
+        problems += [found] if isinstance(found, Problem) else _disk_problems(existing_folder(place), found)
+    problems += [*gpu_problems(gpus, driver), *_shared_memory_problems(len(gpus))]
+    facts = tuple(_facts(versions, gpus, places, disks))
+    return MachineReport(socket.gethostname(), versions, gpus, facts, tuple(problems), tuple(disks))
+
+
+def _platform() -> str:
+    return "ROCm of torch" if torch.version.hip else "CUDA of torch"
 
 
 def package_versions() -> tuple[dict[str, str], list[Problem]]:
@@ -92,27 +136,34 @@ def package_versions() -> tuple[dict[str, str], list[Problem]]:
     return versions, problems
 
 
-def query_driver() -> tuple[str | None, tuple[str, ...]]:
-    """Version of the NVIDIA driver and names of its GPUs, from nvidia-smi; (None, ()) without a driver."""
+def find_driver() -> Driver:
+    """The GPU driver, from nvidia-smi, or from the files of AMD's driver."""
+    amd = count_amd_gpus()
     if shutil.which("nvidia-smi") is None:
-        return None, ()
+        version = AMD_DRIVER.read_text(encoding="utf-8").strip() if AMD_DRIVER.is_file() else "of the kernel"
+        return Driver(version, ("AMD",) * amd, amd=True) if amd else Driver()
     query = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
         output = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (subprocess.SubprocessError, OSError):
-        return None, ()
+        return Driver()
     rows = [line.split(", ", 1) for line in output.splitlines() if ", " in line]
-    return (rows[0][0], tuple(name for _, name in rows)) if rows else (None, ())
+    return Driver(rows[0][0], tuple(name for _, name in rows)) if rows else Driver()
 
 
-def _gpu_problems(gpus: tuple[str, ...], shown: tuple[str, ...], driver: str | None) -> list[Problem]:
-    problems = []
-    if shown and torch.version.cuda is None:
-        problems.append(Problem("torch", f"{torch.__version__} is built without CUDA, and there are {len(shown)} GPUs",
-                                "install a CUDA build of torch, see pytorch.org"))  # fmt: skip
-    elif shown and not gpus and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        problems.append(Problem("driver", f"{driver} does not support CUDA {torch.version.cuda} of torch",
-                                "update the driver, or install torch for an older CUDA"))  # fmt: skip
+def gpu_problems(gpus: tuple[str, ...], driver: Driver) -> list[Problem]:
+    """Problems of the GPUs that torch sees, `gpus`, and of those that the driver has."""
+    problems, count = [], len(driver.gpus)
+    kind, built = ("ROCm", torch.version.hip) if driver.amd else ("CUDA", torch.version.cuda)
+    if count and built is None:
+        problems.append(Problem("torch", f"{torch.__version__} is built without {kind}, and there are {count} GPUs",
+                                f"install a {kind} build of torch, see pytorch.org"))  # fmt: skip
+    elif driver.amd and not os.access(AMD_DEVICE, os.R_OK | os.W_OK):
+        problems.append(Problem(str(AMD_DEVICE), "cannot be opened by this user",
+                                "ask for the group of this device (render), or pass it to the container"))  # fmt: skip
+    elif count and not gpus and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        problems.append(Problem("driver", f"{driver.version} does not support {kind} {built} of torch",
+                                f"update the driver, or install torch for an older {kind}"))  # fmt: skip
     if len(set(gpus)) > 1:
         kinds = ", ".join(sorted(set(gpus)))
         problems.append(Problem("GPUs", f"are of different types ({kinds}): all wait for the slowest",
@@ -122,34 +173,73 @@ def _gpu_problems(gpus: tuple[str, ...], shown: tuple[str, ...], driver: str | N
     return problems
 
 
-def _disk_problems(folder: Path, gpus: int) -> list[Problem]:
+def probe_disk(label: str, folder: Path) -> Disk | Problem:
+    """Writes, syncs, renames, locks and removes files in a folder; the problem if this fails."""
+    times = []
+    try:
+        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as name:
+            content = os.urandom(PROBE_BYTES // 16) * 16
+            began = time.perf_counter()
+            (large := Path(name) / "large").write_bytes(content)
+            fsync(large)
+            rate = PROBE_BYTES / (time.perf_counter() - began)
+            for i in range(PROBE_FILES):
+                began = time.perf_counter()
+                (small := Path(name) / f"{i}.partial").write_bytes(b"x")
+                fsync(small)
+                small.rename(final := Path(name) / str(i))
+                final.unlink()
+                times.append(time.perf_counter() - began)
+            locks = _locks(Path(name) / "lock")
+    except OSError as error:
+        what = f"cannot be written ({label}: {(error.strerror or str(error)).lower()})"
+        return Problem(str(folder), what, "check its permissions and its free space")
+    return Disk(label, shutil.disk_usage(folder).free, rate, statistics.median(times), locks)
+
+
+def _locks(file: Path) -> bool:
+    try:
+        FileLock(file).acquire(timeout=0).lock.release()
+    except (OSError, NotImplementedError):
+        return False
+    return True
+
+
+def _disk_problems(folder: Path, disk: Disk) -> list[Problem]:
     problems = []
-    for what, place in (("runs", folder), ("hub cache", Path(HF_HUB_CACHE))):
-        place = _existing(place)
-        if not os.access(place, os.W_OK):
-            problems.append(Problem(str(place), f"cannot be written ({what})", "check its permissions"))
-        elif (free := shutil.disk_usage(place).free) < MIN_DISK_BYTES:
-            problems.append(Problem(str(place), f"has {format_bytes(free)} left ({what})", "free some space"))
-    shared = Path("/dev/shm")
-    if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < MIN_SHARED_MEMORY_BYTES:
-        problems.append(Problem("/dev/shm", f"has {format_bytes(free)}, but NCCL uses it for communication",
-                                "start the container with --shm-size=8g, or --ipc=host"))  # fmt: skip
+    if disk.free < MIN_DISK_BYTES:
+        problems.append(Problem(str(folder), f"has {format_bytes(disk.free)} left ({disk.label})", "free some space"))
+    if not disk.locks:
+        problems.append(Problem(str(folder), f"does not support file locks ({disk.label})",
+                                "mount it with locks (Lustre: -o flock), or use another folder"))  # fmt: skip
     return problems
 
 
-def _facts(versions: dict[str, str], gpus: tuple[str, ...], folder: Path) -> list[tuple[str, str]]:
-    shown = ("python", "torch", "transformers", "trl", "accelerate", "datasets", "peft", "CUDA of torch", "driver")
+def _shared_memory_problems(gpus: int) -> list[Problem]:
+    shared = Path("/dev/shm")
+    if gpus > 1 and shared.is_dir() and (free := shutil.disk_usage(shared).free) < MIN_SHARED_MEMORY_BYTES:
+        return [Problem("/dev/shm", f"has {format_bytes(free)}, but NCCL uses it for communication",
+                        "start the container with --shm-size=8g, or --ipc=host")]  # fmt: skip
+    return []
+
+
+def _facts(
+    versions: dict[str, str], gpus: tuple[str, ...], places: dict[str, Path], disks: list[Disk]
+) -> list[tuple[str, str]]:
+    shown = ("python", "torch", "transformers", "trl", "accelerate", "datasets", "peft", _platform(), "driver")
     kinds = " + ".join(f"{gpus.count(kind)} x {kind}" for kind in dict.fromkeys(gpus))
     offline = ", HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else ""
-    cache = Path(HF_HUB_CACHE)
-    return [
+    facts = [
         *((name, versions[name]) for name in shown),
         ("GPUs", kinds or (NO_MPS if has_apple_gpu() else "none: training runs on the CPU")),
         ("attention", str(choose_attention("auto", "bfloat16"))),
-        ("runs", f"{format_bytes(shutil.disk_usage(_existing(folder)).free)} free in {_existing(folder)}"),
-        ("hub cache", f"{format_bytes(shutil.disk_usage(_existing(cache)).free)} free in {cache}{offline}"),
-        ("port", f"{DEFAULT_PORT} is {_port_state()}"),
     ]
+    for disk in disks:
+        place = existing_folder(places[disk.label]) if disk.label == "runs" else places[disk.label]
+        facts.append((disk.label, f"{format_bytes(disk.free)} free in {place}{offline * (disk.label == 'hub cache')}"))
+        facts.append(("", f"writes {disk.write_rate / 1e6:.0f} MB/s, {disk.latency_s * 1e3:.1f} ms for a small file"))
+    facts += list(cache_variables(os.environ).items())
+    return [*facts, ("port", f"{DEFAULT_PORT} is {_port_state()}")]
 
 
 def _port_state() -> str:
@@ -162,105 +252,7 @@ def _port_state() -> str:
     return "free"
 
 
-def _existing(folder: Path) -> Path:
+def existing_folder(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
     folder = folder.absolute()
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def measure_communication(
-    machine: MachineReport, timeout_s: int
-) -> tuple[list[MachineReport], list[tuple[str, str]], list[Problem]]:
-    """Measures the bandwidth between processes, in a process group of its own.
-
-    Args:
-        machine: report of this process.
-        timeout_s: seconds for each step.
-
-    Returns:
-        Reports of all processes, (label, value) lines to print, and problems; the same on all processes.
-
-    Raises:
-        RunEnvironmentError: if a process did not join or is lost.
-    """
-    with process_group_of_run():
-        init_process_group(timeout_s)
-        with report_lost_ranks():
-            machines = gather_object([machine])
-            reduce_s = _median_time(dist.all_reduce)
-            reduce_s = broadcast_from_rank0(reduce_s)
-            links = _links(machines)
-    n = world_size()
-    rate = 2 * (n - 1) / n * MESSAGE_SIZE * 4 / reduce_s / 1e9  # of each link in a ring all-reduce
-    facts = [("processes", f"{n} on {len({m.host for m in machines})} machine(s)"),
-             ("all-reduce", f"64 MiB in {reduce_s * 1e3:.0f} ms, {rate:.1f} GB/s")]  # fmt: skip
-    facts += [("link", f"process 0 to {name}: {speed:.1f} GB/s") for name, speed in links]
-    return machines, facts, [*find_differences(machines), *slow_links(links)]
-
-
-def find_differences(machines: Sequence[MachineReport]) -> list[Problem]:
-    """Problems with machines that differ from the majority in GPUs or versions."""
-    problems = []
-    for name in dict.fromkeys(name for machine in machines for name in machine.versions):
-        problems += _outliers(name, [(m.host, m.versions.get(name, "missing")) for m in machines])
-    return problems + _outliers("GPUs", [(m.host, ", ".join(m.gpus) or "none") for m in machines])
-
-
-def _outliers(name: str, values: list[tuple[str, str]]) -> list[Problem]:
-    """Problems with the hosts whose value is not the most common one; `values` are (host, value)."""
-    common = statistics.mode(value for _, value in values)
-    outliers = dict.fromkeys((host, value) for host, value in values if value != common)
-    remedy = "use the same on all machines"
-    return [Problem(host, f"{name} is {value}, on the others {common}", remedy) for host, value in outliers]
-
-
-def slow_links(links: Sequence[tuple[str, float]]) -> list[Problem]:
-    """Problems with links, given as (name, GB/s), whose bandwidth is far below the median."""
-    if not links:
-        return []
-    median = statistics.median(speed for _, speed in links)
-    return [
-        Problem(name, f"bandwidth {speed:.1f} GB/s (median: {median:.1f})", "check its network, or exclude it")
-        for name, speed in links if speed < SLOW_LINK * median
-    ]  # fmt: skip
-
-
-def _links(machines: Sequence[MachineReport]) -> list[tuple[str, float]]:
-    """GB/s between rank 0 and one process of every other machine, or every process if there is a single machine."""
-    rank, seen, peers = dist.get_rank(), {machines[0].host}, []
-    single_machine = len({machine.host for machine in machines}) == 1
-    for other, machine in enumerate(machines[1:], 1):
-        if single_machine or machine.host not in seen:
-            peers.append(other)
-            seen.add(machine.host)
-    links = []
-    for peer in peers:
-        took = _median_time(partial(_ping_pong, rank, peer)) if rank in (0, peer) else None
-        dist.barrier()
-        links.append(
-            (f"{machines[peer].host} (process {peer})", 2 * MESSAGE_SIZE * 4 / broadcast_from_rank0(took) / 1e9)
-        )
-    return links
-
-
-def _ping_pong(rank: int, peer: int, message: torch.Tensor) -> None:
-    if rank == 0:
-        dist.send(message, peer)
-        dist.recv(message, peer)
-    else:
-        dist.recv(message, 0)
-        dist.send(message, 0)
-
-
-def _median_time(operation: Callable[[torch.Tensor], Any]) -> float:
-    """Median seconds of an operation on the test message, without the first call, which initializes connections."""
-    on_gpu = torch.cuda.is_available()
-    message = torch.zeros(MESSAGE_SIZE, device="cuda" if on_gpu else "cpu")
-    times = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        operation(message)
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])

@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.flash import (
+    FLASH_DEVICES,
     FLASH_DTYPES,
     FLASH_KERNELS,
     FLASH_MAX_HEAD_DIM,
@@ -52,6 +53,7 @@ class AttentionSpans:
 
     Attributes:
         lengths: number of tokens of each span.
+        longest: no less than the longest length; compiled layers need the same value for every row.
         cu_seqlens: cumulative span lengths as varlen kernels take them, int32, [spans + 1].
         position_ids: position of each token within its span, [1, row].
         gather_indices: row index of each token of the concatenated spans, [sum of lengths]; None if the spans are the
@@ -60,16 +62,18 @@ class AttentionSpans:
     """
 
     lengths: tuple[int, ...]
+    longest: int
     cu_seqlens: Tensor
     position_ids: Tensor
     gather_indices: Tensor | None = None
     restore_indices: Tensor | None = None
 
     @classmethod
-    def from_documents(cls, lengths: Sequence[int]) -> AttentionSpans:
+    def from_documents(cls, lengths: Sequence[int], longest: int | None = None) -> AttentionSpans:
         """Spans of concatenated documents of these lengths; empty documents are skipped."""
         spans = tuple(length for length in lengths if length)
-        return cls(spans, _cu_seqlens(spans), torch.cat([torch.arange(length) for length in spans])[None])
+        positions = torch.cat([torch.arange(length) for length in spans])[None]
+        return cls(spans, longest or max(spans), _cu_seqlens(spans), positions)
 
     @classmethod
     def from_pairs(cls, sizes: Sequence[tuple[int, int, int]]) -> AttentionSpans:
@@ -90,7 +94,8 @@ class AttentionSpans:
             positions += [torch.arange(first), torch.arange(prompt, prompt + rejected)]
             row_start, span_start = row_start + whole, span_start + whole + prompt
         lengths = tuple(n for prompt, chosen, rejected in sizes for n in (prompt + chosen, prompt + rejected))
-        return cls(lengths, _cu_seqlens(lengths), torch.cat(positions)[None], torch.cat(gather), torch.cat(restore))
+        indices = (torch.cat(gather), torch.cat(restore))
+        return cls(lengths, max(lengths), _cu_seqlens(lengths), torch.cat(positions)[None], *indices)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> AttentionSpans:
         """Returns a copy on `device`."""
@@ -218,6 +223,7 @@ def isolates_documents(model: PreTrainedModel) -> bool:
 
 def last_hidden_states(model: PreTrainedModel, input_ids: Tensor, spans: AttentionSpans) -> Tensor:
     """Last hidden states of a row of tokens under document attention, [1, row, hidden size]."""
+    torch._dynamo.maybe_mark_dynamic(spans.cu_seqlens, 0)  # compiled layers take any number of documents
     no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)  # prevents a mask of [row, row]
     hidden: Tensor = model.base_model(
         input_ids=input_ids, position_ids=spans.position_ids, attention_mask=no_mask, use_cache=False,
@@ -256,19 +262,26 @@ def _attention(
     q, k, v = (tensor.transpose(1, 2)[0].to(dtype) for tensor in (query, key, value))  # [row, heads, head dim]
     if spans.gather_indices is not None:
         q, k, v = (tensor.index_select(0, spans.gather_indices) for tensor in (q, k, v))
-    supported = query.is_cuda and dtype in FLASH_DTYPES and value.shape[-1] == query.shape[-1] <= FLASH_MAX_HEAD_DIM
-    if flash is not None and supported and not dropout:
-        sequences = VarlenInput(spans.lengths, spans.cu_seqlens)
+    supported = device in FLASH_DEVICES and dtype in FLASH_DTYPES
+    if flash is not None and supported and value.shape[-1] == query.shape[-1] <= FLASH_MAX_HEAD_DIM and not dropout:
+        sequences = VarlenInput(spans.cu_seqlens, spans.longest)
         result = FLASH_KERNELS[flash](q, k, v, sequences, scaling, sliding_window)
     else:
-        result = sdpa_per_sequence(q, k, v, spans.lengths, scaling, dropout, sliding_window)
+        result = _untraced_sdpa(q, k, v, spans.lengths, scaling, dropout, sliding_window)
     if spans.restore_indices is not None:
         result = result.index_select(0, spans.restore_indices)
     return result[None], None
 
 
 # Not traced by torch.compile: the computation depends on the lengths of each row.
+_untraced_sdpa: Any = torch.compiler.disable(sdpa_per_sequence)
 _untraced_attention: Any = torch.compiler.disable(_attention)
+# torch's flash kernel is one operator to torch.compile, with the number of documents as a dynamic size.
+_ATTENTION: dict[Kernel, Any] = {
+    "flash": partial(_attention, flash="flash"),
+    "flash-attn": partial(_untraced_attention, flash="flash-attn"),
+    "sdpa": partial(_untraced_attention, flash=None),
+}
 for _kernel, _name in DOCUMENT_ATTENTION.items():
-    AttentionInterface.register(_name, partial(_untraced_attention, flash=None if _kernel == "sdpa" else _kernel))
+    AttentionInterface.register(_name, _ATTENTION[_kernel])
     AttentionMaskInterface.register(_name, sdpa_mask)

@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from nesso_tune.errors import RunEnvironmentError, first_line
 
 FlashKernel = Literal["flash-attn", "flash"]
+FLASH_DEVICES = ("cuda",)
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
 FLASH_MAX_HEAD_DIM = 256
 VARLEN_OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)  # torch 2.11 has no `enable_gqa`
@@ -58,10 +59,11 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class VarlenInput:
-    """Concatenated sequences: their lengths, and these cumulated as int32 on the device, [sequences + 1]."""
+    """Concatenated sequences: their cumulated lengths as int32 on the device, [sequences + 1], and no less than the
+    length of the longest."""
 
-    lengths: Sequence[int]
     cu_seqlens: Tensor
+    longest: int
 
 
 Varlen = Callable[[Tensor, Tensor, Tensor, VarlenInput, float | None, int | None], Tensor]
@@ -78,7 +80,7 @@ def flash_attn_varlen(
     q: Tensor, k: Tensor, v: Tensor, sequences: VarlenInput, scaling: float | None, window: int | None
 ) -> Tensor:
     """Causal attention within each sequence by the package flash-attn; arguments as of `torch_varlen`."""
-    longest, cu_seqlens = max(sequences.lengths), sequences.cu_seqlens
+    longest, cu_seqlens = sequences.longest, sequences.cu_seqlens
     result: Tensor = _flash_attn_function()(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, softmax_scale=scaling, causal=True,
         window_size=_window_size(window), deterministic=torch.are_deterministic_algorithms_enabled(),
@@ -100,7 +102,7 @@ def torch_varlen(
         scaling: factor of the scores; None for 1/√(head dim).
         window: tokens that each token attends to, itself included; None for all before it.
     """
-    longest, cu_seqlens = max(sequences.lengths), sequences.cu_seqlens
+    longest, cu_seqlens = sequences.longest, sequences.cu_seqlens
     options: dict[str, Any] = {"scale": scaling, "window_size": _window_size(window)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in VARLEN_OPTIONS:
@@ -178,7 +180,7 @@ def _probe_error(kernel: Varlen, dtype: torch.dtype, shape: AttentionShape) -> f
     tensors = [torch.randn(tokens, heads, shape.head_dim, generator=generator).to(device, dtype) for heads in sizes]
     weight = torch.randn(tokens, shape.heads, shape.head_dim, generator=generator).to(device)
     cumulative = torch.tensor([0, *PROBE_LENGTHS]).cumsum(0).to(device, torch.int32)
-    sequences, worst = VarlenInput(PROBE_LENGTHS, cumulative), 0.0
+    sequences, worst = VarlenInput(cumulative, max(PROBE_LENGTHS)), 0.0
     for window in (None, PROBE_WINDOW) if shape.window else (None,):
         got = _with_gradients(tensors, weight, lambda q, k, v, w=window: kernel(q, k, v, sequences, None, w))
         expected = _with_gradients(

@@ -16,6 +16,7 @@ import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -100,7 +101,7 @@ class PackedRow:
         return PackedRow(self.input_ids.pin_memory(), self.spans.pin_memory(), self.logits_to_keep.pin_memory())
 
 
-def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None) -> None:
+def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = None, compiled: bool = False) -> None:
     """Replaces the fused head that TRL attached to a model by the head of its path; `generate` is unaffected.
 
     Called with `fused_lm_head=True`, the model takes `labels` and returns a `FusedCausalLMOutput`. With `packed_row=`,
@@ -110,6 +111,7 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
     Args:
         model: must use document attention to be called with `packed_row`.
         path: the model's own path by default.
+        compiled: whether to compile the reduction of the logits of a `packed_row`; see `token_log_probs`.
     """
     path = path or forward_path(model)
     if path.head == "trl":
@@ -128,7 +130,8 @@ def attach_supervised_head(model: PreTrainedModel, path: ForwardPath | None = No
         if row is not None:
             hidden = last_hidden_states(self, row.input_ids, row.spans).squeeze(0).index_select(0, row.logits_to_keep)
             wanted = targets.flatten().index_select(0, index)
-            return fused_output(*token_log_probs(hidden, self.get_output_embeddings(), wanted), mask, index)
+            scores = token_log_probs(hidden, self.get_output_embeddings(), wanted, compiled)
+            return fused_output(*scores, mask, index)
         if path.padding == "none":
             kwargs.pop("attention_mask", None)
         if path.padding != "alone":
@@ -201,13 +204,15 @@ def _split_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"input_ids": row[None, :length]} for row, length in zip(ids, lengths, strict=True)]
 
 
-def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Log-probabilities of target tokens, computed in chunks of logits.
 
     Args:
         hidden: the hidden state before each target, [supervised, hidden size].
         head: the LM head; its parameters may be sharded.
         targets: token ids, [supervised].
+        compiled: whether torch.compile makes one kernel of the reduction over the vocabulary. It reads the logits once,
+            and makes no copy of them in float32; their sum is in float32 either way.
 
     Returns:
         Log-probabilities in float32, and whether each target is the top-1 token, both [supervised]. Only the first has
@@ -221,7 +226,7 @@ def token_log_probs(hidden: Tensor, head: nn.Linear, targets: Tensor) -> tuple[T
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, weight, bias, targets)
+        result: tuple[Tensor, Tensor] = _TokenLogProbs.apply(hidden, weight, bias, targets, compiled)
     return result
 
 
@@ -255,7 +260,7 @@ class _TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, compiled: bool
     ) -> tuple[Tensor, Tensor]:
         """Returns log-probabilities and whether each target is the top-1 token, both [supervised]."""
         cast_weight, cast_bias = (None if tensor is None else tensor.to(hidden.dtype) for tensor in (weight, bias))
@@ -264,10 +269,9 @@ class _TokenLogProbs(torch.autograd.Function):
         is_top1 = torch.empty_like(targets, dtype=torch.bool)
         for chunk in _chunks(hidden, weight, HEAD_CHUNK_FORWARD):
             logits = functional.linear(hidden[chunk], cast_weight, cast_bias)
-            is_top1[chunk] = logits.max(dim=-1).indices == targets[chunk]
-            all_log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            log_probs[chunk] = all_log_probs.gather(-1, targets[chunk, None]).squeeze(-1)
-            del logits, all_log_probs  # freed before the next chunk is computed
+            score = _compiled_scores if compiled else _scores
+            log_probs[chunk], is_top1[chunk] = score(logits, targets[chunk])
+            del logits  # freed before the next chunk is computed
         ctx.save_for_backward(hidden, weight, cast_weight, cast_bias, targets, log_probs)
         ctx.mark_non_differentiable(is_top1)
         return log_probs, is_top1
@@ -297,7 +301,27 @@ class _TokenLogProbs(torch.autograd.Function):
             del slope
         if needs_weight and grad_weight is None:
             grad_weight = torch.zeros_like(weight)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None
+
+
+def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target in float32, and whether it is the top-1 token, from logits of a chunk."""
+    is_top1 = logits.max(dim=-1).indices == targets
+    log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), is_top1
+
+
+def _compiled_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, compiled for any number of targets."""
+    for tensor in (logits, targets):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    scores: tuple[Tensor, Tensor] = _compile_scores()(logits, targets)
+    return scores
+
+
+@cache
+def _compile_scores() -> Callable[[Tensor, Tensor], Any]:
+    return torch.compile(_scores, dynamic=False)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, max_logits: dict[str, int]) -> Iterator[slice]:

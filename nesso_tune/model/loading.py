@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +21,73 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from nesso_tune.chat.tokenizer import ChatTokenizer
-from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, closest, first_line
 from nesso_tune.hub import base_folder, check_model_folder, check_pinned
 from nesso_tune.model.attention import choose_attention
 from nesso_tune.model.flash import AttentionShape
 from nesso_tune.model.forward import choose_forward_path
 from nesso_tune.recipes.sections import ModelSection
 
+TINY_MODEL = 20_000_000  # parameters; below, several CPU threads cost more than they gain
 DEFAULT_CONTEXT = 2048  # `max_length` of generation if the base does not state its context
 
 
-def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrainedModel:
+@dataclass(frozen=True)
+class SharedWeights:
+    """How the ranks of a run load a base whose files only rank 0 reads.
+
+    Attributes:
+        is_reader: whether this is rank 0.
+        broadcast: copies the weights of rank 0 into the models of all ranks; False if the models differ.
+    """
+
+    is_reader: bool
+    broadcast: Callable[[nn.Module], bool]
+
+
+def fetch_base(section: ModelSection) -> Path:
+    """The local folder of the base, downloaded if needed.
+
+    Raises:
+        ModelError, RecipeError, RunEnvironmentError: as `hub.base_folder` and `hub.check_pinned`.
+    """
+    check_pinned(section)
+    return base_folder(section.base, section.revision, weights=not section.random_init)
+
+
+def load_model(
+    section: ModelSection, chat: ChatTokenizer, seed: int, shared: SharedWeights | None = None
+) -> PreTrainedModel:
     """Loads the base in float32, with an embedding row for every token of the chat tokenizer.
 
     The generation config gets the end tokens, and `forward_path(model)` says how the model trains. Weights are random
     only with `random_init`.
 
+    Args:
+        section: the recipe's `model`.
+        chat: the tokenizer.
+        seed: of random weights.
+        shared: several ranks load the base together; None reads the files in this process.
+
     Raises:
         ModelError: if weights are missing or damaged, or the model and the tokenizer do not fit.
         RecipeError: if the attention kernel cannot run on this machine or with this model.
     """
-    where = f"model.base {section.base}"
-    check_pinned(section)
-    folder = base_folder(section.base, section.revision, weights=not section.random_init)
+    where, folder = f"model.base {section.base}", fetch_base(section)
     check_model_folder(folder, section)
     config = _config(folder, section, where)
     transformers_logging.disable_progress_bar()
     kernel = choose_attention(section.attention, section.dtype, AttentionShape.of(config)).kernel
+    build = partial(_build, folder, section, where, config, seed=seed, shared=shared)
     try:
-        model = _build(folder, section, where, config, "eager" if kernel == "eager" else "sdpa", seed)
+        model = build("eager" if kernel == "eager" else "sdpa")
     except _UnsupportedKernel:
         if section.attention != "auto":
             raise RecipeError(
                 "model.attention", f"{section.base} does not support {kernel} attention",
                 "set attention: auto or eager",
             ) from None  # fmt: skip
-        model = _build(folder, section, where, config, "eager", seed)
+        model = build("eager")
     _fit_vocabulary(model, chat, section, where)
     _set_token_ids(model, chat, seed if section.random_init else None)
     path = choose_forward_path(model, kernel, where)
@@ -66,6 +102,8 @@ def load_model(section: ModelSection, chat: ChatTokenizer, seed: int) -> PreTrai
 
 def base_hash(section: ModelSection) -> str:
     """Identifies the base: SHA-256 of its configuration, its weights and, with `trust_remote_code`, its code.
+
+    `model.overrides` are part of the configuration.
 
     Raises:
         ModelError: if a file in the hub's cache differs from the file on the hub.
@@ -84,6 +122,8 @@ def base_hash(section: ModelSection) -> str:
                 f"remove {blob} and download it again: `nesso-tune prepare`",
             )  # fmt: skip
         digest.update(file_digest.digest())
+    if section.overrides:
+        digest.update(json.dumps(section.overrides, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 
@@ -93,16 +133,92 @@ class _UnsupportedKernel(Exception):
 
 def _config(folder: Path, section: ModelSection, where: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as error:  # transformers raises many types for an invalid configuration
         raise ModelError(where, f"its config.json cannot be used ({first_line(error)})", "download it again") from None
+    return _overridden(config, section) if section.overrides else config
 
 
-def _build(folder: Path, section: ModelSection, where: str, config: Any, kernel: str, seed: int) -> PreTrainedModel:
+def _overridden(config: Any, section: ModelSection) -> Any:
+    """The configuration with `model.overrides`, which can also name keys of its rotary embedding.
+
+    Raises:
+        RecipeError: if there is no such key, its value has another type, or weights would have another shape.
+    """
+    new = copy.deepcopy(config)
+    rope = getattr(new, "rope_parameters", None)
+    for key, value in section.overrides.items():
+        in_rope = isinstance(rope, dict) and key in rope
+        known = rope if isinstance(rope, dict) and in_rope else new.to_dict()
+        where = f"model.overrides.{key}"
+        if key not in known:
+            names = [*new.to_dict(), *(rope if isinstance(rope, dict) else ())]
+            guess = closest(key, names)
+            remedy = f"did you mean `{guess}`?" if guess else "remove it, or correct its name"
+            raise RecipeError(where, f"the config of {section.base} has no such key", remedy)
+        fitting = _of_same_type(value, known[key], where)
+        if isinstance(rope, dict) and in_rope:
+            rope[key] = fitting
+        else:
+            setattr(new, key, fitting)
+    if (changed := _changed_shapes(config, new, section.trust_remote_code)) is not None:
+        keys = ", ".join(section.overrides)
+        raise RecipeError(
+            "model.overrides", f"{keys}: {changed} would have another shape than in {section.base}", "remove it"
+        )
+    return new
+
+
+def _of_same_type(value: Any, old: Any, where: str) -> Any:
+    """The value as the type of the old one. Raises RecipeError if it has another type."""
+    if isinstance(old, Mapping) and isinstance(value, Mapping):
+        return {**old, **value}
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(old, float) and is_number:
+        return float(value)
+    if isinstance(old, int) and not isinstance(old, bool) and is_number and value == int(value):
+        return int(value)
+    if old is not None and type(value) is not type(old):
+        what = f"{json.dumps(value)} is not of the type of the base's own value, {json.dumps(old)}"
+        raise RecipeError(where, what, "correct it")
+    return value
+
+
+def _changed_shapes(old: Any, new: Any, trust_remote_code: bool) -> str | None:
+    """The first weight that has another shape with the new configuration; None if all are the same."""
+    shapes = []
+    for config in (old, new):
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        except Exception as error:  # the architecture's code raises any type for values that do not fit
+            if config is old:
+                return None
+            what = f"the model rejects them ({first_line(error)})"
+            raise RecipeError("model.overrides", what, "correct them") from None
+        shapes.append({name: weight.shape for name, weight in model.named_parameters()})
+    names = [name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name)]
+    return names[0] if names else None
+
+
+def _build(
+    folder: Path, section: ModelSection, where: str, config: Any, kernel: str, seed: int,
+    shared: SharedWeights | None,
+) -> PreTrainedModel:  # fmt: skip
     """The model with one attention kernel, with its own or with random weights."""
     options = {"attn_implementation": kernel, "dtype": torch.float32}
     if not section.random_init:
-        return _pretrained(folder, section, where, options)
+        own = {**options, **({"config": config} if section.overrides else {})}
+        if shared is None:
+            return _pretrained(folder, section, where, own)
+        if shared.is_reader:
+            model = _pretrained(folder, section, where, own)
+            shared.broadcast(model)
+            return model
+        empty = _without_weights(folder, section, copy.deepcopy(config), options)
+        if shared.broadcast(empty) and isinstance(empty, PreTrainedModel):
+            return empty
+        return _pretrained(folder, section, where, own)  # e.g. a quantized base
     torch.manual_seed(seed)
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
@@ -110,6 +226,27 @@ def _build(folder: Path, section: ModelSection, where: str, config: Any, kernel:
         if "does not support" in str(error):
             raise _UnsupportedKernel from None
         raise ModelError(where, f"cannot be created ({first_line(error)})", "use another base") from None
+
+
+def _without_weights(folder: Path, section: ModelSection, config: Any, options: dict[str, Any]) -> nn.Module:
+    """The model that `_pretrained` returns, with uninitialised weights and buffers; no weight file is read.
+
+    If the architecture's code cannot build it so, an empty module, which differs from the model of every rank.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **options)
+    except Exception as error:  # code that computes with its weights, which the meta device has not
+        if "does not support" in str(error) and "attention" in str(error).lower():
+            raise _UnsupportedKernel from None
+        return nn.Module()
+    model.to_empty(device="cpu")
+    if any(isinstance(value, Tensor) and value.is_meta for m in model.modules() for value in vars(m).values()):
+        return nn.Module()  # tensors that are neither parameters nor buffers
+    model.tie_weights()  # `to_empty` gives each name a tensor of its own
+    with suppress(OSError):  # the base has none
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model.eval()
 
 
 def _pretrained(folder: Path, section: ModelSection, where: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -233,32 +370,46 @@ def _generation_config(model: PreTrainedModel, chat: ChatTokenizer) -> Generatio
     )
 
 
-def compile_layers(model: PreTrainedModel) -> None:
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
     """Compiles every decoder layer of a model in place, with static shapes.
 
-    Compiled code depends only on the software and the machine, so a resumed run rounds as the first one.
+    All layers of a kind share their compiled code, for any documents in rows of one length. Compiled code depends only
+    on the software and the machine, so a resumed run rounds as the first one. `backend` is that of `torch.compile`.
 
     Raises:
-        RunEnvironmentError: if there is no C++ compiler.
+        RunEnvironmentError: if `torch.compile` does not work on this machine.
     """
-    if (missing := _missing_compiler()) is not None:
-        raise RunEnvironmentError("train.torch_compile", missing, "install one, or set torch_compile: false")
+    if (problem := compile_problem()) is not None:
+        raise RunEnvironmentError("train.torch_compile", problem, "mend it, or set torch_compile: false")
+    torch._dynamo.config.optimize_ddp = False  # DDP would split the graph of a layer at its buckets of gradients
     layer_classes = set(model._no_split_modules or [])
     for module in model.modules():
         if type(module).__name__ in layer_classes:
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, backend=backend)
 
 
-def can_compile() -> bool:
-    """Whether `torch.compile` works on this machine."""
-    return _missing_compiler() is None
+def compile_problem() -> str | None:
+    """Why `torch.compile` does not work on this machine, in words; None if it does.
 
-
-def _missing_compiler() -> str | None:
+    On a GPU, a small function is compiled and run: Triton also needs a C compiler and the headers of Python.
+    """
     if torch.cuda.is_available():
-        return None  # torch installs Triton
+        return _triton_problem()
     compilers = ("g++", "clang++", "c++")
     return None if any(map(shutil.which, compilers)) else f"no C++ compiler is installed ({', '.join(compilers)})"
+
+
+@cache
+def _triton_problem() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        torch.compile(lambda x: x.exp().sum())(torch.zeros(8, device="cuda")).item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, of a compiler, or of the file system
+        return f"torch.compile fails on this GPU ({first_line(error)})"
+    return None
 
 
 @contextmanager

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+from nesso_tune.files import format_bytes
+from nesso_tune.planning.auto import Recorded, Setting, choose
 from nesso_tune.planning.hardware import GIB
-from nesso_tune.planning.memory import estimate_memory
+from nesso_tune.planning.memory import MEMORY_SAFE_SHARE
 from nesso_tune.planning.plan import Plan
+from nesso_tune.planning.roofline import gathered_bytes
 from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import DEFAULT_EPOCHS, Recipe, SFTRecipe
 from nesso_tune.recipes.sections import SFTData
 
-MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
 MIN_VALIDATION_ROWS = 20  # with fewer rows, the loss is noise
 MAX_VALIDATION_ROWS = 20_000  # with more rows, evaluation is slow
 MIN_STEPS = 30  # optimizer steps
@@ -24,6 +26,7 @@ MAX_DROPPED_SHARE = 0.2  # share of rows dropped as too long
 SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
 SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
 MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
+MIN_HYBRID_GAIN = 0.05  # share of the step
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
     ways = [] if fixed or plan.micro_batch == 1 else ["lower train.micro_batch_size"]
     ways += [] if fixed or plan.gradient_checkpointing else ["set train.gradient_checkpointing: true"]
     ways += ["lower data.sequence_len"] if not fixed and plan.micro_batch == 1 else []
-    whole = not recipe.shards(plan.processes)
+    whole = not plan.sharded or plan.replicas > 1
     if recipe.model.adapter is None:
         more = " with train.optimizer: adamw_torch_fused" if recipe.train.optimizer == "adamw_8bit" else ""
         ways += [f"shard over more GPUs (distributed.fsdp: full_shard{more})"] if whole else ["use more GPUs"]
@@ -187,7 +190,7 @@ def _smaller_batch(recipe: Recipe) -> str | None:
         return "lower train.global_batch_size" if train.global_batch_size > 1 else None
     if (train.gradient_accumulation_steps or 1) > 1:
         return "lower train.gradient_accumulation_steps"
-    return "lower train.micro_batch_size" if train.micro_batch_size > 1 else None
+    return "lower train.micro_batch_size" if train.micro_batch_size not in ("auto", 1) else None
 
 
 def _warm_up(recipe: Recipe, plan: Plan) -> Iterator[str]:
@@ -212,32 +215,71 @@ def _zero_rate_tail(recipe: Recipe, plan: Plan) -> Iterator[str]:
 
 def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
     """Faster settings with equal results that fit into GPU memory."""
-    gpu, memory, shape = plan.gpu, plan.memory, plan.shape
-    if gpu is None or memory is None or shape is None or memory.total > gpu.memory:
+    gpu, memory, train = plan.gpu, plan.memory, recipe.train
+    if gpu is None or memory is None or memory.total > gpu.memory:
         return
+    setting, checkpointing = Setting.of(recipe, plan), bool(plan.gradient_checkpointing)
 
     def total(micro_batch: int, checkpointing: bool) -> int:
-        return estimate_memory(
-            recipe, shape, processes=plan.processes, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
-        ).total
+        estimated = setting.memory(micro_batch, plan.sharded, checkpointing)
+        return estimated.total if estimated else 0
 
-    checkpointing = bool(plan.gradient_checkpointing)
-    if checkpointing and (without := total(plan.micro_batch, False)) <= MEMORY_SAFE_SHARE * gpu.memory:
+    without = total(plan.micro_batch, False)
+    if train.gradient_checkpointing is True and without <= MEMORY_SAFE_SHARE * gpu.memory:
         checkpointing = False
         yield (
             f"gradient checkpointing is not needed: about {without / GIB:.0f} of {gpu.memory / GIB:.0f} GiB without; "
             "set train.gradient_checkpointing: auto or false to avoid recomputation"
         )
     splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
-    room = [n for n in splits if total(n * plan.micro_batch, checkpointing) <= MEMORY_SAFE_SHARE * gpu.memory]
-    if room:
+    room = [n for n in splits if setting.fits(n * plan.micro_batch, plan.sharded, checkpointing)]
+    if room and train.micro_batch_size != "auto":
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
-        follows = recipe.train.global_batch_size is not None
+        follows = train.global_batch_size is not None
         with_rest = f", accumulation becomes {rest}" if follows else f" with gradient_accumulation_steps: {rest}"
+        bound = setting.bound(micro, plan.sharded, checkpointing)
+        faster = "" if bound is None or plan.bound is None else f"{1 - bound.seconds / plan.bound.seconds:.0%} faster, "
         yield (
-            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} (about "
+            f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} ({faster}about "
             f"{total(micro, checkpointing) / GIB:.0f} of {gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x "
-            f"{plan.accumulation}"
+            f"{plan.accumulation}; with train.global_batch_size: {plan.global_batch}, micro_batch_size: auto decides it"
+        )
+
+
+def _sharding(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Sharding that costs communication and saves no memory that is needed; what has no effect without it."""
+    gpu, shape = plan.gpu, plan.shape
+    if recipe.distributed.fsdp in ("auto", "none") or not plan.sharded or gpu is None or shape is None:
+        return
+    setting, checkpointing = Setting.of(recipe, plan), bool(plan.gradient_checkpointing)
+    whole = setting.memory(plan.micro_batch, False, checkpointing)
+    if whole is not None and setting.fits(plan.micro_batch, False, checkpointing):
+        gathered = format_bytes(round(gathered_bytes(shape) * plan.accumulation))
+        yield (
+            f"distributed.fsdp: {recipe.distributed.fsdp} gathers {gathered} of weights per step on each GPU, and the "
+            f"whole state fits (about {whole.total / GIB:.0f} of {gpu.memory / GIB:.0f} GiB): set "
+            "distributed.fsdp: auto"
+        )
+
+
+def _hybrid_sharding(recipe: Recipe, plan: Plan) -> Iterator[str]:
+    """Sharding within each node, where its state fits and the links between nodes bound the step."""
+    gpu, hybrid = plan.gpu, recipe.distributed.model_copy(update={"fsdp": "hybrid_shard"})
+    if gpu is None or plan.bound is None or plan.memory is None or not plan.sharded or plan.replicas > 1:
+        return
+    if plan.per_node in (None, 1, plan.processes) or plan.processes % plan.per_node:
+        return
+    setting = Setting.of(recipe.model_copy(update={"distributed": hybrid}), plan)
+    chosen = choose(setting, Recorded())
+    how = chosen.micro_batch, True, bool(chosen.checkpointing)
+    memory, bound = setting.memory(*how), setting.bound(*how)
+    whole_fits = setting.fits(plan.micro_batch, False, bool(plan.gradient_checkpointing))
+    if memory is None or bound is None or whole_fits or not setting.fits(*how):
+        return
+    if (faster := 1 - bound.seconds / plan.bound.seconds) >= MIN_HYBRID_GAIN:
+        yield (
+            f"distributed.fsdp: hybrid_shard shards over the {plan.per_node} GPUs of each node and is {faster:.0%} "
+            f"faster by the plan; a step then takes about {memory.total / GIB:.0f} of {gpu.memory / GIB:.0f} GiB"
         )
 
 
@@ -338,6 +380,8 @@ RULES = (
     _warm_up,
     _zero_rate_tail,
     _throughput,
+    _sharding,
+    _hybrid_sharding,
     _context,
     _small_epoch,
     epochs_rounded_up,

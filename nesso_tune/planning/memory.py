@@ -13,9 +13,10 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import LoraSection
 
+MEMORY_SAFE_SHARE = 0.7  # estimates up to this share of the GPU memory are trusted
 CUDA_CONTEXT_BYTES = 1_000_000_000  # CUDA context, kernels and allocator fragmentation
 # Logits per chunk of the LM head (`model/lm_head.py`), by device type. The forward pass needs 6 bytes per logit in
-# bfloat16 and 8 in float32; the backward pass 4 and 8.
+# bfloat16 and 8 in float32 (2 and 4 where it is compiled, which evaluations are not); the backward pass 4 and 8.
 HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
 # Bytes per trained weight of the two AdamW moments: float32, or one byte and a float32 per block of 256.
@@ -31,7 +32,7 @@ class Memory:
         state: weights, gradients and optimizer state; one shard if sharded.
         activations: tensors saved for the backward pass.
         logits: one chunk of logits and the gradient of the LM head.
-        working: weights in compute precision or gathered from other ranks, and the CUDA context.
+        working: weights in compute precision or gathered from other ranks, buckets of DDP, and the CUDA context.
     """
 
     state: int
@@ -46,15 +47,16 @@ class Memory:
 
 
 def estimate_memory(
-    recipe: Recipe, shape: ModelShape, *, processes: int, micro_batch: int, checkpointing: bool, on_gpu: bool,
+    recipe: Recipe, shape: ModelShape, *, shards: int, micro_batch: int, checkpointing: bool, on_gpu: bool,
     supervised: float = 1.0,
 ) -> Memory:  # fmt: skip
     """Memory of a step with `micro_batch` rows (DPO: pairs of two sequences) of length `data.sequence_len`.
 
-    `supervised` is the share of supervised tokens.
+    `shards` is the number of processes that the state is sharded over, 1 if it is not. `supervised` is the share of
+    supervised tokens.
     """
     bfloat16 = recipe.model.dtype == "bfloat16"
-    sharded = recipe.shards(processes)
+    sharded = shards > 1
     tokens = micro_batch * recipe.data.sequence_len * (2 if recipe.method == "dpo" else 1)
     adapter = recipe.model.adapter
     trained = trained_parameters(adapter, shape)
@@ -78,8 +80,7 @@ def estimate_memory(
     forward = (6 if bfloat16 else 8) * min(HEAD_CHUNK_FORWARD[device], logits)
     backward = (4 if bfloat16 else 8) * min(HEAD_CHUNK_BACKWARD[device], logits)
     return Memory(
-        state=(state_bytes(recipe, trained) + frozen_bytes(adapter, shape, compute or 4))
-        // (processes if sharded else 1),
+        state=(state_bytes(recipe, trained) + frozen_bytes(adapter, shape, compute or 4)) // shards,
         activations=kept + layer,  # plus one layer: recomputed, or its gradients
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
         working=working + (CUDA_CONTEXT_BYTES if on_gpu else 0),
@@ -123,7 +124,7 @@ def frozen_bytes(adapter: LoraSection | None, shape: ModelShape, precision: int 
         return 0
     if adapter.type != "qlora":
         return precision * shape.parameters
-    in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in _matrices(shape).values())
+    in_four_bits = shape.layers * sum(inputs * outputs for inputs, outputs in layer_matrices(shape).values())
     return precision * (shape.parameters - in_four_bits) + math.ceil(NF4_BYTES_PER_WEIGHT * in_four_bits)
 
 
@@ -152,13 +153,13 @@ def dora_working(shape: ModelShape, bfloat16: bool) -> int:
 
 def _adapted(section: LoraSection, shape: ModelShape) -> list[tuple[int, int]]:
     """(inputs, outputs) of the target matrices of a decoder layer."""
-    sizes, targets = _matrices(shape), section.target_modules
+    sizes, targets = layer_matrices(shape), section.target_modules
     names = sizes if targets == "all-linear" else [targets] if isinstance(targets, str) else targets
     last = [name.rsplit(".", 1)[-1] for name in names]
     return [sizes[name] for name in last if name in sizes]
 
 
-def _matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
+def layer_matrices(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the matrices of a decoder layer."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim

@@ -13,11 +13,13 @@ from nesso_tune.files import format_bytes
 from nesso_tune.lr_schedule import ScheduleType, lr_multiplier
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.memory import Memory
+from nesso_tune.planning.roofline import StepBound
 from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SFTData
 
-TYPICAL_UTILIZATION = (0.4, 0.2)  # fractions of a GPU's peak that training typically reaches: high and low estimate
+REALISTIC = 1.3  # times the bound of the roofline: runs that were published take 0.9 to 1.3 times the bound
+COMPILE_SECONDS = {"cpu": 20, "gpu": 60}  # of torch.compile, before the first step; that of GPUs is an estimate
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class World:
 
     processes: int = 1
     gpu: Gpu | None = None
+    per_node: int | None = None  # processes of each node; None: all are on one
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class DataVolume:
         exact: True if counted in prepared data, False if estimated.
         basis: description of the sample behind an estimate.
         dropped: fraction of the rows that are dropped, by reason.
+        document_length: mean length of a document over the tokens (sum of squared lengths / sum of lengths), which
+            decides what attention costs; None if unknown.
+        unread: rows with each column or message key that is not read, by source; of an estimate, in its sample.
+        warnings: about text that is not read.
     """
 
     rows: int
@@ -49,6 +56,9 @@ class DataVolume:
     exact: bool = True
     basis: str = ""
     dropped: Mapping[str, float] = field(default_factory=dict)
+    document_length: float | None = None
+    unread: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class SchedulePlan:
         return f"{warm}{self.shape} to {at(self.decay_end)}, then constant {floor:.3g} to {at(self.total_steps)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All quantities of a run that follow from the recipe, the devices and the data.
 
@@ -122,10 +132,21 @@ class Plan:
     gpu: Gpu | None = None
     gradient_checkpointing: bool | None = None  # None: undecided, because the GPU is unknown
     torch_compile: bool = False
-    step_seconds: tuple[float, float] | None = None  # per optimizer step, at TYPICAL_UTILIZATION
+    sharded: bool = False  # by FSDP2; otherwise replicated (DDP)
+    replicas: int = 1  # groups of processes that each hold the whole sharded state (hybrid_shard: one on each node)
+    per_node: int | None = None  # processes of each node; None: all are on one
+    sharded_checkpoints: bool = False  # each process writes its own shard
+    micro_batch_reason: str = ""  # why auto chose this micro batch; empty if the recipe sets it
+    sharding_reason: str = ""  # why auto chose to shard or not, likewise
+    bound: StepBound | None = None  # of an optimizer step on each GPU, by the roofline
     memory: Memory | None = None  # of a step on each GPU (without gradient checkpointing if undecided)
     shares: SchedulePlan | None = None  # if the number of steps is unknown: the schedule of a run of 1000 steps
     advice: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        steps = "unknown steps" if self.total_steps is None else f"{self.total_steps:,} steps"
+        rate = f"learning rate {self.learning_rate:g}"
+        return f"Plan({steps} of {self.global_batch:,} rows on {self.processes} process(es), {rate})"
 
     @property
     def parameters(self) -> int | None:
@@ -137,6 +158,21 @@ class Plan:
         """Number of optimizer steps; requires a plan made with a data volume or `train.max_steps`."""
         assert self.total_steps is not None
         return self.total_steps
+
+    @property
+    def shards(self) -> int:
+        """Number of processes that the state is sharded over; 1 if it is not sharded."""
+        return self.processes // self.replicas if self.sharded else 1
+
+    @property
+    def step_seconds(self) -> tuple[float, float] | None:
+        """Seconds per optimizer step: the bound of the roofline, and a realistic time; None if unknown."""
+        return None if self.bound is None else (self.bound.seconds, REALISTIC * self.bound.seconds)
+
+    @property
+    def compile_seconds(self) -> int:
+        """Seconds to compile the decoder layers before the first step; not part of `step_seconds`."""
+        return COMPILE_SECONDS["cpu" if self.gpu is None else "gpu"] if self.torch_compile else 0
 
     @property
     def rows_seen(self) -> int:
@@ -156,9 +192,12 @@ class Plan:
         """Plain data for `--json`, with the schedule as text."""
         words = self.schedule.in_words() if self.schedule else None
         words = self.shares.in_words(shares=True) if self.shares else words
-        return asdict(self) | {"parameters": self.parameters, "schedule_in_words": words}
+        return asdict(self) | {
+            "parameters": self.parameters, "step_seconds": self.step_seconds, "schedule_in_words": words,
+        }  # fmt: skip
 
 
+_MAX_KEYS = 10  # unread columns in one line
 BAR_CHARACTERS = " ▁▂▃▄▅▆▇█"
 
 
@@ -193,7 +232,8 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
             f"{plan.micro_batch} x {plan.accumulation} accumulation x {plan.processes} process(es)"
             f" = {plan.global_batch} {unit}",
         ),
-        _line("weights", _sharing(plan, recipe)),
+        *([_line("", f"(micro batch auto: {plan.micro_batch_reason})")] if plan.micro_batch_reason else []),
+        _line("weights", _sharing(plan)),
         *_data(plan.volume, row_name(recipe)),
         _line("steps", _steps(plan)),
     ]
@@ -204,7 +244,9 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     if plan.gpu and plan.memory is None:
         lines.append(_line("memory", f"unknown on {plan.gpu.name}: the size of the base model is unknown"))
     lines += [_line(name, text) for name, text in zip(("memory", ""), memory_in_words(plan), strict=False)]
-    lines += [_line("time", text) for text in _time(plan)]
+    lines += [_line(name, text) for name, text in zip(("time", ""), _time(plan), strict=False)]
+    if plan.torch_compile:
+        lines.append(_line("compilation", f"about {plan.compile_seconds} s before the first step, once"))
     if plan.checkpoint_bytes and plan.final_bytes:
         sizes = f"{format_bytes(plan.checkpoint_bytes)} per checkpoint, {format_bytes(plan.final_bytes)} for final/"
         lines.append(_line("disk", sizes))
@@ -219,13 +261,17 @@ def describe(plan: Plan, recipe: Recipe, base_note: str | None = None) -> list[s
     return lines
 
 
-def _sharing(plan: Plan, recipe: Recipe) -> str:
+def _sharing(plan: Plan) -> str:
     if plan.processes == 1:
         return "not sharded (single process)"
-    if not recipe.shards(plan.processes):
-        return f"replicated on {plan.processes} processes (DDP)"
-    files = "sharded" if recipe.in_shards(plan.processes) else "full"
-    return f"sharded over {plan.processes} processes (FSDP2 FULL_SHARD), {files} checkpoints"
+    why = f"; fsdp auto: {plan.sharding_reason}" if plan.sharding_reason else ""
+    if not plan.sharded:
+        return f"replicated on {plan.processes} processes (DDP){why}"
+    files = "sharded" if plan.sharded_checkpoints else "full"
+    over = f"{plan.processes} processes (FSDP2 FULL_SHARD)"
+    if plan.replicas > 1:
+        over = f"the {plan.shards} processes of each node, replicated on {plan.replicas} nodes (FSDP2 HYBRID_SHARD)"
+    return f"sharded over {over}, {files} checkpoints{why}"
 
 
 def _line(name: str, text: str) -> str:
@@ -252,7 +298,11 @@ def _data(volume: DataVolume | None, name: str) -> list[str]:
     if volume.dropped:
         lost = ", ".join(f"{about}{share:.0%} {reason}" for reason, share in volume.dropped.items())
         lines.append(_line("", f"dropped: {lost}; `nesso-tune prepare` shows examples"))
-    return lines
+    for source, keys in volume.unread.items():
+        shown = ", ".join(key or '""' for key in list(keys)[:_MAX_KEYS])
+        more = f" and {len(keys) - _MAX_KEYS:,} more" if len(keys) > _MAX_KEYS else ""
+        lines.append(_line("", f"not read of {source}: {shown}{more}"))
+    return [*lines, *(_line("warning", text) for text in volume.warnings)]
 
 
 def _steps(plan: Plan) -> str:
@@ -260,7 +310,8 @@ def _steps(plan: Plan) -> str:
         return f"{plan.epochs:g} epochs"
     about = "" if plan.volume is None or plan.volume.exact else "~"
     epochs = f" ({about}{_short(plan.epochs)} epochs)" if plan.epochs else ""
-    every = f"; log every {plan.log_every}, save every {plan.save_every}"
+    every = f"; log every {plan.log_every}, "
+    every += "no checkpoints" if plan.save_every is None else f"save every {plan.save_every}"
     if plan.evaluate_every:
         every += f", evaluate every {plan.evaluate_every}"
     return f"{about}{plan.total_steps:,}{epochs}{every}"
@@ -283,8 +334,8 @@ def memory_in_words(plan: Plan) -> list[str]:
 
 
 def _time(plan: Plan) -> list[str]:
-    """Seconds per step and hours of the run, at TYPICAL_UTILIZATION of the GPU's peak."""
-    if plan.step_seconds is None or plan.total_steps is None:
+    """Seconds per step and hours of the run, from the bound to a realistic time, and the MFU of the bound."""
+    if plan.bound is None or plan.step_seconds is None or plan.total_steps is None:
         return []
     fast, slow = (seconds * plan.total_steps / 3600 for seconds in plan.step_seconds)
     if slow >= 1:
@@ -296,8 +347,12 @@ def _time(plan: Plan) -> list[str]:
     if plan.processes > 1:
         took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
     step = " to ".join(f"{seconds:.2g}" for seconds in plan.step_seconds)
-    shares = f"{TYPICAL_UTILIZATION[0]:.0%} to {TYPICAL_UTILIZATION[1]:.0%} of the GPUs' peak"
-    return [f"{took}, {step} s per step, at {shares}, without evaluation"]
+    kind = "compiled" if plan.torch_compile else "eager"
+    mfu = f"{plan.bound.mfu:.0%} MFU ({plan.bound.mfu_common:.0%} common)"
+    return [
+        f"{took}, {step} s per step, without evaluation",
+        f"(from the roofline's bound, {mfu}, {kind}, to {REALISTIC:g} times that)",
+    ]
 
 
 def in_short(parameters: int) -> str:

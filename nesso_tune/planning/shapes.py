@@ -82,15 +82,18 @@ def find_shape(model: ModelSection) -> ModelShape | None:
 
 
 def find_config(model: ModelSection) -> dict[str, Any] | None:
-    """The base model's config without downloads: from its folder, the local hub cache or the table."""
+    """The base model's config without downloads: from its folder, the local hub cache or the table.
+
+    `model.overrides` are applied.
+    """
     file = _config_file(model)
-    if file is None:
-        return known_config(model.base)
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config if isinstance(config, dict) else None
+    config = known_config(model.base)
+    if file is not None:
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+    return {**config, **model.overrides} if isinstance(config, dict) else None
 
 
 def known_config(base: str) -> dict[str, Any] | None:

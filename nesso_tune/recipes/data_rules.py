@@ -8,7 +8,7 @@ from os.path import expanduser
 from typing import Any
 
 from nesso_tune.conversation import LANGUAGE_NAMES, OTHER_LANGUAGES, language_code
-from nesso_tune.errors import closest, shortened
+from nesso_tune.errors import RecipeError, closest, shortened
 from nesso_tune.recipes.builtin import template_names
 from nesso_tune.recipes.yaml_source import KeyPath
 
@@ -16,13 +16,21 @@ Raw = Mapping[str, Any]
 MESSAGE_FIELDS = ("messages_field", "role_field", "content_field", "roles")
 INSTRUCTION_FIELDS = ("input_field", "response_field")
 PREFERENCE_FIELDS = ("chosen_field", "rejected_field")
+PREFERENCE_KEYS = (*PREFERENCE_FIELDS, "prompt_field", "input_field", "role_field", "content_field", "roles",
+                   "system_field", "tools_field", "tools_file")  # fmt: skip
 CHOICE_FIELDS = ("choice_fields", "label_fields", "labels")
 FORMAT_KEYS: dict[str, tuple[str, ...]] = {  # keys that each shipped format reads
     "messages": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
     "sharegpt": (*MESSAGE_FIELDS, "system_field", "tools_field", "tools_file"),
+    "exchanges": ("messages_field", "system_field", "tools_field", "tools_file"),
     "alpaca": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
-    "preference": (*PREFERENCE_FIELDS, "prompt_field", "role_field", "content_field", "messages_field", "roles",
-                   "system_field", "tools_field", "tools_file"),
+    "prompt_completion": (*INSTRUCTION_FIELDS, "prompt_field", "role_field", "content_field", "roles", "system_field",
+                          "tools_field", "tools_file"),
+    "preference": (*PREFERENCE_KEYS, "messages_field"),
+    "ms_swift": PREFERENCE_KEYS,
+    "openai_preference": PREFERENCE_KEYS,
+    "hh_rlhf": (*PREFERENCE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
+    "ultrafeedback": (*INSTRUCTION_FIELDS, "prompt_field", "system_field", "tools_field", "tools_file"),
     "choice": (*CHOICE_FIELDS, "prompt_field", "input_field", "system_field", "tools_field", "tools_file"),
     "completion": ("text_field",),
     "pretokenized": (),
@@ -137,6 +145,24 @@ def _clean(raw: Raw) -> Iterator[Finding]:
         yield Finding(
             ("data", "clean", "validation_overlap"), "has no effect: there are no validation rows", "remove it"
         )
+    search = get(raw, "data", "clean", "personal_data")
+    for section in ("sources", "validation_sources") if search is not None else ():
+        sources = get(raw, "data", section)
+        for i, source in enumerate(sources if isinstance(sources, (list, tuple)) else ()):
+            if get(source, "format") == "pretokenized":
+                yield Finding(
+                    ("data", section, i, "format"), "token ids cannot be searched by data.clean.personal_data",
+                    "give the texts, or remove personal_data",
+                )  # fmt: skip
+
+
+def _turns(raw: Raw) -> Iterator[Finding]:
+    sources = get(raw, "data", "sources")
+    formats = {str(get(source, "format")) for source in (sources if isinstance(sources, (list, tuple)) else ())}
+    if formats and formats <= {"completion", "pretokenized"}:
+        for key, default in (("turns_to_train", "all"), ("reasoning", "error")):
+            if get(raw, "data", key) not in (None, default):
+                yield Finding(("data", key), f"has no effect under format: {sorted(formats)[0]}", "remove it")
 
 
 def _limits(raw: Raw) -> Iterator[Finding]:
@@ -202,4 +228,13 @@ def source_names(sources: Any) -> list[str]:
     return [expanduser(str(get(source, "alias") or get(source, "path"))) for source in sources]
 
 
-DATA_RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_sources, _mixture, _clean, _limits)
+DATA_RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (_sources, _mixture, _clean, _turns, _limits)
+
+
+def check_validation_size(size: int | float, total: int) -> None:
+    """Raises RecipeError if holding out `size` of `total` rows would leave no training row."""
+    if isinstance(size, int) and size and size >= total:
+        raise RecipeError(
+            "data.validation_size", f"{size:,} of {total:,} usable rows leave nothing to train on",
+            f"hold out fewer, e.g. {max(1, total // 20)}, or a share like 0.05",
+        )  # fmt: skip

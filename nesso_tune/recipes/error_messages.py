@@ -6,19 +6,20 @@ or section. `OTHER_TOOL_KEYS` has the equivalent keys of Axolotl, TRL, transform
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from nesso_tune.errors import Problem, closest, shortened
+from nesso_tune.errors import Problem, RecipeError, closest, shortened
 from nesso_tune.recipes.builtin import PATH_ERROR
 from nesso_tune.recipes.rules import lint
-from nesso_tune.recipes.schema import RECIPES
-from nesso_tune.recipes.sections import SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
+from nesso_tune.recipes.secrets import masked
+from nesso_tune.recipes.sections import MOUNT, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME, Section
 from nesso_tune.recipes.yaml_source import Document, KeyPath
 
+Model = TypeVar("Model", bound=Section)
 # Recipe key: its names in other tools.
 OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "method": ("rl", "stage", "task", "rl_type"),
@@ -27,6 +28,7 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "model.revision": ("revision_of_model", "model_revision"),
     "model.attention": ("flash_attention", "flash_attn", "attn_implementation", "sdp_attention", "xformers_attention"),
     "model.dtype": ("bf16", "fp16", "tf32", "torch_dtype", "precision"),
+    "model.overrides": ("overrides_of_model_config", "config_overrides", "model_kwargs", "override_model_config"),
     "model.adapter": ("peft", "use_peft", "finetuning_type", "peft_config", "lora"),
     "model.adapter.type": ("use_dora", "load_in_4bit", "quantization_bit", "quantization_config", "bnb_config"),
     "model.adapter.r": ("lora_r", "lora_rank", "rank"),
@@ -42,12 +44,15 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "data.sequence_len": ("max_length", "max_seq_length", "cutoff_len", "max_seq_len", "model_max_length", "seq_len"),
     "data.packing": ("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "neat_packing"),
     "data.roles_to_train": ("train_on_inputs", "assistant_only_loss", "completion_only_loss", "train_on_prompt"),
+    "data.turns_to_train": ("mask_history", "train_on_last_turn_only", "only_train_on_last_turn", "last_turn_only"),
+    "data.reasoning": ("enable_thinking", "split_thinking", "template_thinking_key", "reasoning_field"),
     "data.validation_size": ("val_set_size", "val_size", "test_size", "eval_size", "validation_split"),
     "data.validation_sources": ("test_datasets", "eval_dataset", "eval_datasets", "validation_dataset"),
     "data.mixture": ("mix_strategy", "interleave_probs", "probabilities", "dataset_mixture", "interleave"),
     "data.clean.duplicates": ("dataset_exact_deduplication", "deduplicate", "dedup", "exact_duplicates"),
     "data.clean.near_duplicates": ("minhash", "near_dedup", "fuzzy_dedup"),
     "data.clean.decontaminate": ("decontamination", "decontaminate_against"),
+    "data.clean.personal_data": ("pii", "remove_pii", "mask_pii", "pii_masking", "anonymize"),
     "data.too_long": ("excess_length_strategy", "truncation_mode", "packing_strategy"),
     "train.num_epochs": ("num_train_epochs", "epochs", "n_epochs"),
     "train.max_steps": ("max_train_steps", "steps", "num_steps"),
@@ -79,6 +84,8 @@ OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "evaluation.every_steps": ("eval_steps", "evals_per_epoch", "eval_strategy", "evaluation_strategy"),
     "logging.every_steps": ("logging_steps",),
     "logging.report_to": ("wandb_project", "use_wandb", "use_mlflow", "use_tensorboard", "trackers"),
+    "card.name": ("hub_model_id", "model_card_name"),
+    "card.license": ("licence", "model_license"),
     "messages_field": ("field_messages", "conversation_field", "messages_column"),
     "role_field": ("message_field_role", "message_property_mappings", "role_column"),
     "content_field": ("message_field_content", "content_column"),
@@ -123,12 +130,38 @@ BOUNDS = {
 PATTERNS = {  # descriptions of the patterns in `sections.py`
     SLURM_WORD: "one word without quotes, # or \\",
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
+    MOUNT: "absolute paths, as /HOST, /HOST:/CONTAINER or /HOST:/CONTAINER:ro, without commas",
     VARIABLE_NAME: "a variable's name, of letters, digits and _",
 }
 EMPTY = ("too_short", "string_too_short", "string_pattern_mismatch")
 
 
-def recipe_problems(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
+def validated(
+    document: Document, model: type[Model], raw: Mapping[str, Any], problems: Iterable[Problem] = ()
+) -> Model:
+    """The model of a document.
+
+    Args:
+        document: has the locations of the keys.
+        model: the recipe class.
+        raw: values to validate: those of the document, or the same as sections.
+        problems: found before.
+
+    Raises:
+        RecipeError: with all problems.
+    """
+    found = list(problems)
+    try:
+        result = model.model_validate(raw)
+    except ValidationError as error:
+        found += recipe_problems(error, document, model)
+    if found or document.problems:
+        mistakes = limit_problems(_in_order([*document.problems, *found]), document)
+        raise RecipeError(Problem(masked(one.where), masked(one.what), masked(one.remedy)) for one in mistakes)
+    return result
+
+
+def recipe_problems(error: ValidationError, document: Document, model: type[Section]) -> list[Problem]:
     """All problems of a recipe in file order: validation errors and findings of the lint rules."""
     by_path: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
@@ -150,13 +183,21 @@ def limit_problems(problems: list[Problem], document: Document, count: int | Non
     return [*problems[:MAX_PROBLEMS], Problem(document.name, f"has {remaining:,} more problems", "correct these first")]
 
 
+def _in_order(problems: list[Problem]) -> list[Problem]:
+    def line(problem: Problem) -> int:
+        tail = problem.where.rsplit(":", 1)[-1]
+        return int(tail) if tail.isdigit() else 0
+
+    return sorted(dict.fromkeys(problems), key=line)
+
+
 def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
     """Findings of the lint rules, as problems with their key paths."""
     findings = lint(document.value if isinstance(document.value, Mapping) else {})
     return [(f.path, Problem(document.where(f.path), f"{_quoted(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
-def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
+def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[Section]) -> Problem:
     where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
@@ -184,7 +225,7 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
     return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_value_text(value)}", remedy)
 
 
-def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
+def suggest_key(model: type[Section], path: KeyPath) -> str:
     """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
     *above, key = [str(part) for part in path if isinstance(part, str)]
     if key in UNSUPPORTED_KEYS:
@@ -198,9 +239,10 @@ def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
         return f"it belongs to {places}"
     if places := _places(model, name, above):
         return f"it is called {places} here"
-    for method, other in RECIPES.items():
-        if model in RECIPES.values() and (places := _places(other, name, above)):
-            return f"remove it: {places} is only for method: {method}"
+    parent: Any = model.__base__  # the recipe classes have a common one
+    for other in parent.__subclasses__() if "method" in model.model_fields else ():
+        if places := _places(other, name, above):
+            return f"remove it: {places} is only for method: {other.model_fields['method'].default}"
     everywhere = sorted({names[-1] for names in key_paths(model)})
     for names, cutoff in ((siblings, 0.8), (everywhere, 0.8), (siblings, 0.6)):
         if guess := closest(key, names, cutoff):
@@ -210,7 +252,7 @@ def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
     return f"remove it; the keys here are {', '.join(siblings)}"
 
 
-def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
+def section_at(model: type[Section], path: KeyPath) -> type[Section] | None:
     """The section model at `path` (list indices are skipped); the model itself at the root."""
     names = tuple(part for part in path if isinstance(part, str))
     if not names:
@@ -219,9 +261,9 @@ def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
 
 
 @cache
-def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
+def key_paths(model: type[Section]) -> dict[tuple[str, ...], type[Section] | None]:
     """All keys of `model` by path (without list indices), each with its section model, if any."""
-    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
+    out: dict[tuple[str, ...], type[Section] | None] = {}
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         out[(name,)] = section
@@ -230,7 +272,7 @@ def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] |
     return out
 
 
-def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
+def _places(model: type[Section], name: str, section: list[str]) -> str:
     """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
     wanted = tuple(name.split("."))
     found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
@@ -239,14 +281,14 @@ def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
     return " or ".join(f"`{'.'.join(names)}`" for names in found)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
+def _section(annotation: Any) -> type[Section] | None:
     """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
 
 
-def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
+def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[Section]) -> str:
     """The most likely intended value."""
     if isinstance(value, str):
         number = value.strip().replace(",", ".")
@@ -290,12 +332,11 @@ def _choices(item: Mapping[str, Any]) -> list[str]:
     return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
-def _description(model: type[BaseModel], path: KeyPath) -> str:
+def _description(model: type[Section], path: KeyPath) -> str:
     """Description of a key in the schema."""
     names = [part for part in path if isinstance(part, str)] or [""]
     section = section_at(model, tuple(names[:-1]))
-    field = section.model_fields.get(names[-1]) if section else None
-    text = (field.description if field else None) or "see the schema"
+    text = section.descriptions().get(names[-1], "see the schema") if section else "see the schema"
     return text[0].lower() + text[1:].rstrip(".")
 
 

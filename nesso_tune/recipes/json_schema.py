@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -9,6 +10,7 @@ from pydantic import TypeAdapter
 from nesso_tune.recipes.builtin import template_names
 from nesso_tune.recipes.rules import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
+from nesso_tune.recipes.sections import Section
 from nesso_tune.recipes.yaml_source import KeyPath
 
 SCHEMA_FILE = "nesso-tune.schema.json"  # written next to recipes
@@ -32,14 +34,14 @@ def recipe_schema() -> dict[str, Any]:
         definitions |= schema.pop("$defs")
         definitions[RECIPES[name].__name__] = schema
         schema["required"] = ["method", *schema["required"]]
+    for kind in _subclasses(Section):
+        for key, text in kind.descriptions().items():
+            if kind.__name__ in definitions:
+                definitions[kind.__name__]["properties"][key]["description"] = text
     for section, rule in _rules():
         definitions[_definition(definitions, section)].setdefault("allOf", []).append(rule)
     for (name, key), folder, more in SHIPPED_FILE_KEYS:
         definitions[name]["properties"][key]["examples"] = [*more, *template_names(folder)]
-    for definition in definitions.values():  # pydantic omits a description equal to the section's docstring
-        for entry in definition.get("properties", {}).values():
-            if "$ref" in entry:
-                entry.setdefault("description", definitions[entry["$ref"].rsplit("/", 1)[-1]]["description"])
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "nesso-tune recipe",
@@ -52,6 +54,13 @@ def recipe_schema() -> dict[str, Any]:
         "else": {"$ref": f"#/$defs/{SFTRecipe.__name__}"},
         "$defs": {name: _tidy(definitions[name]) for name in sorted(definitions)},
     }
+
+
+def _subclasses(kind: type[Section]) -> Iterator[type[Section]]:
+    """All classes derived from a section."""
+    for below in kind.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 def _tidy(schema: Any) -> Any:

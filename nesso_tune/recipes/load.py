@@ -4,56 +4,57 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from nesso_tune.errors import Problem, RecipeError, closest, shortened
-from nesso_tune.recipes.builtin import (
-    find_recipe,
-    local_path,
-    reader_file,
-    shipped_folder,
-    shipped_recipes,
-    template_names,
-)
-from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, limit_problems, recipe_problems
-from nesso_tune.recipes.rules import EXCLUSIVE
-from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe
-from nesso_tune.recipes.secrets import masked
+from nesso_tune.recipes.builtin import find_recipe, shipped_folder, shipped_recipes, template_names
+from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, limit_problems, recipe_problems, validated
+from nesso_tune.recipes.rules import remove_excluded
+from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe, check_files
 from nesso_tune.recipes.sections import Section
-from nesso_tune.recipes.yaml_source import MAX_DEPTH, OVERRIDE, Document, KeyPath, parse_document, read_document
+from nesso_tune.recipes.yaml_source import OVERRIDE, Document, parse_document, plain_data, read_document, set_value
 
 Spec = TypeVar("Spec", bound=Section)
 
 
-def load_recipe(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
-        path: a YAML file, or the name of a shipped recipe (`quickstart/sft`).
+        source: a YAML file, the name of a shipped recipe (`quickstart/sft`), the keys of a recipe, or YAML text of
+            more than one line.
         overrides: values by dotted key, e.g. `{"train.learning_rate": 5e-4}`; list items by index. If two keys are
             mutually exclusive (`train.max_steps`, `train.num_epochs`), the overridden one replaces the file's.
 
     Raises:
-        RecipeError: with all problems of the file, each with file, line and remedy.
+        RecipeError: with all problems of the recipe, each with file, line and remedy.
     """
-    file = find_recipe(path)
+    document = _document(source)
+    for key, value in (overrides or {}).items():
+        set_value(document, key, value)
+    remove_excluded(document.value, overrides or {})
+    recipe = validate(document)
+    check_files(recipe, document)
+    return recipe
+
+
+def _document(source: str | Path | Mapping[str, Any]) -> Document:
+    """The keys of a recipe, with their locations."""
+    if isinstance(source, Mapping):
+        return Document("recipe", plain_data(source), is_text=False)
+    if isinstance(source, str) and "\n" in source:
+        return parse_document(source, "recipe")
+    file = find_recipe(source)
     if not file.exists() and file.with_name(f"{file.name}.yaml").is_file():
         file = file.with_name(f"{file.name}.yaml")
     if not file.exists() and file.suffix not in (".yaml", ".yml"):
-        guess = closest(str(path), shipped_recipes())
+        guess = closest(str(source), shipped_recipes())
         remedy = f"did you mean `{guess}`?" if guess else f"shipped recipes are {', '.join(shipped_recipes())}"
-        raise RecipeError(str(path), "no such file and no shipped recipe of this name", remedy)
-    document = read_document(file)
-    for key, value in (overrides or {}).items():
-        _override(document, key, value)
-    _remove_excluded(document, overrides or {})
-    recipe = validate(document)
-    _check_files(recipe, document)
-    return recipe
+        raise RecipeError(str(source), "no such file and no shipped recipe of this name", remedy)
+    return read_document(file)
 
 
 def parse_overrides(settings: list[str]) -> dict[str, Any]:
@@ -88,14 +89,7 @@ def validate(document: Document) -> Recipe:
             f"{document.name}:1", f"a recipe must be a section of keys, not {found}", "start with method: sft"
         )
     model, problems = _recipe_model(document, raw)
-    try:
-        recipe = model.model_validate({**raw, "method": model.model_fields["method"].default})
-    except ValidationError as error:
-        problems += recipe_problems(error, document, model)
-    if problems or document.problems:
-        mistakes = limit_problems(_in_order([*document.problems, *problems]), document)
-        raise RecipeError(Problem(masked(one.where), masked(one.what), masked(one.remedy)) for one in mistakes)
-    return recipe
+    return validated(document, model, {**raw, "method": model.model_fields["method"].default}, problems)
 
 
 def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Path:
@@ -159,70 +153,3 @@ def _recipe_model(
     alias = next((key for key in raw if EQUIVALENT_KEYS.get(str(key)) == "method"), None)
     remedy = "write method: sft or method: dpo" + (f" instead of `{alias}`" if alias else "")
     return model, [Problem(f"{document.name}:1", "the key `method` is missing", remedy)]
-
-
-def _check_files(recipe: Recipe, document: Document) -> None:
-    """Raises RecipeError if a template, format, reader or tools file is missing."""
-    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template}
-    for section in ("sources", "validation_sources"):
-        for i, source in enumerate(getattr(recipe.data, section)):
-            named[("data", section, i, "format")] = reader_file(source.format)
-            named[("data", section, i, "tools_file")] = source.tools_file
-    missing = [
-        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that does not exist: {name}",
-                "correct the path") for path, name in named.items()
-        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
-    ]  # fmt: skip
-    if missing:
-        raise RecipeError(missing)
-
-
-def _in_order(problems: list[Problem]) -> list[Problem]:
-    def line(problem: Problem) -> int:
-        tail = problem.where.rsplit(":", 1)[-1]
-        return int(tail) if tail.isdigit() else 0
-
-    return sorted(dict.fromkeys(problems), key=line)
-
-
-def _override(document: Document, key: str, value: Any) -> None:
-    """Sets one value in the document; creates missing sections."""
-    if not isinstance(document.value, dict):
-        document.value = {}
-    node: Any = document.value
-    path: KeyPath = ()
-    parts = key.split(".")
-    if len(parts) > MAX_DEPTH:
-        raise RecipeError(OVERRIDE, f"`{shortened(key)}` is nested too deeply", "write --set key.path=value")
-    for depth, name in enumerate(parts, start=1):
-        part: Any = _list_index(node, name, key) if isinstance(node, list) else name
-        path = (*path, part)
-        inner = node[part] if isinstance(node, list) or part in node else None
-        if depth < len(parts) and isinstance(inner, (dict, list)):
-            node = inner
-            continue
-        for old in [old for old in document.lines if old[: len(path)] == path]:
-            del document.lines[old]
-        document.lines[path] = 0
-        node[part] = deepcopy(value) if depth == len(parts) else {}
-        node = node[part]
-
-
-def _list_index(items: list[Any], name: str, key: str) -> int:
-    """The list index given by one part of an override's key."""
-    if name.isascii() and name.isdigit() and int(name) < len(items):
-        return int(name)
-    remedy = f"use 0 to {len(items) - 1}" if items else "set the whole list"
-    raise RecipeError(OVERRIDE, f"`{shortened(key)}`: there is no item `{shortened(name)}` in this list", remedy)
-
-
-def _remove_excluded(document: Document, overrides: Mapping[str, Any]) -> None:
-    """Removes keys of the file that are mutually exclusive with an override."""
-    for rule in EXCLUSIVE:
-        names = {key: ".".join(map(str, (*rule.section, key))) for key in rule.keys}
-        for key, other in (rule.keys, rule.keys[::-1]):
-            section: Any = document.value
-            for part in rule.section:
-                section = section.get(part) if isinstance(section, dict) else None
-            if overrides.get(names[key]) is not None and names[other] not in overrides and isinstance(section, dict):
-                section.pop(other, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from posixpath import normpath
+from typing import Any
 
 from nesso_tune.lr_schedule import DECAYING_TYPES
 from nesso_tune.metric_registry import (
@@ -16,6 +17,7 @@ from nesso_tune.metric_registry import (
     VALIDATION_METRICS,
     metric_of,
     overall_metric,
+    own_metrics,
     suggest_metric,
 )
 from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
@@ -43,14 +45,41 @@ RESERVED_JOB_OPTIONS = {
     "signal": "use cluster.save_before_s",
     **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
     "array": "remove it: its jobs would all write into one run directory",
+    "export": "use cluster.env", "dependency": "`launch` chains the jobs of several recipes",
 }  # fmt: skip
+RESERVED_STEP_OPTIONS = {
+    **{name: remedy for name, remedy in RESERVED_JOB_OPTIONS.items() if name not in ("requeue", "signal", "array")},
+    **dict.fromkeys(("container-image", "container-mounts", "container-workdir", "container-name"),
+                    "use cluster.container"),
+    **dict.fromkeys(("kill-on-bad-exit", "label", "output", "error"), "remove it"),
+}  # fmt: skip
+# Options of container runtimes: those that `launch` writes, and those that keep the variables of the job out.
+RESERVED_CONTAINER_OPTIONS = {
+    **dict.fromkeys(("--bind", "-B", "--mount", "--container-mounts"), "use cluster.container.mounts"),
+    **dict.fromkeys(("--nv", "--rocm", "--pwd", "--cwd", "--container-workdir", "--container-image"), "remove it"),
+    **dict.fromkeys(("--cleanenv", "-e", "--containall", "-C"), "remove it: the run needs the variables of Slurm"),
+}  # fmt: skip
+CONTAINER_RUNTIMES = ("apptainer", "singularity", "srun", "docker", "podman", "enroot")
 RESERVED_JOB_VARIABLES = {
     "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
     "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
     **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
-                     "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "code"), "remove it"),
+                     "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "BESIDE_RUN", "MOUNTS", "GPU_OPTION",
+                     "CONTAINER_RUNTIME", "code", "lost", "answered", "node"), "remove it"),
 }  # fmt: skip
 RESERVED_VARIABLE_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
+# Keys of config.json that `model.overrides` must not change.
+_OTHER_BASE = "remove it, or use a base with this value"
+FIXED_CONFIG_KEYS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "tie_word_embeddings", "model_type", "architectures",
+                     "attention_bias", "mlp_bias", "n_embd", "n_layer", "n_head", "n_inner"), _OTHER_BASE),
+    **dict.fromkeys(("dtype", "torch_dtype"), "use model.dtype"),
+    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), "use chat.template, or chat.pad_token"),
+    **dict.fromkeys(("attn_implementation", "_attn_implementation"), "use model.attention"),
+    "quantization_config": "use model.adapter.type: qlora",
+    "auto_map": "use model.trust_remote_code",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +116,18 @@ INERT = (
 def lint(raw: Raw) -> list[Finding]:
     """Findings of all rules. A key is set if it is present and not null."""
     return [finding for rule in RULES for finding in rule(raw)]
+
+
+def remove_excluded(raw: Any, overrides: Mapping[str, Any]) -> None:
+    """Removes keys of a recipe that are mutually exclusive with an override."""
+    for rule in EXCLUSIVE:
+        names = {key: ".".join(map(str, (*rule.section, key))) for key in rule.keys}
+        for key, other in (rule.keys, rule.keys[::-1]):
+            section: Any = raw
+            for part in rule.section:
+                section = section.get(part) if isinstance(section, dict) else None
+            if overrides.get(names[key]) is not None and names[other] not in overrides and isinstance(section, dict):
+                section.pop(other, None)
 
 
 def _exclusive(raw: Raw) -> Iterator[Finding]:
@@ -148,13 +189,16 @@ def _best_metric_problem(raw: Raw, metric: str) -> tuple[str, str] | None:
     """Why this recipe does not measure a metric, and the remedy; None if it can measure it."""
     overall, registered = overall_metric(metric), metric_of(metric)
     if overall is None or registered is None:
-        names = [*VALIDATION_METRICS, *ANSWER_METRICS]
-        return f"`{metric}` is not a metric that can select weights", suggest_metric(metric, names)
+        names = [*VALIDATION_METRICS, *ANSWER_METRICS, *own_metrics()]
+        remedy = f"{suggest_metric(metric, names)}, or register your own (nesso_tune.answer_metric) before"
+        return f"`{metric}` is not a metric that can select weights", remedy
     method, evaluation = get(raw, "method"), get(raw, "evaluation")
     on_training_prompts = overall.startswith(TRAIN_PREFIX)
     no_validation = get(raw, "data", "validation_size") == 0 and not get(raw, "data", "validation_sources")
     if "evaluation" in raw and evaluation is None:
         return "evaluation: null disables all metrics", "set evaluation: {}, or remove it"
+    if "checkpoint" in raw and raw["checkpoint"] is None:
+        return "checkpoint: null keeps no weights of earlier evaluations", "set checkpoint: {}, or remove it"
     if registered.method is not None and method in ("sft", "dpo") and method != registered.method:
         return f"`{metric}` is measured under method: {registered.method} only", "use eval_loss"
     if no_validation and not on_training_prompts:
@@ -184,7 +228,20 @@ def _compile(raw: Raw) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _overrides(raw: Raw) -> Iterator[Finding]:
+    overrides = get(raw, "model", "overrides")
+    for key in overrides if isinstance(overrides, Mapping) else ():
+        if (remedy := FIXED_CONFIG_KEYS.get(str(key))) is not None:
+            what = "changes the shape of weights" if remedy == _OTHER_BASE else "is set by another key"
+            yield Finding(("model", "overrides", key), what, remedy)
+
+
 def _model(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "model", "attention") == "flash" and get(raw, "model", "dtype") == "float32":
+        yield Finding(
+            ("model", "attention"), "flash kernels do not compute in float32",
+            "set model.dtype: bfloat16, or attention: auto",
+        )  # fmt: skip
     if get(raw, "model", "random_init") is True:
         if get(raw, "model", "adapter") is not None:
             yield Finding(("model", "adapter"), "is not useful with random weights", "set adapter: null")
@@ -201,7 +258,7 @@ def _unshardable(raw: Raw) -> Iterator[Finding]:
     for path, value, state, other in found:
         if get(raw, *path) != value:
             continue
-        for key, sharding in (("fsdp", "full_shard"), ("state_dict", "sharded")):
+        for key, sharding in (("fsdp", "full_shard"), ("fsdp", "hybrid_shard"), ("state_dict", "sharded")):
             if get(raw, "distributed", key) == sharding:
                 key_and_value = f"{'.'.join(path)}: "
                 yield Finding(
@@ -219,13 +276,17 @@ def _distributed(raw: Raw) -> Iterator[Finding]:
 
 
 def _cluster(raw: Raw) -> Iterator[Finding]:
-    extra, env, python = (get(raw, "cluster", key) for key in ("extra", "env", "python"))
-    for i, option in enumerate(extra if isinstance(extra, (list, tuple)) else ()):
-        name = str(option).removeprefix("--").split("=")[0]
-        # sbatch accepts abbreviated options
-        reserved = next((full for full in RESERVED_JOB_OPTIONS if name and full.startswith(name)), None)
-        if reserved is not None:
-            yield Finding(("cluster", "extra", i), f"--{reserved} is set by other keys", RESERVED_JOB_OPTIONS[reserved])
+    env, python = get(raw, "cluster", "env"), get(raw, "cluster", "python")
+    lists = ((("extra",), RESERVED_JOB_OPTIONS), (("prepare", "extra"), RESERVED_JOB_OPTIONS),
+             (("srun_options",), RESERVED_STEP_OPTIONS))  # fmt: skip
+    for key, reserved_options in lists:
+        options = get(raw, "cluster", *key)
+        for i, option in enumerate(options if isinstance(options, (list, tuple)) else ()):
+            name = str(option).removeprefix("--").split("=")[0]
+            # sbatch accepts abbreviated options
+            reserved = next((full for full in reserved_options if name and full.startswith(name)), None)
+            if reserved is not None:
+                yield Finding(("cluster", *key, i), f"--{reserved} is set by other keys", reserved_options[reserved])
     for name, value in env.items() if isinstance(env, Mapping) else ():
         if name in RESERVED_JOB_VARIABLES or str(name).startswith(RESERVED_VARIABLE_PREFIXES):
             remedy = RESERVED_JOB_VARIABLES.get(name, "remove it")
@@ -235,6 +296,23 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
             yield Finding(("cluster", "env", name), "is a secret, and would be written to the job file", remedy)
     if isinstance(python, str) and python.startswith(("~", "$")):
         yield Finding(("cluster", "python"), f"{python} is not expanded", "write the path")
+    if isinstance(python, str) and python.split(" ")[0].rsplit("/", 1)[-1] in CONTAINER_RUNTIMES:
+        yield Finding(("cluster", "python"), "is the path of an interpreter, not a command", "use cluster.container")
+
+
+def _container(raw: Raw) -> Iterator[Finding]:
+    container, options = get(raw, "cluster", "container"), get(raw, "cluster", "container", "options")
+    at: KeyPath = ("cluster", "container")
+    at, image = (at, container) if isinstance(container, str) else ((*at, "image"), get(container, "image"))
+    for i, option in enumerate(options if isinstance(options, (list, tuple)) else ()):
+        name = str(option).split("=")[0].split(" ")[0]
+        if name in RESERVED_CONTAINER_OPTIONS:
+            path: KeyPath = ("cluster", "container", "options", i)
+            yield Finding(path, f"{name} is set by other keys", RESERVED_CONTAINER_OPTIONS[name])
+    if isinstance(image, str) and image.startswith(("~", "$")):
+        yield Finding(at, f"{image} is not expanded", "write the path")
+    if get(raw, "cluster", "gpu_type") is not None and get(raw, "cluster", "gpu_option") == "none":
+        yield Finding(("cluster", "gpu_type"), "has no effect under gpu_option: none", "remove it")
 
 
 def _secrets(raw: Raw) -> Iterator[Finding]:
@@ -245,6 +323,7 @@ def _secrets(raw: Raw) -> Iterator[Finding]:
 
 def _template(raw: Raw) -> Iterator[Finding]:
     yield from unknown_template(("chat", "template"), get(raw, "chat", "template"), "chat")
+    yield from unknown_template(("evaluation", "gate"), get(raw, "evaluation", "gate"), "gates")
     systems = get(raw, "chat", "default_system")
     for code in systems if isinstance(systems, Mapping) else ():
         yield from invalid_language_code(("chat", "default_system", code), code)
@@ -282,12 +361,25 @@ def _dpo(raw: Raw) -> Iterator[Finding]:
         yield Finding(("dpo", "ld_alpha"), "1.0 weighs all tokens equally, like null", "remove it")
 
 
+def _micro_batch(raw: Raw) -> Iterator[Finding]:
+    if get(raw, "train", "micro_batch_size") == "auto" and get(raw, "train", "global_batch_size") is None:
+        yield Finding(
+            ("train", "micro_batch_size"), "auto needs the number of rows of a step, which must not depend on the GPU",
+            "set train.global_batch_size (instead of gradient_accumulation_steps), or set a number",
+        )  # fmt: skip
+
+
 def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
     """Reports a sorted loss if a micro batch is not the whole batch of an optimizer step."""
     rows, whole, times = (
         get(raw, "train", key) for key in ("micro_batch_size", "global_batch_size", "gradient_accumulation_steps")
     )
     rows = 1 if rows is None else rows
+    if rows == "auto":
+        yield Finding(
+            ("dpo", "loss"), f"{loss} sorts all pairs of a step, which micro_batch_size: auto may split",
+            "set train.micro_batch_size to train.global_batch_size and use one device, or use another loss",
+        )  # fmt: skip
     if not isinstance(rows, int):
         return
     step = whole if isinstance(whole, int) else rows * times if isinstance(times, int) else rows
@@ -301,6 +393,6 @@ def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
-    _exclusive, _inert, _schedule, _compile, _validation, _best_metric, _model, _unshardable, _distributed, _cluster,
-    _secrets, _template, _output, _dpo, *DATA_RULES,
+    _exclusive, _inert, _schedule, _micro_batch, _compile, _validation, _best_metric, _model, _overrides,
+    _unshardable, _distributed, _cluster, _container, _secrets, _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from html import escape
 from io import StringIO
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
+from nesso_tune.errors import Problem, RecipeError
 from nesso_tune.lr_schedule import ScheduleType
-from nesso_tune.recipes.builtin import FilePath, MetricName
-from nesso_tune.recipes.rules import lint
-from nesso_tune.recipes.sections import ChatSection, ClusterSection, Count, DPOData, ModelSection, Section, SFTData
+from nesso_tune.recipes.builtin import FilePath, MetricName, local_path, reader_file
+from nesso_tune.recipes.error_messages import validated
+from nesso_tune.recipes.rules import lint, remove_excluded
+from nesso_tune.recipes.sections import (
+    CardSection,
+    ChatSection,
+    ClusterSection,
+    Count,
+    DPOData,
+    ModelSection,
+    Section,
+    SFTData,
+)
+from nesso_tune.recipes.yaml_source import Document, KeyPath, plain_data, set_value
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a fraction of the run
@@ -46,8 +60,10 @@ class TrainSection(Section):
     """Number of passes over the data (default 3 for SFT, 2 for DPO)."""
     max_steps: Count | None = None
     """Number of optimizer steps, instead of `num_epochs`."""
-    micro_batch_size: Count = 1
-    """Rows per device and forward pass (packed rows in SFT, pairs in DPO)."""
+    micro_batch_size: Count | Literal["auto"] = 1
+    """Rows per device and forward pass (packed rows in SFT, pairs in DPO). auto takes the most that fit into the memory
+    of the GPU, by the plan and then by one forward and backward pass before the first step, and keeps the number when
+    the run resumes; without a GPU, rows of at most 4,096 tokens together. It requires `global_batch_size`."""
     gradient_accumulation_steps: Count | None = None
     """Micro-batches per optimizer step on each device (default 1)."""
     global_batch_size: Count | None = None
@@ -80,10 +96,10 @@ class TrainSection(Section):
     """Write a profiler trace of a few steps to output_dir/profile/, for Perfetto or chrome://tracing."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass to save memory. auto enables this if a step would not fit
-    otherwise."""
+    otherwise, and with `micro_batch_size: auto` if the larger micro batch is faster by the plan."""
     torch_compile: Literal["auto"] | bool = "auto"
-    """Compile the decoder layers with torch.compile, for packed rows of constant length (SFT). auto enables this on a
-    CPU if the run is long enough to amortise the compilation time."""
+    """Compile the decoder layers with torch.compile, for packed rows of constant length (SFT). auto enables this if the
+    run is long enough to amortise the compilation time and a compiler is installed (on GPUs, Triton)."""
     deterministic: bool = False
     """Use deterministic operations only on GPUs, such as a flash backward pass without atomic additions: a repeated or
     resumed run then gives the same bits on the same machine. Steps are slower. CPU runs are deterministic anyway."""
@@ -112,10 +128,12 @@ class DPOSection(Section):
 class DistributedSection(Section):
     """Sharding and communication of several processes."""
 
-    fsdp: Literal["auto", "full_shard", "none"] = "auto"
-    """full_shard shards parameters, gradients and optimizer state over all processes (FSDP2). auto does so with more
-    than one process, except with `model.adapter.type: qlora` or `train.optimizer: adamw_8bit`, whose state cannot be
-    sharded."""
+    fsdp: Literal["auto", "full_shard", "hybrid_shard", "none"] = "auto"
+    """full_shard shards parameters, gradients and optimizer state over all processes (FSDP2). hybrid_shard shards them
+    over the processes of each node and replicates them across nodes: links between nodes then carry gradients only.
+    none replicates them (DDP). auto shards over all processes on several GPUs if a step with the whole state would take
+    more than 70 % of the memory of one, or if `state_dict` is sharded, and never with `model.adapter.type: qlora` or
+    `train.optimizer: adamw_8bit`, whose state cannot be sharded. The choice is kept when the run resumes."""
     state_dict: Literal["full", "sharded"] = "full"
     """Format of checkpoints. full gathers the state on rank 0; sharded writes one shard per process in parallel. Both
     can be loaded with any number of processes."""
@@ -124,12 +142,16 @@ class DistributedSection(Section):
 
 
 class CheckpointSection(Section):
-    """Checkpoints for resuming a run."""
+    """Checkpoints for resuming a run. null saves none, except when a signal asks the run to stop."""
 
     every_steps: Interval = 0.25
     """Interval between checkpoints: steps, or a fraction of the run."""
     keep: Count = 3
     """Number of most recent checkpoints to keep."""
+    asynchronous: Literal["auto"] | bool = "auto"
+    """Copy the state to host memory and go on training while a thread writes, hashes and syncs the files. One write is
+    in progress at most, and the end of the run waits for it. auto does so from 100 MB on, if the copy, whose memory is
+    kept, takes at most half of the free memory at the first save."""
 
 
 class EvaluationSection(Section):
@@ -144,6 +166,9 @@ class EvaluationSection(Section):
     """Number of training prompts to answer at the end of the run, to measure memorisation."""
     max_new_tokens: Count = 256
     """Maximum response length in tokens. A response that reaches it counts as not stopped."""
+    gate: FilePath | None = None
+    """Publish final/ only if the model is not worse than the weights that the run starts from: default, or a gate file
+    (docs/evaluation.md). A refused model stays in candidate/, and the command ends with exit code 7."""
 
 
 class LoggingSection(Section):
@@ -155,8 +180,26 @@ class LoggingSection(Section):
     """Experiment trackers that receive the same metrics."""
 
 
-class BaseRecipe(Section):
-    """Keys common to both methods."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _RecipeType
+else:
+
+    class _RecipeType(type(Section)):
+        """Reports the mistakes of a recipe that is built in Python as those of a file."""
+
+        def __call__(cls, **keys: Any) -> Any:
+            try:
+                return super().__call__(**keys)
+            except ValidationError:
+                return validated(Document(cls.__name__, plain_data(keys), is_text=False), cls, keys)  # raises
+
+
+class BaseRecipe(Section, metaclass=_RecipeType):
+    """Keys common to both methods.
+
+    Raises:
+        RecipeError: with all mistakes, each with its key, if a recipe is built in Python.
+    """
 
     output_dir: FilePath
     """Run directory: all files of the run are written here."""
@@ -172,12 +215,15 @@ class BaseRecipe(Section):
     """Sharding and communication of several processes."""
     cluster: ClusterSection | None = None
     """Slurm job settings for `nesso-tune launch --slurm`."""
-    checkpoint: CheckpointSection = CheckpointSection()
-    """Checkpoints for resuming a run."""
+    checkpoint: CheckpointSection | None = CheckpointSection()
+    """Checkpoints for resuming a run. null saves none, except when a signal asks the run to stop."""
     evaluation: EvaluationSection | None = EvaluationSection()
     """Evaluation during training. null disables it."""
     logging: LoggingSection = LoggingSection()
     """Logging of training metrics."""
+    card: CardSection = CardSection()
+    """Facts for the model card. They can change at any time: `nesso-tune card` and `nesso-tune export` read them from
+    the run's recipe.yaml."""
 
     @model_validator(mode="after")
     def _no_inert_or_contradictory_knobs(self) -> BaseRecipe:
@@ -190,19 +236,45 @@ class BaseRecipe(Section):
         """The whole recipe with defaults filled in, as YAML that `load_recipe` reads."""
         return as_yaml(self.model_dump(mode="json"))
 
+    def replace(self, changes: Mapping[str, Any]) -> Self:
+        """The recipe with other values, validated as a file is.
+
+        Args:
+            changes: values by dotted key, e.g. `{"train.learning_rate": 5e-4}`; list items by index. If two keys are
+                mutually exclusive (`train.max_steps`, `train.num_epochs`), the changed one replaces the other.
+
+        Raises:
+            RecipeError: with all problems, each with its key.
+        """
+        document = Document("recipe", plain_data(self), is_text=False)
+        for key, value in changes.items():
+            set_value(document, key, plain_data(value))
+        remove_excluded(document.value, changes)
+        recipe = validated(document, type(self), document.value)
+        check_files(recipe, document)
+        return recipe
+
+    def __repr__(self) -> str:
+        sources = len(self.data.sources)  # type: ignore[attr-defined]
+        of_data = f"{sources} source{'' if sources == 1 else 's'}"
+        return f"{type(self).__name__}(base={self.model.base!r}, {of_data}, output_dir={self.output_dir!r})"
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        """The keys that are set, as YAML; without styles, so that a notebook keeps its look."""
+        return f"<pre>{escape(as_yaml(plain_data(self)))}</pre>"
+
     @property
     def needs_bitsandbytes(self) -> bool:
         """Whether weights are kept in 4 bits, or moments in 8."""
         in_four_bits = self.model.adapter is not None and self.model.adapter.type == "qlora"
         return in_four_bits or self.train.optimizer == "adamw_8bit"
 
-    def shards(self, processes: int) -> bool:
-        """Whether the state is sharded over the processes; never 4-bit weights, 8-bit moments, or a single process."""
-        return processes > 1 and self.distributed.fsdp != "none" and not self.needs_bitsandbytes
-
-    def in_shards(self, processes: int) -> bool:
-        """Whether each process writes its own shard of a checkpoint."""
-        return self.shards(processes) and self.distributed.state_dict == "sharded"
+    @property
+    def checkpoints_kept(self) -> int:
+        """Number of checkpoints that are kept; without `checkpoint`, that of a stop request."""
+        return 1 if self.checkpoint is None else self.checkpoint.keep
 
     @property
     def num_epochs(self) -> float | None:
@@ -210,6 +282,23 @@ class BaseRecipe(Section):
         if self.train.max_steps is not None:
             return None
         return self.train.num_epochs or DEFAULT_EPOCHS[self.method]  # type: ignore[attr-defined]
+
+
+def check_files(recipe: BaseRecipe, document: Document) -> None:
+    """Raises RecipeError if a template, gate, format, reader or tools file is missing."""
+    gate = None if recipe.evaluation is None else recipe.evaluation.gate
+    named: dict[KeyPath, str | None] = {("chat", "template"): recipe.chat.template, ("evaluation", "gate"): gate}
+    for section in ("sources", "validation_sources"):
+        for i, source in enumerate(getattr(recipe.data, section)):  # type: ignore[attr-defined]
+            named[("data", section, i, "format")] = reader_file(source.format)
+            named[("data", section, i, "tools_file")] = source.tools_file
+    missing = [
+        Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that does not exist: {name}",
+                "correct the path") for path, name in named.items()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise RecipeError(missing)
 
 
 def as_yaml(raw: dict[str, Any]) -> str:

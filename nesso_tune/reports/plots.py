@@ -1,108 +1,11 @@
-"""Geometry of the SVG plots in the reports; `templates/line_plot.html.j2` and `length_histogram.html.j2` draw it."""
+"""Geometry of the SVG histograms of row lengths in the data report; `templates/length_histogram.html.j2` draws them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil, floor, log2
 from typing import Any
-
-Points = list[tuple[float, float]]
-COLOURS = ("#1b5e9b", "#2e8b57", "#b3541e", "#7a4fa3", "#555555")
-DASHES = ("", "5 3", "2 2", "8 3 2 3")  # once all colours are in use
-PLOT_WIDTH, PLOT_HEIGHT, MARGIN = 420, 180, 40
-LEGEND_COLUMNS, LEGEND_ROW_HEIGHT = 2, 14
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One metric over steps, in SVG coordinates, with its legend entry."""
-
-    name: str
-    points: Points
-    colour: str
-    dashes: str
-    legend_x: int
-    legend_y: int
-
-
-@dataclass(frozen=True)
-class LinePlot:
-    """Metrics over steps on common axes."""
-
-    title: str
-    curves: tuple[Curve, ...]
-    y_min: str
-    y_max: str
-    x_max: str
-    width: int = PLOT_WIDTH
-    left: int = MARGIN
-    right: int = PLOT_WIDTH - MARGIN
-    top: int = MARGIN
-    bottom: int = PLOT_HEIGHT - MARGIN
-
-    @property
-    def height(self) -> int:
-        """Height with all rows of the legend."""
-        return PLOT_HEIGHT + LEGEND_ROW_HEIGHT * ((len(self.curves) - 1) // LEGEND_COLUMNS)
-
-
-def line_plot(title: str, names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> LinePlot | None:
-    """Plots metrics and their breakdown by language; None if none was logged.
-
-    Args:
-        title: caption of the figure.
-        names: metric names; `loss/source` selects the breakdown of `loss` by source. If no validation metric was
-            logged, the training metric (`train_…`) is plotted.
-        lines: lines of metrics.jsonl.
-    """
-    series = _series(names, lines) or _series([f"train_{name}" for name in names], lines)
-    if not series:
-        return None
-    xs = [x for points in series.values() for x, _ in points]
-    ys = [y for points in series.values() for _, y in points]
-    x_min, x_max = min(xs), max(xs)
-    y_min, y_max = min(*ys, 0.0), max(*ys, 1e-12)
-    width, height = PLOT_WIDTH - 2 * MARGIN, PLOT_HEIGHT - 2 * MARGIN
-
-    def project(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_min) / max(x_max - x_min, 1)
-        return MARGIN + across * width, PLOT_HEIGHT - MARGIN - (y - y_min) / (y_max - y_min) * height
-
-    curves = tuple(
-        _curve(i, name, [project(x, y) for x, y in points]) for i, (name, points) in enumerate(series.items())
-    )
-    return LinePlot(title, curves, f"{y_min:.3g}", f"{y_max:.3g}", f"step {x_max:g}")
-
-
-def _curve(index: int, name: str, points: Points) -> Curve:
-    row, column = divmod(index, LEGEND_COLUMNS)
-    return Curve(
-        name,
-        points,
-        colour=COLOURS[index % len(COLOURS)],
-        dashes=DASHES[index // len(COLOURS) % len(DASHES)],
-        legend_x=MARGIN + column * (PLOT_WIDTH - MARGIN) // LEGEND_COLUMNS,
-        legend_y=PLOT_HEIGHT - 4 + row * LEGEND_ROW_HEIGHT,
-    )
-
-
-def _series(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
-    keys = sorted({key for line in lines for key in line if any(_belongs(key, name) for name in names)})
-    series = {key: _points(key, lines) for key in keys}
-    return {key: points for key, points in series.items() if points}
-
-
-def _belongs(key: str, name: str) -> bool:
-    """Whether a key is the metric `name` or part of its breakdown; by source only if `name` ends with `/source`."""
-    suffix = key.removeprefix(f"{name}/")
-    return key == name or (suffix != key and (name.endswith("/source") or not suffix.startswith("source/")))
-
-
-def _points(key: str, lines: Sequence[Mapping[str, Any]]) -> Points:
-    values = ((line["step"], line[key]) for line in lines if key in line)
-    return [(float(x), float(y)) for x, y in values if isinstance(y, (int, float))]
-
 
 HISTOGRAM_WIDTH, TOP, FLOOR, LEFT, RIGHT_MARGIN = 440, 52, 188, 52, 68
 MAX_TICKS = 10

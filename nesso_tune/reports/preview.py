@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
 from io import StringIO
 from typing import Any
 
@@ -17,7 +18,9 @@ from tokenizers import Tokenizer
 
 from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.prepare import PreparedData, prepare_data
-from nesso_tune.errors import RunEnvironmentError
+from nesso_tune.data.privacy import source_name
+from nesso_tune.data.report import listed_keys, unread_warnings
+from nesso_tune.errors import RunEnvironmentError, cut_in_the_middle
 from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, is_run_output, local_path
@@ -60,7 +63,7 @@ class Part:
     Attributes:
         name: `conversation`, or `prompt`, `chosen`, `rejected`.
         language: language code.
-        source: path of the data source.
+        source: alias or path of the data source.
         pieces: its tokens in order.
     """
 
@@ -126,7 +129,9 @@ class Preview:
         return self.to_text()
 
     def _repr_html_(self) -> str:
-        return self.to_html()
+        """The page in a frame, so that its styles do not reach the notebook."""
+        frame = 'sandbox="allow-scripts" style="width: 100%; height: 32em; border: 0"'
+        return f'<iframe {frame} srcdoc="{escape(self.to_html())}"></iframe>'
 
 
 # Terminal view
@@ -175,7 +180,8 @@ def _border(title: str, width: int, line: str) -> Text:
 
 def _title(part: Part, i: int, count: int) -> str:
     name = f"{i} of {count}" if part.name == "conversation" else part.name
-    title = f"{name} · {part.language} · {part.source} · {part.tokens} tokens, {part.supervised} supervised"
+    source, size = cut_in_the_middle(part.source, 40), f"{part.tokens} tokens, {part.supervised} supervised"
+    title = f"{name} · {part.language} · {source} · {size}"
     return escape_invisible(title).replace("\n", " ")
 
 
@@ -254,8 +260,10 @@ def preview(recipe: Recipe, count: int = 2) -> Preview:
         "tokens": f"{report.train.tokens:,} per epoch, {report.train.supervised_tokens:,} of them supervised",
         "fill": f"{report.packing.fill:.1%} of each row" if recipe.method == "sft" else "one pair per row",
         "dropped": ", ".join(f"{n:,} {reason}" for reason, n in report.dropped.items()) or "none",
+        "not read": "; ".join(f"{name}: {listed_keys(keys)}" for name, keys in report.unread.items()) or "none",
         "template": f"ends turns with {data.chat.template.eos_token}",
     }
+    notes = (*notes, *unread_warnings(report.unread_texts))
     return Preview(recipe.output_dir, tuple(row_of(recipe, data, i) for i in numbers), facts, notes)
 
 
@@ -291,7 +299,7 @@ def _packed_row(recipe: Recipe, data: PreparedData, number: int) -> PreviewRow:
     parts, start = [], 0
     for entry, language, length in zip(data.train.members(number), row["languages"], row["seq_lengths"], strict=True):
         end = start + length
-        source = recipe.data.sources[int(documents.sources[entry])].path
+        source = source_name(recipe.data.sources[int(documents.sources[entry])])
         supervised = [label != IGNORE_INDEX for label in labels[start:end]]
         parts.append(Part("conversation", language, source, pieces_of(ids[start:end], supervised, data.chat.backend)))
         start = end
@@ -303,7 +311,7 @@ def _pair(recipe: Recipe, data: PreparedData, number: int) -> PreviewRow:
     row, documents = data.train[number], data.train.documents
     (entry,) = data.train.members(number)
     batch = PairCollator(data.chat.pad_id, Groups.of(documents))([row])
-    source = recipe.data.sources[int(documents.sources[entry])].path
+    source = source_name(recipe.data.sources[int(documents.sources[entry])])
     parts = [
         Part(name, row["languages"][0], source, pieces_of(ids, supervised, data.chat.backend))
         for name, ids, supervised in _pair_parts(batch)

@@ -110,9 +110,10 @@ class DiskSpace:
 
 
 def saves_left(steps: int, save_every: int | None, step: int) -> int:
-    """Number of checkpoints that a run at `step` of `steps` still writes: at its interval, and at the end."""
-    if step >= steps:
+    """Number of checkpoints that a run at `step` of `steps` still writes: at its interval, and at the end.
+
+    None without checkpoints.
+    """
+    if step >= steps or save_every is None:
         return 0
-    if save_every is None:
-        return 1
     return steps // save_every - step // save_every + (steps % save_every != 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,20 @@ from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.files import fsync, remove, remove_folder, remove_staging
 from nesso_tune.runs.checkpoint import CHECKPOINT_PREFIX, MANIFEST, checkpoints, is_checkpoint_name
 
-FINAL, METRICS, RECIPE, LOCK = "final", "metrics.jsonl", "recipe.yaml", ".lock"
+FINAL, METRICS, RECIPE, STATUS, LOCK = "final", "metrics.jsonl", "recipe.yaml", "status.json", ".lock"
+CANDIDATE = "candidate"  # the model of a run with a gate, until it passes and becomes final/
+DESCRIPTIONS = ("README.md", "provenance.json")  # files of final/ without which the model is the same
 PROFILE = "profile"  # traces of `train.profile`
+EXPORT = "export"  # folder of `nesso-tune export`
 FAILED_METRICS = f"failed-{METRICS}"  # of a new run that ended before its first checkpoint
 DAMAGED, LATER = "damaged-", "later-"  # prefixes of folders that are set aside
 OVERWRITTEN = "being-overwritten"  # the earlier run
 MOVING = f"{OVERWRITTEN}.moving"  # the earlier run, while its files are moved in or out
 _DATA_REPORT = ("data_report.html", "data_report.json")
-_RUN_FILES = (FINAL, METRICS, RECIPE, MANIFEST, "reference.safetensors", "report.html", PROFILE, *_DATA_REPORT)
+REPORT = "report.html"
+INDEX, COMPARISON = "index.html", "comparison.html"  # of several runs, in the folder that contains them
+_RUN_FILES = (FINAL, METRICS, RECIPE, STATUS, MANIFEST, "reference.safetensors", REPORT, PROFILE, EXPORT, CANDIDATE,
+              *_DATA_REPORT)  # fmt: skip
 _PRE_RUN_FILES = (LOCK, f".{MANIFEST}.partial", *_DATA_REPORT)  # may exist before the manifest does
 
 
@@ -82,7 +89,20 @@ def run_files(path: Path) -> list[Path]:
 def final_sizes(path: Path) -> dict[str, int] | None:
     """{name: bytes} of the files in `final/` of a run; None if there is no such folder."""
     folder = path / FINAL
-    return {file.name: file.stat().st_size for file in sorted(folder.iterdir())} if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    return {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+
+
+def changed_final_files(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Files of `final/` that are missing, or have another size than at the end of the run.
+
+    Those that describe the model may have changed: `eval` and `card` write them again, and users edit them.
+    """
+    recorded, sizes = manifest.get("final") or {}, final_sizes(path) or {}
+    missing = [name for name in recorded if name not in sizes]
+    changed = [name for name, size in recorded.items() if name not in DESCRIPTIONS and sizes.get(name, size) != size]
+    return [*missing, *changed]
 
 
 def has_overwritten(path: Path) -> bool:

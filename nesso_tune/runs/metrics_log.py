@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nesso_tune.files import atomic_write
+
+TAIL_BYTES = 1 << 18
 
 
 class MetricsLog:
@@ -38,8 +41,26 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a metrics file; a line that a killed process did not finish is skipped."""
+    return _parse(path.read_bytes())
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a line is a number; NaN and infinities are strings there."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def last_lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines in the last `TAIL_BYTES` of a metrics file; empty without a file."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as stream:
+        stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return _parse(stream.read())
+
+
+def _parse(content: bytes) -> list[dict[str, Any]]:
     lines = []
-    for text in path.read_bytes().split(b"\n"):  # not at other line breaks: generated answers may contain them
+    for text in content.split(b"\n"):  # not at other line breaks: generated answers may contain them
         try:
             line = json.loads(text)
         except (ValueError, RecursionError):
@@ -49,10 +70,32 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def exported_step(lines: Iterable[Mapping[str, Any]]) -> float:
+    """The step whose weights `final/` has if `train.best_metric` selected earlier ones; else infinity."""
+    return next((float(line["taken"]) for line in reversed(list(lines)) if line.get("event") == "best"), math.inf)
+
+
+def values_by_step(lines: Iterable[Mapping[str, Any]], metric: str) -> dict[int, float]:
+    """The values of a metric that are numbers, by step."""
+    return {line["step"]: line[metric] for line in lines if "event" not in line and is_number(line.get(metric))}
+
+
+def exported_value(lines: Sequence[Mapping[str, Any]], metric: str) -> float | None:
+    """The value of a metric for the weights of `final/`; the last one if the run has not ended. None without one."""
+    last_step = exported_step(lines)
+    values = [value for step, value in values_by_step(lines, metric).items() if step <= last_step]
+    return values[-1] if values else None
+
+
+def stopped_by_callback(lines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a callback, such as the rule of a sweep, ended the run before its last planned step."""
+    return any(line.get("event") == "early_stopped" and line.get("by") == "callback" for line in lines)
+
+
 def last_metrics(path: Path) -> dict[str, Any]:
     """The last value of every metric; if `train.best_metric` selected earlier weights, up to their step."""
     lines = read_metrics(path) if path.exists() else []
-    last_step = next((line["taken"] for line in reversed(lines) if line.get("event") == "best"), math.inf)
+    last_step = exported_step(lines)
     metrics: dict[str, Any] = {}
     for line in lines:
         if "event" not in line and line["step"] <= last_step:

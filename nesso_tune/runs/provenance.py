@@ -17,7 +17,9 @@ from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.recipes.secrets import masked_word
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "tokenizers")
-DATA_IDENTITY = 2  # version of the `data` fingerprint: 2 covers the content alone, 1 covered its paths too
+# Version of the `data` fingerprint: 3 covers the tokens alone, 2 covered the bytes of the files too, 1 their paths.
+DATA_IDENTITY = 3
+_BYTE_IDENTITY = 2
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class RunFacts:
         recipe_hash: hash of the resolved recipe.
         world_size: number of ranks.
         global_batch: rows per optimizer step, over all ranks.
+        micro_batch: rows per rank and forward pass, as the recipe says or `auto` chose.
+        fsdp: `full_shard`, `hybrid_shard` or `none`, likewise.
         threads: CPU threads of torch.
         device: name of the GPU, or `cpu`.
         attention: implementation of attention and its kernel.
@@ -56,6 +60,8 @@ class RunFacts:
     recipe_hash: str
     world_size: int
     global_batch: int
+    micro_batch: int
+    fsdp: str
     threads: int
     device: str
     attention: str
@@ -65,7 +71,10 @@ class RunFacts:
     command: list[str]
 
     @classmethod
-    def collect(cls, recipe: Recipe, data: PreparedData, plan: Plan, base: str, attention: str = "") -> RunFacts:
+    def collect(
+        cls, recipe: Recipe, data: PreparedData, plan: Plan, base: str, attention: str = "",
+        identity: int = DATA_IDENTITY,
+    ) -> RunFacts:  # fmt: skip
         """Collects the facts of a run in this process.
 
         Args:
@@ -73,8 +82,11 @@ class RunFacts:
             data, plan: the prepared data and the plan that are trained on.
             base: hash of the base model, from `model.loading.base_hash`.
             attention: implementation of attention in words.
+            identity: version of the data fingerprint; that of its manifest for a run that resumes.
         """
         import torch
+
+        fingerprint = data.byte_fingerprint if identity == _BYTE_IDENTITY else data.summary.fingerprint
 
         quantizer = ("bitsandbytes",) if recipe.needs_bitsandbytes else ()
         return cls(
@@ -83,12 +95,14 @@ class RunFacts:
             python=platform.python_version(),
             base=base,
             tokenizer=data.chat.fingerprint,
-            data=data.summary.fingerprint,
-            identity=DATA_IDENTITY,
-            start=f"{base}-{data.chat.fingerprint}-{data.summary.fingerprint}",
+            data=fingerprint,
+            identity=identity,
+            start=f"{base}-{data.chat.fingerprint}-{fingerprint}",
             recipe_hash=key_of(dump(recipe)),
             world_size=plan.processes,
             global_batch=plan.global_batch,
+            micro_batch=plan.micro_batch,
+            fsdp="none" if not plan.sharded else "full_shard" if plan.replicas == 1 else "hybrid_shard",
             threads=torch.get_num_threads(),
             device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             attention=attention,
@@ -97,6 +111,10 @@ class RunFacts:
             frozen_weights=recipe.model.dtype if recipe.model.adapter is not None else None,
             command=_command(Privacy(recipe.data)),
         )
+
+    def trained_by(self, plan: Plan) -> RunFacts:
+        """The facts with the micro batch of a plan that was changed before the first step."""
+        return replace(self, micro_batch=plan.micro_batch)
 
     def resumed(self, manifest: Mapping[str, Any]) -> RunFacts:
         """The facts of a run that resumes the checkpoint with this manifest.
@@ -110,6 +128,11 @@ class RunFacts:
     def to_dict(self) -> dict[str, Any]:
         """The facts as JSON data."""
         return asdict(self)
+
+
+def data_identity(manifest: Mapping[str, Any]) -> int:
+    """The version of the data fingerprint with which a run with this manifest can be compared."""
+    return _BYTE_IDENTITY if manifest.get("identity") == _BYTE_IDENTITY else DATA_IDENTITY
 
 
 def _command(privacy: Privacy) -> list[str]:

@@ -16,18 +16,20 @@ from typing import Any, Literal
 
 from nesso_tune.data.privacy import comparable_recipe
 from nesso_tune.errors import NessoError, Problem, RecipeError, RunEnvironmentError
+from nesso_tune.planning.auto import Recorded
 from nesso_tune.recipes.builtin import path_keys
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.runs.checkpoint import CHECKPOINT_PREFIX, MANIFEST, checkpoints, read_json, read_manifest
-from nesso_tune.runs.layout import DAMAGED, FINAL, LATER, final_sizes
-from nesso_tune.runs.provenance import DATA_IDENTITY, RunFacts
+from nesso_tune.runs.layout import DAMAGED, FINAL, LATER, changed_final_files
+from nesso_tune.runs.provenance import RunFacts
 
 Manifest = Mapping[str, Any]
 Changes = dict[str, tuple[Any, Any]]  # {dotted key: (value of the run, value now)}
 
 # Keys of the recipe that a finished or running model does not depend on; they may change at any time.
 FREE_KEYS = ("output_dir", "checkpoint", "logging", "evaluation", "distributed", "cluster", "data.preferences",
-             "train.profile")  # fmt: skip
+             "train.profile", "card")  # fmt: skip
+MICRO_BATCH = "train.micro_batch_size"
 # Facts that must not change, whatever is allowed.
 FIXED_FACTS = {
     "data": "the data", "tokenizer": "the tokenizer or template", "base": "the base model's weights",
@@ -107,6 +109,8 @@ def decide_resume(
     recorded = manifest["recipe"]
     comparable = comparable_recipe(recorded, recipe, manifest.get("salt", ""))
     changed = differences(_with_new_keys(recorded, comparable, recipe.model_dump(exclude_defaults=True)), comparable)
+    if changed.get(MICRO_BATCH, (None, None))[1] == "auto":
+        del changed[MICRO_BATCH]  # it keeps that of the run, see `recorded_choices`
     moved = {key: changed.pop(key) for key in list(changed) if _names_content(key, changed[key], recipe)}
     if problems := [_changed_key(run, key, *changed[key]) for key in changed if key not in allow_changes]:
         return _refused(RecipeError(problems))
@@ -150,6 +154,21 @@ def confirm_resume(decision: ResumeDecision, run: Path, facts: RunFacts) -> Resu
         checkpoint = decision.checkpoint.name
         notes.append(f"resuming {checkpoint} in a different environment ({changes}): results may not be bit-identical")
     return replace(decision, notes=tuple(notes), environment=environment)
+
+
+def recorded_choices(run: Path, checkpoint: Path | None) -> Recorded:
+    """What `auto` chose in the run that resumes from a checkpoint, which it keeps, also on another GPU.
+
+    A run on a single process did not choose whether to shard. Runs that did not record their choices sharded on
+    several processes, and their recipe has the number of rows.
+    """
+    if checkpoint is None:
+        return Recorded()
+    manifest, recipe = read_json(checkpoint, MANIFEST), read_json(run, MANIFEST).get("recipe") or {}
+    micro_batch = manifest.get("micro_batch") or (recipe.get("train") or {}).get("micro_batch_size")
+    before = "none" if (recipe.get("distributed") or {}).get("fsdp") == "none" else "full_shard"
+    sharded = None if manifest.get("world_size") == 1 else manifest.get("fsdp", before) != "none"
+    return Recorded(micro_batch if isinstance(micro_batch, int) else None, sharded)
 
 
 def _with_new_keys(recorded: Mapping[str, Any], now: Mapping[str, Any], stated: Any) -> dict[str, Any]:
@@ -255,16 +274,14 @@ def _newest_complete(run: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
 
 def _is_complete(manifest: Manifest, run: Path) -> bool:
     """Whether `final/` of a finished run has all its files; an edited card and added files are accepted."""
-    recorded, sizes = manifest.get("final"), final_sizes(run)
-    if not isinstance(recorded, Mapping) or sizes is None:
-        return False
-    return all(sizes.get(name) == size or (name == "README.md" and name in sizes) for name, size in recorded.items())
+    recorded = isinstance(manifest.get("final"), Mapping) and (run / FINAL).is_dir()
+    return recorded and not changed_final_files(run, manifest)
 
 
 def _changed_key(run: Path, key: str, old: Any, new: Any) -> Problem:
     old, new = (json.dumps(value, ensure_ascii=False) for value in (old, new))
     remedy = "undo it, set another output_dir, "
-    if key.startswith(("data.", "model.base", "method", "seed", "chat.")):
+    if key.startswith(("data.", "model.base", "model.overrides", "method", "seed", "chat.")):
         remedy += "or start again with --overwrite"
     else:
         remedy += f"--overwrite, or accept it with --allow-changes {key}"
@@ -277,7 +294,7 @@ def _changed_facts(run: Path, manifest: Manifest, facts: RunFacts, finished: boo
     for name, what in FIXED_FACTS.items():
         if manifest.get(name) == now[name] or (finished and name == "global_batch"):
             continue
-        if name == "data" and manifest.get("identity") != DATA_IDENTITY:
+        if name == "data" and manifest.get("identity") != facts.identity:
             version = manifest.get("nesso_tune")
             yield Problem(
                 str(run), f"was started by nesso-tune {version}, whose data fingerprints cannot be compared",

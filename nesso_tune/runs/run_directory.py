@@ -34,7 +34,7 @@ from nesso_tune.runs.layout import (
     run_manifest,
     settle,
 )
-from nesso_tune.runs.provenance import RunFacts
+from nesso_tune.runs.provenance import DATA_IDENTITY, RunFacts, data_identity
 from nesso_tune.runs.resume import FRESH, Changes, ResumeDecision, decide_resume
 
 
@@ -63,6 +63,13 @@ class RunDir:
     def metrics(self) -> Path:
         """The metrics file."""
         return self.path / METRICS
+
+    @property
+    def data_identity(self) -> int:
+        """Version of the data fingerprint that this run compares and records: that with which it began."""
+        if self.decision.action == "fresh" and not self.decision.moved:
+            return DATA_IDENTITY
+        return data_identity(read_json(self.checkpoint or self.path, MANIFEST))
 
     @property
     def checkpoint(self) -> Path | None:
@@ -178,10 +185,17 @@ def write_start(run: RunDir, recipe: Recipe, facts: RunFacts) -> None:
     atomic_write(run.path / RECIPE, recipe.to_yaml())
 
 
-def write_end(run: RunDir, best: Mapping[str, Any] | None = None) -> None:
-    """Marks the run as finished, with the sizes of the files in `final/` and the `best` evaluation, if it has one."""
+def write_end(run: RunDir, best: Mapping[str, Any] | None = None, verified: Mapping[str, Any] | None = None) -> None:
+    """Marks the run as finished, with the sizes of the files in `final/`.
+
+    Args:
+        run: the run.
+        best: its best evaluation, if it kept that.
+        verified: the loss of `final/` in transformers; None if it was not verified.
+    """
     manifest = read_json(run.path, MANIFEST) | ({} if best is None else {"best": best})
-    _write_json(run.path / MANIFEST, {**manifest, "finished": True, "final": final_sizes(run.path)})
+    manifest |= {"finished": True, "final": final_sizes(run.path), "verified": verified}
+    _write_json(run.path / MANIFEST, manifest)
 
 
 def _check_folder(path: Path, recipe: Recipe, overwrite: bool) -> None:

@@ -71,7 +71,7 @@ class ConversationCollator:
     in the flattened `labels[:, 1:]`.
 
     Attributes:
-        pad_id: token id of the padding; padding is one more document, without supervised tokens.
+        pad_id: token id of the padding; padding is one or more documents, without supervised tokens.
         groups: languages and sources.
         by_document: the model's attention takes `AttentionSpans`. Otherwise `position_ids` that restart at 0
             separate documents, without an attention mask.
@@ -99,7 +99,7 @@ class ConversationCollator:
         lengths = [n for row in rows for n in row["seq_lengths"]]
         length = self.length * len(rows) if self.length else tokens
         batch = {name: tensor[None] for name, tensor in self._concatenate(rows, length).items()}
-        spans = AttentionSpans.from_documents([*lengths, length - tokens])
+        spans = AttentionSpans.from_documents([*lengths, *self._padding(length - tokens)], longest=self.length)
         batch |= _supervised(batch["labels"][:, 1:] != IGNORE_INDEX)
         row = PackedRow(batch["input_ids"], spans, batch["supervised_index"])
         return {**batch, "packed_row": row, "tokens": tokens}
@@ -107,16 +107,22 @@ class ConversationCollator:
     def _concatenate(self, rows: Sequence[dict[str, Any]], length: int) -> dict[str, Tensor]:
         """The documents of some rows end to end, padded; each tensor is [length]."""
         lengths = [n for row in rows for n in row["seq_lengths"]]
-        lengths.append(length - sum(lengths))
-        positions = np.concatenate([np.arange(n) for n in lengths])
         groups = [self.groups.index(*of) for row in rows for of in zip(row["languages"], row["sources"], strict=True)]
+        padding = self._padding(length - sum(lengths))
+        lengths, groups = lengths + padding, groups + [0] * len(padding)
+        positions = np.concatenate([np.arange(n) for n in lengths])
         arrays = {"input_ids": np.full(length, self.pad_id), "labels": np.full(length, IGNORE_INDEX)}
         for name, array in arrays.items():
             values = [value for row in rows for value in row[name]]
             array[: len(values)] = values
         arrays["labels"][positions == 0] = IGNORE_INDEX
-        arrays |= {"position_ids": positions, "group_ids": np.repeat([*groups, 0], lengths)}
+        arrays |= {"position_ids": positions, "group_ids": np.repeat(groups, lengths)}
         return {name: torch.from_numpy(array.astype(np.int64)) for name, array in arrays.items()}
+
+    def _padding(self, tokens: int) -> list[int]:
+        """Lengths of the documents of this many padding tokens, none longer than a row."""
+        most = self.length or max(tokens, 1)
+        return [min(most, tokens - start) for start in range(0, tokens, most)]
 
 
 def _supervised(mask: Tensor) -> Batch:

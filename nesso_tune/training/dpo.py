@@ -196,6 +196,13 @@ def score_pairs(trainer: PairTrainer, batch: Batch) -> tuple[ScoredPairs, list[i
     return ScoredPairs(outputs, inputs, extra["group_ids"], extra["chosen_tokens"]), extra["entries"]
 
 
+@torch.no_grad()
+def pair_log_likelihood(trainer: PairTrainer, batch: Batch) -> float:
+    """The summed log-probability of all answers in a batch of the collator."""
+    scored, _ = score_pairs(trainer, batch)
+    return float(scored.outputs.log_probs.flatten().index_select(0, scored.inputs["supervised_index"]).double().sum())
+
+
 def dpo_metrics(losses: Mapping[Any, float]) -> MetricSpec:
     """The metrics of a `dpo.loss`: the loss, with an sft term also its two parts, and TRL's metrics."""
     has_preference, sft_weight = any(name != SFT for name in losses), losses.get(SFT)

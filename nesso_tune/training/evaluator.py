@@ -23,7 +23,7 @@ from nesso_tune.generation.answers import (
     length_ratios,
     select_prompts,
 )
-from nesso_tune.metric_registry import VALIDATION_METRICS, better_direction, overall_metric, suggest_metric
+from nesso_tune.metric_registry import VALIDATION_METRICS, AnswerScore, better_direction, overall_metric, suggest_metric
 from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
 from nesso_tune.recipes.schema import EvaluationSection, Recipe
 from nesso_tune.runs.checkpoint import checkpoint_path, read_manifest
@@ -56,6 +56,7 @@ class Evaluator:
             for none.
         shares_prompts: each process answers a part of the prompts, with the whole weights; sharded ones are gathered
             once for all of them. Otherwise every process answers all, and gathers each layer for each token.
+        metrics: own metrics of the answers, by name.
         parent: metrics of the parent's answers to the same prompts, in DPO; see `load_parent_metrics`.
         prompts: those that are answered at every evaluation.
     """
@@ -71,6 +72,7 @@ class Evaluator:
     total_steps: int
     sources: tuple[str, ...] = ()
     shares_prompts: bool = True
+    metrics: Mapping[str, AnswerScore] = field(default_factory=dict)
     parent: Mapping[str, float] = field(default_factory=dict)
     prompts: list[Prompt] = field(init=False)
 
@@ -86,13 +88,13 @@ class Evaluator:
         prefix = "" if len(self.rows) else "train_"  # without validation rows, the prompts are training prompts
         answers = self._generate(trainer, self.prompts)
         self._log_answers(answers, trainer.state.global_step)
-        metrics |= answer_metrics(answers, prefix, self.sources)
+        metrics |= answer_metrics(answers, prefix, self.sources, self.metrics)
         metrics |= length_ratios(metrics, self.parent, prefix)
         if trainer.state.global_step == self.total_steps and self.section.train_samples:
             prompts = select_prompts(self.train_rows, self.section.train_samples)
             same_sources = self.train_rows.documents is self.rows.documents or not len(self.rows)
             answers = self._generate(trainer, prompts)
-            metrics |= answer_metrics(answers, "train_", self.sources if same_sources else ())
+            metrics |= answer_metrics(answers, "train_", self.sources if same_sources else (), self.metrics)
         return metrics
 
     def load_parent_metrics(self, trainer: Trainer, generate: bool) -> None:
@@ -115,7 +117,7 @@ class Evaluator:
         trainer.model.train(was_training)
         if answers:
             settings = {"max_new_tokens": self.section.max_new_tokens}
-            metrics = answer_metrics(answers, sources=self.sources)
+            metrics = answer_metrics(answers, sources=self.sources, own=self.metrics)
             self.log.write({"step": 0, "event": PARENT, **settings, **metrics})
 
     def _read_parent_metrics(self) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -15,29 +19,30 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.distributed.preemption import PreemptionCallback, StopRequest
-from nesso_tune.errors import Preempted, RunEnvironmentError
+from nesso_tune.errors import Preempted, RecipeError, RunEnvironmentError
 from nesso_tune.logs import logger
+from nesso_tune.metric_registry import AnswerScore, own_metrics
 from nesso_tune.model.adapters import adapt
 from nesso_tune.model.lm_head import attach_supervised_head, forward_path
 from nesso_tune.model.loading import compile_layers
-from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
-from nesso_tune.planning.memory import CUDA_CONTEXT_BYTES
+from nesso_tune.planning.memory import CUDA_CONTEXT_BYTES, MEMORY_SAFE_SHARE
 from nesso_tune.planning.plan import Plan
-from nesso_tune.recipes.schema import DPORecipe, Recipe
+from nesso_tune.recipes.schema import CheckpointSection, DPORecipe, Recipe
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import RunDir
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.callbacks import IntervalCallback, ProfilerCallback, ProgressBar
+from nesso_tune.training.callbacks import IntervalCallback, ProfilerCallback, ProgressCallback
 from nesso_tune.training.checkpoint import Checkpointer
 from nesso_tune.training.dataset import RunDataset
 from nesso_tune.training.dpo import PairTrainer
-from nesso_tune.training.evaluator import Evaluator, best_checkpoint_for, load_best_weights
+from nesso_tune.training.evaluator import EARLY_STOPPED, Evaluator, best_checkpoint_for, load_best_weights
 from nesso_tune.training.fsdp import check_sharded
 from nesso_tune.training.grouped_metrics import GroupedMetrics, Groups
 from nesso_tune.training.method import Method, method_of
@@ -49,6 +54,46 @@ from nesso_tune.training.throughput import Throughput, TrainingFlops
 
 Trainer = ConversationTrainer | PairTrainer
 
+# Of a run with `checkpoint: null`
+ONLY_ON_REQUEST = CheckpointSection(keep=1, asynchronous=False)
+
+
+@dataclass(frozen=True)
+class Extensions:
+    """The user's own code in a run.
+
+    Attributes:
+        callbacks: called after the trainer's own.
+        metrics: of the answers during training, by name.
+        alarms: whether alarms are raised; not in a smoke run, whose model has random weights.
+    """
+
+    callbacks: tuple[TrainerCallback, ...] = ()
+    metrics: Mapping[str, AnswerScore] = field(default_factory=dict)
+    alarms: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
+        metrics: Mapping[str, AnswerScore] | None = None,
+        alarms: bool = True,
+    ) -> Extensions:
+        """What was passed to `train`, with the registered and installed metrics.
+
+        Raises:
+            RecipeError: for a callback that cannot work here, or a metric without a proper name.
+        """
+        made = tuple(one() if isinstance(one, type) else one for one in callbacks)
+        for one in made:
+            if not isinstance(one, TrainerCallback):
+                what = f"{type(one).__name__} is no TrainerCallback of transformers"
+                raise RecipeError("callbacks", what, "derive its class from TrainerCallback")
+            if isinstance(one, EarlyStoppingCallback):
+                remedy = "set train.best_metric and train.early_stopping_patience in the recipe"
+                raise RecipeError("callbacks", "EarlyStoppingCallback needs arguments that are not used here", remedy)
+        return cls(made, own_metrics(metrics), alarms)
+
 
 def fit(
     model: PreTrainedModel,
@@ -57,20 +102,24 @@ def fit(
     plan: Plan,
     run: RunDir,
     facts: RunFacts,
+    flops: TrainingFlops,
     room: DiskSpace,
     request: StopRequest,
+    extensions: Extensions = Extensions(),
 ) -> Trainer:
     """Trains `model` and writes metrics and checkpoints into the run directory.
 
     Args:
-        model: float32 weights; trained in place.
+        model: float32 weights, with the recipe's adapter (`add_adapter`); trained in place.
         data: prepared rows.
         recipe: the settings.
         plan: steps, batch sizes and intervals.
         run: the open run directory; training resumes from its `checkpoint`.
         facts: provenance of the run, written into the manifest of every checkpoint.
+        flops: of training, from `add_adapter`.
         room: checks the disk space before each checkpoint.
         request: records signals that ask the run to stop.
+        extensions: callbacks and metrics of the user.
 
     Returns:
         The trainer. Its `model_wrapped` has the last weights, or the best ones with `train.best_metric`.
@@ -82,11 +131,17 @@ def fit(
         RecipeError, RunEnvironmentError: if `train.best_metric` is not measured, or the best checkpoint is damaged.
     """
     pad_id = model.config.pad_token_id
-    trainer = _make_trainer(model, data, recipe, plan, run, facts, room)
+    trainer = _make_trainer(model, data, recipe, plan, run, facts, flops, room, extensions)
     trainer.add_callback(_StartCallback(trainer, data, run, facts, recipe))
     if recipe.train.profile:
         trainer.add_callback(ProfilerCallback(run.path, plan.steps, trainer.throughput))
-    _train(trainer, plan, run, request)
+    for callback in extensions.callbacks:
+        trainer.add_callback(callback)
+    trainer.stateful_callbacks = [one for one in extensions.callbacks if isinstance(one, ExportableState)]
+    try:
+        _train(trainer, plan, run, request)
+    finally:
+        trainer.pop_callback(ProgressCallback).close()
     model.config.pad_token_id = pad_id  # transformers replaces it by the tokenizer's
     return trainer
 
@@ -105,14 +160,15 @@ def _make_trainer(
     plan: Plan,
     run: RunDir,
     facts: RunFacts,
+    flops: TrainingFlops,
     room: DiskSpace,
+    extensions: Extensions,
 ) -> Trainer:
     """The trainer of the recipe's method, set up; arguments as of `fit`."""
     method, groups = method_of(recipe), Groups.of(data.stream.documents)
     length = recipe.data.sequence_len if plan.torch_compile else None  # compiled layers need a fixed shape
     collator = method.collator(forward_path(model), data.chat.pad_id, groups, length)
     best = best_checkpoint_for(recipe, method.metrics, data.validation)
-    flops = _add_adapter(model, recipe, data.chat.new_ids, facts)
     config = model.config.get_text_config()
     router_aux_loss_coef = getattr(config, "router_aux_loss_coef", None)
     trainer: Trainer = method.trainer(
@@ -122,12 +178,12 @@ def _make_trainer(
         # TRL's constructors inspect the first row; training uses `run_dataset`
         train_dataset=datasets.Dataset.from_list([data.train[0]]),
         processing_class=data.tokenizer,
-        callbacks=[IntervalCallback(plan), ProgressBar(Path(recipe.output_dir).name)],
+        callbacks=[IntervalCallback(plan), ProgressCallback(Path(recipe.output_dir).name)],
     )
     if router_aux_loss_coef is not None:  # TRL overwrites it with the one of its arguments
         config.router_aux_loss_coef = router_aux_loss_coef
-    trainer.remove_callback(PrinterCallback)  # replaced by `ProgressBar`
-    attach_supervised_head(model)
+    trainer.remove_callback(PrinterCallback)  # replaced by `ProgressCallback`
+    attach_supervised_head(model, compiled=plan.torch_compile and torch.cuda.is_available())
     if plan.torch_compile:
         compile_layers(model)
     is_main = trainer.is_world_process_zero()
@@ -139,15 +195,17 @@ def _make_trainer(
         run_dataset=dataset,
         run_state=state,
         metrics_log=log,
-        alarms=Alarms(log, recipe.method, plan.steps, enabled=is_main),
-        evaluator=_make_evaluator(model, recipe, data, plan, method, log),
+        alarms=Alarms(log, recipe.method, plan.steps, enabled=is_main and extensions.alarms),
+        evaluator=_make_evaluator(model, recipe, data, plan, method, log, extensions.metrics),
         throughput=Throughput(flops, trainer.accelerator, state),
-        checkpointer=Checkpointer(room, recipe.checkpoint.keep, recipe.in_shards(plan.processes), facts),
+        checkpointer=Checkpointer(
+            room, recipe.checkpoint or ONLY_ON_REQUEST, plan.sharded_checkpoints, facts, recipe.distributed.timeout_s
+        ),
     )
     return trainer
 
 
-def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int], facts: RunFacts) -> TrainingFlops:
+def add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int], facts: RunFacts) -> TrainingFlops:
     """Adds the recipe's adapter, if any, to the model, and returns the FLOPs of training."""
     flops = TrainingFlops.of(model)
     if recipe.model.adapter is None:
@@ -157,7 +215,13 @@ def _add_adapter(model: PreTrainedModel, recipe: Recipe, new_ids: list[int], fac
 
 
 def _make_evaluator(
-    model: PreTrainedModel, recipe: Recipe, data: PreparedData, plan: Plan, method: Method, log: MetricsLog
+    model: PreTrainedModel,
+    recipe: Recipe,
+    data: PreparedData,
+    plan: Plan,
+    method: Method,
+    log: MetricsLog,
+    metrics: Mapping[str, AnswerScore],
 ) -> Evaluator | None:
     if recipe.evaluation is None:
         return None
@@ -175,12 +239,13 @@ def _make_evaluator(
         total_steps=plan.steps,
         sources=documents.source_names if len(groups.sources) > 1 else (),
         shares_prompts=_shares_prompts(recipe, plan),
+        metrics=metrics,
     )
 
 
 def _shares_prompts(recipe: Recipe, plan: Plan) -> bool:
     """Whether each process has the whole weights while prompts are answered: if they fit beside the sharded state."""
-    if plan.gpu is None or not recipe.shards(plan.processes):
+    if plan.gpu is None or not plan.sharded:
         return True
     if plan.memory is not None and plan.shape is not None:
         weights = plan.shape.parameters * (2 if recipe.model.dtype == "bfloat16" else 4)
@@ -201,7 +266,8 @@ def _train(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> N
     """
     trainer.add_callback(stop := PreemptionCallback(trainer, request, plan.steps))
     request.begin_training()
-    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    with trainer.checkpointer.finished_at_end():
+        trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     best = trainer.run_state.best
     stopped_early = best is not None and best.out_of_patience  # possibly at the same step as the stop request
     if stop.stopped_at is not None and not stopped_early:
@@ -210,6 +276,10 @@ def _train(trainer: Trainer, plan: Plan, run: RunDir, request: StopRequest) -> N
         preempted = Preempted(str(run.path), saved, "the same command continues")
         preempted.on_all_ranks = True
         raise preempted
+    step = trainer.state.global_step
+    if step < plan.steps and not stopped_early:
+        logger.info(f"stopped early at step {step:,} of {plan.steps:,}: by a callback")
+        trainer.metrics_log.write({"step": step, "event": EARLY_STOPPED, "by": "callback"})
     if best is not None:
         load_best_weights(trainer, best, trainer.metrics_log)
 
@@ -218,7 +288,7 @@ class _StartCallback(TrainerCallback):
     """Prepares a session after the weights are loaded and before its first step.
 
     Checks the sharding, truncates the metrics to the checkpoint, prepares the DPO reference and the parent's metrics,
-    replays the alarms and starts the throughput measurement.
+    replays the alarms, compiles the layers and starts the throughput measurement.
     """
 
     def __init__(self, trainer: Trainer, data: PreparedData, run: RunDir, facts: RunFacts, recipe: Recipe) -> None:
@@ -227,8 +297,8 @@ class _StartCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Called by the trainer."""
         trainer, recipe, run = self._trainer, self._recipe, self._run
-        if recipe.shards(trainer.plan.processes):
-            check_sharded(trainer.model_wrapped)
+        if trainer.plan.sharded:
+            check_sharded(trainer.model_wrapped, trainer.plan.shards, trainer.plan.replicas)
         if run.checkpoint is not None:
             trainer.metrics_log.truncate_after(state.global_step)
             trainer.metrics_log.write({"step": state.global_step, "event": "resumed", **self._changes()})
@@ -237,6 +307,8 @@ class _StartCallback(TrainerCallback):
             if trainer.evaluator is not None:
                 trainer.evaluator.load_parent_metrics(trainer, generate=run.checkpoint is None)
         trainer.alarms.replay(run.metrics)
+        if trainer.plan.torch_compile and isinstance(trainer, ConversationTrainer):
+            trainer.warm_up()
         trainer.throughput.start()
 
     def _changes(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""FSDP2 FULL_SHARD through accelerate: its arguments, precision, checks and workarounds."""
+"""FSDP2 through accelerate, FULL_SHARD and HYBRID_SHARD: its arguments, precision, checks and workarounds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -17,8 +18,14 @@ from transformers import PreTrainedModel, Trainer
 from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 
 
-def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any]:
+def fsdp_arguments(model: PreTrainedModel, checkpointing: bool, shards: int, replicas: int) -> dict[str, Any]:
     """FSDP arguments of transformers' trainers: each transformer block is one unit.
+
+    Args:
+        model: the model to shard.
+        checkpointing: whether activations are recomputed.
+        shards: processes over which the state is sharded; consecutive ranks, so those of a node.
+        replicas: groups of so many processes that hold the same state.
 
     Raises:
         RecipeError: if this model cannot be trained with FSDP.
@@ -32,12 +39,14 @@ def fsdp_arguments(model: PreTrainedModel, checkpointing: bool) -> dict[str, Any
     if checkpointing and has_dropout(model):
         # accelerate uses torch's checkpoint wrapper without preserving the random state
         problems.append(Problem("train.gradient_checkpointing",
-                                "would use different dropout masks in the recomputation under full_shard",
+                                "would use different dropout masks in the recomputation under FSDP",
                                 "set it to false, or set the dropout to 0"))  # fmt: skip
     if problems:
         raise RecipeError(problems)
+    hybrid = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=shards) if replicas > 1 else None
     return {
         "fsdp": True,
+        "parallelism_config": hybrid,
         "fsdp_config": {
             "version": 2,
             "reshard_after_forward": True,
@@ -66,15 +75,17 @@ def set_precision(trainer: Trainer) -> None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
 
-def check_sharded(model: nn.Module) -> None:
-    """Checks that the model is sharded.
+def check_sharded(model: nn.Module, shards: int, replicas: int) -> None:
+    """Checks that the model is sharded over as many processes as planned.
 
     Raises:
-        RunEnvironmentError: if no parameter is sharded.
+        RunEnvironmentError: if not.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    sizes = {tuple(parameter.device_mesh.shape) for parameter in model.parameters() if isinstance(parameter, DTensor)}
+    if sizes != {(shards,) if replicas == 1 else (replicas, shards)}:
+        fsdp = "full_shard" if replicas == 1 else "hybrid_shard"
         raise RunEnvironmentError(
-            "distributed.fsdp", "full_shard is set, but the weights are not sharded on these devices",
+            "distributed.fsdp", f"{fsdp} is set, but the weights are not sharded on these devices",
             "set distributed.fsdp: none, or use GPUs",
         )  # fmt: skip
 

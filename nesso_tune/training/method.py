@@ -18,12 +18,12 @@ from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.model.lm_head import ForwardPath
 from nesso_tune.planning.plan import Plan
 from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe
-from nesso_tune.training.dataset import Collator, ConversationCollator, PairCollator
-from nesso_tune.training.dpo import PairTrainer, dpo_metrics, evaluate_dpo
+from nesso_tune.training.dataset import Batch, Collator, ConversationCollator, PairCollator
+from nesso_tune.training.dpo import PairTrainer, dpo_metrics, evaluate_dpo, pair_log_likelihood
 from nesso_tune.training.evaluator import EvaluateLoss
 from nesso_tune.training.fsdp import fsdp_arguments
 from nesso_tune.training.grouped_metrics import Groups, MetricSpec
-from nesso_tune.training.sft import SFT_METRICS, ConversationTrainer, evaluate_sft
+from nesso_tune.training.sft import SFT_METRICS, ConversationTrainer, conversation_log_likelihood, evaluate_sft
 
 Arguments = TypeVar("Arguments", SFTConfig, DPOConfig)
 
@@ -67,7 +67,7 @@ def _one_gpu(arguments: Arguments) -> Arguments:
 def _common_arguments(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dict[str, Any]:
     train, on_gpu = recipe.train, torch.cuda.is_available()
     checkpointing = bool(plan.gradient_checkpointing)
-    sharded = recipe.shards(plan.processes)
+    sharded = plan.sharded
     if recipe.model.dtype == "bfloat16" and on_gpu and not torch.cuda.is_bf16_supported():
         raise RunEnvironmentError("model.dtype", "this GPU has no bfloat16", "set model.dtype: float32")
     return {
@@ -100,7 +100,7 @@ def _common_arguments(recipe: Recipe, plan: Plan, model: PreTrainedModel) -> dic
         "logging_strategy": "no",
         "eval_strategy": "no",
         "save_strategy": "no",
-        **(fsdp_arguments(model, checkpointing) if sharded else {}),
+        **(fsdp_arguments(model, checkpointing, plan.shards, plan.replicas) if sharded else {}),
     }
 
 
@@ -112,6 +112,7 @@ class Method:
         trainer: its trainer class.
         metrics: loss and metrics of training and validation rows.
         evaluate_loss: computes them over validation batches.
+        log_likelihood: summed log-probability of the supervised tokens of a batch; takes the trainer.
         arguments: TRL's arguments for a plan and a model.
         collator: collator for a model's forward path, padding token, groups, and the length that rows are padded to
             (None for no fixed length).
@@ -120,6 +121,7 @@ class Method:
     trainer: type[ConversationTrainer] | type[PairTrainer]
     metrics: MetricSpec
     evaluate_loss: EvaluateLoss
+    log_likelihood: Callable[[Any, Batch], float]
     arguments: Callable[[Plan, PreTrainedModel], SFTConfig | DPOConfig]
     collator: Callable[[ForwardPath, int, Groups, int | None], Collator]
 
@@ -128,9 +130,16 @@ def method_of(recipe: Recipe) -> Method:
     """The training method of a recipe."""
     if isinstance(recipe, SFTRecipe):
         arguments = partial(sft_arguments, recipe)
-        return Method(ConversationTrainer, SFT_METRICS, evaluate_sft, arguments, _conversation_collator)
-    metrics = dpo_metrics(recipe.dpo.loss)
-    return Method(PairTrainer, metrics, evaluate_dpo, partial(dpo_arguments, recipe), _pair_collator)
+        return Method(
+            ConversationTrainer,
+            SFT_METRICS,
+            evaluate_sft,
+            conversation_log_likelihood,
+            arguments,
+            _conversation_collator,
+        )
+    metrics, arguments = dpo_metrics(recipe.dpo.loss), partial(dpo_arguments, recipe)
+    return Method(PairTrainer, metrics, evaluate_dpo, pair_log_likelihood, arguments, _pair_collator)
 
 
 def _conversation_collator(path: ForwardPath, pad_id: int, groups: Groups, length: int | None) -> Collator:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
 
-from nesso_tune.distributed.process_group import detect_world
 from nesso_tune.errors import NessoError, RunEnvironmentError, first_line, is_out_of_memory
 from nesso_tune.planning.hardware import GIB
-from nesso_tune.planning.plan import DataVolume, Plan, memory_in_words
-from nesso_tune.planning.planner import make_plan
+from nesso_tune.planning.plan import Plan, memory_in_words
 from nesso_tune.recipes.schema import Recipe
 
 OTHERS_SHARE = 0.05  # of the GPU's memory; less is the CUDA context of this process
@@ -56,24 +54,26 @@ class MemoryInUse:
 
 
 @contextmanager
-def out_of_memory_errors(recipe: Recipe, volume: DataVolume | None) -> Iterator[None]:
+def out_of_memory_errors(recipe: Recipe, plan_of: Callable[[], Plan]) -> Iterator[None]:
     """Turns an out-of-memory error of the device, in any part of a run, into one that says what to lower.
 
     Args:
         recipe: the recipe of the run.
-        volume: amount of its data, for the plan.
+        plan_of: returns its plan.
 
     Raises:
         RunEnvironmentError: in place of the original error.
     """
     try:
         yield
+    except NessoError:  # perhaps one of these, from a part that knew the plan better
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         plan = None
         with suppress(NessoError, RuntimeError):  # CUDA may not answer any more
-            plan = make_plan(recipe, detect_world(), volume)
+            plan = plan_of()
         raise out_of_memory(error, recipe, plan, MemoryInUse.now()) from error
 
 
@@ -100,12 +100,13 @@ def _what_to_lower(recipe: Recipe, plan: Plan | None) -> str:
     train, steps = recipe.train, []
     if plan is None or plan.micro_batch > 1:
         keeps = "" if train.global_batch_size else " and raise train.gradient_accumulation_steps as much"
-        steps.append(f"lower train.micro_batch_size{f' (now {plan.micro_batch})' if plan else ''}{keeps}")
+        now = f" (now {plan.micro_batch}{', by auto' if train.micro_batch_size == 'auto' else ''})" if plan else ""
+        steps.append(f"lower train.micro_batch_size{now}{keeps}")
     if plan is None or not plan.gradient_checkpointing:
         steps.append("set train.gradient_checkpointing: true")
     steps.append(f"lower data.sequence_len (now {recipe.data.sequence_len})")
     can_shard = not recipe.needs_bitsandbytes
-    if plan is not None and can_shard and plan.processes > 1 and not recipe.shards(plan.processes):
+    if plan is not None and can_shard and plan.processes > 1 and plan.shards < plan.processes:
         steps.append("set distributed.fsdp: full_shard")
     if plan is not None and can_shard and plan.processes == 1:
         steps.append("share the weights over several GPUs with `nesso-tune launch` and distributed.fsdp: full_shard")

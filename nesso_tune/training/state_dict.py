@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import SavePlan, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +26,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
 from torch.optim import Optimizer
 
 from nesso_tune.errors import RunEnvironmentError, first_line
@@ -36,9 +40,13 @@ SHARDS = "shard-*.safetensors"
 State = dict[str, Tensor]
 
 
-def get_weights(model: nn.Module, whole: bool = True) -> State:
-    """The trained weights: whole on the main process (empty on the others), or this process's shards."""
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole, ignore_frozen_params=True)
+def get_weights(model: nn.Module, whole: bool = True, offload: bool = True) -> State:
+    """The trained weights: whole on the main process (empty on the others), or this process's shards.
+
+    Without `offload`, whole weights of a model that is not sharded stay on its device, on every process.
+    """
+    offload = whole and (offload or _is_sharded(model))
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=offload, ignore_frozen_params=True)
     state = get_model_state_dict(model, options=options)
     repeated = {name for names in _tied_names(model) for name in names[1:]}
     return {name: value.contiguous() for name, value in state.items() if name not in repeated}
@@ -59,13 +67,13 @@ def set_weights(model: nn.Module, state: State, whole: bool = True) -> None:
     _check_names(set(result.missing_keys) - repeated - frozen, set(result.unexpected_keys))
 
 
-def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True) -> State:
+def get_optimizer_state(model: nn.Module, optimizer: Optimizer, whole: bool = True, offload: bool = True) -> State:
     """Moments and step counts of the optimizer as `PARAMETER|MOMENT`: whole or sharded, as in `get_weights`."""
     if eight_bit.is_eight_bit(optimizer):
         is_main = not dist.is_initialized() or dist.get_rank() == 0
         return _joined(eight_bit.get_state(_trained(model), optimizer)) if is_main else {}
     finish_forward(model)  # weights may be unsharded after an evaluation, but the optimizer state belongs to shards
-    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole)
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=whole and (offload or _is_sharded(model)))
     state = get_optimizer_state_dict(model, optimizer, options=options).get(
         "state", {}
     )  # empty except on the main process
@@ -104,23 +112,100 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def save_shards(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def get_shards(model: nn.Module, optimizer: Optimizer) -> State:
+    """This process's shards of weights and optimizer state."""
+    return get_weights(model, whole=False) | get_optimizer_state(model, optimizer, whole=False)
+
+
+class HostCopies:
+    """Copies of a state in host memory, which is kept: memory that is used for the first time slows the copy down."""
+
+    def __init__(self) -> None:
+        self._copies: State = {}
+
+    def of(self, state: State, model: nn.Module, optimizer: Optimizer) -> State:
+        """The state on the CPU, with a copy of each tensor that the next optimizer step changes.
+
+        The copies are valid until the next call for tensors of the same names.
+        """
+        moments = [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+        changing = {_local(tensor).untyped_storage().data_ptr() for tensor in (*model.parameters(), *moments)}
+        on_cpu = {name: _local(value).device.type == "cpu" for name, value in state.items()}
+        return {
+            name: value
+            if on_cpu[name] and _local(value).untyped_storage().data_ptr() not in changing
+            else self._copy(name, value)
+            for name, value in state.items()
+        }
+
+    def _copy(self, name: str, value: Tensor) -> Tensor:
+        if name not in self._copies:
+            self._copies[name] = value.detach().to("cpu", copy=True)
+        else:
+            _local(self._copies[name]).copy_(_local(value.detach()))
+        return self._copies[name]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def save_shards(folder: Path, state: State) -> None:
     """Writes weights and optimizer state as a torch distributed checkpoint in safetensors format.
 
     Every process must call this, and writes a file of its own shards.
 
     Raises:
-        RunEnvironmentError: if a file cannot be written.
+        RunEnvironmentError: on every process, if a file cannot be written.
     """
-    state = get_weights(model, whole=False) | get_optimizer_state(model, optimizer, whole=False)
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(state, storage_writer=writer)
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise RunEnvironmentError(
-            str(folder), f"cannot be written ({first_line(cause)})", "check the disk; finished checkpoints are intact"
-        ) from None
+        raise _not_written(folder, next(iter(error.failures.values()))[0]) from None
+
+
+def plan_shards(folder: Path, state: State) -> Callable[[], None]:
+    """The planning of `save_shards`, which is collective; returns its writing, which another thread may call.
+
+    The writing raises RunEnvironmentError if the file of this process cannot be written.
+    """
+    writer = _PlannedWriter(str(folder), save_distributed=True)
+    dcp.save(state, storage_writer=writer)
+
+    def write() -> None:
+        try:
+            writer.write()
+        except Exception as error:  # of safetensors or the file system
+            raise _not_written(folder, error) from error
+
+    return write
+
+
+class _PlannedWriter(dcp.HuggingFaceStorageWriter):
+    """Writes the data of this process when `write` is called, after the processes have agreed on who writes what."""
+
+    _planned: tuple[SavePlan, SavePlanner]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Called by `dcp.save`; writes nothing."""
+        self._planned = plan, planner
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([])
+        return done
+
+    def write(self) -> None:
+        """Writes the data."""
+        super().write_data(*self._planned).wait()
+
+
+def _not_written(folder: Path, cause: BaseException) -> RunEnvironmentError:
+    what = f"cannot be written ({first_line(cause)})"
+    return RunEnvironmentError(str(folder), what, "check the disk; finished checkpoints are intact")
 
 
 def shard_pattern(rank: int) -> str:

@@ -20,6 +20,7 @@ from nesso_tune.planning.hardware import bf16_peak
 from nesso_tune.training.run_state import RunState
 
 SQUARED_LENGTHS = "squared_lengths"  # key of a batch: the sum of its squared document lengths
+WHOLE_SEQUENCES = "whole_sequences"  # key of a batch: what other tools compute for it, as of `whole_sequences`
 
 
 class Throughput:
@@ -36,6 +37,7 @@ class Throughput:
         self._peak = device_peak()
         self._paused_seconds = 0.0
         self._last_tokens = self._last_supervised = 0  # of all processes, at the last line
+        self._whole: list[int] = []
         self._restart(0, 0)
 
     def start(self) -> None:
@@ -44,9 +46,10 @@ class Throughput:
         tokens, supervised = self._accelerator.reduce(counts, reduction="sum").tolist()
         self._restart(int(tokens), int(supervised))
 
-    def add(self, squares: int) -> None:
-        """Adds the `squared_lengths` of a micro batch."""
+    def add(self, squares: int, whole: tuple[int, int]) -> None:
+        """Adds the `squared_lengths` and the `whole_sequences` of a micro batch."""
         self._squares += squares
+        self._whole = [total + one for total, one in zip(self._whole, whole, strict=True)]
 
     def time_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields the same batches, and measures the time spent waiting for each."""
@@ -74,18 +77,19 @@ class Throughput:
         Returns:
             `tokens`, `supervised_tokens`: of the whole run so far, over all processes.
             `tokens_per_second`, `supervised_tokens_per_second`: since the last line, over all processes.
-            `mfu`: model FLOP/s per device over the dense bfloat16 peak of the device; only for known GPUs.
+            `mfu`, `mfu_common`: model FLOP/s per device over the dense bfloat16 peak of the device, by our count and by
+            the one of other tools; only for known GPUs.
             `peak_memory_gb`: in 10^9 bytes, since the process started, maximum over processes: memory allocated by
             torch on a GPU, resident memory on a CPU.
             `data_wait_share`: share of the training time since the last line that was spent waiting for batches,
             maximum over processes.
         """
         busy = max(time.monotonic() - self._since - self._paused_seconds, 1e-9)
-        own = [*self._counts(), self._squares, self._waited, peak_memory()]
+        own = [*self._counts(), self._squares, *self._whole, self._waited, peak_memory()]
         device = self._accelerator.device
         each = self._accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).tolist()
-        tokens, supervised, squares = (int(sum(process[i] for process in each)) for i in range(3))
-        waited, memory = (max(process[i] for process in each) for i in (3, 4))
+        tokens, supervised, squares, *whole = (int(sum(process[i] for process in each)) for i in range(5))
+        waited, memory = (max(process[i] for process in each) for i in (5, 6))
         new_tokens, new_supervised = tokens - self._last_tokens, supervised - self._last_supervised
         line: dict[str, int | float] = {
             "tokens": tokens,
@@ -98,14 +102,16 @@ class Throughput:
         if self._peak is not None:
             flops = self._flops
             done = flops.token * new_tokens + flops.supervised * new_supervised + flops.square * squares
-            line["mfu"] = round(done / (busy * len(each) * self._peak), 4)
+            available = busy * len(each) * self._peak
+            line["mfu"] = round(done / available, 4)
+            line["mfu_common"] = round(flops.common(*whole) / available, 4)
         self._restart(tokens, supervised)
         return line
 
     def _restart(self, tokens: int, supervised: int) -> None:
         self._since, self._paused_seconds = time.monotonic(), 0.0
         self._last_tokens, self._last_supervised = tokens, supervised
-        self._squares, self._waited = 0, 0.0  # of this process
+        self._squares, self._whole, self._waited = 0, [0, 0], 0.0  # of this process
 
     def _counts(self) -> list[int]:
         return [self._state.tokens, self._state.supervised_tokens]
@@ -138,6 +144,10 @@ class TrainingFlops:
     supervised: float
     square: float
 
+    def common(self, tokens: int, squares: int) -> float:
+        """The FLOPs of `whole_sequences` as other tools count them: the head on every token, and full attention."""
+        return (self.token + self.supervised) * tokens + 2 * self.square * squares
+
     @classmethod
     def of(cls, model: PreTrainedModel) -> TrainingFlops:
         """The FLOPs of full fine-tuning; call this before an adapter is added."""
@@ -169,12 +179,15 @@ def _multiplied(module: nn.Module | None) -> int:
 
 @dataclass(frozen=True)
 class AttentionCostCollator:
-    """Wraps a collator and adds the `squared_lengths` of the rows to each batch, for `Throughput.add`."""
+    """Wraps a collator and adds `squared_lengths` and `whole_sequences` of the rows to each batch, for `Throughput`."""
 
     collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(rows), SQUARED_LENGTHS: sum(map(squared_lengths, rows))}
+        tokens, squares = (sum(counts) for counts in zip(*map(whole_sequences, rows), strict=True))
+        return {
+            **self.collate(rows), SQUARED_LENGTHS: sum(map(squared_lengths, rows)), WHOLE_SEQUENCES: (tokens, squares),
+        }  # fmt: skip
 
 
 def squared_lengths(row: Mapping[str, Any]) -> int:
@@ -186,6 +199,19 @@ def squared_lengths(row: Mapping[str, Any]) -> int:
         return sum(int(length) ** 2 for length in row["seq_lengths"])
     prompt, chosen, rejected = (len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids"))
     return (prompt + chosen) ** 2 + (prompt + rejected) ** 2 - prompt**2
+
+
+def whole_sequences(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Sum of the lengths, and of their squares, of the sequences that other tools compute for a row.
+
+    A packed row is one sequence; a preference pair is two, each with the prompt.
+    """
+    if "seq_lengths" in row:
+        lengths = [sum(row["seq_lengths"])]
+    else:
+        prompt, chosen, rejected = (len(row[part]) for part in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        lengths = [prompt + chosen, prompt + rejected]
+    return sum(lengths), sum(length**2 for length in lengths)
 
 
 def device_peak() -> float | None:

@@ -9,7 +9,7 @@ trainers: telemetry, which is off.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,20 +20,29 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
+from transformers.trainer_callback import ExportableState
 
 from nesso_tune.distributed.process_group import broadcast_from_rank0
+from nesso_tune.errors import RecipeError
 from nesso_tune.model.loading import not_compiled
 from nesso_tune.planning.plan import Plan
 from nesso_tune.runs.metrics_log import MetricsLog
 from nesso_tune.training.alarms import Alarms
-from nesso_tune.training.checkpoint import Checkpointer, load_optimizer, load_rng_state, load_weights, read_run_state
+from nesso_tune.training.checkpoint import (
+    Checkpointer,
+    load_callback_states,
+    load_optimizer,
+    load_rng_state,
+    load_weights,
+    read_run_state,
+)
 from nesso_tune.training.dataset import RunDataset
 from nesso_tune.training.evaluator import EARLY_STOPPED, Evaluator
 from nesso_tune.training.fsdp import keep_tied_embeddings_together, set_precision
 from nesso_tune.training.grouped_metrics import sum_over_processes
 from nesso_tune.training.numerical_checks import check_evaluation, check_trained
 from nesso_tune.training.run_state import RunState
-from nesso_tune.training.throughput import SQUARED_LENGTHS, AttentionCostCollator, Throughput
+from nesso_tune.training.throughput import SQUARED_LENGTHS, WHOLE_SEQUENCES, AttentionCostCollator, Throughput
 
 
 class WeightCasts:
@@ -79,6 +88,8 @@ class BaseTrainer(Trainer):
     evaluator: Evaluator | None
     throughput: Throughput
     checkpointer: Checkpointer
+    stateful_callbacks: Sequence[ExportableState] = ()  # of the user; their states are in checkpoints
+    preempted = False  # a signal stops the run, not a callback
     _weight_casts: WeightCasts
     _fetch_batches: Callable[[], Any] | None = None
     _next_batches: Any = None  # the micro batches of the next step, fetched ahead
@@ -152,9 +163,9 @@ class BaseTrainer(Trainer):
     # Steps
 
     def _run_epoch(self, **options: Any) -> None:
-        """Trains, unless an earlier session has stopped early."""
+        """Trains, unless an earlier session has stopped early, or a callback stops the run when training begins."""
         best = self.run_state.best
-        if best is not None and best.out_of_patience:
+        if self.control.should_training_stop or (best is not None and best.out_of_patience):
             self.control.should_training_stop = True
         else:
             super()._run_epoch(**options)
@@ -162,8 +173,10 @@ class BaseTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro batches of a step; the time spent waiting for them is measured.
 
-        Those of the first step are fetched here, those of later ones during the step before.
+        Those of the first step are fetched here, those of later ones during the step before. A checkpoint that could
+        not be written in the background ends the run here.
         """
+        self.checkpointer.raise_if_failed()
         self._fetch_batches = partial(
             super().get_batch_samples, self.throughput.time_batches(epoch_iterator), num_batches, device
         )
@@ -175,7 +188,7 @@ class BaseTrainer(Trainer):
 
         After the last micro batch of a step, the next step's are collated and copied while a GPU still computes.
         """
-        self.throughput.add(inputs.pop(SQUARED_LENGTHS))
+        self.throughput.add(inputs.pop(SQUARED_LENGTHS), inputs.pop(WHOLE_SEQUENCES))
         with self._weight_casts.kept(last=self.accelerator.sync_gradients or self.is_fsdp_enabled):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.run_state.spike_guard.add(loss)
@@ -201,15 +214,30 @@ class BaseTrainer(Trainer):
         state.metrics.reset()
         logs |= self.throughput.measure() | {"seconds": round(state.seconds, 3)}
         with self.throughput.paused():
-            # transformers counts the whole run as one epoch and writes that into the line
-            self.state.epoch = round(self.epochs_at(self.state.global_step), 4)
+            self._correct_epoch()
             super().log(logs, start_time)
             self.metrics_log.write({"step": self.state.global_step, **logs})
             self.alarms.check({"step": self.state.global_step, **logs})
+        if self._stopped_by_callback():  # evaluated and saved as at the end
+            self.control.should_evaluate = self.evaluator is not None
+            self.control.should_save = self.plan.save_every is not None
+
+    def _correct_epoch(self) -> None:
+        """Sets the epoch for lines and callbacks: transformers counts the whole run as one."""
+        self.state.epoch = round(self.epochs_at(self.state.global_step), 4)
+
+    def _stopped_by_callback(self) -> bool:
+        return self.control.should_training_stop and not self.preempted and self.state.global_step < self.plan.steps
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Evaluates the model, writes one line of `metrics.jsonl` and sends it to the trackers."""
-        assert self.evaluator is not None  # `IntervalCallback` requests no evaluation otherwise
+        """Evaluates the model, writes one line of `metrics.jsonl` and sends it to the trackers.
+
+        Raises:
+            RecipeError: if a callback asks for it, and the recipe has no evaluation.
+        """
+        if self.evaluator is None:
+            raise RecipeError("evaluation", "is null, but a callback asks for an evaluation", "set evaluation: {}")
+        self._correct_epoch()
         with self.throughput.paused():
             was_training = self.model.training
             self.model.eval()
@@ -225,6 +253,8 @@ class BaseTrainer(Trainer):
             tracked = {name if name.startswith("eval_") else f"eval_{name}": value for name, value in numbers.items()}
             self.control = self.callback_handler.on_log(self.args, self.state, self.control, tracked)
             self._update_best(numbers)
+        if self._stopped_by_callback():
+            self.control.should_save = self.plan.save_every is not None
         return numbers
 
     def _update_best(self, metrics: dict[str, float]) -> None:
@@ -268,6 +298,9 @@ class BaseTrainer(Trainer):
         schedule._last_lr = [base * factor for base in schedule.base_lrs]
         for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
             group["lr"] = rate
+
+    def _load_callback_state(self) -> None:
+        load_callback_states(self)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Loads nothing: bfloat16 needs no loss scaling."""

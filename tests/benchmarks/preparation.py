@@ -83,17 +83,29 @@ def _all_of(process: psutil.Popen) -> list[psutil.Process]:
     return []
 
 
-def ours(base: Path, data: Path) -> tuple[float, float, dict[str, Any]]:
+def ours(base: Path, data: Path, language: str | None = None) -> tuple[float, float, dict[str, Any]]:
     """One preparation by nesso-tune: seconds, memory, its report."""
     with TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
         recipe.write_text(
             f"method: sft\noutput_dir: {folder}/run\nmodel: {{base: {base}}}\n"
-            f"data: {{sequence_len: {SEQUENCE}, validation_size: 0, sources: [{{path: {data}}}]}}\n"
+            f"data: {{sequence_len: {SEQUENCE}, validation_size: 0, "
+            f"sources: [{{path: {data}{f', language: {language}' if language else ''}}}]}}\n"
         )
         command = [sys.executable, "-m", "nesso_tune", "prepare", str(recipe), "--json"]
         seconds, memory, said = measured(command, {"NESSO_TUNE_CACHE": f"{folder}/cache"})
         return seconds, memory, json.loads(said)
+
+
+def without_languages(data: Path, folder: Path) -> Path:
+    """The data without its column `lang`, so that languages are detected."""
+    file = folder / "unlabelled.jsonl"
+    rows = map(json.loads, data.read_text(encoding="utf-8").splitlines())
+    lines = (
+        json.dumps({key: value for key, value in row.items() if key != "lang"}, ensure_ascii=False) for row in rows
+    )
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
 
 
 def trl(script: Path, base: Path) -> float:
@@ -178,7 +190,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--times", type=int)
     asked = parser.parse_args()
-    sides: dict[str, Callable[[], float]] = {"nesso-tune": lambda: ours(asked.base, asked.data)[0]}
+    scratch = TemporaryDirectory()
+    unlabelled = without_languages(asked.data, Path(scratch.name))
+    sides: dict[str, Callable[[], float]] = {
+        "nesso-tune": lambda: ours(asked.base, asked.data)[0],
+        "nesso-tune, languages detected": lambda: ours(asked.base, unlabelled, "auto")[0],
+    }
     if asked.trl:
         sides["TRL, 2 processes"] = lambda: trl(asked.trl, asked.base)
     if asked.axolotl:

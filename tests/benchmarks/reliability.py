@@ -1,6 +1,6 @@
 """What safety costs: the look before each update, and the pause of a save. Run by hand on a quiet machine:
 
-    python -m tests.benchmarks.reliability [--layers 8] [--hidden 512] [--steps 240] [--saves 9]
+    python -m tests.benchmarks.reliability [--layers 8] [--hidden 512] [--steps 240] [--saves 9] [--length 256]
 
 Both sides are measured in one process, in turn; what is printed are ratios of medians.
 
@@ -8,6 +8,8 @@ Both sides are measured in one process, in turn; what is printed are ratios of m
   loss and gradient norm, the question whether to stop), against the same trainer with these left out.
 - save: seconds of `_save_checkpoint` (staging, safetensors, fsync, SHA-256, manifest, rename), against a plain writer
   of the same state: `torch.save` of weights and optimizer, flush, fsync, the oldest removed.
+- pause: seconds of `_save_checkpoint` with `checkpoint.asynchronous`, which copies the state, against those without,
+  and the seconds until the checkpoint is complete, while nothing else is computed.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from nesso_tune.planning.planner import make_plan
 from nesso_tune.runs.disk_space import DiskSpace
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.runs.run_directory import open_run, write_start
-from nesso_tune.training.fit import fit
+from nesso_tune.training.fit import add_adapter, fit
 from nesso_tune.training.numerical_checks import SpikeGuard
 from tests.support.runs import BASE, recipe
 
@@ -100,7 +102,7 @@ def seconds(what) -> float:  # type: ignore[no-untyped-def]
 def main() -> None:
     """Measures both and prints them."""
     parser = argparse.ArgumentParser()
-    for name, default in (("layers", 8), ("hidden", 512), ("steps", 240), ("saves", 9)):
+    for name, default in (("layers", 8), ("hidden", 512), ("steps", 240), ("saves", 9), ("length", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--folder", default=None, help="where to write: the disk that is measured")
     said = parser.parse_args()
@@ -113,7 +115,8 @@ def main() -> None:
                 for i in range(400)]  # fmt: skip
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         some = recipe("sft", folder / "run", [folder / "rows.jsonl"], model={"base": str(base)},
-                      data={"sequence_len": 256, "validation_size": 0}, evaluation=None, logging={"every_steps": 10},
+                      data={"sequence_len": said.length, "validation_size": 0}, evaluation=None,
+                      logging={"every_steps": 10},
                       train={"max_steps": said.steps, "micro_batch_size": 2},
                       checkpoint={"every_steps": said.steps, "keep": KEEP})  # fmt: skip
         data = prepare_data(some)
@@ -123,20 +126,38 @@ def main() -> None:
         run, turn = open_run(some), InTurn()
         write_start(run, some, facts)
         with StopRequest() as request, measured(turn):
-            trainer = fit(model, data, some, plan, run, facts, DiskSpace(run.path, 0, 0), request)
+            flops = add_adapter(model, some, [], facts)
+            trainer = fit(model, data, some, plan, run, facts, flops, DiskSpace(run.path, 0, 0), request)
         turn.restore()
         print(f"{model.num_parameters() / 1e6:.0f} M parameters, {torch.get_num_threads()} threads")
-        with_it, without = (statistics.median(turn.times[side]) for side in (True, False))
-        print(f"step: {with_it * 1000:.2f} ms with, {without * 1000:.2f} ms without: {with_it / without:.4f}")
-        ours, theirs = [], []
+        with_it, without = (statistics.median(turn.times[side] or [0.0]) for side in (True, False))
+        if without:  # more steps than those of the warm-up
+            print(f"step: {with_it * 1000:.2f} ms with, {without * 1000:.2f} ms without: {with_it / without:.4f}")
+        ours, pauses, whole, theirs = [], [], [], []
         for i in range(KEEP + 1 + said.saves):
-            trainer.state.global_step += 1
-            ours.append(seconds(lambda: trainer._save_checkpoint(trainer.model, None)))
+            ours.append(save(trainer, asynchronous=False)[0])
+            pause, complete = save(trainer, asynchronous=True)
+            pauses, whole = [*pauses, pause], [*whole, complete]
             theirs.append(seconds(lambda: plain(trainer, folder, i)))  # noqa: B023 - called at once
-        ours, theirs = ours[KEEP + 1 :], theirs[KEEP + 1 :]  # from then on each takes the room that it gave back
+        # from then on each takes the room that it gave back
+        ours, pauses, whole, theirs = (times[KEEP + 1 :] for times in (ours, pauses, whole, theirs))
         a, b = statistics.median(ours), statistics.median(theirs)
         print(f"save: {a:.2f} s ours, {b:.2f} s plain: {a / b:.3f}   ({sorted(round(x, 2) for x in ours)},"
               f" {sorted(round(x, 2) for x in theirs)})")  # fmt: skip
+        c, d = statistics.median(pauses), statistics.median(whole)
+        print(f"pause: {c:.2f} s asynchronous, {a:.2f} s synchronous: {c / a:.3f}; complete after {d:.2f} s"
+              f"   ({sorted(round(x, 2) for x in pauses)})")  # fmt: skip
+
+
+def save(trainer, asynchronous: bool) -> tuple[float, float]:  # type: ignore[no-untyped-def]
+    """Saves a checkpoint; seconds that training would wait, and until it is complete."""
+    trainer.state.global_step += 1
+    saver = trainer.checkpointer
+    saver._background = asynchronous
+    pause = seconds(lambda: trainer._save_checkpoint(trainer.model, None))
+    began = time.perf_counter()
+    saver.wait()
+    return pause, pause + time.perf_counter() - began
 
 
 class measured:  # noqa: N801 - read as a word

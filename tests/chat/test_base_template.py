@@ -5,14 +5,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import ModelError, RecipeError
 from nesso_tune.chat import sandbox
 from nesso_tune.chat.base_template import SAMPLES, TOOL_SAMPLES, _template_variables, match_base_template, render_jinja
-from nesso_tune.chat.template import load_template, to_jinja
+from nesso_tune.chat.jinja import to_jinja
+from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data.prepare import prepare_data
+from nesso_tune.recipes.builtin import template_names
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from tests.support.runs import main_here, recipe, write_recipe
 
@@ -131,6 +134,42 @@ def test_every_verb_says_it_before_anything_is_done(instruct, tmp_path, talks, c
     assert main_here(capsys, "check", path, "--set", "chat.template=chatml")[0] == 0
     instruct(LLAMA3)
     assert "chat.template: llama3" in prepare_data(some).summary.warnings[0]
+
+
+FAMILIES = {
+    "qwen3": ("qwen3", "qwen3"), "qwen3_instruct": ("qwen3_instruct_2507", "qwen3_instruct"),
+    "gemma3": ("gemma3", "gemma3"), "llama3": ("llama3", "llama3"), "llama3_1": ("llama3_1", None),
+    "qwen2_5": ("qwen2_5", None),
+    "phi3": ("phi3", None), "qwen3 with reasoning everywhere": ("qwen3_training", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "spec"), FAMILIES.values(), ids=FAMILIES)
+def test_official_templates_are_recognised(tmp_path, file, spec):
+    shutil.copy(Path(trl.__file__).parent / "chat_templates" / f"{file}.jinja", tmp_path / "chat_template.jinja")
+    own = match_base_template(tmp_path, "<s>", eos="</s>")
+    assert own.spec == spec
+    assert bool(own.difference) == (spec is None)
+
+
+@pytest.mark.parametrize("name", template_names("chat"))
+def test_every_template_is_recognised_by_its_own_jinja(tmp_path, name):
+    (tmp_path / "chat_template.jinja").write_text(to_jinja(load_template(name)), encoding="utf-8")
+    assert match_base_template(tmp_path, "<s>", eos="</s>").spec == name
+
+
+def test_a_date_is_named(instruct):
+    dated = to_jinja(load_template("smollm3")).replace("08 July 2025", "' + strftime_now('%d %B %Y') + '")
+    chat = ready(instruct(dated))
+    assert chat.template == load_template("smollm3")
+    assert "where that writes the current date, it writes a fixed one" in chat.notes[0]
+
+
+def test_the_choices_are_named(instruct):
+    with pytest.raises(
+        RecipeError, match=r"set chat\.template to chatml, gemma3, llama3, mistral, qwen3, .*or to a file"
+    ):
+        ready(instruct(WITH_SYSTEM))
 
 
 def test_init_names_what_becomes_of_it(instruct, tmp_path, talks, capsys, monkeypatch):

@@ -11,7 +11,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, PreferencePair, RecipeError, encode_conversation, load_tokenizer
 from nesso_tune.chat.encoding import IGNORE_INDEX
-from nesso_tune.chat.template import load_template, to_jinja
+from nesso_tune.chat.jinja import to_jinja
+from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import build_chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection
 from tests.support.examples import examples

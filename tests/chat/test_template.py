@@ -7,7 +7,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from nesso_tune import Conversation, Message, RecipeError, encode_conversation, load_tokenizer
 from nesso_tune.chat.encoding import IGNORE_INDEX
-from nesso_tune.chat.template import load_template, to_jinja
+from nesso_tune.chat.jinja import to_jinja
+from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.recipes.sections import ChatSection, ModelSection
 from tests.support.examples import examples
@@ -144,6 +145,17 @@ BAD = {
     ),
     "no call": (GOOD + TOOLS.replace("{call}", "x"), r":8: .*call"),
     "control tags": (GOOD + TOOLS.replace("<call>", "<|b|>"), r":8: `tools.call` contains a control token"),
+    "no start": (GOOD.replace('header: "<|a|>{role}\\n"\n', ""), r": the key `header` is missing, and turns of system"),
+    "end of the assistant": (
+        GOOD + 'turns: {assistant: {end: "<|a|>"}}\n',
+        r":6: `turns.assistant.end` has no effect; set `end`",
+    ),
+    "prompt alone": (GOOD + 'prompt: "x"\n', r":6: `prompt` is not in the answers of conversations"),
+    "two systems": (GOOD + 'system: {text: "{system}{system}"}\n', r":6: `system.text` contains \{system\} more"),
+    "system without text": (GOOD + "system: {text: x}\n", r":6: `system.text` must"),
+    "a call without arguments": (GOOD + TOOLS.replace("{call}", "{name}"), r":8: .*call"),
+    "a control token in the offer": (GOOD + TOOLS.replace("<tools>", "<|a|>"), r":7: `tools.offer` contains a control"),
+    "wrong history": (GOOD + 'reasoning: {start: "a", end: "b", history: hide}\n', r":6: `reasoning.history` must be"),
     "wrong type": (GOOD + "bos: maybe\n", r":6: `bos` must be true or false"),
 }
 

@@ -8,7 +8,7 @@ import pytest
 from nesso_tune import DataError, Message
 from nesso_tune.chat.render import parse_tool_calls
 from nesso_tune.cli.chat import ChatSession, run_session
-from nesso_tune.data.convert import read_tool_file
+from nesso_tune.data.tools import read_tool_file
 from nesso_tune.generation.inference import Sampling
 from nesso_tune.run import train
 from tests.support.runs import main_here, recipe
@@ -92,6 +92,9 @@ class Scripted:
             on_text(answer)
         return answer
 
+    def read(self, answer):
+        return Message("assistant", answer)
+
     def remaining_context(self, messages, language, tools=()):
         return self.context - 10 * len(messages)
 
@@ -142,8 +145,8 @@ def test_commands():
     assert "/undo" in notes, "an unknown command shows the help"
 
 
-def test_it_ends_with_an_empty_line_a_command_or_the_input():
-    for end in (["", "b"], ["/exit", "b"], []):
+def test_it_ends_with_a_command_or_the_input_and_an_empty_line_does_nothing():
+    for end in (["/exit", "b"], ["exit", "b"], ["", "  "], []):
         talker = Scripted("uno", "due")
         talk(talker, "a", *end)
         assert len(talker.asked) == 1

@@ -70,6 +70,23 @@ def test_json_is_the_plan(check, recipe):
     assert plan["schedule_in_words"].endswith(f"to step {plan['total_steps']}")
 
 
+def test_several_recipes_are_checked_together(check, recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    with open(recipe) as text:
+        other.write_text(text.read().replace(str(tmp_path / "run"), str(tmp_path / "other")))
+    sets = ["--set", "other:train.num_epochs=8"]
+    code, out, err = check(recipe, str(other), *sets)
+    assert (code, err) == (0, "")
+    mine, _, others = out.partition(f"{other}: valid\n")
+    assert mine.startswith(f"{recipe}: valid\n")
+    assert [lines_of(part)["steps"].split()[0] for part in (mine, others)] == ["~4", "~8"]
+    plans = json.loads(check(recipe, str(other), *sets, "--json")[1])
+    assert [plan["total_steps"] for plan in plans] == [4, 8]
+    code, _, err = check(recipe, recipe)
+    assert code == 2
+    assert "has the same output_dir" in err
+
+
 def test_settings_change_the_plan(check, recipe):
     sets = [word for key in ("train.num_epochs=null", "mine:train.max_steps=7") for word in ("--set", key)]
     code, out, _ = check(recipe, *sets)
@@ -115,7 +132,7 @@ FAULTS = {
         2,
         "`dpo:seed=1` does not name a recipe of this command; use one of sft",
     ),
-    "indivisible": (["dpo", "--gpus-per-node", "3"], 2, "set it to 120 or 132"),
+    "indivisible": (["dpo", "--gpus-per-node", "3"], 2, "set it to 126 or 129"),
     "no data": (["quickstart/sft", "--set", "data.sources.0.path=./nope.jsonl"], 3, "nope.jsonl"),
     "no machines": (["sft", "--nodes", "0"], 2, "--nodes"),
 }
@@ -182,8 +199,14 @@ def test_hidden_gpus_are_not_idle(check, recipe, driver, monkeypatch):
     ("settings", "processes", "says"),
     [
         ([], 1, "not sharded (single process)"),
-        ([], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), full checkpoints"),
-        (["distributed.state_dict=sharded"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), sharded checkpoints"),
+        ([], 4, "replicated on 4 processes (DDP); fsdp auto: on CPUs; on GPUs their memory decides"),
+        (["distributed.fsdp=full_shard"], 4, "sharded over 4 processes (FSDP2 FULL_SHARD), full checkpoints"),
+        (
+            ["distributed.state_dict=sharded"],
+            4,
+            "sharded over 4 processes (FSDP2 FULL_SHARD), sharded checkpoints; "
+            "fsdp auto: distributed.state_dict is sharded",
+        ),
         (["distributed.fsdp=none"], 4, "replicated on 4 processes (DDP)"),
     ],
 )

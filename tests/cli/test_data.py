@@ -103,3 +103,26 @@ def test_a_damaged_tokenizer_ends_with_4(recipe, tmp_path, capsys):
 def test_a_wrong_recipe_ends_with_2(recipe, capsys):
     assert run(recipe, "--set", "data.validation_size=10") == 2
     assert "leave nothing to train on" in capsys.readouterr().err
+
+
+def test_fetch_only_downloads_and_encodes_nothing(base, chats, write_rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))
+    rows, other = write_rows(chats), tmp_path / "other.jsonl"
+    other.write_bytes(Path(rows).read_bytes())
+    (path := tmp_path / "r.yaml").write_text(
+        f"method: sft\noutput_dir: {tmp_path}/run\nmodel: {{base: {base}}}\n"
+        f"data: {{sources: [{{path: 'file://{rows}'}}, {{path: {other}, private: true}}]}}\n"
+    )
+    assert run(str(path), "--fetch-only") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines() == [
+        f"base    {base}: {base}", f"source  file://{rows}: complete", "source  private source 2: complete",
+    ]  # fmt: skip
+    assert [folder.name for folder in (tmp_path / "cache").iterdir()] == ["remote"]
+    assert not (tmp_path / "run").exists()
+    assert run(str(path), "--fetch-only", "--json") == 2
+    later = ["--set", f"model.base={tmp_path}/first/final"]
+    assert run(str(path), "--fetch-only", *later) == 0
+    assert f"base    {tmp_path}/first/final: an earlier recipe creates it" in capsys.readouterr().out
+    other.unlink()
+    assert run(str(path), "--fetch-only") == 3

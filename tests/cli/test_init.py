@@ -39,8 +39,19 @@ def test_a_recipe_from_ones_own_file(init, talks, tmp_path):
     assert (recipe.method, recipe.output_dir, recipe.model.base) == ("sft", "outputs/mine", ZAGREUS)
     assert recipe.data.sources[0].path == talks
     assert (recipe.data.sources[0].format, recipe.data.sources[0].language) == ("messages", None)
-    assert recipe.train.learning_rate == pytest.approx(1e-3, rel=0.05)
+    assert recipe.train.learning_rate == pytest.approx(6e-5, rel=0.1), "1e-3 at 256 times as many tokens per step"
     assert recipe.chat.template == "chatml"
+
+
+def test_reasoning_in_the_answers_is_decided_in_the_recipe(init, write_rows, tmp_path):
+    turns = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "Twice 2."},
+    ]
+    code, _, err = init("mine", "--base", ZAGREUS, "--data", write_rows([{"messages": turns}] * 20))
+    assert (code, err) == (0, "")
+    assert load_recipe(tmp_path / "mine.yaml").data.reasoning == "drop"
+    assert "reasoning: drop " in (tmp_path / "mine.yaml").read_text()
 
 
 def test_the_text_explains_itself_and_fits_the_schema_beside_it(init, talks, tmp_path):
@@ -61,7 +72,7 @@ def test_pairs_become_dpo_from_the_result_of_sft(init, talks, pairs, tmp_path):
     assert out.rstrip().endswith("later: nesso-tune train first.yaml second.yaml, one after the other")
     recipe = load_recipe(tmp_path / "second.yaml")
     assert (recipe.method, recipe.data.sources[0].format) == ("dpo", "preference")
-    assert recipe.train.learning_rate == pytest.approx(1e-6, rel=0.1), "the size is that of the first one's base"
+    assert recipe.train.learning_rate == pytest.approx(2.5e-7, rel=0.1), "the size is that of the first one's base"
     assert recipe.dpo.loss == {"sigmoid": 1.0, "sft": 0.2}
     assert recipe.chat.template is None, "template and tokens come with the base"
 
@@ -91,7 +102,7 @@ def test_columns_that_had_to_be_found_are_named(init, write_rows, tmp_path):
     source = recipe.data.sources[0]
     assert (source.prompt_field, source.response_field, source.language) == ("domanda", "risposta", "it")
     assert recipe.chat.template == "llama3"
-    assert recipe.train.learning_rate == pytest.approx(1e-5, rel=0.05)
+    assert recipe.train.learning_rate == pytest.approx(9e-7, rel=0.05), "1e-5 at 128 times as many tokens per step"
 
 
 def test_without_a_base_the_default_is_said(init, talks):
@@ -121,6 +132,12 @@ def test_data_cannot_write_into_the_recipe(init, write_rows, chats, tmp_path):
     assert load_recipe(tmp_path / "mine.yaml").data.sources[0].path == path
 
 
+def test_a_file_that_is_given_twice_is_read_once(init, talks, tmp_path):
+    code, _ = init("twice", "--data", "talks.jsonl", "./talks.jsonl", str(tmp_path / "talks.jsonl"))[:2]
+    assert code == 0
+    assert [source.path for source in load_recipe(tmp_path / "twice.yaml").data.sources] == ["talks.jsonl"]
+
+
 def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, chats, tmp_path):
     (tmp_path / "data").mkdir()
     for name, rows in {"a": chats, "b": [{"prompt": "Chi sei?", "response": "Sono Nesso."}] * 4}.items():
@@ -131,6 +148,94 @@ def test_files_of_a_folder_that_are_not_alike_become_sources(init, write_rows, c
         ("data/a.jsonl", "messages"),
         ("data/b.jsonl", "alpaca"),
     ]
+
+
+CHOICES = [
+    {"prompt": f"Quale risposta è la migliore, la {i}?", "output_1": f"La prima, {i}.", "output_2": f"Un'altra, {i}.",
+     "label": 1 + i % 2} for i in range(9)
+]  # fmt: skip
+
+
+def test_the_recipe_of_labelled_answers_loads(init, write_rows, whole_base, tmp_path):
+    code, _, err = init("mine", "--base", whole_base, "--data", write_rows(CHOICES))
+    assert code == 0, err
+    source = load_recipe(tmp_path / "mine.yaml").data.sources[0]
+    assert (source.format, source.choice_fields, source.labels) == ("choice", ("output_1", "output_2"), (1, 2))
+
+
+def test_format_and_columns_can_be_given(init, write_rows, tmp_path):
+    rows = [{"a": f"Perché {i}?", "b": f"Perché sì, e perché no: {i}."} for i in range(9)]
+    code, _, err = init("mine", "--base", ZAGREUS, "--data", write_rows(rows), "--format", "alpaca",
+                        "--field", "prompt=a", "--field", "response_field=b")  # fmt: skip
+    assert code == 0, err
+    source = load_recipe(tmp_path / "mine.yaml").data.sources[0]
+    assert (source.format, source.prompt_field, source.response_field) == ("alpaca", "a", "b")
+
+
+def test_a_reader_can_be_given(init, write_rows, tmp_path):
+    (tmp_path / "r.py").write_text("def faq(row): return {'prompt': row['a'], 'response': row['b']}\n")
+    path = write_rows([{"a": f"Perché {i}?", "b": "Perché sì."} for i in range(9)])
+    code, out, err = init("mine", "--base", ZAGREUS, "--data", path, "--format", "r.py:faq")
+    assert code == 0, err
+    assert load_recipe(tmp_path / "mine.yaml").data.sources[0].format == "r.py:faq"
+    assert "9 rows, format r.py:faq" in out
+
+
+def test_one_unreadable_file_of_several_is_left_out(init, talks, write_rows, chats, tmp_path):
+    (tmp_path / "data").mkdir()
+    write_rows(chats, "data/a.jsonl")
+    (tmp_path / "data" / "b.jsonl").write_text("{broken\n")
+    code, _, err = init("mine", "--base", ZAGREUS, "--data", "data")
+    assert code == 0, err
+    assert "left out: data/b.jsonl:1: is not JSON" in err
+    assert [source.path for source in load_recipe(tmp_path / "mine.yaml").data.sources] == ["data/a.jsonl"]
+    code, _, err = init("other", "--base", ZAGREUS, "--data", "data/b.jsonl", talks)
+    assert code == 0, err
+    assert [source.path for source in load_recipe(tmp_path / "other.yaml").data.sources] == [talks]
+
+
+def test_splits_of_a_folder(init, write_rows, chats, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("train", "dev", "test"):
+        write_rows(chats, f"data/{name}.jsonl")
+    code, out, err = init("mine", "--base", ZAGREUS, "--data", "data")
+    assert code == 0, err
+    assert "data: split test is not used" in err
+    assert "data (split validation), for validation: 10 rows" in out
+    data = load_recipe(tmp_path / "mine.yaml").data
+    assert [(source.path, source.split) for source in data.sources] == [("data", "train")]
+    assert [(source.path, source.split) for source in data.validation_sources] == [("data", "validation")]
+
+
+def test_splits_by_the_names_of_files(init, write_rows, chats, tmp_path):
+    for name in ("train", "valid", "test"):
+        write_rows(chats, f"{name}.jsonl")
+    code, _, err = init("mine", "--base", ZAGREUS, "--data", "train.jsonl", "valid.jsonl", "test.jsonl")
+    assert code == 0, err
+    assert "test.jsonl: a test split is not used" in err
+    data = load_recipe(tmp_path / "mine.yaml").data
+    assert [source.path for source in (*data.sources, *data.validation_sources)] == ["train.jsonl", "valid.jsonl"]
+    assert init("only", "--base", ZAGREUS, "--data", "test.jsonl")[0] == 0, "nothing else was named"
+
+
+def test_splits_in_one_file(init, chats, tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps({"train": chats, "validation": chats[:4], "test": chats[:3]}))
+    code, out, err = init("mine", "--base", ZAGREUS, "--data", "all.json")
+    assert code == 0, err
+    assert "all.json (split validation), for validation: 4 rows" in out
+    data = load_recipe(tmp_path / "mine.yaml").data
+    assert [source.split for source in (*data.sources, *data.validation_sources)] == ["train", "validation"]
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_without_a_gpu_the_dtype_is_float32(init, talks, tmp_path, monkeypatch, gpus):
+    (tmp_path / "gpus").mkdir()
+    for i in range(gpus):
+        (tmp_path / "gpus" / str(i)).mkdir()
+    monkeypatch.setattr("nesso_tune.launch.command.DRIVER_GPUS", tmp_path / "gpus")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert init("mine", "--base", ZAGREUS, "--data", talks)[0] == 0
+    assert load_recipe(tmp_path / "mine.yaml").model.dtype == ("bfloat16" if gpus else "float32")
 
 
 def test_rows_beyond_the_context_are_noted(init, write_rows, base):
@@ -153,7 +258,7 @@ def test_dpo_from_a_base_that_cannot_chat_is_noted(init, pairs, whole_base):
 FAULTS = {
     "no data": ([], 3, "add --data FILE"),
     "no such file": (["--data", "absent.jsonl"], 3, "absent.jsonl: no such file"),
-    "compressed": (["--data", "gz.jsonl"], 3, "is compressed; decompress it first"),
+    "cut short": (["--data", "gz.jsonl"], 3, "gz.jsonl: is damaged"),
     "no rows": (["--data", "empty.jsonl"], 3, "is empty"),
     "an odd shape": (["--data", "odd.jsonl"], 3, "its format is not recognised (its columns are a, b)"),
     "two kinds": (["--data", "talks.jsonl", "pairs.jsonl"], 3, "create one recipe for each"),
@@ -166,7 +271,15 @@ FAULTS = {
     "a damaged base": (["--data", "talks.jsonl", "--base", "damaged"], 4, "cannot be read"),
     "a run directory": (["--data", "talks.jsonl", "--base", "run"], 4, "has no config.json; name run/final"),
     "blank data": (["--data", " "], 3, "add --data FILE"),
-    "a table": (["--data", "t.csv"], 3, ".csv files are not supported"),
+    "an odd table": (["--data", "t.csv"], 3, "its format is not recognised (its columns are a, b)"),
+    "an unknown field": (["--data", "talks.jsonl", "--field", "promt=a"], 2, "did you mean `prompt`?"),
+    "a field without column": (["--data", "talks.jsonl", "--field", "prompt"], 2, "write --field prompt=COLUMN"),
+    "a field of another format": (
+        ["--data", "talks.jsonl", "--format", "messages", "--field", "prompt=q"],
+        2,
+        "init: `data.sources.0.prompt_field` has no effect",
+    ),
+    "an unknown format": (["--data", "talks.jsonl", "--format", "mesages"], 2, "did you mean `messages`?"),
     "two names": (["a", "b", "--data", "talks.jsonl"], 2, "takes one NAME"),
     "already there": (["there", "--data", "talks.jsonl"], 5, "there.yaml: already exists; give another NAME"),
 }
@@ -176,7 +289,7 @@ FAULTS = {
 def test_faults(init, talks, pairs, tmp_path, arguments, code, words):
     import gzip
 
-    (tmp_path / "gz.jsonl").write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n'))
+    (tmp_path / "gz.jsonl").write_bytes(gzip.compress(b'{"prompt": "a", "response": "b"}\n')[:-9])
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "odd.jsonl").write_text('{"a": 1, "b": 2}\n')
     (tmp_path / "there.yaml").write_text("mine")
@@ -230,4 +343,5 @@ def test_values_follow_the_size_of_data_and_base():
         for data in (few, many, Data(1, 1), Data(10**9, 10)):
             for shape in (small, large, None):
                 values = choose_values(method, [data], shape)
-                assert values.global_batch_size % values.micro_batch_size == 0
+                assert values.global_batch_size.bit_count() == 1, "any usual number of GPUs divides it"
+                assert 1e-8 < values.learning_rate <= 1e-3

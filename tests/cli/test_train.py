@@ -94,7 +94,7 @@ BAD = [
     ("missing data", {"data": {"sources": [{"path": "nowhere/rows.jsonl"}]}}, 3, "nowhere/rows.jsonl: no such file"),
     ("missing base", {"model": {"base": "./nowhere"}}, 4, "no such folder"),
     ("base without weights", {"model": {"random_init": False}}, 4, "set model.random_init: true"),
-    ("flash without a GPU", {"model": {"attention": "flash"}}, 2, "set attention: auto"),
+    ("flash without a GPU", {"model": {"attention": "flash", "dtype": "bfloat16"}}, 2, "set attention: auto"),
     ("end token of another template", {"chat": {"eos_token": "<|end_of_text|>"}}, 2, "would not learn to stop"),
     ("batch that does not divide", {"train": {"global_batch_size": 3, "micro_batch_size": 2}}, 2, "set it to 2 or 4"),
     ("nothing left to train on", {"data": {"validation_size": 1000}}, 2, "leave nothing to train on"),

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nesso_tune import DataError, RecipeError, cache, prepare_data
+from nesso_tune.data.cache_key import software_versions
 from nesso_tune.data.locations import rename_locations
-from nesso_tune.data.prepare import dropped_file, software_versions
+from nesso_tune.data.prepare import dropped_file
 from nesso_tune.data.sources import check_output
 from nesso_tune.recipes.schema import SFTRecipe
 
@@ -100,6 +101,22 @@ def test_the_content_of_each_file_counts(folder, recipe_in):
     assert len(seen) == 4, "another mapping that reads the same is the same data"
 
 
+def test_a_name_that_decides_what_a_row_is_counts(sft, tmp_path):
+    """One line with a list of objects: rows in a .json file, one row in a .jsonl file."""
+    row = {
+        "q": {"text": "Chi?"},
+        "answers": [{"question": "Io?", "answer": "Tu."}, {"question": "Tu?", "answer": "Io."}],
+    }
+    for name in ("rows.json", "row.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    wrapped = sft(str(tmp_path / "rows.json"))
+    assert prepare_data(wrapped).summary.rows_kept == 2
+    columns = {"format": "alpaca", "prompt_field": "q.text", "response_field": "answers.0.answer"}
+    assert prepare_data(sft({"path": str(tmp_path / "row.jsonl"), **columns})).summary.rows_kept == 1
+    with pytest.raises(DataError, match="its format is not recognised"):  # not the rows in the cache
+        prepare_data(sft(str(tmp_path / "row.jsonl")))
+
+
 def test_shares_by_source_do_not_depend_on_names(sft, write_rows, chats, tmp_path):
     def made(a, b):
         sources = [{"path": a, "alias": "one"}, b]
@@ -127,7 +144,7 @@ def test_other_code_or_packages_prepare_again_with_the_same_fingerprint(sft, wri
     recipe = sft(write_rows(chats))
     first = prepare_data(recipe).report
     assert any(entry.startswith("tokenizers ") for entry in software_versions())
-    monkeypatch.setattr("nesso_tune.data.prepare.software_versions", lambda: ["tokenizers 9"])
+    monkeypatch.setattr("nesso_tune.data.cache_key.software_versions", lambda: ["tokenizers 9"])
     second = prepare_data(recipe).report
     assert not second["cache_hit"]
     assert second["fingerprint"] == first["fingerprint"]

@@ -79,8 +79,8 @@ def test_messages_as_json_text():
 def test_reasons_quote_the_data():
     for row, detail in (
         ({"messages": said("a", "b", role="narrator")}, "`narrator`"),
-        ({"messages": said("a", 3)}, "int"),
-        ({"text": "a"}, "no messages or conversation or conversations or dialogue or turns in text"),
+        ({"messages": said(3, "b")}, "int"),
+        ({"text": "a"}, "no messages or conversation or conversations or dialogue or turns or contents in text"),
     ):
         with pytest.raises(Unusable) as why:
             to_conversation(row, MESSAGES, "it", "")
@@ -113,7 +113,7 @@ UNUSABLE = {
     "role list": ({"messages": said("a", "b", role=["assistant"])}, "unknown_role"),
     "content missing": ({"messages": [{"role": "user"}]}, "missing_field"),
     "content null": ({"messages": said("a", None)}, "missing_field"),
-    "content number": ({"messages": said("a", 3)}, "content_not_text"),
+    "content number": ({"messages": said(3, "b")}, "content_not_text"),
     "content object": ({"messages": said("a", {"text": "b"})}, "content_not_text"),
     "an image": ({"messages": said([{"type": "image_url", "image_url": {}}], "b")}, "content_part_not_text"),
     "a part without text": ({"messages": said([{"type": "text", "content": "a"}], "b")}, "content_not_text"),
@@ -260,7 +260,11 @@ NO_PAIRS = {
         {"prompt": said("q", "w"), "chosen": "a", "rejected": "b"},
         "answer_not_by_assistant",
     ),
-    "number": ({"prompt": "q", "chosen": 1, "rejected": 2}, "no_messages"),
+    "a number as the prompt": ({"prompt": 7, "chosen": "a", "rejected": "b"}, "content_not_text"),
+    "a chosen answer that is not to be learned": (
+        {"prompt": "q", "chosen": {"role": "assistant", "content": "a", "weight": 0}, "rejected": "b"},
+        "answer_not_supervised",
+    ),
     "surrogate": ({"prompt": "q", "chosen": "a\ud800", "rejected": "b"}, "invalid_unicode"),
 }
 
@@ -314,7 +318,7 @@ def test_invalid_tool_schemas(parameters, says):
     assert says in error.value.detail
 
 
-@pytest.mark.parametrize("parameters", [None, {}, {"type": "dict", "properties": {"a": {}}, "required": ["a"]}])
+@pytest.mark.parametrize("parameters", [{}, {"type": "dict", "properties": {"a": {}}, "required": ["a"]}])
 def test_tool_schemas_of_public_data_sets(parameters):
     row = {"messages": said("q", "a"), "tools": [{"name": "f", "parameters": parameters}]}
     assert to_conversation(row, MESSAGES, "it", "").tools[0]["function"]["parameters"] == parameters

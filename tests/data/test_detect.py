@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
-from nesso_tune import DataError
+from nesso_tune import DataError, prepare_data
+from nesso_tune.data.column_inference import infer_format
 from nesso_tune.data.detect import detect_source, sample_records
-from nesso_tune.data.formats import infer_format
 from nesso_tune.data.record_reader import make_record_reader
 from nesso_tune.recipes.sections import Source
 from tests.data.test_real import shared
@@ -60,6 +60,14 @@ SHAPES = {
                  {"prompt_field": "Question", "response_field": "Answer"}),
     "preferred": ({"query": "a", "preferred": "b", "dispreferred": "c"}, "preference",
                   {"chosen_field": "preferred", "rejected_field": "dispreferred", "prompt_field": "query"}),
+    "texts in an object, as Argilla writes them": (
+        {"id": "1", "fields": {"instruction": "a", "response": "b"}, "responses": {"quality": [{"value": "good"}]}},
+        "alpaca", {"prompt_field": "fields.instruction", "response_field": "fields.response"},
+    ),
+    "the rows of a hub's viewer": (
+        {"row_idx": 0, "row": {"prompt": "a", "chosen": "b", "rejected": "c"}, "truncated_cells": []}, "preference",
+        {"chosen_field": "row.chosen", "rejected_field": "row.rejected", "prompt_field": "row.prompt"},
+    ),
     "whole dialogues": ({"better": turns("role", "content", "user"), "worse": turns("role", "content", "user")},
                         "preference", {"chosen_field": "better", "rejected_field": "worse"}),
 }  # fmt: skip
@@ -80,16 +88,51 @@ def test_ids_and_context_are_distinguished_from_texts():
     }  # fmt: skip
 
 
-def test_unused_columns_are_listed(write_rows):
+def test_unread_columns_are_counted(write_rows):
     rows = [{"domanda": "Come va?", "risposta": "Va bene, grazie.", "fonte": "wiki", "voto": 3}] * 3
-    assert detect_source(write_rows(rows)).unused == ("fonte", "voto")
-    assert detect_source(write_rows(asked(IT[:3], source="x"))).unused == ("source",)
+    assert detect_source(write_rows(rows)).unread == {"fonte": 3, "voto": 3}
+    found = detect_source(write_rows(asked(IT[:3], source="a book")))
+    assert (found.unread, found.unread_texts) == ({"source": 3}, {"source": 3})
 
 
-def test_answers_labelled_good_or_bad_are_rejected(write_rows):
-    rows = [{"prompt": "q", "completion": "a", "label": i % 2 == 0} for i in range(4)]
-    with pytest.raises(DataError, match=r"KTO, which is not supported\); keep the rows with label: true"):
-        detect_source(write_rows(rows))
+@pytest.mark.parametrize(("good", "bad"), [(True, False), ("True", "false"), (1, 0)])
+def test_only_the_good_of_labelled_answers_are_kept(write_rows, sft, caplog, good, bad):
+    rows = [{"prompt": f"q {i}", "completion": "a", "label": bad if i % 3 else good} for i in range(9)]
+    path = write_rows(rows)
+    with pytest.raises(DataError, match=r"each answer has a `label`, .*KTO, .*; keep the good ones"):
+        prepare_data(sft(path))
+    found = detect_source(path)
+    assert "answers are labelled good or bad (`label`, as for KTO" in caplog.text
+    assert (found.rows, found.usable, found.unread) == (3, 1.0, {})
+    assert prepare_data(sft({"path": path, "format": found.format, **found.fields})).summary.rows_kept == 3
+    with pytest.raises(DataError, match="none of 2 is good"):
+        detect_source(write_rows([{**rows[1], "prompt": f"q {i}"} for i in range(2)], "bad.jsonl"))
+
+
+def test_the_faults_that_a_recipe_would_meet_are_found(write_rows):
+    twice = [[{"role": role, "content": f"a {i}"} for role in ("user", "user", "assistant")] for i in range(4)]
+    found = detect_source(write_rows([{"messages": turns} for turns in twice]))
+    assert (found.merge_turns, found.usable, found.dropped) == (True, 1.0, {})
+    found = detect_source(write_rows([*asked(IT[:4]), {"messages": twice[0]}]))
+    assert (found.merge_turns, found.dropped) == (False, {"roles_out_of_order": 1})
+    masked = [{"messages": [*twice[0][1:2], {**twice[0][2], "weight": 0}]}] * 3
+    with pytest.raises(DataError, match=r"none of 3 rows .*nothing_to_learn: 3.*; check data.roles_to_train, and the"):
+        detect_source(write_rows(masked))
+    other = [[{"role": "user", "content": "b"}, *turns[2:]] for turns in twice]
+    pairs = [{"chosen": turns[1:], "rejected": prompt} for turns, prompt in zip(twice, other, strict=True)]
+    with pytest.raises(DataError, match=r"looks like format preference, but none of 4 rows .*no_common_prompt: 4"):
+        detect_source(write_rows(pairs))
+    arena = [{"conversation_a": turns[1:], "conversation_b": turns[1:], "winner": "model_a"} for turns in twice]
+    with pytest.raises(DataError, match="its format is not recognised"):
+        detect_source(write_rows(arena))
+
+
+def test_a_given_column_that_no_row_has(write_rows):
+    path = write_rows([{"q": "Chi sei?", "a": "Nesso."}] * 3)
+    for given in ({}, {"format": "alpaca"}):
+        source = Source(path=path, prompt_field="qq", response_field="a", **given)
+        with pytest.raises(DataError, match="no column `qq`"):
+            detect_source(path, source)
 
 
 def test_lengths_include_calls_and_tools(write_rows):
@@ -103,7 +146,6 @@ def test_lengths_include_calls_and_tools(write_rows):
 NOTHING = [
     {"text": "a"}, {"a": 1, "b": 2}, {"question": "a"}, {"answer": "b"}, {"chat": ["a", "b"]},
     {"source": "wikipedia", "risposta": "a"}, {"chat": turns("who", "what", "Anna", "Bruno")}, {"chosen": "a"},
-    {"prompt": turns("role", "content", "user"), "completion": turns("role", "content", "assistant")},
     {"dialog": [{"role": "user", "content": [{"type": "text"}]}]}, {"premise": "a", "hypothesis": "b"},
 ]  # fmt: skip
 
@@ -116,8 +158,6 @@ def test_nothing_is_inferred_from_unknown_columns(row, write_rows):
 
 
 def test_inferred_columns_can_be_prepared(write_rows, sft):
-    from nesso_tune import prepare_data
-
     rows = [{"dialogo": turns("ruolo", "testo", "utente", "assistente")} for _ in range(4)]
     found = detect_source(path := write_rows(rows))
     source = {"path": path, "format": found.format, **found.fields}
@@ -198,7 +238,7 @@ def test_two_answers_with_a_label(write_rows, rows, fields):
     path = write_rows(rows * 5)
     found = detect_source(path)
     assert (found.method, found.format, found.fields) == ("dpo", "choice", fields)
-    assert "response1" not in found.unused
+    assert "response1" not in found.unread
     with pytest.raises(DataError, match=r"probably format: choice, prompt_field: .*labels: \["):
         make_record_reader(Source(path=path), "dpo")
 

@@ -8,7 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from nesso_tune import DataError
-from nesso_tune.data.files import content_hash, expand, is_local, read_records
+from nesso_tune.data.file_formats import read_records
+from nesso_tune.data.files import content_hash, expand, is_local
 from nesso_tune.data.sources import count_records
 from nesso_tune.recipes.sections import Source
 
@@ -21,11 +22,16 @@ GOOD = {
     "no last line break": ("x.jsonl", LINES.rstrip()),
     "windows line ends": ("x.jsonl", LINES.replace(b"\n", b"\r\n")),
     "byte order mark": ("x.jsonl", BOM + LINES),
+    "byte order marks of files that were joined": (
+        "x.jsonl",
+        BOM + LINES[: LINES.index(b"\n") + 1] + BOM + LINES[LINES.index(b"\n") + 1 :],
+    ),
     "blank lines": ("x.jsonl", b"\n" + LINES.replace(b"\n", b"\n  \n")),
     "array": ("x.json", json.dumps(ROWS).encode()),
     "array with byte order mark": ("x.json", BOM + b"\n " + json.dumps(ROWS, indent=2).encode()),
     "array by another name": ("x.jsonl", json.dumps(ROWS).encode()),
     "lines by another name": ("x.txt", LINES),
+    "lines by a binary name": ("x.parquet", LINES),
 }
 
 
@@ -42,18 +48,23 @@ BAD = {
     "a text": (b'"a"\n', r"x.jsonl:1: a row must be a JSON object, got str"),
     "array of texts": (b'["a"]', r"x.jsonl row 1: a row must be a JSON object"),
     "array cut short": (b'[{"a": 1},\n{"a"', r"x.jsonl:2: is not JSON"),
-    "array of bad bytes": (b'[{"a": "\xe8"}]', r"x.jsonl: is not UTF-8 text"),
-    "latin-1": (LINES + b'{"a": "\xe8"}', r"x.jsonl:3: is not UTF-8 text; convert the file"),
-    "utf-16": ('{"a": 1}\n{"a": 2}\n'.encode("utf-16"), r"x.jsonl:1: is not (UTF-8 text|JSON)"),
+    "array of bad bytes": (b'[{"a": "\xe8"}]', r"x.jsonl:1: is not UTF-8 text"),
+    "latin-1": (LINES + b'{"a": "\xe8"}', r"x.jsonl:3: is not UTF-8 text; if it is Windows-1252, convert it: iconv"),
     "nested without end": (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", r"x.jsonl:1: is not JSON"),
-    "array nested without end": (b"[" * 200_000, r"x.jsonl: is not readable JSON .it is nested too deeply"),
+    "array nested without end": (b"[" * 200_000, r"x.jsonl:1: is not readable JSON .it is nested too deeply"),
+    "a key twice": (LINES + b'{"a": 1, "a": 2}', r"x.jsonl:3: is not JSON \(the key `a` stands twice in an object\)"),
+    "a key twice in an array": (b'[{"a": 1},\n{"b": {"a": 1, "a": 2}}]', r"x.jsonl:2: is .*\(the key `a` stands twice"),
+    "an endless integer": (b'{"a": ' + b"9" * 5000 + b"}", r"\(an integer has thousands of digits\)"),
+    "lists of messages": (b'[[{"role": "user"}]]', r'x.jsonl row 1: .* got list; write \{"messages": \[...\]\}'),
     "empty": (b"", "x.jsonl: is empty; give a file with rows"),
     "blank": (BOM + b" \n\n", "x.jsonl: is empty"),
-    "gzip": (gzip.compress(LINES), "x.jsonl: is compressed; decompress it first"),
-    "zip": (b"PK\x03\x04...", "x.jsonl: is compressed"),
-    "zstd": (b"\x28\xb5\x2f\xfd...", "x.jsonl: is compressed"),
-    "csv": (b"a,b\n1,2\n", "x.jsonl:1: is not JSON"),
-    "binary": (bytes(range(256)), "x.jsonl:1: is not"),
+    "zip": (b"PK\x03\x04...", "x.jsonl: is an archive of files; unpack it"),
+    "zstd": (b"\x28\xb5\x2f\xfd...", "x.jsonl: is damaged"),
+    "csv": (b"a,b\n1,2\n", "x.jsonl:1: is not JSON; it looks like a table of text; rename it"),
+    "binary": (bytes(range(256)), "x.jsonl: is a binary file of a kind that is not read"),
+    "a web page": (b"\n<!DOCTYPE html><html>a, b</html>", "x.jsonl: is a web page; download the file itself"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\n", "x.jsonl: is a pointer to a file in Git LFS; fetch"),
+    "a chat, not a table": (b"01/02/24, 10:00 - A: b\n01/02/24, 10:01 - B: c\n", r"x.jsonl:1: is not JSON \(Extra"),
 }
 
 
@@ -80,7 +91,7 @@ def test_parquet(tmp_path):
 
 
 def test_damaged_parquet(tmp_path):
-    (tmp_path / "x.parquet").write_bytes(LINES)
+    (tmp_path / "x.parquet").write_bytes(bytes(8) + LINES)
     with pytest.raises(DataError, match=r"x.parquet: is not a readable Parquet file"):
         list(read_records(tmp_path / "x.parquet"))
     text = pa.array([b"\xe8"], pa.binary()).view(pa.string())
@@ -104,6 +115,19 @@ def test_folders_and_globs_in_a_fixed_order(tmp_path, monkeypatch):
     assert [p.name for p in expand("../?.jsonl")] == ["b.jsonl"]
 
 
+def test_links_are_followed_once(tmp_path):
+    for name in ("here/sub", "there/more"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.jsonl").write_bytes(LINES)
+    for link, target in {"here/linked": "there", "here/same": "here/sub", "there/above": "here"}.items():
+        (tmp_path / link).symlink_to(tmp_path / target)
+    assert names(expand(f"{tmp_path}/here"), tmp_path) == ["here/linked/more/x.jsonl", "here/sub/x.jsonl"]
+    (tmp_path / "here" / "sub" / "y.jsonl").symlink_to("gone.jsonl")
+    for path in ("here", "here/sub/*.jsonl", "here/sub/y.jsonl"):
+        with pytest.raises(DataError, match=r"y\.jsonl: is a link to gone\.jsonl, which does not exist; restore"):
+            expand(f"{tmp_path}/{path}")
+
+
 def test_an_existing_file_with_brackets_in_its_name_is_not_a_glob(tmp_path):
     (tmp_path / "x[1].jsonl").write_bytes(LINES)
     assert names(expand(f"{tmp_path}/x[1].jsonl"), tmp_path) == ["x[1].jsonl"]
@@ -122,7 +146,10 @@ def test_missing_files(tmp_path):
     with pytest.raises(DataError, match=r"\*.parquet: matches no file"):
         expand(f"{tmp_path}/*.parquet")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="the folder contains no"):
+    with pytest.raises(DataError, match=r"the folder contains no data file .*; it is empty; name the files"):
+        expand(f"{tmp_path}/empty")
+    (tmp_path / "empty" / "x.tar.gz").write_bytes(b"")
+    with pytest.raises(DataError, match=r"the folder contains no data file .*; only x\.tar\.gz; name the files"):
         expand(f"{tmp_path}/empty")
 
 
@@ -143,13 +170,6 @@ def test_the_hash_depends_on_the_content_alone(tmp_path):
     two.write_bytes(LINES.replace(b"b", b"d"))
     assert content_hash([one]) != content_hash([two])
     assert content_hash([one, two]) != content_hash([two, one])
-
-
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.xlsx"])
-def test_tables_are_rejected_with_a_conversion_command(tmp_path, name):
-    (tmp_path / name).write_bytes(b"prompt,response\na,b\n")
-    with pytest.raises(DataError, match=r"files are not supported; convert it to JSON lines, e.g. python -c"):
-        list(read_records(tmp_path / name))
 
 
 def test_the_count_equals_the_number_of_rows_read(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune import DataError, RecipeError
-from nesso_tune.data.formats import choose_format, load_format
+from nesso_tune.data.formats import DETECTED_FORMATS, PAIR_FORMATS, choose_format, load_format
 from nesso_tune.recipes.sections import Source
 
 MESSAGES = {"messages": [{"role": "user", "content": "a"}]}
@@ -64,7 +64,15 @@ WRONG = {
         {"format": "messages"}, SHAREGPT, r"are not of format messages .* they look like format sharegpt: set",
     ),
     "columns of other rows": ({"format": "messages"}, {"messages": "text"}, r"have the columns"),
-    "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but they are not both text"),
+    "no text": ({"format": "alpaca"}, {"instruction": 1, "output": 2}, r"but `instruction` is a number, not text"),
+    "an answer that is a list": ({}, {"prompt": "a", "answer": ["b"]}, r"alpaca, but `answer` is a list, not text"),
+    "messages that are a text": ({}, {"messages": "[{'role'"}, r"`messages` is a text, not .*; save it as JSON"),
+    "no header": ({}, {"Chi sei?": "x", "Sono Nesso.": "y"}, r"if it is a table, its first line must name"),
+    "columns of objects": ({}, {"a": {"b": 1, "c": 2}}, r"its columns are a \(an object with b, c\)"),
+    "good and bad answers": (
+        {}, {"messages": MESSAGES["messages"], "kto_tag": "False"}, r"has a `kto_tag`, .*kto_tag: \[true, false\]",
+    ),
+    "good and bad numbers": ({}, {"prompt": "a", "completion": "b", "label": 0}, r"where: \{label: 1\}"),
     "named column absent": ({"prompt_field": "a", "format": "alpaca"}, {"output": "x"}, r"no column `a`"),
 }  # fmt: skip
 
@@ -78,7 +86,7 @@ def test_rows_of_another_format(keys, row, expected):
 def test_columns_that_only_some_rows_have():
     with pytest.raises(DataError, match="have the columns of format messages"):
         choose_format(source(format="messages"), [{"x": 1}, {"messages": "text"}])
-    with pytest.raises(DataError, match="they are not both text"):
+    with pytest.raises(DataError, match="but no row has text in all of them"):
         choose_format(source(format="alpaca"), [{"instruction": "a"}, {"output": "b"}])
 
 
@@ -149,5 +157,9 @@ def test_message_keys_default_to_role_and_content(tmp_path):
 def test_an_unknown_format():
     with pytest.raises(RecipeError, match="did you mean `sharegpt`"):
         load_format("shareGPT4")
-    with pytest.raises(RecipeError, match="use auto, alpaca, choice, completion, messages, preference, pretok"):
+    with pytest.raises(RecipeError, match="use auto, alpaca, choice, completion, exchanges, hh_rlhf, messages, ms_sw"):
         load_format("zzzz")
+
+
+def test_pair_formats_are_the_detected_ones_with_pairs():
+    assert tuple(name for name in DETECTED_FORMATS if load_format(name).has_pairs) == PAIR_FORMATS

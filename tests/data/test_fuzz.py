@@ -18,9 +18,9 @@ from pyarrow import parquet
 from nesso_tune import NessoError, prepare_data
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.conversation import Conversation, PreferencePair
-from nesso_tune.data.files import JsonLinesBlock
+from nesso_tune.data.block_encoder import BlockEncoder
+from nesso_tune.data.blocks import JsonLinesBlock
 from nesso_tune.data.formats import DataFormat, load_format
-from nesso_tune.data.pipeline import BlockEncoder
 from nesso_tune.data.record_reader import RecordReader
 from nesso_tune.recipes.sections import ChatSection, CleanSection, DPOData, ModelSection, SFTData, Source
 from tests.data.test_faults import GOOD, MODEL, PAIRS, Given, adds_up, lines, well_said
@@ -270,7 +270,7 @@ def working(format_name, cleaned):
     kind, method = (DPOData, "dpo") if format_name in PAIRS else (SFTData, "sft")
     clean = {"unicode": "nfc", "invisible": "remove", "empty_turns": "remove", "role_order": "merge",
              "near_duplicates": 0.8} if cleaned else {"role_order": "keep"}  # fmt: skip
-    data = kind.model_validate({"sources": [{"path": "x"}], "sequence_len": 512, "clean": clean})
+    data = kind.model_validate({"sources": [{"path": "x"}], "sequence_len": 512, "clean": clean, "reasoning": "drop"})
     source = Source(
         path="x",
         format=format_name,

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded
+from nesso_tune.data.block_encoder import Chunk, Identity
 from nesso_tune.data.mixture import Group
 from nesso_tune.data.packing import RowStream, best_fit, sequential_rows
-from nesso_tune.data.token_store import Chunk, DocumentWriter, Identity, open_documents
+from nesso_tune.data.token_store import DocumentWriter, open_documents
 from tests.support.examples import examples
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=120)

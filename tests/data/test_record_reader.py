@@ -9,16 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune import Conversation, DataError, Message, prepare_data
+from nesso_tune.data.cleaning import INVISIBLE_CHARACTERS, clean, merge_consecutive_turns, role_order_fault
+from nesso_tune.data.columns import as_number, is_equal
 from nesso_tune.data.convert import Unusable
 from nesso_tune.data.filtering import find_near_duplicates, minhash_signature
 from nesso_tune.data.prepare import dropped_file
-from nesso_tune.data.record_reader import (
-    INVISIBLE_CHARACTERS,
-    clean,
-    make_record_reader,
-    merge_consecutive_turns,
-    role_order_fault,
-)
+from nesso_tune.data.record_reader import make_record_reader
 from nesso_tune.recipes.sections import CleanSection, Source
 from tests.support.examples import examples
 
@@ -45,6 +41,38 @@ WRONG = {
 def test_rows_of_another_kind(write_rows, keys, row, method, says):
     with pytest.raises(DataError, match=says):
         make_record_reader(Source(path=write_rows([row] * 3), **keys), method)
+
+
+VALUES = {  # of a column, and of the recipe: whether they are equal
+    "1 1": True, "1.0 1": True, '"1" 1': True, '" 1,0" 1': True, '1 "1"': True, '"1.50" 1.5': True, '"a " "a"': True,
+    '"TRUE" true': True, 'true "true"': True, "true true": True, "null null": True, '"-2e3" -2000': True,
+    "true 1": False, "1 true": False, '"1" true': False, '"1" 2': False, '"one" 1': False, '"" 0': False,
+    "null 0": False,
+    '"36028797018963967" 36028797018963968': False,
+    '"1.234,5" 1234.5': False, '"a" "b"': False, "[1] 1": False, '"nan" 0': False, '"1_0" 10': False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_a_value_equals_its_text(values):
+    value, wanted = (json.JSONDecoder().raw_decode(values)[0], json.loads(values.split(" ")[-1]))
+    assert is_equal(value, wanted) is VALUES[values]
+
+
+@given(st.one_of(st.integers(), st.floats(-1e15, 1e15)))
+@examples(100)
+def test_the_text_of_a_number_is_the_number(number):
+    assert as_number(str(number)) == as_number(str(number).replace(".", ",")) == number
+
+
+def test_numbers_of_a_csv_file_are_compared_as_numbers(sft, tmp_path):
+    file = tmp_path / "rows.csv"
+    rows = [f"domanda {i};risposta {i};{i % 2 == 0};{i % 3};0,{i}" for i in range(10)]
+    file.write_text("prompt;response;good;kind;score\n" + "\n".join(rows) + "\n")
+    source = {"path": str(file), "where": {"good": True, "kind": [0, 1]}, "score_field": "score", "min_score": 0.35}
+    report = prepare_data(sft(source, validation_size=0)).report
+    assert report["dropped"] == {"not_selected": 7, "below_min_score": 1}  # 0, 4 and 6 are selected; 0,0 < 0.35
+    assert report["rows_kept"] == 2
 
 
 ON_PURPOSE = {
@@ -167,6 +195,10 @@ def test_near_duplicates(sft, write_rows):
     assert [data.train.documents.location(i).rpartition(":")[2] for i in data.train.documents.kept] == ["1", "2", "4"]
 
 
+def signature_of(example):
+    return np.frombuffer(minhash_signature(example), np.uint32)
+
+
 def test_signatures_estimate_the_jaccard_similarity():
     """Compared with the exact Jaccard similarity of the shingles; the standard error is below 0.045."""
     base = texts(1, words=200)[0].split()
@@ -174,7 +206,7 @@ def test_signatures_estimate_the_jaccard_similarity():
         words = [*base[changed:], *texts(1, words=changed, seed=changed)[0].split()] if changed else list(base)
         shingles = [{" ".join(w[i : i + 3]) for i in range(len(w) - 2)} for w in (base, words)]
         exact = len(shingles[0] & shingles[1]) / len(shingles[0] | shingles[1])
-        first, second = (minhash_signature(chat(("assistant", " ".join(w)))) for w in (base, words))
+        first, second = (signature_of(chat(("assistant", " ".join(w)))) for w in (base, words))
         assert abs((first == second).mean() - exact) < 0.15
 
 
@@ -183,7 +215,7 @@ def test_all_near_duplicates_are_found():
     originals = [text.split() for text in texts(40, words=120)]
     copies = [[*words[:-2], *rng.choices(WORDS, k=2)] for words in originals]
     every = [chat(("assistant", " ".join(words))) for words in [*originals, *copies]]
-    earlier = find_near_duplicates(np.stack([minhash_signature(item) for item in every]), 0.7)
+    earlier = find_near_duplicates(np.stack([signature_of(item) for item in every]), 0.7)
     assert earlier[:40].tolist() == [-1] * 40
     assert earlier[40:].tolist() == list(range(40))
 

@@ -142,7 +142,7 @@ def test_reasoning_and_calls_as_parts(sft, write_rows):
         {"type": "tool_call", "value": '{"name": "meteo", "arguments": {"dove": "Roma"}}'},
     ]
     row = {"messages": [{"role": "user", "content": "Piove?"}, {"role": "assistant", "content": parts}]}
-    _, learned = only(prepare_data(sft(write_rows([row]))))
+    _, learned = only(prepare_data(sft(write_rows([row]), chat={"template": "qwen3"}, reasoning="keep")))
     call = '<tool_call>\n{"name": "meteo", "arguments": {"dove": "Roma"}}\n</tool_call>'
     assert learned == f"<think>\nServe il meteo.\n</think>\n\nGuardo.\n{call}<|im_end|>"
 

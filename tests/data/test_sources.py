@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nesso_tune.data import sources
-from nesso_tune.data.files import BLOCK_RECORDS, limit_records, with_locations
+from nesso_tune.data.blocks import BLOCK_RECORDS, limit_records, with_locations
 from nesso_tune.recipes.sections import Source
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nesso_tune.chat.encoding import Encoded, EncodedPair
+from nesso_tune.data.block_encoder import Chunk, Identity
 from nesso_tune.data.report import TokenCounts
-from nesso_tune.data.token_store import Chunk, DocumentWriter, Identity, open_documents
+from nesso_tune.data.token_store import DocumentWriter, open_documents
 from tests.support.examples import examples
 
 TOKENS = st.lists(st.tuples(st.integers(0, 200_000), st.booleans()), max_size=12)

@@ -1,5 +1,6 @@
 """Work in several processes: the same results in the same order, faults where they are, nothing left behind."""
 
+import hashlib
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import psutil
 import pytest
 
 from nesso_tune import DataError, RunEnvironmentError, prepare_data
-from nesso_tune.data import files, workers
-from nesso_tune.data.workers import MIN_PARALLEL_BLOCKS, parallel_map
+from nesso_tune.data import blocks, files, workers
+from nesso_tune.data.files import content_hash
+from nesso_tune.data.workers import MIN_PARALLEL_BLOCKS, ReadFiles, parallel_map
 from tests.support.runs import fresh_command, recipe, sums, write_recipe
 
 MANY = 40
@@ -47,6 +49,18 @@ def test_an_error_comes_at_its_turn(two_cores):
     results = parallel_map(where, [*range(9), "fault", *range(9)])
     assert [block for block, _ in islice(results, 9)] == list(range(9))
     with pytest.raises(DataError, match=r"rows.jsonl:7: is wrong; correct it"):
+        next(results)
+
+
+@pytest.mark.parametrize("before", [1, MANY])
+def test_an_error_of_reading_comes_after_the_results_of_earlier_blocks(two_cores, before):
+    def blocks():
+        yield from range(before)
+        raise DataError("rows.jsonl:9", "cannot be read", "correct it")
+
+    results = parallel_map(where, blocks())
+    assert [block for block, _ in islice(results, before)] == list(range(before))
+    with pytest.raises(DataError, match="cannot be read"):
         next(results)
 
 
@@ -83,7 +97,7 @@ def test_only_few_blocks_are_in_memory(two_cores):
 @pytest.fixture
 def many(write_rows, monkeypatch):
     """A file of several blocks."""
-    monkeypatch.setattr(files, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
     rows = [{"prompt": f"Domanda {i}?", "response": f"Risposta {i}. " * (i % 5 + 1)} for i in range(300)]
     return write_rows(rows)
 
@@ -205,3 +219,21 @@ def test_a_killed_parent_takes_it_along(tmp_path):
     parent.wait()
     (child,) = children
     child.wait(timeout=60)
+
+
+def test_files_that_another_process_has_hashed_are_read_again_only_if_they_changed(tmp_path, monkeypatch):
+    file = tmp_path / "r\udcffows.jsonl"  # a name that is no UTF-8
+    file.write_text("a")
+    first, known = content_hash([file]), ReadFiles.of_this_process().to_json()
+    read, digest = [], hashlib.file_digest
+    for name in ("_hashed", "_trusted"):
+        monkeypatch.setattr(files, name, {})
+    monkeypatch.setattr(hashlib, "file_digest", lambda stream, kind: read.append(stream.name) or digest(stream, kind))
+    ReadFiles.from_json(known).trust()
+    assert content_hash([file]) == first
+    assert not read
+    times = file.stat()
+    file.write_text("b")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert content_hash([file]) != first
+    assert len(read) == 1

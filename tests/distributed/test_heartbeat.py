@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 import time
 from contextlib import suppress
 
@@ -18,7 +19,7 @@ def ranks(monkeypatch):
     """Three ranks in one process, without a grace period, and what each of them calls lost."""
     monkeypatch.setattr(heartbeat, "POLL_S", 0.05)
     store, lost = dist.HashStore(), {}
-    started = [Heartbeat(rank, lambda states, rank=rank: lost.setdefault(rank, states), 0) for rank in range(3)]
+    started = [Heartbeat(rank, 3, lambda states, rank=rank: lost.setdefault(rank, states), 0) for rank in range(3)]
     for one in started:
         one.start(store, "localhost", 29500)
     wait_until(lambda: len(started[0]._connections) == 2)
@@ -67,6 +68,23 @@ def test_a_rank_that_ends_without_a_word_is_lost_to_all_others(ranks, gone):
     others = {0, 1, 2} - {gone}
     wait_until(lambda: others <= set(lost))
     assert all(RankState(gone, gone=True) in lost[rank] for rank in others)
+
+
+def test_the_error_of_rank_0_reaches_ranks_that_are_still_connecting(monkeypatch):
+    """Rank 0 may fail in the moment after all have joined, e.g. by data that cannot be read."""
+    monkeypatch.setattr(heartbeat, "POLL_S", 0.05)
+    store, lost = dist.HashStore(), []
+    first, second = (Heartbeat(rank, 2, lost.extend, 0) for rank in range(2))
+    first.start(store, "localhost", 29500)
+    later = threading.Timer(0.3, second.start, (store, "localhost", 29500))
+    later.start()
+    first.end_run(3)
+    first._server.close()  # the process is gone
+    disconnect(first)
+    wait_until(lambda: lost)
+    assert [(state.rank, state.exit_code) for state in lost] == [(0, 3)]
+    second.end_run()
+    disconnect(second)
 
 
 def test_the_exit_code_of_a_failed_rank_reaches_the_others_even_if_it_is_gone_at_once(ranks):
@@ -118,7 +136,7 @@ def test_a_rank_that_ended_before_the_next_run_of_a_chain_is_lost_to_it(ranks):
 
 def test_a_stranger_is_not_listened_to():
     store = dist.HashStore()
-    first = Heartbeat(0, lambda states: None)
+    first = Heartbeat(0, 2, lambda states: None)
     first.start(store, "localhost", 29500)
     host, port, _ = json.loads(store.get(ADDRESS_KEY))
     with socket.create_connection((host, port)) as stranger:
@@ -136,7 +154,7 @@ def test_a_rank_that_cannot_connect_says_so(monkeypatch):
     store.set(ADDRESS_KEY, json.dumps(["localhost", port, "token"]))
     monkeypatch.setenv("RANK", "1")
     with logged() as messages:
-        Heartbeat(1, lambda states: None).start(store, "localhost", 29500)
+        Heartbeat(1, 2, lambda states: None).start(store, "localhost", 29500)
     (message,) = messages
     assert "no heartbeat" in message
     assert "notices it after distributed.timeout_s" in message

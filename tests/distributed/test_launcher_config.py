@@ -34,6 +34,7 @@ AGAINST = {
     "accumulation": ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}, {"gradient_accumulation_steps": 4},
                      "gradient_accumulation_steps: 8, the recipe accumulation 4"),
     "no sharding": (FSDP, {"fsdp": "none"}, "distributed_type: FSDP, the recipe distributed.fsdp: none"),
+    "no sharding by auto": (FSDP, {"fsdp": "auto"}, "distributed.fsdp: auto, which does not shard here (on CPUs"),
     "version 1": (FSDP | {"FSDP_VERSION": "1"}, {}, "fsdp_version: 1, the recipe distributed.fsdp: full_shard"),
     "no resharding": (FSDP | {"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward: false"),
     "offloading": (FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params: true"),

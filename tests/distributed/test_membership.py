@@ -66,12 +66,18 @@ def test_a_killed_rank_is_named_by_a_remaining_one(path, tmp_path, port, victim)
     assert f"rank {1 - victim} on {machine}: lost contact with rank {victim} on {machine} (" in said
 
 
+@thorough  # without one: the test above
 def test_under_a_launcher_one_remaining_rank_names_a_killed_one(path, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "--rdzv_backend=c10d",
                 "--rdzv_endpoint=localhost:0", "-m", "nesso_tune", "train", path]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.Popen(
-        [*launcher, "--set", "train.global_batch_size=3"], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        # without `--verify none`, rank 0 has a child, which has its environment
+        [*launcher, "--set", "train.global_batch_size=3", "--verify", "none"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
     )
     when_at(run, tmp_path / "run", 3, None)
     (first,) = [pid for pid in workers(run.pid) if b"RANK=0" in environment_of(pid)]

@@ -26,6 +26,7 @@ def base_of(folder, tied):
 
 # name: method, processes, micro_batch_size, `distributed` section, tied embeddings of a new base, other sections
 FULL, SHARDS, DDP = {"fsdp": "full_shard"}, {"fsdp": "full_shard", "state_dict": "sharded"}, {"fsdp": "none"}
+HYBRID = {"fsdp": "hybrid_shard", "state_dict": "sharded"}  # two processes on each node
 LORA = {"adapter": {"type": "lora", "r": 4}}
 DORA = {"adapter": {"type": "dora", "r": 4}}
 QLORA = {"adapter": {"type": "qlora", "r": 4}}
@@ -35,6 +36,8 @@ CASES = {
     "sft": ("sft", 2, 2, FULL, None, {}),
     "sft, untied": ("sft", 2, 2, FULL, False, {}),
     "sft, shards on four": ("sft", 4, 1, SHARDS, None, {}),
+    "sft, hybrid, on two nodes": ("sft", 4, 1, HYBRID, True, {}),
+    "dpo, hybrid, full checkpoints": ("dpo", 4, 2, {"fsdp": "hybrid_shard"}, None, WITH_SFT),
     "sft, DDP": ("sft", 2, 2, DDP, None, {}),
     "sft, recomputed": ("sft", 2, 2, FULL, None, {"train": {"gradient_checkpointing": True}}),
     "sft, adapter": ("sft", 2, 2, FULL, True, {"model": LORA}),
@@ -52,9 +55,9 @@ CASES = {
 
 
 # run by hand: other cases cover their parts
-BY_HAND = ("sft", "dpo", "sft, DDP", "sft, adapter", "sft, untied", "sft, shards on four",
-           "sft, adapter, untied, shards on four", "dpo, on four", "dpo, DDP",
-           "dpo, adapter", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
+BY_HAND = ("sft", "dpo", "sft, 8 bits", "sft, recomputed", "sft, qlora", "sft, DDP", "sft, adapter", "sft, untied",
+           "sft, shards on four", "sft, adapter, untied, shards on four", "dpo, on four", "dpo, DDP",
+           "dpo, adapter", "dpo, hybrid, full checkpoints", "sft, dora, recomputed", "sft, dora, DDP")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,11 @@ def test_several_processes_equal_one(tmp_path, request, monkeypatch, method, pro
             train(some)
             continue
         path = write_recipe(tmp_path / "several.yaml", some)
-        done = several("train", path, module="tests.support.recording", processes=processes, FIRST_GRADIENTS=file)
+        nodes = [{"LOCAL_RANK": rank % 2, "LOCAL_WORLD_SIZE": 2} for rank in range(processes)]
+        done = several(
+            "train", path, module="tests.support.recording", processes=processes, FIRST_GRADIENTS=file,
+            own=nodes if sharing["fsdp"] == "hybrid_shard" else None,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     one, both = tmp_path / "one", tmp_path / "several"
     keys = ("loss", "loss/it", "eval_loss", "eval_loss/en", "tokens", "supervised_tokens", "stop_rate", "exact_match")
@@ -108,7 +115,7 @@ def check_gradients(one, several):
 def check_files(alone, checkpoint, sharing, processes):
     """Checkpoints have canonical names, full or sharded."""
     weights = set(load_file(alone / "model.safetensors"))
-    if sharing is SHARDS:
+    if sharing.get("state_dict") == "sharded":
         shards = sorted(checkpoint.glob("shard-*.safetensors"))
         assert len(shards) == processes
         assert not (checkpoint / "model.safetensors").exists()
@@ -160,8 +167,9 @@ def test_bfloat16_does_not_round_log_probabilities_or_gradient_sums(tmp_path, pa
 
 @pytest.mark.parametrize(
     "sections",
-    [pytest.param({"model": QLORA}, marks=thorough, id="4-bit"), pytest.param(EIGHT_BIT, id="8-bit")],
+    [pytest.param({"model": QLORA}, id="4-bit"), pytest.param(EIGHT_BIT, id="8-bit")],
 )
+@thorough  # on one process: tests/training/test_eight_bit.py, tests/training/test_adapters.py
 def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, sections):
     """Each process holds the whole 4-bit base, or all 8-bit moments (DDP)."""
     model = {**base_of(tmp_path / "base", tied=False), **sections.get("model", {})}
@@ -183,7 +191,8 @@ def test_what_cannot_be_sharded_is_resumed_with_the_same_bits(tmp_path, talks, s
     assert all(torch.equal(again[name], value) for name, value in moments.items())
 
 
-@pytest.mark.parametrize("fsdp", ["full_shard", pytest.param("none", marks=thorough)])
+@thorough
+@pytest.mark.parametrize("fsdp", ["full_shard", "none"])
 def test_a_frozen_base_in_bfloat16_is_sharded_beside_trained_weights_in_float32(tmp_path, talks, fsdp):
     batch = {"micro_batch_size": 2, "global_batch_size": 8, "max_steps": 2, "gradient_accumulation_steps": None}
     model = {**base_of(tmp_path / "base", tied=True), **LORA, "dtype": "bfloat16"}
@@ -213,7 +222,8 @@ def test_full_shard_never_falls_back_to_ddp(tmp_path, talks):
     assert "full_shard is set, but the weights are not sharded" in done.stderr
 
 
-@pytest.mark.parametrize(("method", "samples"), [("sft", 3), pytest.param("dpo", 1, marks=thorough)])
+@thorough
+@pytest.mark.parametrize(("method", "samples"), [("sft", 3), ("dpo", 1)])
 def test_prompts_are_shared_and_weights_gathered_once_for_all_answers(tmp_path, request, method, samples):
     """Answers and training are those of one process, and of weights that are gathered layer by layer."""
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")

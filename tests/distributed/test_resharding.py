@@ -26,7 +26,7 @@ def test_a_run_goes_on_at_another_number_of_processes(tmp_path, request, method,
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")
     batch = {"micro_batch_size": 1, "global_batch_size": 4, "gradient_accumulation_steps": None}
     sections = {"train": {**batch, "max_steps": 6}, "checkpoint": {"every_steps": 3}, "evaluation": {"every_steps": 2},
-                "distributed": {"state_dict": state}}  # fmt: skip
+                "distributed": {"fsdp": "full_shard", "state_dict": state}}  # fmt: skip
     whole = recipe(method, tmp_path / "whole", [source], **sections)
     train(whole)
     path = write_recipe(tmp_path / "r.yaml", recipe(method, tmp_path / "run", [source], **sections))

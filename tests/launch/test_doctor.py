@@ -1,16 +1,18 @@
 """doctor, on this machine and under launchers: real processes, real sockets."""
 
+import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
 
-from nesso_tune.errors import Problem
 from nesso_tune.launch import doctor as checks
-from nesso_tune.launch.doctor import MachineReport, find_differences, inspect_machine, slow_links
-from tests.support.runs import ROOT, lonely, main_here
+from nesso_tune.launch.command import count_local_gpus
+from nesso_tune.launch.doctor import find_driver, gpu_problems, inspect_machine, probe_disk
+from tests.support.runs import ROOT, lonely, main_here, thorough
 
 ALONE = [sys.executable, "-m", "nesso_tune", "doctor"]
 
@@ -32,7 +34,7 @@ def test_this_machine_is_fit_for_a_run(capsys, without_gpus):
     code, out, err = main_here(capsys, "doctor")
     assert code == 0, err
     assert out.endswith("no problems found\n")
-    for word in ("torch", "driver", "GPUs", "attention", "runs", "hub cache", "port"):
+    for word in ("torch", "driver", "GPUs", "attention", "runs", "data cache", "hub cache", "HF_HOME", "port"):
         assert f"\n{word} " in out
 
 
@@ -78,11 +80,12 @@ def test_two_processes_meet_and_are_timed():
     done = doctor(command=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no problems found") == 1, "one voice"
-    assert "processes     2 on 1 machine(s)" in done.stdout
-    assert "all-reduce    64 MiB in" in done.stdout
+    assert "processes         2 on 1 machine(s)" in done.stdout
+    assert "all-reduce        64 MiB in" in done.stdout
     assert "(process 1): " in done.stdout
 
 
+@thorough  # as tests/distributed/test_membership.py for a run
 def test_a_process_that_does_not_come_is_named_in_time(port):
     """As for `train`: see tests/distributed/test_membership.py."""
     done = doctor("--timeout", "3", **lonely(0, port))
@@ -90,19 +93,44 @@ def test_a_process_that_does_not_come_is_named_in_time(port):
     assert "node 1 (rank 1): did not join within 3 s; check that the node is up" in done.stderr
 
 
-def test_the_machine_that_differs_is_named_once():
-    def of(host, torch="2.13.0", gpus=("A100",)):
-        return MachineReport(host, {"torch": torch}, gpus, (), ())
+def test_disks_are_written_and_what_fails_is_named(tmp_path, monkeypatch):
+    disk = probe_disk("runs", tmp_path)
+    assert (disk.label, disk.locks, [*tmp_path.iterdir()]) == ("runs", True, [])
+    assert disk.write_rate > 0 < disk.latency_s
+    assert 0 < disk.free <= shutil.disk_usage(tmp_path).total
+    problem = probe_disk("runs", tmp_path / "none")
+    assert (problem.where, problem.what) == (f"{tmp_path}/none", "cannot be written (runs: no such file or directory)")
 
-    machines = [of("a"), of("a"), of("b", torch="2.12.0"), of("b", torch="2.12.0"), of("c"), of("c", gpus=("H100",))]
-    assert find_differences(machines) == [
-        Problem("b", "torch is 2.12.0, on the others 2.13.0", "use the same on all machines"),
-        Problem("c", "GPUs is H100, on the others A100", "use the same on all machines"),
+    def refuse(lock, **options):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checks.FileLock, "acquire", refuse)
+    found = [p.what for p in inspect_machine(tmp_path).problems if p.where == str(tmp_path)]
+    assert "does not support file locks (runs)" in found
+
+
+def test_amd_gpus_are_found_without_torch(tmp_path, monkeypatch, without_gpus):
+    for i, units in enumerate((0, 416, 416)):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "properties").write_text(f"cpu_cores_count 64\nsimd_count {units}\nvendor_id 4098\n")
+    monkeypatch.setattr("nesso_tune.launch.command.AMD_NODES", tmp_path)
+    monkeypatch.setattr("nesso_tune.launch.command.DRIVER_GPUS", tmp_path / "no")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert count_local_gpus() == 0, "CUDA_VISIBLE_DEVICES hides AMD's GPUs too"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert count_local_gpus() == 2
+    monkeypatch.setenv("ROCR_VISIBLE_DEVICES", "1")
+    assert count_local_gpus() == 1
+    (version := tmp_path / "version").write_text("6.8.5\n")
+    monkeypatch.setattr(checks, "AMD_DRIVER", version)
+    driver = find_driver()
+    assert (driver.version, len(driver.gpus), driver.amd) == ("6.8.5", 2, True)
+    monkeypatch.setattr(checks.torch.version, "hip", None)
+    assert [p.what for p in gpu_problems((), driver)] == [
+        f"{checks.torch.__version__} is built without ROCm, and there are 2 GPUs"
     ]
-    assert find_differences([of("a"), of("b")]) == []
-
-
-def test_the_slow_link_is_named():
-    links = [("b", 20.0), ("c", 21.0), ("d", 3.0)]
-    assert [problem.where for problem in slow_links(links)] == ["d"]
-    assert slow_links(links[:2]) == slow_links([]) == []
+    monkeypatch.setattr(checks.torch.version, "hip", "6.4")
+    monkeypatch.setattr(checks, "AMD_DEVICE", tmp_path / "kfd")
+    assert [p.what for p in gpu_problems((), driver)] == ["cannot be opened by this user"]
+    (tmp_path / "kfd").touch()
+    assert [p.what for p in gpu_problems((), driver)] == ["6.8.5 does not support ROCm 6.4 of torch"]

@@ -101,8 +101,9 @@ def wait_for_end(processes, within):
 @pytest.mark.parametrize(
     ("module", "sharing"),
     [pytest.param("tests.support.fsdp_on_cpu", {"fsdp": "full_shard", "state_dict": "sharded"}, id="sharded"),
-     pytest.param("nesso_tune", {"fsdp": "none"}, id="DDP", marks=thorough)],
+     pytest.param("nesso_tune", {"fsdp": "none"}, id="DDP")],
 )  # fmt: skip
+@thorough
 def test_two_nodes_give_the_losses_of_one_process(nodes, tmp_path, talks, module, sharing):
     train(one := make_recipe(tmp_path, "one", talks, steps=5, **sharing))
     path = write_recipe(tmp_path / "two.yaml", make_recipe(tmp_path, "two", talks, steps=5, **sharing))
@@ -126,6 +127,52 @@ def test_a_killed_process_on_the_other_node(nodes, tmp_path, talks):
     assert "resuming an unfinished run from checkpoint-" in said[0]
 
 
+@thorough
+@pytest.mark.parametrize(
+    ("failure", "says"),
+    [("memory", f"rank 1 on {NODES[1]}: out of memory: "), ("disk", "the disk is full: a checkpoint needs ")],
+    ids=("memory", "disk"),
+)
+def test_a_node_without_memory_or_disk(nodes, tmp_path, talks, monkeypatch, failure, says):
+    """Its own message is in its log, the other node names it, and both exit with the code of the error."""
+    variables = {"FAILING_RANK": "1", "FAILURE": failure, "FAILING_STEP": "5", "RAISED_AT": str(tmp_path / "raised")}
+    path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, steps=8))
+    with monkeypatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        processes = [start(path, rank, module="tests.support.waiting_group") for rank in range(2)]
+        codes, said = wait_for_end(processes, 600)
+    assert codes == [5, 5]
+    assert says in said[1]
+    assert f"rank 0 on {NODES[0]}: cannot go on: rank 1 on {NODES[1]} failed (exit code 5)" in said[0]
+    assert not any("Traceback" in text for text in said)
+    codes, said = wait_for_end([start(path, 0), start(path, 1)], 600)
+    assert codes == [0, 0], said
+    assert "resuming an unfinished run from checkpoint-3" in said[0]
+
+
+@thorough
+def test_a_node_lost_while_it_waits_for_the_data(nodes, tmp_path, talks):
+    """There is no process group yet."""
+    log = tmp_path / "log"
+    path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=600))
+    own = ["env", f"LOG={log}", "BUILD=slow", "SECONDS=600"]
+    processes = [
+        start_on_node([path], rank, 60, [*with_host_name(node), *own, f"MACHINE={node}"],
+                      module="tests.support.two_machines") for rank, node in enumerate(NODES)
+    ]  # fmt: skip
+    deadline = time.monotonic() + 600
+    while not (log.exists() and "0 built" in log.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (victim,) = [pid for pid in workers(processes[1].pid) if b"RANK=1" in environment_of(pid)]
+    os.kill(victim, signal.SIGKILL)
+    codes, said = wait_for_end(processes, 60)
+    assert codes[0] == 5
+    assert f"rank 0 on {NODES[0]}: lost contact with rank 1 on {NODES[1]} (" in said[0]
+
+
+@thorough
 def test_a_cut_cable_ends_both_nodes_within_the_timeout(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, steps=150, timeout_s=10))
     processes = [start(path, 0), start(path, 1)]
@@ -152,7 +199,7 @@ def lost(states):
     print("lost", *(state.rank for state in states), flush=True)
     os._exit(5)
 store = dist.TCPStore(address, 29617, 2, rank == 0, wait_for_workers=True)
-Heartbeat(rank, lost).start(store, address, 29617)
+Heartbeat(rank, 2, lost).start(store, address, 29617)
 print("joined", flush=True)
 time.sleep(600)
 """
@@ -173,6 +220,7 @@ def test_the_heartbeat_finds_a_cut_cable_by_its_probes(nodes):
     assert [rank.returncode for rank in ranks] == [5, 5]
 
 
+@thorough
 def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=5))
     codes, said = wait_for_end([start(path, rank, network="lo") for rank in range(2)], 240)
@@ -182,11 +230,12 @@ def test_ranks_that_join_but_use_the_wrong_network(nodes, tmp_path, talks):
     assert "Traceback" not in "".join(said)
 
 
+@thorough  # on one machine: tests/distributed/test_membership.py
 @pytest.mark.parametrize(
     ("alone", "says"),
     [pytest.param(0, "node 1: did not join within 5 s; check that the node is up and its process was launched\n",
                   id="the second"),
-     pytest.param(1, f"{ADDRESSES[0]}:29612: cannot be reached from ", id="the first", marks=thorough)],
+     pytest.param(1, f"{ADDRESSES[0]}:29612: cannot be reached from ", id="the first")],
 )  # fmt: skip
 def test_a_node_that_never_joins(nodes, tmp_path, talks, alone, says):
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "run", talks, timeout_s=5))
@@ -217,8 +266,10 @@ def test_doctor_reports_both_nodes_and_their_differences(nodes, tmp_path):
     ]
     out, said = alike[0].communicate(timeout=120)
     assert (alike[0].returncode, alike[1].wait(60)) == (0, 0), said
-    assert "processes     2 on 2 machine(s)" in out
-    assert f"process 0 to {NODES[1]} (process 1): " in out
+    assert "processes         2 on 2 machine(s)" in out
+    assert f"{NODES[0]} (process 0) to {NODES[1]} (process 1): " in out
+    (row,) = [line for line in out.splitlines() if line.startswith(f"{NODES[1]} ")]
+    assert row.endswith(" none")
     odd = [
         start_on_node(["doctor"], 0, 60, with_host_name(NODES[0])),
         start_on_node(["doctor"], 1, 60, with_host_name(NODES[1]), f"{tmp_path}:{ROOT}"),

@@ -25,7 +25,7 @@ from nesso_tune.run import train
 from nesso_tune.runs.provenance import RunFacts
 from nesso_tune.training.state_dict import get_weights, set_weights
 from tests.support.adapters import KINDS, ROWS, adapted, apart, base_in, learn, logits, of, switch_off
-from tests.support.runs import main_here, write_recipe
+from tests.support.runs import main_here, thorough, write_recipe
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -205,7 +205,7 @@ def learned_with(folder, kind, frozen, ids):
     return model
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=thorough)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_base_in_bfloat16_trains_as_one_in_float32_that_is_rounded_by_autocast(tmp_path, kind, tied):
     """To the bit, but for the rows of new tokens, which are then rounded in the forward pass."""
@@ -227,7 +227,7 @@ def test_a_float32_recipe_holds_its_base_in_float32(tmp_path, kind):
     assert {weight.dtype for weight in held.parameters()} <= {torch.float32, torch.uint8}
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", [pytest.param("lora", marks=thorough), "dora"])
 def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, talks, kind):
     """`final/` is what peft alone merges into the base in float32."""
     some = of(base_in(tmp_path), kind, "sft", tmp_path / "run", talks)
@@ -242,7 +242,7 @@ def test_an_adapter_is_merged_in_float32_and_rounded_once(tmp_path, talks, kind)
     assert all(torch.equal(final[name], state[name].bfloat16()) for name in final)
 
 
-@pytest.mark.parametrize(("recorded", "kept"), [(True, "bfloat16"), (False, "float32")])
+@pytest.mark.parametrize(("recorded", "kept"), [pytest.param(True, "bfloat16", marks=thorough), (False, "float32")])
 def test_a_run_goes_on_with_its_base_in_the_precision_that_it_began_with(tmp_path, talks, monkeypatch, recorded, kept):
     """Runs that did not record one began in float32."""
     some = of(base_in(tmp_path), "lora", "sft", tmp_path / "run", talks)

@@ -111,6 +111,20 @@ def test_with_document_attention_logits_equal_those_of_documents_alone(kind, fil
     assert worst(by_document(net, length=filled), wanted) < 1e-5 * max(float(x.abs().max()) for x in wanted)
 
 
+def test_padding_is_split_into_documents_no_longer_than_a_row():
+    """Kernels of compiled layers are prepared for one length, whatever the documents."""
+    for length in (20, 100):
+        batch = ConversationCollator(0, GROUPS, length=length)(rows())
+        spans = batch["packed_row"].spans
+        assert (spans.longest, sum(spans.lengths)) == (length, 2 * length)
+        assert max(spans.lengths) <= length
+        assert spans.cu_seqlens.tolist() == [0, *torch.tensor(spans.lengths).cumsum(0).tolist()]
+        assert torch.equal(batch["position_ids"], spans.position_ids)
+        assert batch["labels"].shape == batch["group_ids"].shape == (1, 2 * length)
+    shortest = ConversationCollator(0, GROUPS)(rows())["packed_row"].spans
+    assert shortest.longest == 9, "without compiled layers, that of the longest document"
+
+
 def test_a_leak_between_documents_is_detected():
     net = model()
     wanted = alone(net)
@@ -153,7 +167,7 @@ def test_the_probe_detects_an_attention_that_ignores_the_spans(monkeypatch):
     def leaking(q, k, v, lengths, *rest):
         return original(q, k, v, [len(q)], *rest)
 
-    monkeypatch.setattr(attention, "sdpa_per_sequence", leaking)
+    monkeypatch.setattr(attention, "_untraced_sdpa", leaking)
     assert not isolates_documents(net)
 
 

@@ -2,12 +2,20 @@
 
 import os
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from nesso_tune import RecipeError
-from nesso_tune.model.cuda import ALLOCATOR_VARIABLES, deterministic_algorithms, use_expandable_segments
+from nesso_tune.model import cuda
+from nesso_tune.model.cuda import (
+    ALLOCATOR_VARIABLES,
+    bind_to_near_cores,
+    deterministic_algorithms,
+    use_expandable_segments,
+)
+from nesso_tune.planning.hardware import BINDING_VARIABLE
 
 
 def test_segments_of_the_allocator_grow_unless_the_user_has_configured_it(monkeypatch):
@@ -66,3 +74,31 @@ def test_a_workspace_that_is_not_deterministic_is_refused(monkeypatch):
     error = pytest.raises(RecipeError, match=r"train.deterministic: cuBLAS is not deterministic with .*=:0:0")
     with error, deterministic_algorithms(True):
         pass
+
+
+CASES = [
+    ("0-1,8\n", {0, 1, 2, 8}, "2", {0, 1, 8}),  # near its GPU, and in the allocation of the job
+    ("0-63", {64, 65}, "1", None),  # the job has none of them
+    ("0", {0, 1, 2, 3}, "4", None),  # fewer than its threads
+    (None, {0, 1}, "1", None),  # the system does not say
+]
+
+
+@pytest.mark.parametrize(("near", "allowed", "threads", "expected"), CASES)
+def test_a_process_stays_on_the_cores_near_its_gpu(near, allowed, threads, expected, tmp_path, monkeypatch):
+    (folder := tmp_path / "0001:c1:00.0").mkdir()
+    if near is not None:
+        (folder / "local_cpulist").write_text(near)
+    device, bound = SimpleNamespace(pci_domain_id=1, pci_bus_id=0xC1, pci_device_id=0), []
+    monkeypatch.setattr(cuda, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {3: device}.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: allowed)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: bound.append(cores))
+    for name, value in {"LOCAL_RANK": "3", "OMP_NUM_THREADS": threads}.items():
+        monkeypatch.setenv(name, value)
+    bind_to_near_cores()
+    assert bound == [], "only jobs ask for it"
+    monkeypatch.setenv(BINDING_VARIABLE, "1")
+    bind_to_near_cores()
+    assert bound == ([] if expected is None else [expected])

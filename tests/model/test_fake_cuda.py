@@ -86,7 +86,7 @@ def test_backward_pass_of_attention(device, calls, monkeypatch):
         sizes = [(15, 64), (5, 64), (5, 64)]
         tensors = [torch.randn(TOKENS, *size, dtype=dtype, device=device, requires_grad=True) for size in sizes]
         spans = SPANS["documents"].to(device)
-        sequences = flash.VarlenInput(spans.lengths, spans.cu_seqlens)
+        sequences = flash.VarlenInput(spans.cu_seqlens, spans.longest)
         if device == "cuda":
             out = flash.torch_varlen(*tensors, sequences, None, None)
         else:

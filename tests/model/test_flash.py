@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MistralConfig
 
 from nesso_tune import RunEnvironmentError
 from nesso_tune.model import flash
-from nesso_tune.model.flash import AttentionShape, VarlenInput, flash_problem, sdpa_per_sequence
+from nesso_tune.model.flash import AttentionShape, flash_problem, sdpa_per_sequence
 
 SHAPE = AttentionShape(heads=6, key_value_heads=2, head_dim=8, window=True)
 LENGTHS = (5, 9)
@@ -164,5 +164,5 @@ def test_sdpa_on_each_sequence_is_a_dense_mask_over_all():
     q, k, v = (torch.randn(sum(LENGTHS), heads, 8) for heads in (6, 2, 2))
     cumulative = torch.tensor([0, *LENGTHS]).cumsum(0)
     for window, size in ((None, (-1, 0)), (4, (3, 0))):
-        got = sdpa_per_sequence(q, k, v, VarlenInput(LENGTHS, cumulative).lengths, None, 0.0, window)
+        got = sdpa_per_sequence(q, k, v, LENGTHS, None, 0.0, window)
         torch.testing.assert_close(got, dense(q, k, v, cumulative, None, size, True))

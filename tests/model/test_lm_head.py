@@ -12,6 +12,7 @@ from trl.trainer.utils import add_fused_lm_head
 from nesso_tune.model import lm_head as module
 from nesso_tune.model.attention import AttentionSpans, enable_document_attention
 from nesso_tune.model.lm_head import PackedRow, attach_supervised_head, fused_output, token_log_probs
+from tests.support.runs import thorough
 
 VOCABULARY, WIDTH = 53, 16
 
@@ -151,6 +152,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
+@thorough
 def test_memory_does_not_grow_with_logits_of_the_whole_batch():
     """Four times the tokens need no more memory; both counts fill whole chunks."""
     used = {}

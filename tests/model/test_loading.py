@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, YoutuConfig, xLSTMConfig
 
 from nesso_tune import RunEnvironmentError
@@ -15,8 +16,9 @@ from nesso_tune.errors import ModelError, RecipeError
 from nesso_tune.model import loading
 from nesso_tune.model.attention import attention_description, uses_document_attention
 from nesso_tune.model.lm_head import forward_path
-from nesso_tune.model.loading import base_hash, load_model
-from nesso_tune.planning.plan import DataVolume
+from nesso_tune.model.loading import SharedWeights, base_hash, load_model
+from nesso_tune.planning.hardware import find_gpu
+from nesso_tune.planning.plan import DataVolume, World, describe
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.sections import ChatSection, ModelSection
@@ -111,6 +113,32 @@ def test_damaged_weights_are_an_error(trained, damage):
         file.write_bytes(file.read_bytes()[: 1000 if damage == "truncated" else 0])
     with pytest.raises(ModelError):
         load(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rank_that_does_not_read_gets_the_model_of_the_one_that_does(trained, tied, monkeypatch):
+    folder = trained(tied)
+    whole, tokenizer = load(folder)
+    tensors = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    (folder / "model.safetensors").write_bytes(b"not read")
+
+    def receive(model):
+        mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert list(mine) == list(tensors)
+        for name, tensor in mine.items():
+            tensor.detach().copy_(tensors[name])
+        return True
+
+    section = ModelSection(base=str(folder))
+    received = load_model(section, tokenizer, 1, SharedWeights(False, receive))
+    assert (received.lm_head.weight is received.get_input_embeddings().weight) is tied
+    assert received.generation_config == whole.generation_config
+    assert forward_path(received) == forward_path(whole)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(received(ids).logits, whole(ids).logits)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(section, tokenizer, 1, SharedWeights(False, lambda model: False))
 
 
 def test_generation_stops_at_the_end_tokens_of_template_and_base(trained):
@@ -301,7 +329,6 @@ def test_compilation_does_not_change_losses_and_a_resume_is_exact(tmp_path, talk
 
 def test_a_missing_compiler_is_an_error(monkeypatch):
     monkeypatch.setattr(loading.shutil, "which", lambda _: None)
-    assert not loading.can_compile()
     with pytest.raises(RunEnvironmentError, match=r"no C\+\+ compiler is installed"):
         loading.compile_layers(None)
 
@@ -319,3 +346,43 @@ def test_auto_compiles_long_runs_on_a_cpu(tmp_path):
     assert not compiled(much, torch_compile=False)
     assert not compiled(None)
     assert not make_plan(recipe("dpo", tmp_path, ["a"]), volume=much, shape=ZAGREUS).torch_compile
+
+
+def test_auto_compiles_runs_of_minutes_on_a_gpu(tmp_path):
+    def plan(steps, gpu="h200", **sections):
+        train = {"max_steps": steps, "micro_batch_size": 8}
+        some = recipe("sft", tmp_path, ["a"], train=train, data={"sequence_len": 4096}, **sections)
+        return make_plan(some, World(1, find_gpu(gpu)), shape=ZAGREUS), some
+
+    long, some = plan(2000)
+    assert long.torch_compile
+    assert long.compile_seconds == 60
+    assert any(line.startswith("compilation    about 60 s before the first step") for line in describe(long, some))
+    assert long.step_seconds == plan(100)[0].step_seconds, "compilation is no part of a step"
+    short, some = plan(100)
+    assert not short.torch_compile
+    assert short.compile_seconds == 0
+    assert not any("compilation" in line for line in describe(short, some))
+    assert not plan(20_000, gpu="v100-32gb")[0].torch_compile
+    assert not plan(2000, model={"random_init": False, "adapter": {"type": "qlora"}})[0].torch_compile
+
+
+def test_the_warm_up_changes_neither_weights_nor_random_numbers(tmp_path, talks, monkeypatch):
+    seen, warm_up = [], ConversationTrainer.warm_up
+
+    def watched(self):
+        def state():
+            return [torch.get_rng_state(), *(p.detach().clone() for p in self.model.parameters())]
+
+        before = state()
+        warm_up(self)
+        seen.append(all(map(torch.equal, before, state())))
+        assert all(p.grad is None for p in self.model.parameters())
+        assert counters["stats"]["unique_graphs"] > 0
+        seen.append(counters["stats"]["unique_graphs"])
+
+    monkeypatch.setattr(ConversationTrainer, "warm_up", watched)
+    counters.clear()
+    torch._dynamo.reset()
+    train(recipe("sft", tmp_path / "run", [talks], train={"torch_compile": True, "max_steps": 2}, evaluation=None))
+    assert seen == [True, counters["stats"]["unique_graphs"]], "steps compile nothing more"

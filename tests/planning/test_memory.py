@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nesso_tune.errors import RecipeError
 from nesso_tune.model.adapters import adapt, lora_config, quantise
 from nesso_tune.model.attention import AttentionSpans, enable_document_attention, last_hidden_states
-from nesso_tune.planning.advice import MEMORY_SAFE_SHARE
 from nesso_tune.planning.hardware import GIB, GPUS, NO_MPS, Gpu, find_gpu, has_apple_gpu
 from nesso_tune.planning.memory import (
+    MEMORY_SAFE_SHARE,
     adapter_parameters,
     dora_activations,
     dora_working,
@@ -78,16 +78,19 @@ def test_a_layer_keeps_what_is_counted(sizes, bfloat16):
     assert layer_activations(shape, bfloat16) == pytest.approx(a_token, rel=0.02)
 
 
-def memory(shape=ZAGREUS, text=SFT, processes=1, micro_batch=1, checkpointing=False):
+def memory(shape=ZAGREUS, text=SFT, shards=1, micro_batch=1, checkpointing=False):
     return estimate_memory(
-        read(text), shape, processes=processes, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
+        read(text), shape, shards=shards, micro_batch=micro_batch, checkpointing=checkpointing, on_gpu=True
     )
 
 
 def test_the_state_is_sixteen_bytes_a_weight_and_is_shared_when_sharded():
     assert memory().state == 16 * ZAGREUS.parameters
-    assert memory(processes=8).state == 2 * ZAGREUS.parameters
-    assert memory(text=SFT + "distributed: {fsdp: none}\n", processes=8).state == 16 * ZAGREUS.parameters
+    assert memory(shards=8).state == 2 * ZAGREUS.parameters
+    for fsdp, shards in (("full_shard", 8), ("none", 1)):
+        made = plan("max_steps: 9", text=f"{SFT}distributed: {{fsdp: {fsdp}}}\n", processes=8)
+        assert (made.shards, made.memory.state) == (shards, 16 * ZAGREUS.parameters // shards)
+    assert made.memory.working == memory().working + 4 * ZAGREUS.parameters, "DDP has buckets of gradients"
 
 
 def test_activations_grow_with_tokens_and_shrink_with_checkpointing():
@@ -266,19 +269,6 @@ def test_advice(keys, more, words):
 BATCH = "global_batch_size: 8, max_steps: 2000"
 
 
-def test_the_time_of_a_step_is_its_operations_by_the_share_of_the_peak():
-    """6 x 437.8 M weights x 8 x 4096 tokens at 40 % and 20 % of 312 TFLOP/s."""
-    volume = DataVolume(1000, 1000 * 4096, 1000 * 2000)
-    fast, slow = plan("max_steps: 90, gradient_accumulation_steps: 8", volume=volume).step_seconds
-    assert fast == pytest.approx(6 * ZAGREUS.parameters * 8 * 4096 / (312e12 * 0.4), rel=1e-3)
-    assert slow == pytest.approx(2 * fast)
-    again = plan("max_steps: 90, gradient_accumulation_steps: 8, gradient_checkpointing: true", volume=volume)
-    assert again.step_seconds[0] == pytest.approx(fast * 8 / 6)
-    two = plan("max_steps: 90, gradient_accumulation_steps: 4", volume=volume, processes=2)
-    assert two.step_seconds[0] == pytest.approx(fast / 2), "the same batch on two"
-    assert make_plan(read(SFT), World(1), volume, ZAGREUS).step_seconds is None, "without a GPU nothing is said"
-
-
 FOLLOWED = {  # what advice says when the recipe is written another way
     "split of a global batch": (BATCH, {}, "train.micro_batch_size: 4, accumulation becomes 2"),
     "rate, global batch": (BATCH, {}, "or train.global_batch_size: 256"),
@@ -310,10 +300,11 @@ def test_four_bit_weights_and_eight_bit_moments_are_whole_on_every_process():
     four_bits = SFT.replace("base: b", "base: b, adapter: {type: qlora}")
     for keys, text in (("max_steps: 9", four_bits), ("max_steps: 9, optimizer: adamw_8bit", SFT)):
         one, two = (plan(keys, text=text, processes=count) for count in (1, 2))
-        assert two.memory == one.memory, "DDP"
+        assert two.memory.state == one.memory.state, "DDP"
+        assert two.memory.working > one.memory.working, "with its buckets of gradients"
         recipe = read(f"{text}train: {{{keys}}}\n")
         assert "replicated on 2 processes (DDP)" in " ".join(describe(two, recipe))
-        assert not recipe.in_shards(2)
+        assert not two.sharded_checkpoints
 
 
 def test_eight_bit_moments_take_two_bytes_instead_of_eight():

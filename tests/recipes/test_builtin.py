@@ -46,7 +46,7 @@ def value_of(recipe, key):
 
 def test_these_keys_are_paths():
     assert {".".join(key) for key in KEYS} == {
-        "output_dir", "model.base", "chat.template", "data.clean.decontaminate.files",
+        "output_dir", "model.base", "chat.template", "data.clean.decontaminate.files", "evaluation.gate",
         *(f"data.{s}.{key}" for s in ("sources", "validation_sources")
           for key in ("path", "format", "tools_file", "reads")),
     }  # fmt: skip
@@ -54,7 +54,7 @@ def test_these_keys_are_paths():
 
 @pytest.mark.parametrize("key", KEYS, ids=".".join)
 def test_every_path_is_expanded_once_and_holds_no_variable(key, home):
-    suffix = {"format": ".py:f", "template": ".yaml"}.get(key[-1], "")
+    suffix = {"format": ".py:f", "template": ".yaml", "gate": ".yaml"}.get(key[-1], "")
     assert value_of(validate(document(key, f"~/a/b{suffix}")), key) == f"{home}/a/b{suffix}"
     for variable in ("$SCRATCH", "${SCRATCH}"):
         with pytest.raises(RecipeError) as error:
@@ -75,9 +75,11 @@ def test_a_variable_is_named_with_its_line_and_what_works_instead():
 
 
 def test_the_text_of_a_cluster_keeps_its_variables():
-    text = f"{SFT}cluster: {{modules: ['$M'], env: {{TMPDIR: '$SCRATCH/tmp'}}, container: ~/image.sqsh}}\n"
+    text = f"{SFT}cluster: {{modules: ['$M'], env: {{TMPDIR: '$SCRATCH/tmp'}}, container: a$b.sqsh}}\n"
     cluster = validate(with_value(text, ("seed",), 1)).cluster
-    assert (cluster.modules, cluster.env["TMPDIR"], cluster.container) == (("$M",), "$SCRATCH/tmp", "~/image.sqsh")
+    assert (cluster.modules, cluster.env["TMPDIR"], cluster.container.image) == (("$M",), "$SCRATCH/tmp", "a$b.sqsh")
+    for value in ("~/image.sqsh", {"image": "~/image.sqsh", "runtime": "apptainer"}):
+        assert "~/image.sqsh is not expanded; write the path" in problem(f"{SFT}cluster: {{container: {value}}}\n")
 
 
 def test_folders_of_nobody_are_refused_and_odd_names_are_names(home):

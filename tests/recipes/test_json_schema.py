@@ -98,5 +98,8 @@ def test_every_key_is_described_and_has_its_default_and_choices():
             assert "default" in entry or key in body.get("required", []) or key == "method", f"{name}.{key}"
     train = SCHEMA["$defs"]["Schedule"]["properties"]
     assert train["type"]["enum"] == ["cosine", "linear", "constant"]
-    assert SCHEMA["$defs"]["ChatSection"]["properties"]["template"]["examples"] == ["chatml", "llama3"]
+    assert SCHEMA["$defs"]["ChatSection"]["properties"]["template"]["examples"] == [
+        "chatml", "gemma3", "llama3", "mistral", "qwen3", "qwen3_instruct", "qwen3_nothink", "smollm3",
+        "smollm3_nothink",
+    ]  # fmt: skip
     assert "preference" in SCHEMA["$defs"]["Source"]["properties"]["format"]["examples"]

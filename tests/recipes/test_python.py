@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
 from nesso_tune.recipes.builtin import shipped_recipes
 from nesso_tune.recipes.schema import Schedule, TrainSection
@@ -43,16 +44,74 @@ BAD = {
 
 @pytest.mark.parametrize("build", BAD.values(), ids=BAD)
 def test_mistakes_are_refused(build):
-    with pytest.raises(ValidationError):
+    with pytest.raises((ValidationError, RecipeError)):  # of a section that is built alone, and of a recipe
         build()
 
 
+MISTAKES = {
+    "epochs": (lambda: sft(epochs=3), "SFTRecipe: unknown key `epochs`; it is called `train.num_epochs` here"),
+    "value": (
+        lambda: sft(train={"learning_rate": 5, "max_stepz": 1}),
+        "SFTRecipe: `train.learning_rate` must be a number of at most 1 or auto, not 5; write a number of at most 1 "
+        "or auto\nSFTRecipe: unknown key `train.max_stepz`; did you mean `train.max_steps`?",
+    ),
+    "replaced": (
+        lambda: sft().replace({"train.lr": 1e-3, "seed": "x"}),
+        "recipe: `seed` must be a whole number, not 'x'; write a whole number\n"
+        "recipe: unknown key `train.lr`; it is called `train.learning_rate` here",
+    ),
+    "other method": (lambda: sft().replace({"dpo.beta": 0.1}), "recipe: unknown key `dpo`; remove it: `dpo` is only "
+                     "for method: dpo"),
+    "no such item": (lambda: sft().replace({"data.sources.3.path": "x"}), "recipe: `data.sources.3.path`: there is no "
+                     "item `3` in this list; use 0 to 0"),
+    "no such file": (lambda: sft().replace({"chat.template": "none.yaml"}), "recipe: `chat.template` names a file that "
+                     "does not exist: none.yaml; correct the path"),
+    "mapping": (lambda: load_recipe({"method": "sft", "seed": 1}), "recipe: the key `output_dir` is missing; "),
+    "text": (lambda: load_recipe("method: sft\nseeed: 1\n"), "recipe:2: unknown key `seeed`; did you mean `seed`?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("build", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_in_python_name_the_key_as_those_in_a_file_do(build, message):
+    with pytest.raises(RecipeError) as caught:
+        build()
+    assert message in str(caught.value)
+
+
+def test_replace_returns_a_recipe_as_a_file_with_these_values():
+    recipe = load_recipe("quickstart/sft")
+    other = recipe.replace({"train.max_steps": 5, "data.sources.0.max_rows": 7, "data.packing": False})
+    assert other == load_recipe(
+        "quickstart/sft", {"train.max_steps": 5, "data.sources.0.max_rows": 7, "data.packing": False}
+    )
+    assert (other.train.num_epochs, recipe.train.max_steps) == (None, None), "max_steps replaces num_epochs"
+    assert recipe.replace({"data.sources": [Source(path="other.jsonl")]}).data.sources[0].path == "other.jsonl"
+
+
+@pytest.mark.parametrize("name", ["quickstart/sft", "quickstart/dpo"])
+def test_a_recipe_is_loaded_by_name_keys_or_text(name):
+    recipe = load_recipe(name)
+    assert load_recipe(recipe.to_yaml()) == recipe
+    assert load_recipe(recipe.model_dump(mode="json")) == recipe
+    assert load_recipe({"method": recipe.method, **dict(recipe)}) == recipe, "sections as values"
+
+
+def test_a_recipe_is_short_in_a_notebook():
+    recipe = load_recipe("sft")
+    assert (
+        repr(recipe)
+        == str(recipe)
+        == ("SFTRecipe(base='mii-llm/zagreus-0.4B-ita', 2 sources, output_dir='outputs/nesso-0.4b-sft')")
+    )
+    html = recipe.replace({"card.name": "<b>"})._repr_html_()
+    assert html.startswith("<pre>")
+    assert "<b>" not in html
+
+
 def test_inert_and_contradictory_knobs_are_refused():
-    with pytest.raises(
-        ValidationError, match=r"train.schedule.min_ratio: has no effect under type: constant; remove it"
-    ):
+    with pytest.raises(RecipeError, match=r"`train.schedule.min_ratio` has no effect under type: constant; remove it"):
         sft(train=TrainSection(schedule=Schedule(type="constant", min_ratio=0.1)))
-    with pytest.raises(ValidationError, match=r"train.num_epochs: contradicts train.max_steps"):
+    with pytest.raises(RecipeError, match=r"`train.num_epochs` contradicts train.max_steps"):
         sft(train={"max_steps": 5, "num_epochs": 1})
 
 

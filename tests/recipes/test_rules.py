@@ -28,6 +28,9 @@ FIRES = {
     "compiled rows of any length": (
         "{data: {packing: false}, train: {torch_compile: true}}", "train.torch_compile", "rows that are not packed",
     ),
+    "flash in float32": (
+        "{model: {attention: flash, dtype: float32}}", "model.attention", "flash kernels do not compute in float32",
+    ),
     "constant, an end": (schedule("type: constant, constant_ratio: 0.5"), "train.schedule.constant_ratio", "effect"),
     "constant with a floor": (schedule("type: constant, min_ratio: 0.1"), "train.schedule.min_ratio", "no effect"),
     "two warm-ups": (schedule("warmup_ratio: 0.1, warmup_steps: 5"), "train.schedule.warmup_steps", "contradicts"),
@@ -45,6 +48,11 @@ FIRES = {
     "a template": ("chat: {template: chatlm}", "chat.template", "`chatlm` is not known"),
     "a default system message": (
         "chat: {default_system: {Italian: x}}", "chat.default_system.Italian", "`Italian` is not a language code",
+    ),
+    "a shape": ("model: {overrides: {hidden_size: 8}}", "model.overrides.hidden_size", "changes the shape of weights"),
+    "a dtype of the config": ("model: {overrides: {dtype: x}}", "model.overrides.dtype", "is set by another key"),
+    "turns of texts": (
+        "data: {turns_to_train: last, sources: [{path: a, format: completion}]}", "data.turns_to_train", "no effect",
     ),
     "a format": (source("format: sharegtp"), "data.sources.1.format", "`sharegtp` is not known"),
     "a language": (source("language: Pyhton"), "data.sources.1.language", "`Pyhton` is not a language code"),
@@ -81,6 +89,16 @@ FIRES = {
         "dpo: {label_smoothing: 0.1, loss: {ipo: 1.0, sft: 0.1}}", "dpo.label_smoothing", "the loss ipo, sft",
     ),
     "exo without smoothing": ("dpo: {loss: {exo_pair: 1.0}}", "dpo.loss", "needs label_smoothing"),
+    "micro batch of no batch": (
+        "train: {micro_batch_size: auto}", "train.micro_batch_size", "auto needs the number of rows of a step",
+    ),
+    "micro batch of a varying batch": (
+        "train: {micro_batch_size: auto, gradient_accumulation_steps: 8}", "train.micro_batch_size", "auto needs",
+    ),
+    "sorted by auto": (
+        "{dpo: {loss: {aot: 1.0}}, train: {micro_batch_size: auto, global_batch_size: 16}}", "dpo.loss",
+        "aot sorts all pairs of a step, which micro_batch_size: auto may split",
+    ),
     "sorted by parts": (
         "{dpo: {loss: {aot: 1.0}}, train: {micro_batch_size: 4, global_batch_size: 16}}", "dpo.loss",
         "aot sorts all pairs of a step, but its 16 pairs are in micro batches of 4",
@@ -95,7 +113,7 @@ FIRES = {
     "prompt in sharegpt": (source("format: sharegpt, prompt_field: x"), "data.sources.1.prompt_field", "sharegpt"),
     "messages in alpaca": (source("format: alpaca, roles: {utente: user}"), "data.sources.1.roles", "alpaca"),
     "pair in alpaca": (source("format: alpaca, chosen_field: x"), "data.sources.1.chosen_field", "alpaca"),
-    "input in preference": (source("format: preference, input_field: x"), "data.sources.1.input_field", "preference"),
+    "input in messages": (source("format: messages, input_field: x"), "data.sources.1.input_field", "messages"),
     "score of what": (source("min_score: 1"), "data.sources.1.min_score", "needs score_field"),
     "score for what": (source("score_field: q"), "data.sources.1.score_field", "without min_score"),
     "two languages": (source("language: it, language_field: l"), "data.sources.1.language_field", "beside language"),
@@ -120,6 +138,10 @@ FIRES = {
     "shares and weights": (
         "data: {sources: [{path: a, weight: 2.0}], mixture: {by: language, shares: {it: 1.0}}}",
         "data.sources.0.weight", "contradicts data.mixture",
+    ),
+    "personal data in token ids": (
+        "data: {clean: {personal_data: mask}, sources: [{path: a, format: pretokenized}]}",
+        "data.sources.0.format", "cannot be searched",
     ),
     "overlap with nothing": (
         "data: {validation_size: 0, clean: {validation_overlap: drop}}", "data.clean.validation_overlap",
@@ -164,6 +186,16 @@ FIRES = {
     "many jobs": ('cluster: {extra: ["--array=1-2"]}', "cluster.extra.0", "--array"),
     "a number of Slurm's own": ("cluster: {env: {SLURM_NNODES: '4'}}", "cluster.env.SLURM_NNODES", "by the job"),
     "a home": ("cluster: {python: ~/venv/bin/python}", "cluster.python", "is not expanded"),
+    "an image at home": ("cluster: {container: ~/a.sif}", "cluster.container", "is not expanded"),
+    "mounts said twice": ("cluster: {container: {image: a, options: [--env=A=b, '--bind /a']}}",
+                          "cluster.container.options.1", "--bind is set"),
+    "a container without Slurm's variables": ("cluster: {container: {image: a, options: [--cleanenv]}}",
+                                              "cluster.container.options.0", "--cleanenv is set"),
+    "a type of no GPU": ("cluster: {gpu_option: none, gpu_type: a100}", "cluster.gpu_type", "has no effect"),
+    "a container as interpreter": ("cluster: {python: /usr/bin/apptainer exec a.sif python}", "cluster.python",
+                                   "not a command"),
+    "tasks said twice": ("cluster: {srun_options: [--mpi=none, --ntasks=4]}", "cluster.srun_options.1", "--ntasks"),
+    "a time of the CPU job": ("cluster: {prepare: {extra: ['--time=1:00:00']}}", "cluster.prepare.extra.0", "--time"),
     "a token in a job": ("cluster: {env: {HF_TOKEN: x}}", "cluster.env.HF_TOKEN", "is a secret"),
     "a token anywhere": (source("split: hf_abcdefghijklmnopqrst0"), "data.sources.1.split", "looks like a secret"),
     "a way out": ("output_dir: ../elsewhere", "output_dir", "outside"),
@@ -197,6 +229,7 @@ SILENT = {
         "{data: {validation_size: 0, validation_sources: [{path: v}]}, train: {best_metric: eval_loss}}"
     ),
     "job": "cluster: {extra: [--exclusive, --mail-type=END], env: {NCCL_DEBUG: INFO}}",
+    "container": "cluster: {container: {image: a, options: [--env=A=b]}, srun_options: [--cpu-bind=none]}",
     "nothing": "{}",
     "a rest without a rate, said": schedule("constant_ratio: 0.8, min_ratio: 0"),
     "languages by their names": source("language: Italiano, rules: {other: {weight: 2}, und: {keep: false}}"),
@@ -205,6 +238,7 @@ SILENT = {
         "type: constant, constant_ratio: null, min_ratio: null, warmup_steps: 5, warmup_ratio: null"
     ),
     "one length": "train: {num_epochs: null, max_steps: 5}",
+    "auto": "train: {global_batch_size: 8, micro_batch_size: auto}",
     "one batch": "train: {global_batch_size: 8, gradient_accumulation_steps: null}",
     "validation sources alone": "data: {validation_size: 0, validation_sources: [{path: v}]}",
     "random weights": "model: {random_init: true, adapter: null, revision: null}",

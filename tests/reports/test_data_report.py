@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from nesso_tune import DPORecipe, SFTRecipe, prepare_data
+from nesso_tune.cli.data import tables
 from nesso_tune.reports.data_report import write_data_report
 
 
@@ -146,6 +147,26 @@ def test_invisible_characters_are_escaped(report, html, write_rows):
     report({"path": write_rows([dialogue("Ciao\u202e\x00!", "S\u200bì.")])})
     assert "Ciao\\u202e\\x00!" in html()
     assert not {"\u202e", "\x00", "\u200b"} & set(html())
+
+
+def test_every_source_has_examples_and_lengths_say_what_fits(report, write_rows, chats):
+    long = [{"messages": [{"role": "user", "content": "conta"}, {"role": "assistant", "content": "uno due " * n}]}
+            for n in (150, 400)]  # fmt: skip
+    sources = [
+        {"path": write_rows(chats, "first.jsonl"), "alias": "first"}, {"path": write_rows(chats[:3], "second.jsonl")},
+        {"path": write_rows(long, "long.jsonl"), "alias": "long"},
+    ]  # fmt: skip
+    found, page, data = report(*sources, sequence_len=512)
+    assert {example["source"] for example in found["examples"]} == {"first", sources[1]["path"], "long"}
+    whole = {int(limit): of["rows"] for limit, of in found["whole_rows"].items()}
+    lengths = [len(ids) for ids in map(data.train.documents.input_ids, range(len(data.train.documents)))]
+    rows = found["rows_read"]
+    assert found["dropped"]["too_long"] == 1
+    assert whole[512] == sum(length <= 512 for length in lengths) == rows - 1
+    assert list(whole) == [256 * 2**i for i in range(len(whole))]
+    assert max(whole.values()) == whole[max(whole)] == rows
+    assert "512 (of the recipe)" in page.visible_text
+    assert f"{(rows - 1) / rows:.1%} into 512, " in "\n".join(tables(data.summary))
 
 
 def test_reasons_have_counts_shares_and_examples(report, html, write_rows, chats):

@@ -41,6 +41,9 @@ def test_a_packed_row_shows_its_labels(tmp_path, talks):
     assert html.count("<article") == sum(len(row["seq_lengths"]) for row in rows), "one article per document"
     assert text.replace("↵\n", "\n") == "".join(data.tokenizer.decode(row["input_ids"]) for row in rows)
     assert html.count('data-language="it"') == sum(row["languages"].count("it") for row in rows)
+    in_notebook = preview(some, 1)._repr_html_()
+    assert in_notebook.startswith("<iframe ")
+    assert in_notebook.count("<") == 2, "its styles stay in the frame"
 
 
 def test_the_first_token_of_a_document_is_never_supervised(tmp_path, talks):

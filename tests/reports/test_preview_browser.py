@@ -1,28 +1,14 @@
 """The preview page in a browser: colours follow the labels, no network requests, readable on a phone."""
 
-import shutil
-
 import pytest
 
 from nesso_tune import preview
 from tests.support.runs import recipe
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 COLOURS = """() => [...document.querySelectorAll('.text .t')].map(t => {
   const style = getComputedStyle(t);
   return [t.classList.contains('supervised'), t.classList.contains('control'), style.backgroundColor, style.color];
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nesso_tune.runs.checkpoint import MANIFEST, checkpoints, read_manifest
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.state_dict import get_rng_state, set_rng_state
 from tests.support.logs import logged, without_steps
-from tests.support.runs import main_here, metrics, recipe, several, steps, sums, write_recipe
+from tests.support.runs import main_here, metrics, recipe, several, steps, sums, thorough, write_recipe
 
 FILES = ["counters-0.json", MANIFEST, "model.safetensors", "optimizer.safetensors", "rng-0.json", "trainer_state.json"]
 
@@ -67,8 +68,12 @@ def test_content_of_a_checkpoint(tmp_path, talks):
     assert not list(newest.glob("*.pt")) + list(newest.glob("*.bin")), "nothing is pickled"
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", DAMAGES)
+# each file once and each kind of damage twice; by hand all of them
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [pytest.param(name, damage, marks=() if (i + j) % 3 == 0 else thorough)
+     for i, name in enumerate(FILES) for j, damage in enumerate(DAMAGES)],
+)  # fmt: skip
 def test_a_damaged_file_leads_to_the_previous_checkpoint_and_the_same_bits(tmp_path, one_run, name, damage, capsys):
     """From the command line: the previous checkpoint is used and named; the model equals that of an undamaged run."""
     rows = one_run.parent / "rows.jsonl"
@@ -191,7 +196,8 @@ def test_a_finished_run_with_other_data_or_a_damaged_final(tmp_path, talks):
     assert "final/ is missing or damaged" in said[0]
     assert final.read_bytes() == whole
     with open(talks, "a", encoding="utf-8") as file:
-        file.write('{"prompt": "Ancora?", "response": "Ancora.", "lang": "it"}\n')
+        turns = [{"role": "user", "content": "Ancora?"}, {"role": "assistant", "content": "Ancora."}]
+        file.write(json.dumps({"messages": turns, "lang": "it"}) + "\n")
     with pytest.raises(RecipeError, match="the data changed"):
         train(some)
 
@@ -257,15 +263,15 @@ def test_resume_in_another_environment_is_accepted_and_reported(tmp_path, talks,
     interrupted(some, stop_at, 4)
     folder = tmp_path / "run" / "checkpoint-2"
     body = {key: value for key, value in read_manifest(folder).items() if key != "self"}
-    body |= {"threads": 7, "versions": {**body["versions"], "torch": "2.11.0"}}
+    body |= {"threads": 7, "versions": {**body["versions"], "torch": "1.0.0"}}
     (folder / MANIFEST).write_text(json.dumps({**body, "self": checkpoint.json_sha256(body)}))
     with logged() as said:
         assert train(some).trained
     (note,) = [text for text in said if "may not be bit-identical" in text]
     assert "CPU threads 7 -> 1" in note
-    assert f"torch 2.11.0 -> {torch.__version__}" in note
+    assert f"torch 1.0.0 -> {version('torch')}" in note
     resumed = next(line for line in metrics(tmp_path / "run") if line.get("event") == "resumed")
-    assert resumed["environment"] == {"CPU threads": [7, 1], "torch": ["2.11.0", torch.__version__]}
+    assert resumed["environment"] == {"CPU threads": [7, 1], "torch": ["1.0.0", version("torch")]}
 
 
 def test_resume_in_the_same_environment_reports_no_difference(tmp_path, talks, stop_at):

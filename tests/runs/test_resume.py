@@ -5,16 +5,24 @@ import json
 import pytest
 
 from nesso_tune import RecipeError, RunEnvironmentError
+from nesso_tune.planning.auto import Recorded
 from nesso_tune.runs.checkpoint import MANIFEST, CheckpointWriter
-from nesso_tune.runs.provenance import RunFacts
-from nesso_tune.runs.resume import FRESH, ResumeDecision, confirm_resume, decide_resume, differences
+from nesso_tune.runs.provenance import DATA_IDENTITY, RunFacts, data_identity
+from nesso_tune.runs.resume import (
+    FRESH,
+    ResumeDecision,
+    confirm_resume,
+    decide_resume,
+    differences,
+    recorded_choices,
+)
 from nesso_tune.runs.run_directory import open_run, write_end, write_start
 from tests.support.runs import recipe
 
 FACTS = RunFacts(
     nesso_tune="0", versions={}, python="3", base="", tokenizer="", data="", identity=2, start="", recipe_hash="",
-    world_size=1, global_batch=1, threads=1, device="cpu", attention="", unpacked=False, torch_compile=False,
-    frozen_weights=None, command=[],
+    world_size=1, global_batch=1, micro_batch=2, fsdp="none", threads=1, device="cpu", attention="", unpacked=False,
+    torch_compile=False, frozen_weights=None, command=[],
 )  # fmt: skip
 
 
@@ -143,6 +151,15 @@ def test_changed_paths_and_names_are_compared_by_content(tmp_path, talks, pairs)
     again.close()
 
 
+def test_a_run_keeps_the_data_fingerprint_with_which_it_began(begun, tmp_path):
+    some, _ = begun
+    opened = open_run(some)
+    assert opened.data_identity == FACTS.identity == 2, "the bytes of the files count"
+    opened.close()
+    assert open_run(recipe("sft", tmp_path / "other", ["rows.jsonl"])).data_identity == DATA_IDENTITY == 3
+    assert [data_identity({"identity": i}) for i in (1, 2, 3)] == [3, 2, 3]
+
+
 def test_data_fingerprints_of_earlier_versions_cannot_be_compared(tmp_path):
     recorded = {**FACTS.to_dict(), "nesso_tune": "0.0", "data": "b"}
     del recorded["identity"]
@@ -150,3 +167,38 @@ def test_data_fingerprints_of_earlier_versions_cannot_be_compared(tmp_path):
     decision = confirm_resume(ResumeDecision("finished"), tmp_path, FACTS)
     with pytest.raises(RecipeError, match=r"started by nesso-tune 0\.0, .*; continue it with that version"):
         decision.raise_if_refused()
+
+
+CHOICES = {  # what a checkpoint records, what the recipe of its run says, and what is kept
+    "no checkpoint": (None, {}, Recorded()),
+    "one process chooses no sharding": ({"micro_batch": 4, "fsdp": "none", "world_size": 1}, {}, Recorded(4, None)),
+    "sharded": ({"micro_batch": 4, "fsdp": "full_shard", "world_size": 2}, {}, Recorded(4, True)),
+    "hybrid": ({"micro_batch": 4, "fsdp": "hybrid_shard", "world_size": 4}, {}, Recorded(4, True)),
+    "replicated": ({"micro_batch": 4, "fsdp": "none", "world_size": 2}, {}, Recorded(4, False)),
+    "an earlier version": ({"world_size": 2}, {"train": {"micro_batch_size": 3}}, Recorded(3, True)),
+    "an earlier version, one process": ({"world_size": 1}, {"train": {"micro_batch_size": 3}}, Recorded(3, None)),
+    "an earlier version under DDP": ({"world_size": 2}, {"distributed": {"fsdp": "none"}}, Recorded(None, False)),
+}
+
+
+@pytest.mark.parametrize(("checkpoint", "begun_with", "kept"), CHOICES.values(), ids=CHOICES)
+def test_what_auto_chose_is_kept(tmp_path, checkpoint, begun_with, kept):
+    (tmp_path / MANIFEST).write_text(json.dumps({"recipe": begun_with}))
+    folder = None if checkpoint is None else tmp_path / "checkpoint-2"
+    if folder is not None:
+        folder.mkdir()
+        (folder / MANIFEST).write_text(json.dumps(checkpoint))
+    assert recorded_choices(tmp_path, folder) == kept
+
+
+def test_a_number_of_rows_may_become_auto_but_no_other_number(begun):
+    some, run = begun
+
+    def resumed_with(micro_batch, **keys):
+        other = some.model_copy(
+            update={"train": some.train.model_copy(update={"micro_batch_size": micro_batch, **keys})}
+        )
+        return decide_resume(run, json.loads((run / MANIFEST).read_text()), other).action
+
+    assert resumed_with("auto") == "continue"
+    assert resumed_with(4) == resumed_with("auto", weight_decay=0.5) == "refused"

@@ -198,7 +198,7 @@ def test_a_temporary_read_error_is_not_damage(tmp_path, talks, monkeypatch):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(checkpoint, "sha256", unreadable)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(RunEnvironmentError, match="Input/output error"):
         train(some)
     monkeypatch.undo()
     monkeypatch.setenv("NESSO_TUNE_CACHE", str(tmp_path / "cache"))

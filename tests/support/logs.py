@@ -25,5 +25,5 @@ def logged(level: int = logging.INFO) -> Iterator[list[str]]:
 
 
 def without_steps(messages: list[str]) -> list[str]:
-    """The messages that are not the figures of a step."""
-    return [message for message in messages if not re.match(r"step \d+/\d+ ", message)]
+    """The messages that are neither the figures of a step nor those of the verified `final/`."""
+    return [message for message in messages if not re.match(r"step \d+/\d+ |final/ verified", message)]

@@ -35,6 +35,8 @@ class Forked:
         fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         variables = {**os.environ, **fixed, **environment}
         words = [str(argument) for argument in arguments]
+        if words[:1] == ["train"] and "--verify" not in words:  # tests/export/test_verify.py and the quickstart do
+            words[1:1] = ["--verify", "none"]
         self._process = server.Process(target=_run, args=(module, words, str(cwd), variables, str(self.output)))
         self._process.start()
         self.pid = self._process.pid
@@ -76,14 +78,15 @@ class Forked:
 class Ranks:
     """Several processes of one run, started as a launcher starts them: the first that fails ends the others."""
 
-    def __init__(self, *arguments, module="tests.support.fsdp_on_cpu", processes=2, **environment):
+    def __init__(self, *arguments, module="tests.support.fsdp_on_cpu", processes=2, own=None, **environment):
         output = Path(tempfile.mkdtemp())
         told = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": _free_port(), "CUDA_VISIBLE_DEVICES": "", **environment}  # fmt: skip
         self.ranks = []
         for rank in range(processes):
-            own = {name: str(value) for name, value in {**told, "RANK": rank, "LOCAL_RANK": rank}.items()}
-            self.ranks.append(Forked(*arguments, module=module, output=output / f"rank-{rank}", **own))
+            variables = {**told, "RANK": rank, "LOCAL_RANK": rank, **(own[rank] if own else {})}
+            variables = {name: str(value) for name, value in variables.items()}
+            self.ranks.append(Forked(*arguments, module=module, output=output / f"rank-{rank}", **variables))
 
     @property
     def pids(self):

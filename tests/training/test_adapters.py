@@ -106,7 +106,8 @@ def last(run):
     return [line for line in metrics(run) if "eval_loss" in line][-1]
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "lora" else thorough) for kind in KINDS])
+@thorough
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_assistant_by_adapters_alone(home, kind):
     """SFT, then DPO: new chat tokens are learned, every answer ends, and the chosen style is taken up."""
     sft = {"base": str(home / "base"), "random_init": False, "adapter": {"type": kind, "r": 16}}

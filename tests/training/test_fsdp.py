@@ -29,14 +29,14 @@ class NoBlocks(PreTrainedModel):
 
 
 def test_blocks_are_wrapped_by_the_models_own_class():
-    config = fsdp_arguments(llama(), checkpointing=True)["fsdp_config"]
+    config = fsdp_arguments(llama(), checkpointing=True, shards=2, replicas=1)["fsdp_config"]
     assert config["transformer_layer_cls_to_wrap"] == ["LlamaDecoderLayer"]
     assert (config["version"], config["reshard_after_forward"], config["activation_checkpointing"]) == (2, True, True)
 
 
 def test_a_model_without_known_blocks_is_refused():
     with pytest.raises(RecipeError, match=r"distributed.fsdp: NoBlocks does not declare its transformer blocks; set"):
-        fsdp_arguments(NoBlocks(LlamaConfig(**SMALL)), checkpointing=False)
+        fsdp_arguments(NoBlocks(LlamaConfig(**SMALL)), checkpointing=False, shards=2, replicas=1)
 
 
 @pytest.mark.parametrize(
@@ -45,8 +45,8 @@ def test_a_model_without_known_blocks_is_refused():
 )  # fmt: skip
 def test_blocks_that_drop_at_random_are_not_computed_twice(model):
     with pytest.raises(RecipeError, match="different dropout masks"):
-        fsdp_arguments(model(), checkpointing=True)
-    fsdp_arguments(model(), checkpointing=False)
+        fsdp_arguments(model(), checkpointing=True, shards=2, replicas=1)
+    fsdp_arguments(model(), checkpointing=False, shards=2, replicas=1)
 
 
 def test_torchs_wrapper_would_indeed_draw_other_masks():
@@ -64,7 +64,7 @@ def test_torchs_wrapper_would_indeed_draw_other_masks():
 
 def test_plain_weights_are_not_taken_for_sharded():
     with pytest.raises(RunEnvironmentError, match="the weights are not sharded"):
-        check_sharded(llama())
+        check_sharded(llama(), shards=2, replicas=1)
 
 
 @pytest.mark.parametrize(("method", "arguments"), [("sft", sft_arguments), ("dpo", dpo_arguments)])

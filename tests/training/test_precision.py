@@ -20,7 +20,8 @@ def averaged(run, key="loss"):
     return [statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values), WINDOW)]
 
 
-@pytest.mark.parametrize("method", ["sft", pytest.param("dpo", marks=thorough)])
+@thorough
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_bfloat16_follows_float32_over_200_steps(tmp_path, method):
     source = DATA / ("conversations.jsonl" if method == "sft" else "pairs.jsonl")
     rates = {"max_steps": 200, "micro_batch_size": 2, "learning_rate": 1e-3 if method == "sft" else 1e-4,

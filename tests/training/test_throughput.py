@@ -20,10 +20,12 @@ from nesso_tune.training.evaluator import Evaluator
 from nesso_tune.training.sft import ConversationTrainer
 from nesso_tune.training.throughput import (
     SQUARED_LENGTHS,
+    WHOLE_SEQUENCES,
     AttentionCostCollator,
     Throughput,
     TrainingFlops,
     squared_lengths,
+    whole_sequences,
 )
 from tests.support.logs import logged
 from tests.support.runs import loaded, metrics, recipe, steps
@@ -75,11 +77,13 @@ def test_under_an_adapter_frozen_weights_have_no_gradient(whole_base, tmp_path, 
 
 def test_a_batch_says_how_much_attention_it_takes():
     collate = AttentionCostCollator(lambda rows: {"input_ids": len(rows)})
-    assert collate([{"seq_lengths": [3, 4]}, {"seq_lengths": [5]}]) == {"input_ids": 2, SQUARED_LENGTHS: 9 + 16 + 25}
+    expected = {"input_ids": 2, SQUARED_LENGTHS: 9 + 16 + 25, WHOLE_SEQUENCES: (12, 49 + 25)}
+    assert collate([{"seq_lengths": [3, 4]}, {"seq_lengths": [5]}]) == expected
     seen = torch.ones(6, 6).tril()  # who sees whom, in a row of two tokens of prompt, one and three of the answers
     seen[3:, 2] = 0
     pair = {"prompt_ids": [1, 2], "chosen_ids": [3], "rejected_ids": [4, 5, 6]}
     assert squared_lengths(pair) == pytest.approx(2 * seen.sum() - 6), "twice, less every token's look at itself"
+    assert whole_sequences(pair) == (3 + 5, 9 + 25), "others compute the prompt with each answer"
 
 
 @pytest.fixture
@@ -93,9 +97,9 @@ def known_gpu(monkeypatch):
 def test_every_line_has_them(tmp_path, request, monkeypatch, known_gpu, method):
     read, add = [], Throughput.add
 
-    def noted(self, squares):
-        read.append(squares)
-        add(self, squares)
+    def noted(self, squares, whole):
+        read.append((squares, *whole))
+        add(self, squares, whole)
 
     monkeypatch.setattr(Throughput, "add", noted)
     source = request.getfixturevalue("talks" if method == "sft" else "pairs")
@@ -111,10 +115,16 @@ def test_every_line_has_them(tmp_path, request, monkeypatch, known_gpu, method):
         tokens, learned = (line[name] - before[name] for name in ("tokens", "supervised_tokens"))
         busy = tokens / line["tokens_per_second"]
         assert line["supervised_tokens_per_second"] == pytest.approx(learned / busy, rel=1e-3)
-        squares = sum(next(batches) for _ in range(2 * (line["step"] - before["step"])))
+        read_since = [next(batches) for _ in range(2 * (line["step"] - before["step"]))]
+        squares, whole_tokens, whole_squares = map(sum, zip(*read_since, strict=True))
         assert squares > tokens
+        assert whole_squares >= squares
+        assert (whole_tokens == tokens) is (method == "sft")
         done = needed.token * tokens + needed.supervised * learned + needed.square * squares
         assert line["mfu"] == pytest.approx(done / busy / known_gpu, rel=0.01)
+        common = (needed.token + needed.supervised) * whole_tokens + 2 * needed.square * whole_squares
+        assert line["mfu_common"] == pytest.approx(common / busy / known_gpu, rel=0.01)
+        assert line["mfu_common"] > line["mfu"]
         assert 0 <= line["data_wait_share"] < 0.5
         assert 0.2 < line["peak_memory_gb"] < 50
         before = line
@@ -187,7 +197,8 @@ def test_a_run_that_goes_on_counts_from_there(tmp_path, talks, monkeypatch):
         ("NVIDIA B200", 2250), ("NVIDIA L4", 121), ("NVIDIA L40S", 362), ("NVIDIA RTX A6000", 155),
         ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA L40", None),
         ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("Tesla T4", None),
-        ("NVIDIA GH200 480GB", None), ("AMD Instinct MI300X", None),
+        ("NVIDIA GH200 480GB", None), ("AMD Instinct MI300X", 1307),
+        ("AMD Instinct MI250X", 191.5), ("AMD Instinct MI100", None),
     ],
 )  # fmt: skip
 def test_the_peak_by_the_name_that_a_driver_gives(name, peak):

@@ -1,0 +1,166 @@
+"""Upload of an export to the Hugging Face Hub. Nothing private, unfinished or unknown is uploaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
+from nesso_tune.export.card import CARD, placeholders
+from nesso_tune.export.exporter import MARK
+from nesso_tune.export.stages import PROVENANCE
+from nesso_tune.export.weights import FinishedRun
+from nesso_tune.files import format_bytes, sha256
+
+OPTION = "--push"
+TOKEN = "HF_TOKEN"
+# Files of exports. Anything else, such as the state of an optimizer, metrics or data, is refused.
+PUBLISHED = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "adapter_model.safetensors", "*.gguf", CARD, PROVENANCE,
+)  # fmt: skip
+OF_THE_HUB = (".gitattributes",)  # files that the hub creates in a new repository
+SCANNED = (".json", ".md", ".jinja")  # text that is searched for names of private sources
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Files to upload to a repository of the hub.
+
+    Attributes:
+        folder: the export.
+        repo: ORG/NAME.
+        public: whether everybody can read the repository.
+        files: names of the files.
+    """
+
+    folder: Path
+    repo: str
+    public: bool
+    files: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """Every file with its size, and who can read it."""
+        sizes = [(self.folder / name).stat().st_size for name in self.files]
+        readers = "public: everybody can read it" if self.public else "private: members of the organisation can read it"
+        listed = [f"  {format_bytes(size):>8}  {name}" for name, size in zip(self.files, sizes, strict=True)]
+        return [f"{self.repo} ({readers}), {len(sizes)} files, {format_bytes(sum(sizes))}:", *listed]
+
+
+def plan_upload(run: FinishedRun, folder: Path, repo: str, public: bool) -> Upload:
+    """Checks what would be uploaded, without a network.
+
+    Raises:
+        RecipeError: for a malformed repository name, or a card with placeholders.
+        ModelError: if the folder has files that do not belong to a model, or names a private source.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise RecipeError("--repo", f"{repo} is not a repository name", "write ORG/NAME")
+    files = sorted(path.name for path in folder.iterdir() if path.name != MARK)
+    unknown = [name for name in files if not any(fnmatchcase(name, pattern) for pattern in PUBLISHED)]
+    if unknown:
+        raise ModelError(
+            OPTION,
+            f"{folder / unknown[0]} is not a file of a model",
+            "remove it from the folder: it would be published",
+        )
+    missing = placeholders((folder / CARD).read_text(encoding="utf-8"))
+    if missing:
+        raise RecipeError(OPTION, f"{CARD} has {len(missing)} placeholders", missing[0])
+    _check_private(run, folder, files)
+    return Upload(folder, repo, public, tuple(files))
+
+
+def _check_private(run: FinishedRun, folder: Path, files: Sequence[str]) -> None:
+    """Raises ModelError if a text file contains the path of a private source, or the card section its alias.
+
+    An alias can be any word, so the files that nesso-tune writes are not searched for it.
+    """
+    private = [s for s in (*run.recipe.data.sources, *run.recipe.data.validation_sources) if s.private]
+    files_of = {Path(source.path).name for source in private if Path(source.path).suffix}
+    paths = {source.path for source in private} | files_of
+    aliases = {source.alias for source in private if source.alias}
+    texts = {folder / name: (folder / name).read_text(encoding="utf-8") for name in files if name.endswith(SCANNED)}
+    texts_with = [(file, text, paths) for file, text in texts.items()]
+    texts_with.append((run.path / "recipe.yaml (card)", run.recipe.card.model_dump_json(), aliases))
+    for file, text, names in texts_with:
+        if any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in names):
+            raise ModelError(OPTION, f"{file} names a private source", "remove its name from the card section")
+
+
+def push(upload: Upload) -> str:
+    """Creates the repository and uploads the files in one commit; the same call continues an interrupted upload.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        RunEnvironmentError: without a token, if the hub refuses or cannot be reached, or if the repository contains
+            another model.
+    """
+    token = os.environ.get(TOKEN)
+    if not token:
+        raise RunEnvironmentError(
+            OPTION, f"the environment variable {TOKEN} is not set", f"export {TOKEN} with a token that can write"
+        )
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    where = f"--repo {upload.repo}"
+    try:
+        _check_repository(api, upload)
+        url = api.create_repo(upload.repo, private=not upload.public, exist_ok=True)
+        additions = [CommitOperationAdd(name, upload.folder / name) for name in upload.files]
+        for addition in additions:  # one by one: a file that was uploaded before is skipped
+            api.preupload_lfs_files(upload.repo, [addition], free_memory=False)
+        api.create_commit(upload.repo, additions, commit_message="Upload by nesso-tune")
+    except OfflineModeIsEnabled:
+        raise RunEnvironmentError(where, "HF_HUB_OFFLINE is set", "unset it to upload") from None
+    except HFValidationError as error:
+        raise RecipeError("--repo", first_line(error), "write ORG/NAME") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        remedy = (
+            f"use a {TOKEN} that can write to it" if status in (401, 403) else "run the same command again to continue"
+        )
+        raise RunEnvironmentError(where, f"the hub refuses the upload ({first_line(error)})", remedy) from None
+    except (OSError, RuntimeError, ValueError) as error:  # of the connection, or of the client around it
+        remedy = "run the same command again to continue"
+        raise RunEnvironmentError(where, f"the upload failed ({first_line(error)})", remedy) from None
+    return str(url)
+
+
+def _check_repository(api: HfApi, upload: Upload) -> None:
+    """Raises RunEnvironmentError if an existing repository contains anything but files of this upload."""
+    try:
+        found = [entry for entry in api.list_repo_tree(upload.repo, recursive=True) if isinstance(entry, RepoFile)]
+        is_private = api.model_info(upload.repo).private
+    except RepositoryNotFoundError:
+        return
+    remedy = "choose another name, or delete the repository on the hub"
+    others = [entry.path for entry in found if entry.path not in OF_THE_HUB and not _is_same(entry, upload)]
+    if others:
+        raise RunEnvironmentError(f"--repo {upload.repo}", f"exists and has another {others[0]}", remedy)
+    if is_private == upload.public:
+        kind = "private" if is_private else "public"
+        raise RunEnvironmentError(f"--repo {upload.repo}", f"exists and is {kind}", remedy)
+
+
+def _is_same(entry: RepoFile, upload: Upload) -> bool:
+    """Whether a file in the repository has the content of the file to upload."""
+    if entry.path not in upload.files:
+        return False
+    file = upload.folder / entry.path
+    if entry.lfs is not None:
+        return bool(entry.lfs.sha256 == sha256(file))
+    content = file.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)  # as git names files
+    return bool(entry.blob_id == blob.hexdigest())

@@ -1,0 +1,228 @@
+"""Exports as model folder and adapter, and averages: equal to the live model, checked, and never half-written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import nesso_tune.run
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
+from nesso_tune.export import exporter, parity
+from nesso_tune.export.exporter import export
+from nesso_tune.export.folder_formats import ADAPTER, HF
+from nesso_tune.export.weights import FinishedRun
+from nesso_tune.run import train
+from tests.support.runs import main_here, recipe, several, sums, write_recipe
+
+IDS = torch.arange(20, 60)[None]
+
+
+@pytest.fixture(autouse=True)
+def few_prompts(monkeypatch):
+    monkeypatch.setattr(parity, "PROMPTS", 8)
+    monkeypatch.setattr(parity, "ANSWER_TOKENS", 8)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, whole_base):
+    """Finished runs by kind, each with the logits of the model that was in training."""
+    folder, runs = tmp_path_factory.mktemp("exports"), {}
+    rows, own = sums(folder), nesso_tune.run.gather_final_model
+
+    def make(kind, adapter, **model):
+        def recording(live, *rest):
+            with torch.no_grad():
+                runs[kind] = FinishedRun.open, live.eval()(input_ids=IDS).logits
+            return own(live, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
+            patch.setattr(nesso_tune.run, "gather_final_model", recording)
+            section = {"base": whole_base, "random_init": False, "adapter": adapter, **model}
+            train(recipe("sft", folder / kind, [rows], model=section, evaluation=None, train={"learning_rate": 1e-2}))
+        return FinishedRun.open(folder / kind), runs[kind][1]
+
+    return {
+        "whole": make("whole", None, dtype="bfloat16"),
+        "lora": make("lora", {"type": "lora", "r": 4}),
+        "dora": make("dora", {"type": "dora", "r": 4}),
+    }
+
+
+@torch.no_grad()
+def logits(folder, kind=AutoModelForCausalLM):
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()(input_ids=IDS).logits
+
+
+def weights_of(folder):
+    return {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_merged_and_separate_adapters_equal_the_live_model(trained, tmp_path, kind):
+    run, live = trained[kind]
+    merged = export(run, HF, folder=tmp_path / "hf")
+    torch.testing.assert_close(logits(merged.folder), live, rtol=0, atol=1e-5)
+    adapter = export(run, ADAPTER, folder=tmp_path / "adapter")
+    assert not list(adapter.folder.glob("model*.safetensors"))
+    config = json.loads((adapter.folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == run.recipe.model.base
+    torch.testing.assert_close(logits(adapter.folder, AutoPeftModelForCausalLM), live, rtol=0, atol=1e-5)
+    for done in (merged, adapter):
+        assert done.parity.positions > 8
+        assert (done.folder / "chat_template.jinja").read_bytes() == (run.final / "chat_template.jinja").read_bytes()
+
+
+def test_float32_of_a_bfloat16_run_has_the_weights_before_rounding(trained, tmp_path):
+    run, _ = trained["whole"]
+    done = export(run, HF, "float32", folder=tmp_path / "hf", checked=False)
+    masters = weights_of(run.final_checkpoint)
+    exported = weights_of(done.folder)
+    assert all(torch.equal(exported[name], masters[name]) for name in exported)
+    assert any(not torch.equal(exported[name], weight) for name, weight in weights_of(run.final).items())
+    default = export(run, HF, folder=tmp_path / "default", checked=False)
+    assert (default.dtype, default.parity) == ("bfloat16", None)
+    assert weights_of(default.folder).keys() == weights_of(run.final).keys()
+
+
+def test_averages_of_checkpoints_and_of_a_model_with_its_parent(trained, tmp_path, whole_base):
+    run, _ = trained["whole"]
+    done = export(run, HF, "float32", "last:2", tmp_path / "checkpoints")
+    assert done.parts == [str(run.path / "checkpoint-4"), str(run.path / "checkpoint-2")]
+    first, last = (weights_of(run.path / f"checkpoint-{step}") for step in (2, 4))
+    for name, weight in weights_of(done.folder).items():
+        torch.testing.assert_close(weight, (first[name] + last[name]) / 2, rtol=0, atol=1e-6)
+    done = export(run, HF, "float32", f"final,{whole_base}", tmp_path / "parent")
+    final, parent = weights_of(run.final), weights_of(Path(whole_base))
+    for name, weight in weights_of(done.folder).items():
+        torch.testing.assert_close(weight, (final[name] + parent[name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_adapters_are_merged_before_they_are_averaged(trained, tmp_path):
+    run, _ = trained["lora"]
+    each = [export(run, HF, None, f"checkpoint-{step}", tmp_path / str(step), checked=False) for step in (2, 4)]
+    mean = export(run, HF, None, "checkpoint-2,checkpoint-4", tmp_path / "mean", checked=False)
+    first, last = (weights_of(done.folder) for done in each)
+    for name, weight in weights_of(mean.folder).items():
+        torch.testing.assert_close(weight, (first[name] + last[name]) / 2, rtol=0, atol=1e-6)
+    assert torch.equal(logits(each[1].folder), logits(run.final))
+
+
+def test_shards_are_consolidated(tmp_path, whole_base, port):
+    base = {"base": whole_base, "random_init": False}
+    some = recipe("sft", tmp_path / "run", [sums(tmp_path)], evaluation=None, model=base,
+                  distributed={"fsdp": "full_shard", "state_dict": "sharded"})  # fmt: skip
+    done = several("train", write_recipe(tmp_path / "r.yaml", some), "--verify", "sample")
+    assert done.returncode == 0, done.stderr
+    run = FinishedRun.open(tmp_path / "run")
+    assert list((run.path / "checkpoint-4").glob("shard-*.safetensors"))
+    assert run.manifest["verified"]["largest_difference"] < 1e-5, "the live model and final/"
+    exported = export(run, HF, averaged="last:1", folder=tmp_path / "hf", checked=False)
+    torch.testing.assert_close(logits(exported.folder), logits(run.final), rtol=0, atol=1e-5)
+
+
+def test_another_answer_stops_the_export(trained, tmp_path, capsys):
+    run, _ = trained["lora"]
+
+    def write(run, model, folder, dtype):
+        HF.write(run, model, folder, dtype)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(1, dims=0).contiguous()
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    broken = exporter.Format(**{**vars(HF), "write": write})
+    with pytest.raises(ModelError, match=r"answers differently at token \d+ of its answer to '.*': \d+ instead of \d+"):
+        export(run, broken, folder=tmp_path / "new" / "hf")
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_prompt_stops_the_export(trained, tmp_path):
+    run, _ = trained["lora"]
+
+    def write(run, model, folder, dtype):
+        HF.write(run, model, folder, dtype)
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text("Ciao " + template)
+
+    with pytest.raises(ModelError, match="encodes a prompt differently: token 0 is"):
+        export(run, exporter.Format(**{**vars(HF), "write": write}), folder=tmp_path / "hf")
+
+
+def test_prompts_are_of_two_languages_with_and_without_system_message_and_tools():
+    asked = [(prompt.messages, prompt.tools) for prompt in parity.prompts(supports_tools=True)]
+    kinds = {(messages[0]["role"] == "system", tools is not None) for messages, tools in asked}
+    assert kinds == {(a, b) for a in (False, True) for b in (False, True)}
+    assert all(prompt.tools is None for prompt in parity.prompts(supports_tools=False))
+
+
+@pytest.mark.parametrize(("options", "error", "message"), [
+    ({"dtype": "q8_0"}, RecipeError, "--dtype: q8_0 is not a precision of --to hf; use one of float32"),
+    ({"averaged": "last:9"}, RecipeError, "has 2 checkpoints, not 9; write last:2"),
+    ({"averaged": "last:x"}, RecipeError, "has no number"),
+    ({"averaged": "checkpoint-5"}, RecipeError, "no checkpoint checkpoint-5 .* did you mean checkpoint-4"),
+    ({"averaged": "final,,final"}, RecipeError, "has an empty name"),
+    ({"averaged": "nowhere"}, ModelError, "no such checkpoint, run or model folder"),
+    ({"format": ADAPTER}, ModelError, "trained all weights, without an adapter; use --to hf"),
+    ({"format": ADAPTER, "dtype": "float32"}, RecipeError, "--dtype: has no effect on --to adapter"),
+])  # fmt: skip
+def test_wrong_options(trained, tmp_path, options, error, message):
+    run, _ = trained["whole"]
+    with pytest.raises(error, match=message):
+        export(run, options.pop("format", HF), folder=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_another_shape_are_not_averaged(trained, tmp_path):
+    run, _ = trained["whole"]
+    config = AutoModelForCausalLM.from_pretrained(run.final).config
+    config.hidden_size = 96
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "small")
+    with pytest.raises(RecipeError, match=r"has another shape .*; average models of the same base"):
+        export(run, HF, averaged=f"final,{tmp_path / 'small'}", folder=tmp_path / "out")
+
+
+def test_folders_of_others_stay(trained, tmp_path, monkeypatch):
+    run, _ = trained["whole"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for folder in (tmp_path / "mine", run.path, run.final, run.final / "x"):
+        with pytest.raises(RunEnvironmentError, match=r"is not empty and contains no export|is a folder of the run"):
+            export(run, HF, folder=folder)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(RunEnvironmentError, match=r"the export needs .* are free; free some space"):
+        export(run, HF, folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_replaces_an_earlier_one_and_goes_with_its_run(trained, tmp_path, capsys):
+    run, _ = trained["whole"]
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    for _ in range(2):
+        code, _, said = main_here(capsys, "export", copy, "--unchecked")
+        assert code == 0, said
+        assert "not checked" in said
+        (copy / "export" / "hf" / "stale.bin").touch()
+    from nesso_tune.runs.layout import run_files
+
+    assert copy / "export" in run_files(copy), "--overwrite moves it aside"
+
+
+def test_an_unfinished_run_is_not_exported(trained, tmp_path, capsys):
+    run, _ = trained["whole"]
+    assert main_here(capsys, "export", tmp_path / "nowhere")[0] == 5
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    (copy / "final" / "model.safetensors").write_bytes(b"short")
+    code, _, said = main_here(capsys, "export", copy)
+    assert (code, "missing or have another size" in said) == (4, True)
+    shutil.rmtree(copy / "final")
+    code, _, said = main_here(capsys, "export", copy)
+    assert (code, "has no final/: the run is not finished" in said) == (5, True)
