@@ -23,7 +23,7 @@ import torch  # it reads the above; a command line that finds it loaded leaves n
 from hypothesis import settings
 
 import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
-from nesso_tune import DPORecipe, SFTRecipe
+from nesso_tune import DPORecipe, SFTRecipe, metric_registry
 from nesso_tune.recipes import load_recipe
 from tests.support.processes import end_all
 from tests.support.recipe_texts import SFT
@@ -63,6 +63,17 @@ def seldom_verified(monkeypatch):
         monkeypatch.setattr(
             module.Verifier, "__init__", lambda self, amount: own(self, "none" if amount == "sample" else amount)
         )
+
+
+@pytest.fixture(autouse=True)
+def own_metrics():
+    """A metric that one test registers is unknown to the next."""
+    registries = (metric_registry.METRICS, metric_registry._own)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.fixture(autouse=True)

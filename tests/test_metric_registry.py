@@ -24,8 +24,6 @@ from nesso_tune.metric_registry import (
 
 DOCS = Path(__file__).parent.parent / "docs"
 
-METRICS = dict(METRICS)  # as they are at import: tests register metrics of their own
-
 
 def test_every_metric_is_documented():
     text = "".join((DOCS / name).read_text(encoding="utf-8") for name in ("metrics.md", "speed.md"))
@@ -57,19 +55,11 @@ def test_charts_and_progress_lines_have_metrics_of_the_registry():
     assert {name.removeprefix("train_") for name in progress_metrics()} <= set(METRICS)
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """The registry as it is without own metrics, also after a test that registers one."""
-    monkeypatch.setattr(metric_registry, "METRICS", dict(METRICS))
-    monkeypatch.setattr(metric_registry, "_own", {})
-    return metric_registry
-
-
 def answer(text, language="it"):
     return Answer(Prompt([], [], [], language), text, "", "", True)
 
 
-def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gates(registry):
+def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gates():
     with pytest.raises(RecipeError, match=r"`rude` is not a metric that can select weights; .*register your own"):
         load_recipe("quickstart/sft", {"train.best_metric": "rude"})
 
@@ -79,7 +69,7 @@ def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gate
         return None if not answer.text else "boh" in answer.text.lower()
 
     assert load_recipe("quickstart/sft", {"train.best_metric": "rude/it"}).train.best_metric == "rude/it"
-    assert registry.METRICS["rude"].meaning == "Share of answers with a rude word."
+    assert METRICS["rude"].meaning == "Share of answers with a rude word."
     assert charts()["rude"] == ("rude",)
     assert "rude" in progress_metrics()
     answers = [answer("Boh."), answer("Prego!"), answer("")]
@@ -96,22 +86,24 @@ def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gate
     assert "boh" in definition_of_own()["rude"], "results are cached under its code"
 
 
-def test_an_installed_package_names_metrics(registry, monkeypatch):
-    point = EntryPoint("chars", f"{__name__}:characters", registry.ENTRY_POINTS)
-    monkeypatch.setattr(registry, "entry_points", lambda group: [point] if group == registry.ENTRY_POINTS else [])
-    registry._load_installed.cache_clear()
+def test_an_installed_package_names_metrics(monkeypatch):
+    point = EntryPoint("chars", f"{__name__}:characters", metric_registry.ENTRY_POINTS)
+    monkeypatch.setattr(
+        metric_registry, "entry_points", lambda group: [point] if group == metric_registry.ENTRY_POINTS else []
+    )
+    metric_registry._load_installed.cache_clear()
     try:
         assert load_recipe("quickstart/sft", {"train.best_metric": "chars"}).train.best_metric == "chars"
         assert own_metrics() == {"chars": characters}
     finally:
-        registry._load_installed.cache_clear()
+        metric_registry._load_installed.cache_clear()
 
 
 def characters(answer: Answer) -> int:
     return len(answer.text)
 
 
-def test_mistakes_of_own_metrics(registry):
+def test_mistakes_of_own_metrics():
     for name in ("stop_rate", "step", "eval_own", "Own", "own/it"):
         with pytest.raises(RecipeError, match=f"metric {name}: "):
             answer_metric(name)(characters)
