@@ -189,7 +189,12 @@ class ArrowBlock(_Limited):
             where, what = self.prefix.removesuffix(" row "), f"is not readable from row {self.first} on ({reason})"
             raise DataError(where, what, "check the file") from None
         for number, record in enumerate(records, self.first):
-            yield drop_nulls(record) if decode is None else decode(drop_nulls(record)), number
+            try:
+                decoded = drop_nulls(record) if decode is None else decode(drop_nulls(record))
+            except (ValueError, RecursionError) as error:
+                what = f"has a cell that is not JSON ({json_error(error)})"
+                raise DataError(f"{self.prefix}{number}", what, "correct the cell") from None
+            yield decoded, number
 
     def total(self) -> int:
         """Number of records in the block."""
@@ -267,27 +272,35 @@ def load_list(text: str) -> Any:
     """The list or object in a text, as JSON or as Python writes it, such as pandas to CSV files.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if it is neither, or an object has a key twice.
     """
     try:
-        return json.loads(text)
-    except ValueError:
+        return load_json(text)
+    except json.JSONDecodeError:
         try:
-            value = ast.literal_eval(text.strip())
+            tree = ast.parse(text.strip(), mode="eval")
+            value = ast.literal_eval(tree)
         except (SyntaxError, MemoryError) as error:
             raise ValueError(str(error)) from None
         if not isinstance(value, (list, dict)):
             raise ValueError("neither a list nor an object") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                _check_unique([str(ast.literal_eval(key)) for key in node.keys if key is not None])
         return value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
+        _check_unique([name for name, _ in pairs])
+    return made
+
+
+def _check_unique(names: list[str]) -> None:
+    if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
         raise ValueError(f"the key `{shortened(twice)}` {_TWICE}")
-    return made
 
 
 json_decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
@@ -307,7 +320,7 @@ def _json_decoder(kind: Any) -> Callable[[Any], Any] | None:
     import pyarrow
 
     if getattr(kind, "extension_name", "") == "arrow.json":
-        return lambda value: None if value is None else json.loads(value)
+        return lambda value: None if value is None else load_json(value)
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         item = _json_decoder(kind.value_type)
         return None if item is None else lambda value: None if value is None else [item(one) for one in value]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nesso_tune.data.blocks import load_list
+from nesso_tune.data.blocks import json_error, load_json, load_list
 from nesso_tune.data.columns import Row, Unusable, is_null
 from nesso_tune.errors import DataError
 
@@ -24,7 +24,7 @@ def read_tool_file(file: Path) -> tuple[Tool, ...]:
         DataError: if it cannot be read, or does not contain such a list.
     """
     try:
-        parsed: Any = json.loads(file.read_text(encoding="utf-8"))
+        parsed: Any = load_json(file.read_text(encoding="utf-8"))
         tools = read_tools(parsed.get("tools", [parsed]) if isinstance(parsed, dict) else parsed, Row({}), "tools")
     except OSError as error:
         raise DataError(str(file), f"cannot be read ({error.strerror})", "check the path") from None
@@ -92,9 +92,9 @@ def parse_json(value: Any, reason: str) -> Any:
     if not value.strip():
         return ""
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise Unusable(reason) from None
+        return load_json(value)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(reason, json_error(error)) from None
 
 
 def parse_list(value: Any, reason: str) -> Any:
@@ -103,8 +103,8 @@ def parse_list(value: Any, reason: str) -> Any:
         return parse_json(value, reason)
     try:
         return load_list(value)
-    except (ValueError, RecursionError):
-        raise Unusable(reason) from None
+    except (ValueError, RecursionError) as error:
+        raise Unusable(reason, json_error(error)) from None
 
 
 def _read_call(call: Any, row: Row, path: str) -> Tool:

@@ -151,6 +151,18 @@ UNUSABLE = {
     ),
     "tools that are no JSON": ({"messages": said("a", "b"), "tools": "[{"}, "tools_not_readable"),
     "tools that are numbers": ({"messages": said("a", "b"), "tools": [1]}, "tools_not_readable"),
+    "tools with a key twice": (
+        {"messages": said("a", "b"), "tools": '[{"name": "f", "name": "g"}]'},
+        "tools_not_readable",
+    ),
+    "Python's tools with a key twice": (
+        {"messages": said("a", "b"), "tools": "[{'name': 'f', 'parameters': {'a': {}, 'a': None}}]"},
+        "tools_not_readable",
+    ),
+    "call with an argument twice": (
+        {"messages": said("a", "b", tool_calls=[{"name": "f", "arguments": '{"a": 1, "a": 2}'}])},
+        "tool_call_not_readable",
+    ),
     "tool without name": ({"messages": said("a", "b"), "tools": [{"description": "x"}]}, "tool_without_name"),
     "system surrogate": ({"messages": said("a", "b"), "system": "x\udfff"}, "invalid_unicode"),
 }

@@ -413,6 +413,14 @@ ERRORS = {
         Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}, files={"tools.json": '["x"]'}),
         r"tools\.json: is not a list of tools \(tools_not_readable\); write",
     ),
+    "tools with a key twice": (
+        Given(
+            lines(CHAT),
+            source={"tools_file": "{here}/tools.json"},
+            files={"tools.json": '[{"name": "f", "name": "g"}]'},
+        ),
+        r"tools\.json: is not a list of tools \(the key `name` stands twice in an object\); write",
+    ),
     "tools that are no JSON": (
         Given(lines(CHAT), source={"tools_file": "{here}/tools.json"}, files={"tools.json": "[{"}),
         r"tools\.json: is not a list of tools \(.+\); write",
