@@ -159,14 +159,14 @@ state_of() {
   on $A scontrol show job "$1" | sed -n 's/.*JobState=\(\S*\).*/\1/p;s/.*Restarts=\(\S*\).*/restarts \1/p;s/.*ExitCode=\(\S*\).*/exit \1/p' | paste -sd ' '
 }
 
-wait_for() {  # JOB STATE [SECONDS]: waits for a state; a requeued job starts immediately instead of after two minutes
+wait_for() {  # JOB STATE [SECONDS]: waits for a state; with START=now, a job that is queued again need not wait two minutes
   local state last=
   for _ in $(seq "${3:-1200}"); do
     state=$(state_of "$1")
     [ "$state" = "$last" ] || { echo "job $1: $state"; last=$state; }
     case $state in
       $2*) return ;;
-      PENDING*) on $A scontrol update JobId="$1" StartTime=now 2>/dev/null || true ;;
+      PENDING*) [ -z "${START:-}" ] || on $A scontrol update JobId="$1" StartTime=now 2>/dev/null || true ;;
       FAILED* | TIMEOUT* | CANCELLED* | NODE_FAIL* | COMPLETED*) break ;;
     esac
     sleep 1
@@ -201,7 +201,7 @@ signalled() {
   recipe signal sft conversations.jsonl 2 400 "$BASE" "$IN_CONTAINER"; random_base signal
   job=$(submit signal.sbatch signal.yaml); wait_for "$job" RUNNING; wait_for_step signal 40
   on $A scancel --signal=USR1 "$job"
-  wait_for "$job" PENDING 120; wait_for "$job" COMPLETED
+  wait_for "$job" PENDING 120; START=now wait_for "$job" COMPLETED
   show_log signal-"$job".log
   grep -c '"event": "resumed"' "$WORK/runs/signal/metrics.jsonl"
 }
@@ -215,7 +215,7 @@ lost_node() {
   wait_for "$job" PENDING 400
   echo "$B is back"
   ip -n $B link set cable up; on $B slurmd -f "$WORK/slurm.conf" -N $B
-  wait_for "$job" COMPLETED
+  wait_for "$job" COMPLETED  # not with START=now: what Slurm still sends to end the first start would end the second one
   show_log lost-"$job".log
   grep -c '"event": "resumed"' "$WORK/runs/lost/metrics.jsonl"
 }
@@ -227,7 +227,7 @@ array() {
   wait_for_step sweep/learning_rate=0.0001 40
   on $A scancel --signal=USR1 "${job}_1"
   wait_for "${job}_1" PENDING 120
-  for task in 0 1; do wait_for "${job}_$task" COMPLETED; done
+  for task in 0 1; do START=now wait_for "${job}_$task" COMPLETED; done
   for task in 0 1; do echo "## task $task"; show_log sweep-"$job"-$task.log; done
   ls "$WORK/runs/sweep"
   grep -c '"event": "resumed"' "$WORK/runs/sweep/learning_rate=0.0001/metrics.jsonl"

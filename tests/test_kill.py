@@ -124,7 +124,7 @@ def test_asked_to_stop_in_the_last_step_of_the_first_of_a_chain(tmp_path, talks,
 
 @pytest.mark.parametrize(
     ("number", "to_all"),
-    [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=thorough),
+    [pytest.param(signal.SIGTERM, False, marks=thorough), pytest.param(signal.SIGINT, True, marks=thorough),
      pytest.param(signal.SIGHUP, False, marks=thorough)],
     ids=["TERM to the launcher", "Ctrl-C, which all get", "HUP to the launcher"],
 )  # fmt: skip

@@ -196,10 +196,11 @@ def summarize_run(run: Path, folder: Path) -> RunSummary:
     left = seconds / step * (total - step) if state == "training" and total and step and is_number(seconds) else None
     written = last_written(run)
     metric = next((name for name in reversed(HEADLINE.values()) if is_number(values.get(name))), None)
+    name = folder.resolve().name if run == folder else str(run.relative_to(folder))
     return RunSummary(
-        run=str(run), name="." if run == folder else str(run.relative_to(folder)), state=state, step=step,
-        total_steps=total, loss=_number(values.get("loss")), tokens_per_second=_number(values.get("tokens_per_second")),
-        metric=metric, metric_value=None if metric is None else values[metric],
+        run=str(run), name=name, state=state, step=step, total_steps=total,
+        loss=_number(values.get("loss")), tokens_per_second=_number(values.get("tokens_per_second")), metric=metric,
+        metric_value=None if metric is None else values[metric],
         started=None if status is None else status.started, seconds_left=left,
         seconds_since_last_line=max(0.0, time.time() - written) if written else None,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from nesso_tune.training.callbacks import StopWhenWorse
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.processes import Forked
 from tests.support.run_directories import write_run
-from tests.support.runs import main_here, metrics, recipe, steps, write_recipe
+from tests.support.runs import main_here, metrics, recipe, steps, thorough, write_recipe
 from tests.test_kill import kill_at, when_at
 
 SHORT = {"train": {"max_steps": 4}, "checkpoint": {"every_steps": 1}, "evaluation": None}
@@ -87,6 +87,7 @@ def test_values_of_a_private_source_are_refused(tmp_path, talks):
         make_points(private, parse_grid([f"data.sources.0.path={talks}"]))
 
 
+@thorough  # one interrupted point: test_a_worse_point_stops_early_also_if_it_was_interrupted_then
 def test_a_sweep_killed_twice_ends_like_one_that_was_not(some, tmp_path, capsys):
     path = write_recipe(tmp_path / "r.yaml", some)
     whole, killed = tmp_path / "whole", tmp_path / "sweep"

@@ -584,7 +584,7 @@ CHAT_DROPS = {
     "a message that is a list": ({"messages": [CHAT["messages"]]}, "message_not_an_object"),
     # lengths
     "too long": (LONG, "too_long"),
-    "five megabytes": (says(("user", "q"), ("assistant", "parola" * 800_000)), "too_long"),
+    "one megabyte": (says(("user", "q"), ("assistant", "parola" * 170_000)), "too_long"),
 }  # fmt: skip
 FORMAT_DROPS = {
     "sharegpt": {

@@ -36,6 +36,7 @@ def shared(name):
     return str(path)
 
 
+@thorough
 def test_twelve_thousand_conversations_fill_packed_rows(sft):
     data = prepare_data(sft(shared("bench/sft.jsonl"), sequence_len=4096, validation_size=100))
     report = data.report

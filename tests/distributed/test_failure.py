@@ -93,6 +93,7 @@ def test_a_killed_rank_is_named_by_one_that_waits_in_c_code(tmp_path, path, rank
     assert run.waiting.stderr.count(said) == 1
 
 
+@thorough
 def test_a_long_call_is_no_loss(tmp_path, path):
     """Rank 1 holds the interpreter's lock for eight seconds; its heartbeat thread cannot run."""
     done = several("train", path, module=MODULE, FAILING_RANK=1, FAILURE="slow", FAILING_STEP=2,

@@ -25,7 +25,7 @@ from nesso_tune.recipes.sections import ChatSection, ModelSection
 from nesso_tune.run import train
 from nesso_tune.training.sft import ConversationTrainer
 from tests.support.architectures import tiny
-from tests.support.runs import recipe, steps
+from tests.support.runs import recipe, steps, thorough
 
 
 @pytest.fixture
@@ -299,6 +299,7 @@ def test_a_damaged_file_in_the_hubs_cache_is_named(tmp_path, whole_base):
 ZAGREUS = ModelShape(128_256, 960, 2560, 32, 15, 5, 64, tied=True, context=4096)
 
 
+@thorough  # the compiled layers of a step: tests/model/test_compiled_layers.py
 def test_compilation_does_not_change_losses_and_a_resume_is_exact(tmp_path, talks, monkeypatch):
     lengths = set()
     compute = ConversationTrainer.compute_loss

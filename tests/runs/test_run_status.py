@@ -82,7 +82,7 @@ def test_a_killed_run_has_no_recorded_end(run, plan, privacy):
 
 def test_a_run_of_an_earlier_version_has_no_status(run):
     assert status_in_words(run) == "at step 6; its status is not recorded"
-    assert summarize_run(run, run).cells()[:3] == (".", "unknown", "6")
+    assert summarize_run(run, run).cells()[:3] == (run.name, "unknown", "6")
     (run / "status.json").write_text("{}")
     assert read_status(run) is None
 
