@@ -20,6 +20,10 @@ from nesso_tune.recipes.yaml_source import OVERRIDE, Document, parse_document, p
 Spec = TypeVar("Spec", bound=Section)
 
 
+class SetOptions(dict[str, Any]):
+    """Overrides that were given with `--set`, which is their location in errors."""
+
+
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Reads and validates a recipe.
 
@@ -33,6 +37,8 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         RecipeError: with all problems of the recipe, each with file, line and remedy.
     """
     document = _document(source)
+    if isinstance(overrides, SetOptions):
+        document.override = OVERRIDE
     for key, value in (overrides or {}).items():
         set_value(document, key, value)
     remove_excluded(document.value, overrides or {})
@@ -57,13 +63,13 @@ def _document(source: str | Path | Mapping[str, Any]) -> Document:
     return read_document(file)
 
 
-def parse_overrides(settings: list[str]) -> dict[str, Any]:
+def parse_overrides(settings: list[str]) -> SetOptions:
     """Parses `["train.learning_rate=5e-4"]` into values by key. Each value is parsed as YAML.
 
     Raises:
         RecipeError: for a setting without `=`, or whose value is not YAML.
     """
-    out: dict[str, Any] = {}
+    out = SetOptions()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key.strip():

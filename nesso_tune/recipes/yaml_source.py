@@ -19,7 +19,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from nesso_tune.errors import Problem, RecipeError, shortened
 
 KeyPath = tuple[str | int, ...]  # path of a key: section names, keys and list indices
-OVERRIDE = "--set"  # location of values set on the command line; their line is 0
+OVERRIDE = "--set"  # location of values set on the command line
 MAX_NODES = 20_000  # guards against exponential alias expansion
 MAX_DEPTH = 50
 MAX_BYTES = 2_000_000
@@ -38,6 +38,7 @@ class Document:
         lines: the 1-based line of every key and list item, by path from the root.
         problems: duplicate keys.
         is_text: whether it has lines; otherwise it was given as Python data.
+        override: location of values that replace those of the file; their line is 0.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     is_text: bool = True
+    override: str = "overrides"
 
     def where(self, path: KeyPath) -> str:
         """`file:line` of a key, or of its nearest ancestor in the file; the name alone of Python data."""
@@ -53,7 +55,7 @@ class Document:
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 line = self.lines[path[:end]]
-                return f"{self.name}:{line}" if line else OVERRIDE
+                return f"{self.name}:{line}" if line else self.override
         return f"{self.name}:1"
 
 
@@ -114,7 +116,7 @@ def set_value(document: Document, key: str, value: Any) -> None:
     node: Any = document.value
     path: KeyPath = ()
     parts = key.split(".")
-    where = OVERRIDE if document.is_text else document.name
+    where = document.override if document.is_text else document.name
     if len(parts) > MAX_DEPTH:
         raise RecipeError(where, f"`{shortened(key)}` is nested too deeply", "name a key of the recipe")
     for depth, name in enumerate(parts, start=1):

@@ -41,7 +41,7 @@ def survives(read, *arguments):
     except RecipeError as error:
         found = error.problems or [None]
     for problem in found:
-        assert problem.where.startswith(("r.yaml", "--set"))
+        assert problem.where.startswith(("r.yaml", "overrides", "--set"))
         assert problem.what.strip()
         assert problem.remedy.strip()
 

@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.load import parse_overrides
+from nesso_tune.recipes.load import SetOptions, parse_overrides
 from tests.support.recipe_texts import DPO, SFT
 
 
@@ -64,8 +64,9 @@ BAD = {
 @pytest.mark.parametrize(("overrides", "words"), BAD.values(), ids=BAD)
 def test_a_wrong_override_is_told_as_such(override, overrides, words):
     said = fault(override, overrides)
-    assert said.startswith("--set: ")
+    assert said.startswith("overrides: ")
     assert words in said
+    assert fault(override, SetOptions(overrides)) == said.replace("overrides: ", "--set: ")
 
 
 def test_one_of_two_exclusive_keys_displaces_the_other_of_the_file(override):
