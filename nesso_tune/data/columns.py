@@ -125,8 +125,8 @@ class Row:
                 yield f"{name}.*", any(others)
 
     def _repeats(self, value: Any) -> bool:
-        """Whether a column that was read has the same value, as `messages` beside `chosen` in UltraFeedback."""
-        return any(_value(self.columns, name) == value for name in self.read)
+        """Whether a column that was read says all of it, as `chosen` does of `messages` in UltraFeedback."""
+        return any(_contains(_value(self.columns, name), value) for name in self.read)
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,15 @@ def _value(record: Record, name: str) -> Any:
     """The value of a column or of a dotted name; `_MISSING` if the record has neither."""
     value = record.get(name, _MISSING)
     return value if value is not _MISSING or "." not in name else _descend(record, name)
+
+
+def _contains(value: Any, part: Any) -> bool:
+    """Whether two values are equal but for further keys in objects of the first."""
+    if isinstance(value, Mapping) and isinstance(part, Mapping):
+        return all(key in value and _contains(value[key], item) for key, item in part.items())
+    if isinstance(value, list) and isinstance(part, list):
+        return len(value) == len(part) and all(map(_contains, value, part))
+    return bool(value == part)
 
 
 def _descend(value: Any, name: str) -> Any:

@@ -248,9 +248,11 @@ KINDS = tuple(_FINDERS)
 
 
 def is_iban(text: str) -> bool:
-    """Whether an IBAN has its country's length and a remainder of 1 modulo 97 (ISO 7064); spaces do not count."""
+    """Whether an IBAN has its country's length, check digits from 02 to 98 and a remainder of 1 modulo 97 (ISO 13616,
+    ISO 7064); spaces do not count.
+    """
     code = text.replace(" ", "").upper()
-    if _IBAN_LENGTHS.get(code[:2]) != len(code):
+    if _IBAN_LENGTHS.get(code[:2]) != len(code) or not "02" <= code[2:4] <= "98":
         return False
     return int("".join(str(_LETTER_VALUE.get(c, c)) for c in code[4:] + code[:4])) % 97 == 1
 
