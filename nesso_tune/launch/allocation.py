@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,10 +97,8 @@ class Allocation:
             Problem(host, f"clock differs by {offset:+.1f} s", "synchronise it (NTP)")
             for host, offset in self.clocks.items() if abs(offset) > MAX_CLOCK_DIFFERENCE_S
         ]  # fmt: skip
-        inside = [(host, "all-reduce among its processes", speed) for host, speed in self.inside.items()]
-        problems += slow_ones(
-            inside, "GB/s", SLOW, "check its GPUs and their links (`nvidia-smi topo -m`), or exclude it"
-        )
+        remedy = "check its GPUs and their links (`nvidia-smi topo -m`), or exclude it"
+        problems += slow_ones("all-reduce among its processes", self.inside, "GB/s", SLOW, remedy)
         return [*problems, *self._slow_disks(), *slow_links(self.links), *find_differences(self.machines)]
 
     def _slow_disks(self) -> list[Problem]:
@@ -110,8 +108,8 @@ class Allocation:
                 by_label.setdefault(disk.label, {})[machine.host] = disk.write_rate / 1e6
         remedy = "check its connection to the file system, or exclude it"
         return [
-            problem for label, speeds in by_label.items()
-            for problem in slow_ones([(h, f"disk of {label}", s) for h, s in speeds.items()], "MB/s", SLOW_DISK, remedy)
+            problem for label, speeds in by_label.items()  # a host that does not share the folder has a disk of its own
+            for problem in slow_ones(f"disk of {label}", speeds, "MB/s", SLOW_DISK, remedy, self.unshared)
         ]  # fmt: skip
 
     def table(self, problems: Sequence[Problem]) -> list[str]:
@@ -198,14 +196,24 @@ def _median_speed(links: Sequence[Link]) -> float:
     return statistics.median(link.speed for link in links)
 
 
-def slow_ones(speeds: Sequence[tuple[str, str, float]], unit: str, fraction: float, remedy: str) -> list[Problem]:
-    """Problems with machines, given as (host, what, speed), below a fraction of the median speed."""
-    if len(speeds) < 2:
-        return []
-    median = statistics.median(speed for _, _, speed in speeds)
+def slow_ones(
+    what: str, speeds: Mapping[str, float], unit: str, fraction: float, remedy: str, others: Collection[str] = ()
+) -> list[Problem]:
+    """Problems with machines below a fraction of the median speed.
+
+    Args:
+        what: was measured.
+        speeds: by host.
+        unit: of the speeds.
+        fraction: of the median speed.
+        remedy: of each problem.
+        others: hosts that do not count in the median.
+    """
+    counted = [speed for host, speed in speeds.items() if host not in others]
+    median = statistics.median(counted) if counted else 0.0
     return [
         Problem(host, f"{what}: {speed:.1f} {unit} (median: {median:.1f})", remedy)
-        for host, what, speed in speeds if speed < fraction * median
+        for host, speed in speeds.items() if speed < fraction * median
     ]  # fmt: skip
 
 

@@ -63,6 +63,13 @@ def test_the_machine_with_slow_links_is_named_and_else_the_link():
     assert slow_links([]) == slow_links(links(lambda pair: 20.0)) == slow_links([link("a", "b", 1.0)]) == []
 
 
+def test_a_disk_of_its_own_is_no_measure_of_the_shared_one():
+    both = allocation([report("a", rate=84e6), report("b", rate=699e6)], unshared=["b"])
+    assert [problem.where for problem in both.problems()] == ["b"], "which does not see the folder; a is not slow"
+    both = allocation([report("a", rate=84e6), report("b", rate=899e6)])
+    assert [problem.where for problem in both.problems()] == ["a", "a"], "the disks of runs and of the data cache"
+
+
 def test_the_table_names_the_bad_machine():
     machines = [report(host) for host in "abcd"]
     assert allocation(machines).problems() == []
