@@ -10,12 +10,13 @@ import atexit
 import gc
 import io
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -212,9 +213,13 @@ def _print_error(error: NessoError) -> None:
 
 
 def _record_exit_code(code: int) -> None:
-    """Writes rank 0's exit code to the file that the Slurm job reads: launchers replace every exit code with 1."""
-    if code and os.environ.get("RANK", "0") == "0" and (file := os.environ.get(EXIT_FILE)):
-        Path(file).write_text(str(code), encoding="utf-8")
+    """Writes the exit code to the file that the Slurm job reads: srun returns the largest code of its tasks.
+
+    The first rank that ends with an error decides: the others are then ended by SIGTERM, or lose contact with it.
+    """
+    if code and code != 128 + signal.SIGTERM and (file := os.environ.get(EXIT_FILE)):
+        with suppress(FileExistsError), open(file, "x", encoding="utf-8") as stream:
+            stream.write(str(code))
 
 
 def _exit_without_teardown(code: int) -> None:

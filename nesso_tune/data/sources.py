@@ -251,6 +251,9 @@ def input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield from ((f"{key}.{name}", path) for name, path in _auxiliary_paths(source))
     if data.clean.decontaminate is not None:
         yield from (("data.clean.decontaminate.files", path) for path in data.clean.decontaminate.files)
+    gate = None if recipe.evaluation is None else recipe.evaluation.gate
+    if gate is not None and gate.endswith((".yaml", ".yml")):
+        yield "evaluation.gate", gate
 
 
 def _auxiliary_paths(source: Source) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from types import FrameType
@@ -20,7 +21,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from nesso_tune.errors import Preempted
 from nesso_tune.logs import EVERY_RANK, logger
 
-LAUNCHED_VARIABLE = "NESSO_TUNE_LAUNCHED"  # set by `nesso-tune launch`, which forwards signals
+# Set by `nesso-tune launch`: a file that it makes before it forwards a signal. Torch also sends SIGTERM, when
+# another process has failed.
+LAUNCHED_VARIABLE = "NESSO_TUNE_LAUNCHED"
 DUPLICATE_SIGNAL_S = 1.0  # a forwarded signal within this time was also sent by the terminal to all processes
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -50,6 +53,8 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
         if not self._training:
+            if number == signal.SIGTERM and _another_failed():
+                sys.exit(128 + number)
             raise Preempted(name, "received before training began", "run the same command to start again")
         if self.signal_name is None:
             self.signal_name, self._received_at = name, time.monotonic()
@@ -58,6 +63,12 @@ class StopRequest:
         elif LAUNCHED_VARIABLE not in os.environ or time.monotonic() - self._received_at > DUPLICATE_SIGNAL_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def _another_failed() -> bool:
+    """Whether a SIGTERM means that another process of this machine has failed, which has its own message."""
+    forwarded = os.environ.get(LAUNCHED_VARIABLE)
+    return forwarded is not None and not os.path.exists(forwarded)
 
 
 class PreemptionCallback(TrainerCallback):

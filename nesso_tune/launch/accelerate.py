@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from argparse import Namespace
 from contextlib import suppress
 from subprocess import CalledProcessError
@@ -43,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = arguments[1:] if arguments[:1] == ["launch"] else arguments  # the only supported command of accelerate
     logging.disable(logging.ERROR)  # of torch's launcher, in this process; errors are printed below
-    os.environ[LAUNCHED_VARIABLE] = "1"
+    os.environ[LAUNCHED_VARIABLE] = os.path.join(tempfile.mkdtemp(prefix="nesso-tune-"), "forwarded")
     accelerate.default_config_file = os.devnull  # ignore the user's configuration file
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # Slurm jobs ignore USR1: Slurm sends it to all processes
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     launcher.start()
     while launcher.is_alive():
         launcher.join(0.1)  # signal handlers run between the joins
+    shutil.rmtree(os.path.dirname(os.environ[LAUNCHED_VARIABLE]), ignore_errors=True)
     sys.exit(codes[0] if codes else 1)
 
 
@@ -84,6 +87,8 @@ def _forward(number: int, _: FrameType | None) -> None:
     processes = psutil.Process().children()
     if not processes:
         os._exit(128 + number)
+    with suppress(OSError):
+        open(os.environ[LAUNCHED_VARIABLE], "w").close()  # before the signal, whose handler looks for it
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGTERM if number == signal.SIGHUP else number)
@@ -110,8 +115,9 @@ def _wait_for_machines(arguments: Namespace) -> dist.Store | None:
 
 
 def _code(error: ChildFailedError) -> int:
-    """The exit code of a failed run: that of a process that exited, else 128 + the signal that killed one."""
-    codes = {rank: int(failure.exitcode) for rank, failure in sorted(error.failures.items())}
+    """The exit code of a failed run: of the first process that exited, else 128 + the signal that killed one."""
+    ended = sorted(error.failures.items(), key=lambda item: item[1].timestamp)  # ties are in torch's order of ends
+    codes = {rank: int(failure.exitcode) for rank, failure in ended}
     for rank, code in codes.items():
         if code < 0 and code != -signal.SIGTERM:  # the launcher terminates the remaining processes with it
             name = signal.Signals(-code).name
@@ -119,11 +125,11 @@ def _code(error: ChildFailedError) -> int:
                 f"rank {rank} on {socket.gethostname()}", f"was killed ({name})", HINTS.get(name, DEFAULT_HINT)
             )
             print_to_stderr(str(problem))
-    exited = [code for code in codes.values() if code > 0]
+    exited = [code for code in codes.values() if code > 0 and code != 128 + signal.SIGTERM]
     if Preempted.exit_code in exited:  # the others may have lost contact with a preempted process
         return Preempted.exit_code
-    killed = [-code for code in codes.values() if code < 0]
-    return exited[0] if exited else 128 + next((number for number in killed if number != signal.SIGTERM), killed[0])
+    killed = [-code for code in codes.values() if code < 0 and code != -signal.SIGTERM]
+    return exited[0] if exited else 128 + (killed[0] if killed else signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import ClusterSection, ContainerSection
 
 IMAGE_SUFFIXES = (".sif", ".sqsh", ".img")
+UNMOUNTABLE = {"pyxis": set(":,\r\n \t"), "apptainer": set(":,\r\n")}  # pyxis writes a line with blanks between
 SYSTEM_FOLDERS = ("/usr", "/bin", "/lib", "/lib64")  # an image has its own
 APPTAINER = """\
 CONTAINER_RUNTIME=$(command -v apptainer || command -v singularity || true)
@@ -68,7 +69,8 @@ def container_words(
     options = tuple(map(shlex.quote, container.options))
     environment = ("env", '"${ENVIRONMENT[@]}"')
     lines = ("ENVIRONMENT=(", *(f'  "{name}=${name}"' for name in variables), ")", f"MOUNTS={listed}")
-    image, workdir = shlex.quote(container.image), shlex.quote(folder)
+    image = os.path.abspath(container.image) if _is_file(container.image) else container.image
+    image, workdir = shlex.quote(image), shlex.quote(folder)
     if container.runtime == "pyxis":
         srun_options = (f"--container-image={image}", '--container-mounts="$MOUNTS"', f"--container-workdir={workdir}")
         return ContainerWords((*lines, PYXIS_AMD), (*srun_options, *options), environment)
@@ -93,18 +95,25 @@ def container_mounts(
     container = cluster.container
     if container is None:
         return ()
-    _check_image(container.image)
-    own = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
-    mounted = [Path(host) for host, target in (mount.split(":")[:2] for mount in own) if host == target]
-    needed = sorted({Path(os.path.abspath(path)) for path in _needed(names, recipes, cluster, caches)})
-    for path in needed:
-        if path == Path("/") or set(str(path)) & set(":,\r\n"):
+    _check_image(container)
+    mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in container.mounts]
+    same = [mount.split(":") for mount in mounts]  # as [HOST, CONTAINER] or [HOST, CONTAINER, "ro" or "rw"]
+    covered = {Path(words[0]): words[2:] != ["ro"] for words in same if words[0] == words[1]}  # folder: is it writable
+    written = {*map(Path, caches.values()), *(_run_folder(recipe) for recipe in recipes)}
+    needed = {Path(os.path.abspath(path)) for path in _needed(names, recipes, cluster, caches)}
+    for path in sorted(needed):
+        if path == Path("/") or set(str(path)) & UNMOUNTABLE[container.runtime]:
             what = f"{path} cannot be mounted in a container"
-            raise RecipeError("cluster.container", what, "move it to a folder whose name has no colon or comma")
-        if not any(path.is_relative_to(above) for above in mounted):
-            mounted.append(path)
-            own.append(f"{path}:{path}")
-    return tuple(own)
+            raise RecipeError("cluster.container", what, "move it to a folder whose name has no colon, comma or blank")
+        above = [folder for folder in covered if path.is_relative_to(folder)]
+        is_writable = bool(above) and covered[max(above)]  # the deepest one
+        if path in written and above and not is_writable and path in covered:
+            what = f"mounts {path} read-only, and the run writes in it"
+            raise RecipeError("cluster.container.mounts", what, "remove :ro")
+        if not above or (path in written and not is_writable):
+            covered[path] = True
+            mounts.append(f"{path}:{path}")
+    return tuple(mounts)
 
 
 def cache_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -121,11 +130,19 @@ def cache_variables(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: os.path.abspath(os.path.expanduser(path)) for name, path in found.items()}
 
 
-def _check_image(image: str) -> None:
-    """Raises RecipeError if an image that is a file does not exist. Names in a registry are not looked up."""
-    is_file = image.startswith(("/", "./", "../")) or (image.endswith(IMAGE_SUFFIXES) and ":" not in image)
-    if is_file and not Path(image).exists():
-        raise RecipeError("cluster.container.image", f"{image} does not exist", "correct the path, or pull the image")
+def _is_file(image: str) -> bool:
+    """Whether an image is a file or a folder, not a name in a registry."""
+    return image.startswith(("/", "./", "../")) or (image.endswith(IMAGE_SUFFIXES) and ":" not in image)
+
+
+def _check_image(container: ContainerSection) -> None:
+    """Raises RecipeError if an image that is a file does not exist, or is one of another runtime."""
+    image, where = container.image, "cluster.container.image"
+    if _is_file(image) and not Path(image).exists():
+        raise RecipeError(where, f"{image} does not exist", "correct the path, or pull the image")
+    if container.runtime == "pyxis" and image.endswith(".sif"):
+        remedy = "set cluster.container.runtime: apptainer, or import the image with enroot (.sqsh)"
+        raise RecipeError(where, f"{image} is an image of Apptainer, and the runtime is pyxis", remedy)
 
 
 def _needed(
@@ -136,17 +153,22 @@ def _needed(
     yield from map(Path, caches.values())
     for name, recipe in zip(names, recipes, strict=True):
         yield from _folders(find_recipe(name))
-        yield from _folders(Path(recipe.output_dir).parent)  # the run directory may not exist yet, and can be renamed
+        yield from _folders(_run_folder(recipe))
         yield from _base_folders(recipe.model.base)
         for _, path in input_paths(recipe):
             yield from _input_folders(path)
     yield from _code_folders(cluster)
 
 
+def _run_folder(recipe: Recipe) -> Path:
+    """The folder of the run directory, which may not exist yet, and can be renamed."""
+    return Path(os.path.abspath(recipe.output_dir)).parent
+
+
 def _base_folders(base: str) -> Iterator[Path]:
     if local_path(base).exists():
         yield from _folders(local_path(base))
-        yield from (file.resolve().parent for file in local_path(base).iterdir() if file.is_symlink())
+        yield from (folder for file in local_path(base).iterdir() if file.is_symlink() for folder in _folders(file))
     elif is_run_output(base):
         yield Path(base).parent.parent  # of the run that creates it
 
@@ -159,7 +181,7 @@ def _input_folders(path: str) -> Iterator[Path]:
     else:
         yield from _folders(root)
     if root.is_dir() or (is_glob(path) and not root.exists()):
-        yield from {file.resolve().parent for file in expand(path)}
+        yield from {folder for file in expand(path) for folder in _folders(file)}
 
 
 def _code_folders(cluster: ClusterSection) -> Iterator[Path]:
@@ -168,18 +190,20 @@ def _code_folders(cluster: ClusterSection) -> Iterator[Path]:
         yield PACKAGE.parent
     python = Path(cluster.python)
     if python.is_absolute() and python.exists():
-        yield from (prefix for file in (python, python.resolve()) if not _of_system(prefix := file.parent.parent))
+        yield from (folder for part in _folders(python) if not _of_system(folder := part.parent))  # of PREFIX/bin
     yield from (Path(path) for path in cluster.env.get("PYTHONPATH", "").split(":") if path and Path(path).is_dir())
 
 
 def _of_system(folder: Path) -> bool:
-    return folder == Path("/") or str(folder).startswith(SYSTEM_FOLDERS)
+    return folder == Path("/") or any(folder.is_relative_to(system) for system in SYSTEM_FOLDERS)
 
 
 def _folders(path: Path) -> Iterator[Path]:
-    """A folder, or the folder of a file; and that of what a link points to."""
-    absolute = Path(os.path.abspath(path))
-    yield absolute.parent if absolute.is_file() else absolute
-    resolved = absolute.resolve()
-    if resolved != absolute:
-        yield resolved.parent if resolved.is_file() else resolved
+    """A folder, or the folder of a file; and those of the links that it leads through, one after the other."""
+    at, seen = Path(os.path.abspath(path)), set[Path]()
+    while at not in seen:
+        seen.add(at)
+        yield at.parent if at.is_file() else at
+        link = next((part for part in (*reversed(at.parents), at) if part.is_symlink()), None)
+        if link is not None:
+            at = Path(os.path.normpath(link.parent / os.readlink(link) / at.relative_to(link)))

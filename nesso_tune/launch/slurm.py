@@ -35,6 +35,7 @@ DEFAULT_VARIABLES = {
     BINDING_VARIABLE: "1",
 }
 POINT = "--point"  # option of `sweep`: the combination that one task of an array trains
+MAX_IDLE_STARTS = 3  # without a new checkpoint, before a job is not queued again
 NODE_ANSWERS_S = 60  # for a node to start an empty step
 # Exit codes after which the job asks whether a node is lost: of the environment, and of srun or a signal
 LOST_NODE_CODES = f"{RunEnvironmentError.exit_code} | 1 | 1[2-9]?"
@@ -78,7 +79,7 @@ class Job:
         own = {"HF_HUB_OFFLINE": "1"} if self.cluster.offline else {}
         own["OMP_NUM_THREADS"] = str(self.cluster.prepare.cpus) if self.kind == "prepare" else "$CPUS_PER_GPU"
         used = {STAMP_VARIABLE: "1"} if self.kind == "prepare" else DEFAULT_VARIABLES
-        defaults = {name: f'"${{{name}:-{value}}}"' for name, value in used.items()}
+        defaults = {name: f'"${{{name}-{value}}}"' for name, value in used.items()}  # an empty value stays empty
         caches = {name: shlex.quote(value) for name, value in self.caches.items()}
         user = {name: shlex.quote(value) for name, value in self.cluster.env.items()}
         return {**defaults, **caches, **user, **own}
@@ -98,7 +99,8 @@ def sbatch_text(job: Job) -> str:
         f"cd {shlex.quote(job.folder)}",
         f"mkdir -p {shlex.join(_written_folders(job))}",
         *([] if job.kind == "prepare" else [f"BESIDE_RUN={shlex.quote(str(job.run_dirs[0]))}"]),
-        *_setup(job.cluster),
+        "unset SLURM_EXPORT_ENV  # where jobs start without an environment, srun would not pass this one on",
+        *_setup(job),
         *(f"export {name}={value}" for name, value in job.variables.items()),
     ]
     lines += _prepare_lines(job, words) if job.kind == "prepare" else _run_lines(job, words)
@@ -182,15 +184,16 @@ def _sizes(job: Job) -> list[str]:
     ]
 
 
-def _setup(cluster: ClusterSection) -> list[str]:
-    """Modules and lines of the site, which may read variables that are not set."""
+def _setup(job: Job) -> list[str]:
+    """Modules and lines of the site, which may read variables that are not set and change the folder."""
+    cluster = job.cluster
     if not cluster.modules and not cluster.setup:
         return []
     lines = ["set +u"]
-    if cluster.modules:  # a job is not a login shell
-        lines += ["type module > /dev/null 2>&1 || . /etc/profile"]
+    if cluster.modules:  # a job is not a login shell, and commands of a profile may fail
+        lines += ["type module > /dev/null 2>&1 || { set +e; . /etc/profile; set -e; }"]
     lines += [f"module load {shlex.quote(module)}" for module in cluster.modules]
-    return [*lines, *cluster.setup, "set -u"]
+    return [*lines, *cluster.setup, "set -u", *([f"cd {shlex.quote(job.folder)}"] if cluster.setup else [])]
 
 
 def _run_lines(job: Job, words: ContainerWords) -> list[str]:
@@ -205,6 +208,7 @@ def _run_lines(job: Job, words: ContainerWords) -> list[str]:
         f"trap 'rm -f \"${EXIT_FILE}\"' EXIT",
         f"export MAIN_ADDRESS MAIN_PORT {EXIT_FILE}",
         *words.lines,
+        *(_saved_lines(job) if job.kind == "train" else []),
         "",
         "code=0",
         f"{_srun(job, words)} bash -c {shlex.quote(_node_command(job))} || code=$?",
@@ -214,15 +218,39 @@ def _run_lines(job: Job, words: ContainerWords) -> list[str]:
     ]
 
 
+def _saved_lines(job: Job) -> list[str]:
+    """Defines the function that lists what the runs have saved, and calls it before they start."""
+    runs = [job.run_dirs[0].with_name("*")] if job.array else job.run_dirs  # of an array: the runs of all its tasks
+    patterns = " ".join(f"{shlex.quote(str(run.parent))}/{run.name if job.array else shlex.quote(run.name)}/{what}"
+                        for run in runs for what in ("checkpoint-*", "final"))  # fmt: skip
+    return [
+        f"saved() {{ ls -d {patterns} 2> /dev/null || true; }}",
+        "SAVED=$(saved)",
+        "IDLE=$BESIDE_RUN.idle-$SLURM_JOB_ID",
+    ]
+
+
 def _requeue_lines(job: Job) -> list[str]:
-    """Queues the job again if the run was preempted with a checkpoint, or if a node does not start a step any more."""
+    """Queues the job again if the run was preempted, or if a node does not start a step any more.
+
+    A job that saves nothing in several starts, one after the other, would be queued again without end.
+    """
     # the id of one task of an array is also that of the array, and would queue all its tasks again
     own = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" if job.array else "$SLURM_JOB_ID"
-    empty_step = f'timeout {NODE_ANSWERS_S} srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true'
+    options = "".join(f" {shlex.quote(option)}" for option in job.cluster.srun_options)
+    empty_step = f'timeout {NODE_ANSWERS_S} srun --overlap --nodes=1 --ntasks=1 --nodelist="$node"{options} true'
     return [
         'case "$code" in',
-        f"  {Preempted.exit_code})  # preempted with a checkpoint: continue in a new job",
-        f'    scontrol requeue "{own}" ;;',
+        '  0) rm -f "$IDLE" ;;',
+        f"  {Preempted.exit_code})  # preempted: continue in a new job",
+        '    if [ "$(saved)" = "$SAVED" ]; then echo idle >> "$IDLE"; else rm -f "$IDLE"; fi',
+        f'    if [ -f "$IDLE" ] && [ "$(wc -l < "$IDLE")" -ge {MAX_IDLE_STARTS} ]; then',
+        f'      echo "$(date -u +%FT%TZ) $(hostname): stopped {MAX_IDLE_STARTS} times without a new checkpoint; '
+        'this job is not queued again: raise cluster.time, or lower cluster.save_before_s" >&2',
+        '      rm -f "$IDLE"',
+        "    else",
+        f'      scontrol requeue "{own}"',
+        "    fi ;;",
         f"  {LOST_NODE_CODES})",
         "    answered=0 lost=",
         "    for node in $NODE_NAMES; do",

@@ -33,7 +33,7 @@ def cluster(runtime, **container):
 def spread(tmp_path):
     """A recipe, as (path, loaded), whose inputs lie in folders of their own."""
     folders = ("recipe", "one", "several", "whole", "linked", "reader", "tools", "template", "held", "texts", "base")
-    for name in folders:
+    for name in (*folders, "between", "gate"):
         (tmp_path / name).mkdir()
     for file in (
         "one/a.jsonl",
@@ -45,7 +45,9 @@ def spread(tmp_path):
     ):
         (tmp_path / file).write_text(ROWS)
     (tmp_path / "linked" / "far.jsonl").write_text(ROWS)
-    (tmp_path / "whole" / "link.jsonl").symlink_to(tmp_path / "linked" / "far.jsonl")
+    (tmp_path / "between" / "near.jsonl").symlink_to(tmp_path / "linked" / "far.jsonl")
+    (tmp_path / "whole" / "link.jsonl").symlink_to(tmp_path / "between" / "near.jsonl")
+    shutil.copy(ROOT / "data_templates" / "gates" / "default.yaml", tmp_path / "gate" / "own.yaml")
     (tmp_path / "reader" / "mine.py").write_text("def read(row):\n    return row\n")
     (tmp_path / "tools" / "tools.json").write_text("[]")
     shutil.copy(ROOT / "data_templates" / "chat" / "chatml.yaml", tmp_path / "template" / "own.yaml")
@@ -59,6 +61,7 @@ def spread(tmp_path):
     some = recipe(
         "sft", tmp_path / "runs" / "a" / "sft", [], model={"base": str(tmp_path / "base")},
         chat={"template": str(tmp_path / "template" / "own.yaml")},
+        evaluation={"gate": str(tmp_path / "gate" / "own.yaml")},
         data={"sources": sources, "validation_sources": [{"path": str(tmp_path / "held" / "h.jsonl")}],
               "validation_size": 0, "clean": {"decontaminate": {"files": [str(tmp_path / "texts" / "t.jsonl")]}}},
     )  # fmt: skip
@@ -75,8 +78,9 @@ def test_mounts_cover_every_path_of_the_recipe(spread, tmp_path, monkeypatch):
     assert mounts[:2] == ("/scratch:/scratch", "/a:/b:ro")
     hosts = [Path(host) for host, target, *_ in (mount.split(":") for mount in mounts) if host == target]
     named = [file for _, file in input_paths(some)]
-    assert len(named) == 8
+    assert len(named) == 9
     named += [path, some.output_dir, some.model.base, Path.cwd(), tmp_path / "linked" / "far.jsonl"]
+    named += [tmp_path / "between" / "near.jsonl"]  # a link on the way to it
     named += [ROOT / "nesso_tune", *caches.values()]
     assert {Path(file) for file in named if not any(Path(file).is_relative_to(host) for host in hosts)} == set()
     assert not any(tmp_path.is_relative_to(host) for host in hosts), "no more than needed"
@@ -85,12 +89,36 @@ def test_mounts_cover_every_path_of_the_recipe(spread, tmp_path, monkeypatch):
     assert container_mounts([path], [some], covered, caches)[1:] == (f"{ROOT}:{ROOT}",)
 
 
+def test_what_a_run_writes_is_not_mounted_read_only(spread, tmp_path):
+    path, some = spread
+    above = f"{tmp_path}:{tmp_path}:ro"
+    caches = {"HF_HOME": str(tmp_path / "hf")}
+    mounts = container_mounts([path], [some], cluster("apptainer", mounts=[above]), caches)
+    written = [f"{folder}:{folder}" for folder in (tmp_path / "hf", tmp_path / "runs" / "a")]
+    assert [mount for mount in mounts if str(tmp_path) in mount] == [above, *written]
+    exactly = cluster("apptainer", mounts=[f"{tmp_path}/runs/a:{tmp_path}/runs/a:ro"])
+    with pytest.raises(RecipeError, match=r"cluster.container.mounts: mounts \S*/runs/a read-only, and the run writes"):
+        container_mounts([path], [some], exactly, caches)
+
+
 def test_paths_and_images_that_cannot_be_used(spread, tmp_path):
     path, some = spread
     with pytest.raises(RecipeError, match=r"a,b cannot be mounted in a container"):
         container_mounts([path], [some], cluster("pyxis"), {"HF_HOME": str(tmp_path / "a,b")})
     with pytest.raises(RecipeError, match=r"cluster.container.image: \S*/no.sif does not exist"):
         container_mounts([path], [some], cluster("apptainer", image=f"{tmp_path}/no.sif"), {})
+    (tmp_path / "a.sif").touch()
+    with pytest.raises(RecipeError, match=r"a.sif is an image of Apptainer, and the runtime is pyxis; set "):
+        container_mounts([path], [some], cluster("pyxis", image=f"{tmp_path}/a.sif"), {})
+    with pytest.raises(RecipeError, match=r"a b cannot be mounted in a container"):
+        container_mounts([path], [some], cluster("pyxis"), {"HF_HOME": str(tmp_path / "a b")})
+
+
+def test_an_image_that_is_a_file_has_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    section = {"container": {"image": "images/nesso.sqsh", "runtime": "pyxis"}}
+    job = Job("x", Machines(), ClusterSection.model_validate(section), [["train", "r.yaml"]], "/", [tmp_path / "run"])
+    assert f" --container-image={tmp_path}/images/nesso.sqsh " in sbatch_text(job)
 
 
 def test_a_base_that_an_earlier_run_creates_is_mounted(spread, tmp_path):
@@ -188,19 +216,33 @@ def run_job(folder, container, python, arguments):
     return subprocess.run(["bash"], input=sbatch_text(job), capture_output=True, text=True, env=environment, cwd=folder)
 
 
+def preempted_after(folder, command):
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\n{command}; echo 75 > "$NESSO_TUNE_EXIT_FILE"; exit 1\n')
+    python.chmod(0o755)
+    return python
+
+
 @pytest.mark.parametrize("container", [None, {"image": "image.sif", "runtime": "apptainer"}])
 def test_a_saved_run_is_queued_again_though_tmp_is_private(container, outside):
-    """The stand-in for python records 75 as rank 0 does, in the file that the job names."""
-    (python := outside / "python").write_text(
-        '#!/bin/sh\necho 75 > "$NESSO_TUNE_EXIT_FILE"; touch /tmp/inside; exit 1\n'
-    )
-    python.chmod(0o755)
+    """The stand-in for python records 75 as a rank does, in the file that the job names, and saves a checkpoint."""
+    python = preempted_after(outside, "mkdir -p runs/sft/checkpoint-5; touch /tmp/inside")
     done = run_job(outside, container, python, ["train", "r.yaml"])
     assert done.returncode == 75, done.stderr
     assert "requeue 7" in (outside / "calls").read_text()
     assert (outside / "in-container").exists() is (container is not None)
-    assert [*(outside / "runs").iterdir()] == [], "the file is removed"
+    assert [file.name for file in (outside / "runs").iterdir()] == ["sft"], "the file is removed"
     assert not Path("/tmp/inside").exists()
+
+
+def test_a_job_that_saves_nothing_is_not_queued_again_without_end(outside):
+    python = preempted_after(outside, "true")
+    for start in (1, 2, 3):
+        done = run_job(outside, None, python, ["train", "r.yaml"])
+        assert done.returncode == 75
+        assert (outside / "calls").read_text().count("requeue 7") == min(start, 2)
+        assert ("stopped 3 times without a new checkpoint; this job is not queued again" in done.stderr) is (start == 3)
+    assert [*(outside / "runs").iterdir()] == []
 
 
 @thorough  # two processes that load torch

@@ -113,7 +113,10 @@ def test_the_cluster_section_and_flags_over_it(launch, tmp_path, talks):
     check_consistent(text, 2, 4, 8)
     said = options(text)
     assert (said["partition"], said["account"], said["time"]) == ("boost", "nesso", "1:00:00")
-    assert "set +u\ntype module > /dev/null 2>&1 || . /etc/profile\nmodule load cuda/12\nset -u\n" in text
+    assert (
+        "set +u\ntype module > /dev/null 2>&1 || { set +e; . /etc/profile; set -e; }\nmodule load cuda/12\nset -u\n"
+        in text
+    )
     assert "\nexport NCCL_DEBUG=INFO\n" in text
     assert "\nexport HF_HUB_OFFLINE=1\n" in text
     assert "#SBATCH --exclusive\n" in text
