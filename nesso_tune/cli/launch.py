@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -32,11 +34,12 @@ from nesso_tune.errors import Problem, RecipeError, RunEnvironmentError
 from nesso_tune.hub import has_weights, local_base_folder
 from nesso_tune.launch.command import Machines, local_command, train_arguments, verb_arguments
 from nesso_tune.launch.container import cache_variables, container_mounts
-from nesso_tune.launch.slurm import Job, JobKind, chain_commands, sbatch_text, submit_chain
+from nesso_tune.launch.slurm import Job, JobKind, chain_commands, is_job_file, sbatch_text, submit_chain
 from nesso_tune.logs import output_flags, print_lines, print_text
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import flag_path, is_run_output
+from nesso_tune.recipes.cluster_rules import SLURM_TIMES, slurm_seconds
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 
@@ -100,6 +103,8 @@ def launch(
     groups = group_recipes(names, loaded, words, nodes, gpus_per_node, is_doctor)
     check_folders(names, loaded)
     check_flags(loaded, resume, allow_changes)
+    if is_doctor:
+        _check_doctor(resume, overwrite, allow_changes, verify, prepare)
     flags = [*_flags(resume, overwrite, allow_changes, verify), *output_flags()]
     if slurm is None:
         machines = Machines(1, gpus_per_node or _count_gpus())
@@ -108,7 +113,7 @@ def launch(
         arguments = _doctor_arguments(loaded) if is_doctor else train_arguments(names, settings, flags)
         _start_here(local_command(machines, arguments), show)
         return
-    _check_job(overwrite, resume, prepare and is_doctor)
+    _check_job(overwrite, resume)
     if is_doctor:
         jobs = [make_job(DOCTOR, groups[0], [_doctor_arguments(loaded)], DOCTOR)]
     else:
@@ -116,7 +121,7 @@ def launch(
             check_plans(group.recipes, group.machines)
         jobs = [_train_job(group, settings, allow_changes, verify) for group in groups]
         if prepare:
-            jobs = [*prepare_jobs(groups[0], names, loaded, settings), *jobs]
+            jobs = [*prepare_jobs(groups, settings), *jobs]
     if not show and not is_doctor:
         check_start(groups, loaded)
     write_jobs(jobs, slurm, show, submit)
@@ -148,6 +153,8 @@ def group_recipes(
         if value is not None and not re.fullmatch(SLURM_WORD, value):
             raise RecipeError(f"--{name}", f"must be one word without quotes or #, not {value!r}", "correct it")
     given = {name: value for name, value in flags.items() if value is not None}
+    if "time" in given and slurm_seconds(given["time"]) is None:
+        raise RecipeError("--time", f"{given['time']} is not a time of Slurm", SLURM_TIMES)
     section = next((recipe.cluster for recipe in recipes if recipe.cluster is not None), ClusterSection())
     groups: list[JobRecipes] = []
     for name, recipe in zip(names, recipes, strict=True):
@@ -170,16 +177,27 @@ def _train_job(group: JobRecipes, settings: list[str], allow_changes: str, verif
     return make_job(Path(group.names[0]).stem, group, [arguments], "train")
 
 
-def prepare_jobs(group: JobRecipes, names: list[str], recipes: list[Recipe], settings: list[str]) -> list[Job]:
-    """The CPU job that prepares the data of all recipes whose base exists: the others need its tokenizer."""
-    outputs = {(Path(recipe.output_dir) / "final").resolve() for recipe in recipes}
-    ready = [(name, recipe) for name, recipe in zip(names, recipes, strict=True)
-             if Path(recipe.model.base).resolve() not in outputs]  # fmt: skip
-    for name in sorted({*names} - {name for name, _ in ready}):
-        print_lines(f"{name}: its own job prepares its data, because the base is the model of an earlier recipe")
+def prepare_jobs(groups: Sequence[JobRecipes], settings: list[str]) -> list[Job]:
+    """The CPU job that prepares the data of all recipes but those whose base does not exist (its tokenizer is needed),
+    and those with other caches or another Python than the first.
+    """
+    first = groups[0].cluster
+    outputs = {(Path(recipe.output_dir) / "final").resolve() for group in groups for recipe in group.recipes}
+    ready: list[tuple[str, Recipe]] = []
+    for group in groups:
+        for name, recipe in zip(group.names, group.recipes, strict=True):
+            reason = ""
+            if Path(recipe.model.base).resolve() in outputs:
+                reason = "the base is the model of an earlier recipe"
+            elif any(getattr(group.cluster, key) != getattr(first, key) for key in ("env", "python", "container")):
+                reason = "cluster.env, python or container are not those of the first recipe"
+            if reason:
+                print_lines(f"{name}: its own job prepares its data, because {reason}")
+            else:
+                ready.append((name, recipe))
     if not ready:
         return []
-    of_job = JobRecipes([name for name, _ in ready], [recipe for _, recipe in ready], group.cluster, Machines())
+    of_job = JobRecipes([name for name, _ in ready], [recipe for _, recipe in ready], first, Machines())
     steps = [verb_arguments("prepare", [name], settings_of([name], settings)) for name in of_job.names]
     return [make_job("prepare", of_job, steps, "prepare")]
 
@@ -203,7 +221,8 @@ def write_jobs(jobs: list[Job], file: Path, show: bool, submit: bool) -> None:
     """Writes one sbatch file for each job, or prints them; `submit` also submits them as a chain.
 
     Raises:
-        RecipeError: if they are to be submitted and only printed.
+        RecipeError: if they are to be submitted and only printed, if a file exists that is none of ours, or if
+            `cluster.setup` is not valid bash.
         RunEnvironmentError: as `submit_chain`.
     """
     if submit and show:
@@ -212,12 +231,19 @@ def write_jobs(jobs: list[Job], file: Path, show: bool, submit: bool) -> None:
     files = [file] if len(jobs) == 1 else [
         file.with_name(f"{stem}-{i}-{job.name}{suffix}") for i, job in enumerate(jobs, 1)
     ]  # fmt: skip
-    for path, job in zip(files, jobs, strict=True):
+    texts = [sbatch_text(job) for job in jobs]
+    for path, job, text in zip(files, jobs, texts, strict=True):
+        _check_setup(job, text)
+        if not show and path.exists() and not is_job_file(path):
+            raise RecipeError(
+                "--slurm", f"{path} exists and is no job of nesso-tune", "name another file, or remove it"
+            )
+    for path, job, text in zip(files, jobs, texts, strict=True):
         if show:
-            print_text(("" if len(jobs) == 1 else f"# {path}\n") + sbatch_text(job))
+            print_text(("" if len(jobs) == 1 else f"# {path}\n") + text)
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(sbatch_text(job), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
         size = f"{job.machines.nodes} nodes x {job.machines.gpus_per_node} GPUs = {job.machines.processes} processes"
         tasks = f"{job.array} tasks, each on " if job.array else ""
         print_lines(f"{path}: {tasks}{f'{job.cluster.prepare.cpus} CPUs' if job.kind == 'prepare' else size}")
@@ -228,8 +254,27 @@ def write_jobs(jobs: list[Job], file: Path, show: bool, submit: bool) -> None:
         print_lines(f"next: {first}", *(f"      {command}" for command in rest))
 
 
-def _check_job(overwrite: bool, resume: str, prepare_doctor: bool) -> None:
-    """Raises RecipeError for flags that would do harm when the job is requeued, or that have no effect."""
+def _check_setup(job: Job, text: str) -> None:
+    """Raises RecipeError if the lines of `cluster.setup` break the job script."""
+    bash = shutil.which("bash")
+    if bash is None or not job.cluster.setup:
+        return
+    done = subprocess.run([bash, "-n"], input=text, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fault = done.stderr.strip().splitlines()[0].partition(": ")[2]
+        raise RecipeError("cluster.setup", f"is not valid bash ({fault})", "correct it")
+
+
+def _check_doctor(resume: str, overwrite: bool, allow_changes: str, verify: str, prepare: bool) -> None:
+    """Raises RecipeError for an option of training."""
+    given = {"--resume": resume != "auto", "--overwrite": overwrite, "--allow-changes": bool(allow_changes),
+             "--verify": verify != "sample", "--prepare": prepare}  # fmt: skip
+    for option in (name for name, is_given in given.items() if is_given):
+        raise RecipeError(option, "has no effect with `doctor`, which trains nothing", "remove it")
+
+
+def _check_job(overwrite: bool, resume: str) -> None:
+    """Raises RecipeError for flags that would do harm when the job is requeued."""
     if overwrite:
         raise RecipeError(
             "--overwrite", "would remove the checkpoints of the job itself", "remove the run directory by hand"
@@ -238,17 +283,18 @@ def _check_job(overwrite: bool, resume: str, prepare_doctor: bool) -> None:
         raise RecipeError(
             "--resume", "would discard or reject the checkpoints of the job itself", "omit it: the job resumes"
         )
-    if prepare_doctor:
-        raise RecipeError("--prepare", "has no effect with `doctor`, which reads no data", "remove it")
 
 
 def check_start(groups: list[JobRecipes], loaded: list[Recipe]) -> None:
     """Checks bases, data and caches of all jobs before one of them waits in the queue."""
     given = groups[0].cluster.env
     caches = cache_variables({**os.environ, **given})
+    for group in groups:
+        if group.cluster.offline and cache_variables({**os.environ, **group.cluster.env}) != caches:
+            print_lines(f"{', '.join(group.names)}: not looked for in its caches, which are not those of the first job")
     os.environ.update({name: path for name, path in caches.items() if name in given})  # the hub's libraries read them
     for group in groups:
-        if group.cluster.offline:
+        if group.cluster.offline and cache_variables({**os.environ, **group.cluster.env}) == caches:
             _check_cached(group.names, group.recipes)
     check_bases(loaded)
     for group in groups:

@@ -149,7 +149,7 @@ def sweep(
         flags += [word for text in (*grid, *more) for word in (GRID, text)]
         group = _group(recipe, points)
         check_plans(recipes, group.machines)
-        jobs = prepare_jobs(group, [recipe], [base], settings) if prepare else []
+        jobs = prepare_jobs([replace(group, names=[recipe], recipes=[base])], settings) if prepare else []
         jobs += [_array_job(group, verb_arguments("sweep", [recipe], settings, flags), parallel or 0)]
         if not show:
             check_start([group], recipes)

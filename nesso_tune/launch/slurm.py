@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +36,7 @@ DEFAULT_VARIABLES = {
     BINDING_VARIABLE: "1",
 }
 POINT = "--point"  # option of `sweep`: the combination that one task of an array trains
+FIRST_LINES = ("#!/bin/bash", "# Written by nesso-tune. To change a number, write the file again.")
 MAX_IDLE_STARTS = 3  # without a new checkpoint, before a job is not queued again
 NODE_ANSWERS_S = 60  # for a node to start an empty step
 # Exit codes after which the job asks whether a node is lost: of the environment, and of srun or a signal
@@ -89,8 +91,7 @@ def sbatch_text(job: Job) -> str:
     """The text of an sbatch file."""
     words = container_words(job.cluster.container, job.mounts, job.folder, _passed_on(job))
     lines = [
-        "#!/bin/bash",
-        "# Written by nesso-tune. To change a number, write the file again.",
+        *FIRST_LINES,
         "# shellcheck disable=SC1090,SC1091,SC2016  # files of the site, and variables that the nodes expand",
         *(f"#SBATCH {option}" for option in _options(job)),
         "",
@@ -105,6 +106,15 @@ def sbatch_text(job: Job) -> str:
     ]
     lines += _prepare_lines(job, words) if job.kind == "prepare" else _run_lines(job, words)
     return "\n".join([*lines, ""])
+
+
+def is_job_file(file: Path) -> bool:
+    """Whether a file is a job that `sbatch_text` made."""
+    try:
+        with file.open(encoding="utf-8") as stream:
+            return [line.rstrip("\n") for line in islice(stream, len(FIRST_LINES))] == list(FIRST_LINES)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def submit_chain(files: Sequence[Path]) -> list[str]:

@@ -21,6 +21,7 @@ from nesso_tune.metric_registry import (
     suggest_metric,
 )
 from nesso_tune.recipes.builtin import SOURCE_SEPARATOR
+from nesso_tune.recipes.cluster_rules import CLUSTER_RULES
 from nesso_tune.recipes.data_rules import (
     DATA_RULES,
     Finding,
@@ -30,44 +31,11 @@ from nesso_tune.recipes.data_rules import (
     unknown_source,
     unknown_template,
 )
-from nesso_tune.recipes.secrets import find_secrets, is_secret_name
+from nesso_tune.recipes.secrets import find_secrets
 from nesso_tune.recipes.yaml_source import KeyPath
 
 SMOOTHED_LOSSES = ("robust", "exo_pair", "aot", "aot_unpaired")
 SORTED_LOSSES = ("aot", "aot_unpaired")  # over the sorted log-ratios of a batch: not a mean over pairs
-# sbatch options and variables that `launch` sets from the recipe: setting them again could conflict.
-_USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process per GPU"
-RESERVED_JOB_OPTIONS = {
-    **dict.fromkeys(("nodes", "ntasks", "ntasks-per-node", "ntasks-per-gpu", "ntasks-per-core", "ntasks-per-socket",
-                     "gpus", "gpus-per-node", "gpus-per-task", "gpus-per-socket", "gres"), _USE_CLUSTER_KEYS),
-    **dict.fromkeys(("cpus-per-task", "cpus-per-gpu"), "use cluster.cpus_per_gpu"),
-    "time": "use cluster.time", "partition": "use cluster.partition", "account": "use cluster.account",
-    "signal": "use cluster.save_before_s",
-    **dict.fromkeys(("requeue", "no-requeue", "open-mode", "job-name", "wrap", "chdir"), "remove it"),
-    "array": "remove it: its jobs would all write into one run directory",
-    "export": "use cluster.env", "dependency": "`launch` chains the jobs of several recipes",
-}  # fmt: skip
-RESERVED_STEP_OPTIONS = {
-    **{name: remedy for name, remedy in RESERVED_JOB_OPTIONS.items() if name not in ("requeue", "signal", "array")},
-    **dict.fromkeys(("container-image", "container-mounts", "container-workdir", "container-name"),
-                    "use cluster.container"),
-    **dict.fromkeys(("kill-on-bad-exit", "label", "output", "error"), "remove it"),
-}  # fmt: skip
-# Options of container runtimes: those that `launch` writes, and those that keep the variables of the job out.
-RESERVED_CONTAINER_OPTIONS = {
-    **dict.fromkeys(("--bind", "-B", "--mount", "--container-mounts"), "use cluster.container.mounts"),
-    **dict.fromkeys(("--nv", "--rocm", "--pwd", "--cwd", "--container-workdir", "--container-image"), "remove it"),
-    **dict.fromkeys(("--cleanenv", "-e", "--containall", "-C"), "remove it: the run needs the variables of Slurm"),
-}  # fmt: skip
-CONTAINER_RUNTIMES = ("apptainer", "singularity", "srun", "docker", "podman", "enroot")
-RESERVED_JOB_VARIABLES = {
-    "OMP_NUM_THREADS": "use cluster.cpus_per_gpu", "HF_HUB_OFFLINE": "use cluster.offline",
-    "CUDA_VISIBLE_DEVICES": "use cluster.gpus_per_node",
-    **dict.fromkeys(("MAIN_ADDRESS", "MAIN_PORT", "NODES", "GPUS_PER_NODE", "CPUS_PER_GPU", "WORLD_SIZE", "RANK",
-                     "MASTER_ADDR", "MASTER_PORT", "NESSO_TUNE_EXIT_FILE", "BESIDE_RUN", "MOUNTS", "GPU_OPTION",
-                     "CONTAINER_RUNTIME", "code", "lost", "answered", "node"), "remove it"),
-}  # fmt: skip
-RESERVED_VARIABLE_PREFIXES = ("SLURM_", "ACCELERATE_", "FSDP_", "TORCHELASTIC_", "LOCAL_")
 # Keys of config.json that `model.overrides` must not change.
 _OTHER_BASE = "remove it, or use a base with this value"
 FIXED_CONFIG_KEYS = {
@@ -275,46 +243,6 @@ def _distributed(raw: Raw) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _cluster(raw: Raw) -> Iterator[Finding]:
-    env, python = get(raw, "cluster", "env"), get(raw, "cluster", "python")
-    lists = ((("extra",), RESERVED_JOB_OPTIONS), (("prepare", "extra"), RESERVED_JOB_OPTIONS),
-             (("srun_options",), RESERVED_STEP_OPTIONS))  # fmt: skip
-    for key, reserved_options in lists:
-        options = get(raw, "cluster", *key)
-        for i, option in enumerate(options if isinstance(options, (list, tuple)) else ()):
-            name = str(option).removeprefix("--").split("=")[0]
-            # sbatch accepts abbreviated options
-            reserved = next((full for full in reserved_options if name and full.startswith(name)), None)
-            if reserved is not None:
-                yield Finding(("cluster", *key, i), f"--{reserved} is set by other keys", reserved_options[reserved])
-    for name, value in env.items() if isinstance(env, Mapping) else ():
-        if name in RESERVED_JOB_VARIABLES or str(name).startswith(RESERVED_VARIABLE_PREFIXES):
-            remedy = RESERVED_JOB_VARIABLES.get(name, "remove it")
-            yield Finding(("cluster", "env", name), "is set by the job itself", remedy)
-        elif is_secret_name(str(name), str(value)):
-            remedy = "export it where you call `launch`: jobs inherit that environment"
-            yield Finding(("cluster", "env", name), "is a secret, and would be written to the job file", remedy)
-    if isinstance(python, str) and python.startswith(("~", "$")):
-        yield Finding(("cluster", "python"), f"{python} is not expanded", "write the path")
-    if isinstance(python, str) and python.split(" ")[0].rsplit("/", 1)[-1] in CONTAINER_RUNTIMES:
-        yield Finding(("cluster", "python"), "is the path of an interpreter, not a command", "use cluster.container")
-
-
-def _container(raw: Raw) -> Iterator[Finding]:
-    container, options = get(raw, "cluster", "container"), get(raw, "cluster", "container", "options")
-    at: KeyPath = ("cluster", "container")
-    at, image = (at, container) if isinstance(container, str) else ((*at, "image"), get(container, "image"))
-    for i, option in enumerate(options if isinstance(options, (list, tuple)) else ()):
-        name = str(option).split("=")[0].split(" ")[0]
-        if name in RESERVED_CONTAINER_OPTIONS:
-            path: KeyPath = ("cluster", "container", "options", i)
-            yield Finding(path, f"{name} is set by other keys", RESERVED_CONTAINER_OPTIONS[name])
-    if isinstance(image, str) and image.startswith(("~", "$")):
-        yield Finding(at, f"{image} is not expanded", "write the path")
-    if get(raw, "cluster", "gpu_type") is not None and get(raw, "cluster", "gpu_option") == "none":
-        yield Finding(("cluster", "gpu_type"), "has no effect under gpu_option: none", "remove it")
-
-
 def _secrets(raw: Raw) -> Iterator[Finding]:
     for path, kind in find_secrets(raw):
         remedy = "remove it, revoke it if it was shared, and use an environment variable such as HF_TOKEN"
@@ -394,5 +322,5 @@ def _sorted_loss(raw: Raw, loss: str) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Raw], Iterator[Finding]], ...] = (
     _exclusive, _inert, _schedule, _micro_batch, _compile, _validation, _best_metric, _model, _overrides,
-    _unshardable, _distributed, _cluster, _container, _secrets, _template, _output, _dpo, *DATA_RULES,
+    _unshardable, _distributed, *CLUSTER_RULES, _secrets, _template, _output, _dpo, *DATA_RULES,
 )  # fmt: skip

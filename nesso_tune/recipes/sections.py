@@ -165,7 +165,7 @@ class ClusterSection(Section):
     """Slurm account."""
     time: SlurmWord | None = None
     """Time limit of a job, e.g. 24:00:00."""
-    save_before_s: Count = 300
+    save_before_s: Annotated[int, Field(ge=1, le=65535)] = 300
     """Seconds before the time limit at which Slurm signals the run to save a checkpoint and continue in a new job."""
     modules: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     """Environment modules to load (`module load`)."""

@@ -145,10 +145,21 @@ FAULTS = {
     "one folder": (["recipes/sft.yaml", "recipes/sft.yaml", "--slurm", "x"], 2, "has the same output_dir"),
     "prepare without slurm": (["recipes/sft.yaml", "--prepare"], 2, "--prepare: has no effect without --slurm"),
     "prepare a doctor": (["doctor", "--slurm", "x", "--prepare"], 2, "--prepare: has no effect with `doctor`"),
+    "a flag that is no time": (
+        ["recipes/sft.yaml", "--slurm", "x", "--time", "24h"],
+        2,
+        "--time: 24h is not a time of",
+    ),
+    "training options of a doctor": (["doctor", "--verify", "all"], 2, "--verify: has no effect with `doctor`"),
+    "lines that are no bash": (
+        ["recipes/sft.yaml", "--slurm", "x", "--print", "--set", "cluster.setup=['if true; then']"],
+        2,
+        "cluster.setup: is not valid bash (",
+    ),
     "a command as interpreter": (
         ["recipes/sft.yaml", "--slurm", "x", "--set", "cluster.python=singularity exec a.sif python"],
         2,
-        "is the path of an interpreter, not a command; use cluster.container",
+        "is the path of an interpreter, not a command; write the path alone, or use cluster.container",
     ),
     "a second number of tasks": (
         ["recipes/sft.yaml", "--slurm", "x", "--set", "cluster.srun_options=[--ntasks=3]"],
@@ -186,6 +197,16 @@ def test_flags_of_train_are_passed_on(launch):
     flags = ["--verify", "all", "--allow-changes", "seed"]
     _, out, _ = launch("recipes/sft.yaml", *flags, "--slurm", "x", "--print")
     assert inner(out)[-6:] == ["train", "recipes/sft.yaml", *flags]
+
+
+def test_a_file_that_is_no_job_is_not_replaced(launch, tmp_path, talks):
+    path = write_recipe(tmp_path / "r.yaml", recipe("sft", tmp_path / "run", [talks]))
+    before = Path(path).read_text()
+    code, _, said = launch(path, "--slurm", path)
+    assert (code, Path(path).read_text()) == (2, before)
+    assert f"--slurm: {path} exists and is no job of nesso-tune; name another file, or remove it" in said
+    for _ in range(2):
+        assert launch(path, "--slurm", tmp_path / "job.sbatch")[0] == 0, "a job is written again"
 
 
 def test_submit_needs_slurm(launch, tmp_path, talks, monkeypatch):

@@ -75,9 +75,14 @@ def test_a_variable_is_named_with_its_line_and_what_works_instead():
 
 
 def test_the_text_of_a_cluster_keeps_its_variables():
-    text = f"{SFT}cluster: {{modules: ['$M'], env: {{TMPDIR: '$SCRATCH/tmp'}}, container: a$b.sqsh}}\n"
+    text = f"{SFT}cluster: {{modules: ['$M'], env: {{PRICE: '5 $ to $5'}}, container: a$b.sqsh}}\n"
     cluster = validate(with_value(text, ("seed",), 1)).cluster
-    assert (cluster.modules, cluster.env["TMPDIR"], cluster.container.image) == (("$M",), "$SCRATCH/tmp", "a$b.sqsh")
+    assert (cluster.modules, cluster.env["PRICE"], cluster.container.image) == (("$M",), "5 $ to $5", "a$b.sqsh")
+    for value in ("$SCRATCH/tmp", "~/tmp", "${SCRATCH}/tmp", "/a:$PATH", "$(id -u)"):
+        said = problem(f"{SFT}cluster: {{env: {{TMPDIR: '{value}'}}}}\n")
+        assert f"`cluster.env.TMPDIR` {value} is not expanded; write the value, or export it in cluster.setup" in said
+    said = problem(f"{SFT}cluster: {{container: {{image: a, mounts: ['/scratch/$USER']}}}}\n")
+    assert "`cluster.container.mounts.0` /scratch/$USER is not expanded; write the path" in said
     for value in ("~/image.sqsh", {"image": "~/image.sqsh", "runtime": "apptainer"}):
         assert "~/image.sqsh is not expanded; write the path" in problem(f"{SFT}cluster: {{container: {value}}}\n")
 

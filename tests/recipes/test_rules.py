@@ -1,10 +1,13 @@
 """Every inert or contradictory knob is found, and nothing else is."""
 
+import math
+
 import pytest
 from ruamel.yaml import YAML
 
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.builtin import find_recipe, shipped_recipes
+from nesso_tune.recipes.cluster_rules import slurm_seconds
 from nesso_tune.recipes.rules import RULES, lint
 from nesso_tune.recipes.secrets import masked, secret_kind
 from tests.support.recipe_texts import SFT, read
@@ -191,6 +194,14 @@ FIRES = {
                           "cluster.container.options.1", "--bind is set"),
     "a container without Slurm's variables": ("cluster: {container: {image: a, options: [--cleanenv]}}",
                                               "cluster.container.options.0", "--cleanenv is set"),
+    "options of an interpreter": ("cluster: {python: python3 -u}", "cluster.python", "is the path of an interpreter"),
+    "two modules": ("cluster: {modules: [gcc/13 openmpi]}", "cluster.modules.0", "is more than one word"),
+    "a kind of GPU": ("cluster: {gpu_type: gpu:a100}", "cluster.gpu_type", "is the type alone"),
+    "hours": ("cluster: {time: 24h}", "cluster.time", "24h is not a time of Slurm"),
+    "a time that is over": ("cluster: {time: '5:00'}", "cluster.time", "not longer than save_before_s (300 s)"),
+    "another time that is over": (
+        "cluster: {time: '1:00:00', save_before_s: 7200}", "cluster.time", "not longer than save_before_s (7200 s)"),
+    "hours of the CPU job": ("cluster: {prepare: {time: 2h}}", "cluster.prepare.time", "2h is not a time of Slurm"),
     "a type of no GPU": ("cluster: {gpu_option: none, gpu_type: a100}", "cluster.gpu_type", "has no effect"),
     "a container as interpreter": ("cluster: {python: /usr/bin/apptainer exec a.sif python}", "cluster.python",
                                    "not a command"),
@@ -305,3 +316,12 @@ def test_a_secret_is_seen_and_masked(said):
 
 def test_code_of_the_hub_may_be_pinned_without_its_weights():
     assert not lint({"model": {"random_init": True, "trust_remote_code": True, "revision": "a1" * 20}})
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("5:30", 330), ("24:00:00", 86_400), ("1-12", 129_600), ("1-0:30", 88_200), ("2-1:02:03", 176_523),
+     ("UNLIMITED", math.inf), ("24h", None), ("1-", None), ("1:2:3:4", None)],
+)  # fmt: skip
+def test_time_limits_of_slurm(time, seconds):
+    assert slurm_seconds(time) == seconds
