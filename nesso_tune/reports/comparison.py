@@ -25,6 +25,7 @@ from nesso_tune.runs.metrics_log import stopped_by_callback
 LEVEL = 0.05  # chance that some pair of equal variants is told apart
 NOT_COMPARED = ("seed", "output_dir")
 MAX_LABEL_LENGTH = 60  # of a variant that is named after its values
+MAX_KEYS = 6  # that differ, on a terminal
 MAX_LINES = 20  # of variants, and of their differences, on a terminal
 _DIGEST = re.compile(r" #[0-9a-f]{16}\b")  # of a private value in a manifest, salted for each run
 # Keys that can change the validation rows, or the tokens that the loss is a mean over.
@@ -182,7 +183,7 @@ class Comparison:
         elif metric is None:
             notes.append("the runs have different methods, so no metric says which is better")
         if changed := [key for key in differing if key.startswith(_VALIDATION_KEYS)]:
-            notes.append(f"the variants differ in {', '.join(changed)}: their validation rows may not be the same")
+            notes.append(f"the variants differ in {_listed(changed)}: their validation rows may not be the same")
         left_out = [f"{run.name} ({run.left_out})" for each in variants for run in each.runs if run.left_out]
         notes += [f"not in the means: {', '.join(left_out)}"] if left_out else []
         codes = {} if metric is None else dict.fromkeys(c for r in records.values() for c in r.languages(metric))
@@ -213,13 +214,16 @@ class Comparison:
     def lines(self) -> list[str]:
         """The comparison as text: a table of the variants, the best one first, and the verdicts."""
         several = f"{len(self.variants)} variants" if len(self.variants) > 1 else "1 variant"
-        differ = f"; they differ in {', '.join(self.differing)}" if self.differing else ""
-        head = f"{several}, {sum(len(each.runs) for each in self.variants)} runs{differ}"
+        differ = f"; they differ in {_listed(self.differing)}" if self.differing else ""
+        number = sum(len(each.runs) for each in self.variants)
+        head = f"{several}, {number} run{'s' if number > 1 else ''}{differ}"
         ranked = self.ranked(self.metrics[0]) if self.metrics else []
         shown = [*ranked, *(each for each in self.variants if each not in ranked)][:MAX_LINES]
         rows = [("variant", "seeds", *self.metrics)]
         rows += [(each.name, str(len(each.counted)), *(str(each.sample(m)) for m in self.metrics)) for each in shown]
-        explained = ["(mean ± standard deviation between seeds)"] if any(len(each.runs) > 1 for each in shown) else []
+        explained = (
+            ["(mean ± standard deviation between seeds)"] if any(len(each.counted) > 1 for each in shown) else []
+        )
         return [head, *aligned(rows), *explained, *self.verdicts()]
 
     @property
@@ -299,6 +303,7 @@ def _variant(group: dict[str, RunRecord], differing: Sequence[str]) -> Variant:
         left_out = "not finished"
         if (record.path / FINAL).is_dir():
             left_out = "ended early by a callback" if stopped_by_callback(record.lines) else ""
+            left_out = left_out if record.measured else "no metrics"
         if not left_out and (first := seeds.setdefault(_seed(record), name)) != name:
             left_out = f"same seed as {first}"  # the same numbers again: they would make the spread too small
         runs.append(ComparedRun(name, record, left_out))
@@ -314,6 +319,12 @@ def _variant_name(runs: Sequence[ComparedRun], differing: Sequence[str]) -> str:
     labels = [key if short.count(label) > 1 else label for key, label in zip(differing, short, strict=True)]
     name = ",".join(f"{label}={shown_value(values.get(key))}" for label, key in zip(labels, differing, strict=True))
     return name if 0 < len(name) <= MAX_LABEL_LENGTH else f"{runs[0].name} and {len(runs) - 1} more"
+
+
+def _listed(keys: Sequence[str]) -> str:
+    """Some keys, and the number of the others, which are on the page."""
+    more = len(keys) - MAX_KEYS
+    return ", ".join(keys[:MAX_KEYS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _seed(record: RunRecord) -> str:

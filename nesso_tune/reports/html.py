@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.files import atomic_replace
 
 PLOTLY = "<!-- plotly.js -->"  # replaced in the file: it is too large to be worth rendering
@@ -22,7 +23,14 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(page: str, file: Path) -> None:
-    """Writes a page, with Plotly in it if it has charts, so that it opens without a network."""
+    """Writes a page, with Plotly in it if it has charts, so that it opens without a network.
+
+    Raises:
+        RunEnvironmentError: if the file is a folder.
+    """
+    if file.is_dir():
+        raise RunEnvironmentError(str(file), "is a folder", "name a file")
+    file.parent.mkdir(parents=True, exist_ok=True)
     before, found, after = page.partition(PLOTLY)
     library = plotly_library() if found else b""
     with atomic_replace(file, durable=False) as staging, staging.open("wb") as stream:

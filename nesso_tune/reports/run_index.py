@@ -83,8 +83,9 @@ def _fresh_report(run: Path) -> Path | None:
         return report
     try:
         return write_report(run)
-    except OSError as error:  # e.g. a run of somebody else
-        logger.warning(f"{report} is not written ({error.strerror})")
+    except (OSError, RunEnvironmentError) as error:  # e.g. a run of somebody else, or a damaged one
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        logger.warning(f"{report} is not written ({why})")
         return report if report.is_file() else None
 
 

@@ -18,8 +18,7 @@ from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.evaluation.records import Evaluations, read_records
 from nesso_tune.metric_registry import better_direction
 from nesso_tune.reports.data_report import JSON_NAME
-from nesso_tune.runs.checkpoint import MANIFEST
-from nesso_tune.runs.layout import CANDIDATE, FINAL, METRICS
+from nesso_tune.runs.layout import CANDIDATE, FINAL, METRICS, run_manifest
 from nesso_tune.runs.metrics_log import exported_value, is_number, read_metrics
 from nesso_tune.runs.run_status import RunStatus, read_status, status_in_words
 
@@ -49,15 +48,15 @@ class RunRecord:
         """Reads a run directory.
 
         Raises:
-            RunEnvironmentError: if it is not one.
+            RunEnvironmentError: if it is not one, or its manifest is damaged.
         """
-        metrics = path / METRICS
-        if not (path / MANIFEST).is_file():
+        metrics, manifest = path / METRICS, run_manifest(path, overwrite=False)
+        if manifest is None:
             raise RunEnvironmentError(str(path), "is not a run directory", "name the output_dir of a run")
         lines = read_metrics(metrics) if metrics.is_file() else []
         model = path / (FINAL if (path / FINAL).is_dir() else CANDIDATE)
         data, status = _json(path / JSON_NAME), read_status(path)
-        return cls(path, _json(path / MANIFEST), lines, data, status, read_records(model))
+        return cls(path, manifest, lines, data, status, read_records(model))
 
     @property
     def recipe(self) -> Mapping[str, Any]:

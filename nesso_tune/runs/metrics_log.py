@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nesso_tune.files import atomic_write
+from nesso_tune.logs import logger
 
 TAIL_BYTES = 1 << 18
 
@@ -40,8 +41,15 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a line that a killed process did not finish is skipped."""
-    return _parse(path.read_bytes())
+    """All complete lines of a metrics file; a line that a killed process did not finish is skipped.
+
+    Other lines that are none of metrics are skipped with a warning.
+    """
+    lines, unreadable = _parse(path.read_bytes())
+    if unreadable:
+        what = "1 line is not one of metrics" if unreadable == 1 else f"{unreadable} lines are not lines of metrics"
+        logger.warning(f"{path}: {what}, and left out")
+    return lines
 
 
 def is_number(value: Any) -> bool:
@@ -55,19 +63,23 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
         return []
     with path.open("rb") as stream:
         stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        return _parse(stream.read())
+        return _parse(stream.read())[0]
 
 
-def _parse(content: bytes) -> list[dict[str, Any]]:
-    lines = []
-    for text in content.split(b"\n"):  # not at other line breaks: generated answers may contain them
+def _parse(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The lines, and the number of others that end with a line break."""
+    lines, unreadable = [], 0
+    *complete, last = content.split(b"\n")  # not at other line breaks: generated answers may contain them
+    for text in (*complete, last):
         try:
-            line = json.loads(text)
+            line = json.loads(text) if text.strip() else None
         except (ValueError, RecursionError):
-            continue
+            line = None
         if isinstance(line, dict) and isinstance(line.get("step", 0), int):
             lines.append(line)
-    return lines
+        elif text is not last and text.strip():
+            unreadable += 1
+    return lines, unreadable
 
 
 def exported_step(lines: Iterable[Mapping[str, Any]]) -> float:

@@ -124,7 +124,8 @@ def status_in_words(run: Path) -> str:
         return f"at step {step:,}; its status is not recorded"
     at = f"step {step:,} of {status.total_steps:,}"
     if status.ended is not None:
-        return f"{status.state} at {at}{f': {status.message}' if status.message else ''}"
+        lost = "" if last_written(run) or status.state == "failed" else f"; {METRICS} is missing"
+        return f"{status.state} at {at}{lost}{f': {status.message}' if status.message else ''}"
     if is_locked(run):
         return f"training, {at}"
     written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(last_written(run)))
@@ -179,7 +180,7 @@ def find_runs(folder: Path) -> list[Path]:
         return [folder]
     found = (file.parent for file in folder.rglob(MANIFEST))
     runs = [run for run in found if not is_checkpoint_name(run.name) and OVERWRITTEN not in run.parts]
-    return sorted(run for run in runs if (run / RECIPE).is_file())
+    return sorted(run for run in runs if any((run / name).is_file() for name in (RECIPE, STATUS, METRICS)))
 
 
 def summarize_run(run: Path, folder: Path) -> RunSummary:

@@ -12,7 +12,9 @@ from nesso_tune.cli.main import main
 def runs(tmp_path):
     for name, rate in (("a", 0.1), ("b", 0.2)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(json.dumps({"recipe": {"train": {"learning_rate": rate}}}))
+        (tmp_path / name / "manifest.json").write_text(
+            json.dumps({"nesso_tune": "0.1.0", "recipe": {"train": {"learning_rate": rate}}})
+        )
         (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     return [str(tmp_path / "a"), str(tmp_path / "b")]
 

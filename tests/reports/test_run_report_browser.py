@@ -20,6 +20,8 @@ CONTRAST = """() => {
     return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05); }));
 }"""
 
+MANIFEST = {"nesso_tune": "0.1.0", "recipe": {"train": {"learning_rate": 0.1}}, "world_size": 1}
+
 
 @pytest.fixture
 def report(tmp_path):
@@ -38,7 +40,7 @@ def report(tmp_path):
                       "prompt": "user\nHi?\nassistant\n", "expected": "Hi!"})  # fmt: skip
     lines.append({"step": 400, "event": "alarm", "alarm": "stop_rate_falls", "said": "half stop; lower the rate"})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "manifest.json").write_text(json.dumps({"recipe": {"train": {"learning_rate": 0.1}}, "world_size": 1}))
+    (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     return write_report(tmp_path)
 
 

@@ -19,7 +19,8 @@ def write_run(folder, lines, *, recipe=None, state="finished", salt="0"):
     """
     folder.mkdir(parents=True)
     full = {"method": "sft", "seed": 1, "output_dir": str(folder), **(recipe or {})}
-    (folder / "manifest.json").write_text(json.dumps({"recipe": full, "salt": salt, "world_size": 1, "device": "cpu"}))
+    manifest = {"nesso_tune": "0.1.0", "recipe": full, "salt": salt, "world_size": 1, "device": "cpu"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "recipe.yaml").write_text(json.dumps(full))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if state is not None:
