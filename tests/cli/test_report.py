@@ -75,3 +75,25 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, runs, capsys):
     assert f"{tmp_path}/empty: is not a run directory and contains none; {remedy}" in capsys.readouterr().err
     assert code_of(runs[0], str(tmp_path / "empty")) == 5
     assert f"{tmp_path}/empty: is not a run directory; name the output_dir of a run" in capsys.readouterr().err
+
+
+def test_a_damaged_run_is_named(runs, tmp_path, capsys):
+    for text in ('{"pl', "[]", '{"nesso_tune": "0.1.0"}'):
+        (tmp_path / "a" / "manifest.json").write_text(text)
+        assert code_of(*runs, "-o", str(tmp_path / "c.html")) == 5, text
+        assert f"{tmp_path}/a" in capsys.readouterr().err
+        assert not (tmp_path / "c.html").exists()
+
+
+def test_the_page_of_a_comparison_is_a_file_in_any_folder(runs, tmp_path, capsys):
+    assert code_of(*runs, "-o", str(tmp_path / "new" / "folder" / "c.html")) == 0
+    assert (tmp_path / "new" / "folder" / "c.html").is_file()
+    assert code_of(*runs, "-o", str(tmp_path / "new")) == 5
+    assert f"{tmp_path}/new: is a folder; name a file" in capsys.readouterr().err
+
+
+def test_lines_that_are_not_read_are_counted(runs, capsys):
+    with (Path(runs[0]) / "metrics.jsonl").open("ab") as file:
+        file.write(b'[1]\n\xff\xfe\n\n{"step": 2, "lo')
+    assert code_of(runs[0]) == 0
+    assert f"{runs[0]}/metrics.jsonl: 2 lines are not lines of metrics, and left out" in capsys.readouterr().err

@@ -140,6 +140,24 @@ def test_runs_that_would_falsify_a_mean_are_left_out(make):
     )
 
 
+def test_a_run_that_lost_its_metrics_does_not_replace_another_one(make):
+    lost, whole = make(1.0, seed=1), make(2.0, seed=1)
+    (lost / "metrics.jsonl").write_text("")
+    compared = Comparison.read([lost, whole])
+    assert compared.variants[0].sample("eval_loss").values == (2.0,)
+    assert compared.notes == ("not in the means: run-0 (no metrics)",)
+    head, *rest = compared.lines()
+    assert head == "1 variant, 2 runs"
+    assert "(mean ± standard deviation between seeds)" not in rest, "there is one value"
+
+
+def test_many_keys_that_differ_are_counted_on_a_terminal(make):
+    runs = [make(value, {"train": {f"key_{i}": value for i in range(9)}}) for value in (1.0, 2.0)]
+    head = Comparison.read(runs).lines()[0]
+    assert head.startswith("2 variants, 2 runs; they differ in train.key_0, ")
+    assert head.endswith(", train.key_5 and 3 more")
+
+
 def test_the_value_is_that_of_the_weights_in_final(make):
     lines = [{"step": 2, "eval_loss": 7.0}, {"step": 2, "event": "best", "taken": 1}]
     compared = Comparison.read([make(1.0, lines=lines), make(2.0, HIGH, lines=lines[:1])])

@@ -80,6 +80,13 @@ def test_a_killed_run_has_no_recorded_end(run, plan, privacy):
     assert summary.seconds_since_last_line < time.time()
 
 
+def test_a_run_that_lost_its_metrics_says_so(run, plan, privacy):
+    with recorded_status(run, plan, privacy):
+        pass
+    (run / "metrics.jsonl").unlink()
+    assert status_in_words(run) == "finished at step 0 of 20; metrics.jsonl is missing"
+
+
 def test_a_run_of_an_earlier_version_has_no_status(run):
     assert status_in_words(run) == "at step 6; its status is not recorded"
     assert summarize_run(run, run).cells()[:3] == (run.name, "unknown", "6")
@@ -94,6 +101,8 @@ def test_runs_are_found_and_checkpoints_are_not(run):
     for name in ("manifest.json", "recipe.yaml"):
         (run / "being-overwritten" / name).write_text("")
     assert find_runs(run.parent) == find_runs(run) == [run]
+    (run / "recipe.yaml").unlink(missing_ok=True)
+    assert find_runs(run.parent) == [run], "by its metrics"
 
 
 def test_the_command_lists_runs(run, capsys):
