@@ -105,13 +105,21 @@ def stopped_by_callback(lines: Iterable[Mapping[str, Any]]) -> bool:
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """The last value of every metric; if `train.best_metric` selected earlier weights, up to their step."""
+    """The last value of every metric; if `train.best_metric` selected earlier weights, up to their step.
+
+    What only an earlier evaluation measured is left out: it is not of the same weights as the rest.
+    """
     lines = read_metrics(path) if path.exists() else []
     last_step = exported_step(lines)
     metrics: dict[str, Any] = {}
+    evaluated: Iterable[str] = ()
     for line in lines:
-        if "event" not in line and line["step"] <= last_step:
-            metrics |= line
+        if "event" in line or line["step"] > last_step:
+            continue
+        if any(key.startswith("eval_") for key in line):
+            metrics = {key: value for key, value in metrics.items() if key not in evaluated}
+            evaluated = line
+        metrics |= line
     return metrics
 
 

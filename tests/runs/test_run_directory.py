@@ -12,7 +12,7 @@ from nesso_tune.recipes.builtin import shipped_folder
 from nesso_tune.recipes.load import load_recipe
 from nesso_tune.run import train
 from nesso_tune.runs import checkpoint
-from nesso_tune.runs.metrics_log import MetricsLog, read_metrics
+from nesso_tune.runs.metrics_log import MetricsLog, last_metrics, read_metrics
 from nesso_tune.runs.run_directory import open_run, write_end, write_start
 from tests.runs.test_resume import FACTS
 from tests.support.logs import logged
@@ -263,6 +263,14 @@ def test_invalid_lines_in_the_metrics_are_skipped_and_unicode_line_breaks_kept(t
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "event": "answer", "answer": "a\u2028b\u2029c\u0085d"}
     ]
+
+
+def test_the_last_metrics_are_those_of_one_evaluation(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", True)
+    for line in ({"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 4.0, "language_fidelity": 0.0},
+                 {"step": 2, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "eval_loss": 3.0}, {"step": 3, "loss": 1.0}):  # fmt: skip
+        log.write(line)
+    assert last_metrics(tmp_path / "metrics.jsonl") == {"step": 3, "loss": 1.0, "grad_norm": 1.0, "eval_loss": 3.0}
 
 
 def test_only_whole_numbers_name_checkpoints(tmp_path):
