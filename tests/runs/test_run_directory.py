@@ -267,9 +267,10 @@ def test_invalid_lines_in_the_metrics_are_skipped_and_unicode_line_breaks_kept(t
 
 def test_the_last_metrics_are_those_of_one_evaluation(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", True)
-    for line in ({"step": 1, "loss": 3.0}, {"step": 1, "eval_loss": 4.0, "language_fidelity": 0.0},
-                 {"step": 2, "loss": 2.0, "grad_norm": 1.0}, {"step": 2, "eval_loss": 3.0}, {"step": 3, "loss": 1.0}):  # fmt: skip
-        log.write(line)
+    log.write({"step": 1, "loss": 3.0, "grad_norm": 1.0})
+    log.write({"step": 1, "eval_loss": 4.0, "language_fidelity": 0.0})
+    log.write({"step": 2, "eval_loss": 3.0})
+    log.write({"step": 3, "loss": 1.0})
     assert last_metrics(tmp_path / "metrics.jsonl") == {"step": 3, "loss": 1.0, "grad_norm": 1.0, "eval_loss": 3.0}
 
 
