@@ -67,7 +67,9 @@ def wait_until(condition, seconds, both):
         pytest.param(
             0, "memory", "evaluation", f"rank 0 on {HOST}: out of memory", 5, id="memory, evaluation", marks=thorough
         ),
-        pytest.param(0, "disk", "2", "the disk is full", 5, id="disk of the rank that serves the store"),
+        pytest.param(
+            0, "disk", "2", "the disk is full", 5, id="disk of the rank that serves the store", marks=thorough
+        ),
         pytest.param(1, "bug", "3", "internal error: KeyError", 1, id="bug", marks=thorough),
     ],
 )
