@@ -6,6 +6,7 @@ or section. `OTHER_TOOL_KEYS` has the equivalent keys of Axolotl, TRL, transform
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, TypeVar, get_args
@@ -202,6 +203,8 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         return Problem(where, f"unknown key {key}", suggest_key(model, path))
+    if kind == "invalid_key":
+        return Problem(where, f"the key {key} is not text", "write its name as text")
     if kind == "missing":
         what = f"{key} is missing" if len(path) > 1 else f"the key {key} is missing"
         return Problem(where, what, f"add it: {_description(model, path)}")
@@ -213,7 +216,7 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
                        f'{remedy} --set {_dotted(path)}="{value}"' if remedy.endswith(":") else remedy)  # fmt: skip
     if kind == "value_error":
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
-    blank = not value.strip() if isinstance(value, str) else value in ([], {})
+    blank = isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
     if blank and any(one["type"] in EMPTY for one in items):
         return Problem(where, f"{key} must not be empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
@@ -303,11 +306,11 @@ def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[Section]) 
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is a finite number: `nan` and `inf` are not values to suggest."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from html import escape
 from io import StringIO
@@ -26,7 +27,7 @@ from nesso_tune.recipes.sections import (
     Section,
     SFTData,
 )
-from nesso_tune.recipes.yaml_source import Document, KeyPath, plain_data, set_value
+from nesso_tune.recipes.yaml_source import Document, KeyPath, plain_data, set_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a fraction of the run
@@ -188,6 +189,7 @@ else:
         """Reports the mistakes of a recipe that is built in Python as those of a file."""
 
         def __call__(cls, **keys: Any) -> Any:
+            keys = plain_data(keys, keep_sections=True)  # the data of another method is no data of this one
             try:
                 return super().__call__(**keys)
             except ValidationError:
@@ -247,8 +249,7 @@ class BaseRecipe(Section, metaclass=_RecipeType):
             RecipeError: with all problems, each with its key.
         """
         document = Document("recipe", plain_data(self), is_text=False)
-        for key, value in changes.items():
-            set_value(document, key, plain_data(value))
+        set_values(document, changes, "changes")
         remove_excluded(document.value, changes)
         recipe = validated(document, type(self), document.value)
         check_files(recipe, document)
@@ -295,7 +296,8 @@ def check_files(recipe: BaseRecipe, document: Document) -> None:
     missing = [
         Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that does not exist: {name}",
                 "correct the path") for path, name in named.items()
-        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json"))
+        and not os.path.isfile(local_path(name))
     ]  # fmt: skip
     if missing:
         raise RecipeError(missing)

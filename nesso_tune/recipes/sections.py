@@ -7,10 +7,11 @@ import inspect
 from functools import cache
 from itertools import pairwise
 from textwrap import dedent
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.builtin import FilePath, PathName
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -31,6 +32,15 @@ class Section(BaseModel):
     """Base of all sections: frozen and strict. Unknown keys are errors, and values are never coerced."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    if not TYPE_CHECKING:  # type checkers know from `frozen` that keys cannot be set
+
+        def __setattr__(self, key: str, value: object) -> None:
+            what = "cannot be set, since sections and recipes are frozen"
+            raise RecipeError(f"{type(self).__name__}.{key}", what, "make another recipe: recipe.replace({...})")
+
+        def __delattr__(self, key: str) -> None:
+            setattr(self, key, None)
 
     @classmethod
     @cache
