@@ -28,6 +28,7 @@ from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.data_rules import check_validation_size
+from nesso_tune.recipes.load import RecipeSource, as_recipe
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 
@@ -90,10 +91,13 @@ class PreparedData:
         )  # fmt: skip
 
 
-def prepare_data(recipe: Recipe) -> PreparedData:
+def prepare_data(recipe: RecipeSource) -> PreparedData:
     """Reads, encodes and caches the data of a recipe, without torch.
 
     Call it before `torch.distributed` is initialised: it can take longer than a collective's timeout.
+
+    Args:
+        recipe: a recipe, or what `load_recipe` takes.
 
     Raises:
         DataError: if a file cannot be read or no usable row is left.
@@ -102,6 +106,7 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         RunEnvironmentError: if the disk of the cache is full, or another process prepares the same data for longer
             than `distributed.timeout_s`.
     """
+    recipe = as_recipe(recipe)
     _check_no_process_group()
     wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)

@@ -12,6 +12,7 @@ from nesso_tune.planning.auto import Recorded, Setting, choose
 from nesso_tune.planning.memory import checkpoint_bytes
 from nesso_tune.planning.plan import DataVolume, Plan, SchedulePlan, World
 from nesso_tune.planning.shapes import ModelShape, find_shape
+from nesso_tune.recipes.load import RecipeSource, as_recipe
 from nesso_tune.recipes.rules import SORTED_LOSSES
 from nesso_tune.recipes.schema import DPORecipe, Interval, Recipe
 from nesso_tune.recipes.sections import SFTData
@@ -23,7 +24,7 @@ MIN_PEAK_SECONDS_TO_COMPILE = 120
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: RecipeSource,
     world: World | None = None,
     volume: DataVolume | None = None,
     shape: ModelShape | None = None,
@@ -32,7 +33,7 @@ def make_plan(
     """The plan of a run.
 
     Args:
-        recipe: the recipe.
+        recipe: a recipe, or what `load_recipe` takes.
         world: number and kind of devices (default: one, of unknown kind).
         volume: amount of data in an epoch; without it, the quantities that depend on it are None.
         shape: shape of the base model. None reads it from the model folder, the hub cache or the built-in table.
@@ -41,6 +42,7 @@ def make_plan(
     Raises:
         RecipeError: if batch sizes, steps and schedule are inconsistent, or do not match the number of devices.
     """
+    recipe = as_recipe(recipe)
     world, shape = world or World(), shape or find_shape(recipe.model)
     _check_processes(recipe, world)
     train, rows = recipe.train, _rows(recipe, world)

@@ -42,12 +42,13 @@ def reader_file(name: str) -> str:
     return file if colon and file.endswith(".py") else name
 
 
-def flag_path(text: str) -> str:
+def flag_path(name: str | Path) -> str:
     """Expands a path or name from the command line or an API call: the shell does not expand `--flag=~/x`.
 
     Raises:
         RecipeError: if it is empty, or the user in `~user/` does not exist.
     """
+    text = str(name)
     if not text.strip():  # as a path it would be the working directory
         raise RecipeError('""', "is an empty name", "write a path or a name")
     try:
@@ -157,7 +158,7 @@ def is_run_output(base: str) -> bool:
 
 def find_recipe(name: str | Path) -> Path:
     """Path of a recipe, given by a path or by the name of a shipped recipe (`quickstart/sft`)."""
-    path = Path(flag_path(str(name)))
+    path = Path(flag_path(name))
     if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
         return local_path(str(path))
     return next((p for p in (shipped_folder("recipes") / f"{name}.yaml",) if os.path.isfile(p)), path)
