@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import RecipeError, check_instance
 from nesso_tune.lr_schedule import check_schedule
 from nesso_tune.planning.advice import advise, auto_learning_rate
 from nesso_tune.planning.auto import Recorded, Setting, choose
@@ -42,10 +42,10 @@ def make_plan(
     Raises:
         RecipeError: if batch sizes, steps and schedule are inconsistent, or do not match the number of devices.
     """
-    recipe = as_recipe(recipe)
-    world, shape = world or World(), shape or find_shape(recipe.model)
+    recipe, world = as_recipe(recipe), World() if world is None else world
+    check_instance("world", world, World, "World(8)")
     _check_processes(recipe, world)
-    train, rows = recipe.train, _rows(recipe, world)
+    shape, train, rows = shape or find_shape(recipe.model), recipe.train, _rows(recipe, world)
     global_batch = rows * world.processes
     rate = _learning_rate(recipe, shape)
     total, epochs = _steps(recipe, volume, global_batch)
