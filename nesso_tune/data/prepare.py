@@ -22,6 +22,7 @@ from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Privacy, source_name
 from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport, Unread, unread_warnings
+from nesso_tune.data.sources import check_sources
 from nesso_tune.data.statistics import check_preferences
 from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
 from nesso_tune.data.workers import wait_for_background_preparation
@@ -108,6 +109,7 @@ def prepare_data(recipe: RecipeSource) -> PreparedData:
     """
     recipe = as_recipe(recipe)
     _check_no_process_group()
+    check_sources(recipe)
     wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     corpus = _encoded_corpus(recipe, data.sources, chat)
