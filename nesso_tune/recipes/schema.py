@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
@@ -181,27 +181,8 @@ class LoggingSection(Section):
     """Experiment trackers that receive the same metrics."""
 
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass as _RecipeType
-else:
-
-    class _RecipeType(type(Section)):
-        """Reports the mistakes of a recipe that is built in Python as those of a file."""
-
-        def __call__(cls, **keys: Any) -> Any:
-            keys = plain_data(keys, keep_sections=True)  # the data of another method is no data of this one
-            try:
-                return super().__call__(**keys)
-            except ValidationError:
-                return validated(Document(cls.__name__, plain_data(keys), is_text=False), cls, keys)  # raises
-
-
-class BaseRecipe(Section, metaclass=_RecipeType):
-    """Keys common to both methods.
-
-    Raises:
-        RecipeError: with all mistakes, each with its key, if a recipe is built in Python.
-    """
+class BaseRecipe(Section):
+    """Keys common to both methods."""
 
     output_dir: FilePath
     """Run directory: all files of the run are written here."""

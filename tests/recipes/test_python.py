@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe
@@ -51,7 +50,7 @@ BAD = {
 
 @pytest.mark.parametrize("build", BAD.values(), ids=BAD)
 def test_mistakes_are_refused(build):
-    with pytest.raises((ValidationError, RecipeError)):  # of a section that is built alone, and of a recipe
+    with pytest.raises(RecipeError):
         build()
 
 
@@ -62,6 +61,9 @@ MISTAKES = {
         "SFTRecipe: `train.learning_rate` must be a number of at most 1 or auto, not 5; write a number of at most 1 "
         "or auto\nSFTRecipe: unknown key `train.max_stepz`; did you mean `train.max_steps`?",
     ),
+    "section": (lambda: TrainSection(learning_rate="x", schedule={"typ": 1}), "TrainSection: `learning_rate` must be a "
+                "number or auto, not 'x'; write a number or auto\nTrainSection: unknown key `schedule.typ`; did you "
+                "mean `schedule.type`?"),
     "replaced": (
         lambda: sft().replace({"train.lr": 1e-3, "seed": "x"}),
         "recipe: `seed` must be a whole number, not 'x'; write a whole number\n"
@@ -111,6 +113,8 @@ def test_paths_and_numbers_of_libraries_are_taken_in_python():
     keys = {"train.max_steps": np.int64(3), "data.packing": np.bool_(False), "output_dir": Path("other")}
     for recipe in (sft().replace(keys), load_recipe(sft(), keys), load_recipe({"method": "sft", **dict(sft())}, keys)):
         assert (recipe.train.max_steps, recipe.data.packing, recipe.output_dir) == (3, False, "other")
+    assert ModelSection(base=Path("b")) == MODEL
+    assert TrainSection(max_steps=np.int64(3), schedule=Schedule(min_ratio=0.1)).max_steps == 3
     assert sft().replace({"train.learning_rate": torch.tensor(0.5)}).train.learning_rate == 0.5
 
 
