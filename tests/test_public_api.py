@@ -57,6 +57,14 @@ def test_every_function_that_takes_a_recipe_takes_what_load_recipe_does():
     assert nesso_tune.make_plan("quickstart/sft") == nesso_tune.make_plan(nesso_tune.load_recipe("quickstart/sft"))
 
 
+def test_arguments_out_of_range_are_named():
+    with pytest.raises(nesso_tune.RecipeError, match="verify: must be one of sample, all, none, not 'some'"):
+        nesso_tune.train("quickstart/sft", verify="some")
+    for count in (0, "2"):
+        with pytest.raises(nesso_tune.RecipeError, match="count: must be a whole number of at least 1, not "):
+            nesso_tune.preview("quickstart/sft", count)
+
+
 USER_CODE = """
 from collections.abc import Mapping
 from pathlib import Path

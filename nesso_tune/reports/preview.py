@@ -20,7 +20,7 @@ from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.data.privacy import source_name
 from nesso_tune.data.report import listed_keys, unread_warnings
-from nesso_tune.errors import RunEnvironmentError, cut_in_the_middle
+from nesso_tune.errors import RunEnvironmentError, check_whole, cut_in_the_middle
 from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, is_run_output, local_path
@@ -255,6 +255,7 @@ def preview(recipe: RecipeSource, count: int = 2) -> Preview:
     Raises:
         NessoError: as `prepare_data`.
     """
+    check_whole("count", count, 1)
     recipe, notes = _with_tokenizer(as_recipe(recipe))
     data = prepare_data(recipe)
     numbers = range(min(count, len(data.train)))
