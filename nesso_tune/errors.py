@@ -10,6 +10,7 @@ import difflib
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from nesso_tune.logs import visible
@@ -175,6 +176,20 @@ def closest(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str | Non
     short = [choice for choice in choices if len(choice) <= MAX_NAME_LENGTH]  # cost grows with both lengths
     found = difflib.get_close_matches(word.lower(), short, n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def check_instance(name: str, value: object, kind: type, example: str) -> None:
+    """Raises RecipeError for an argument of another class than `kind`."""
+    if not isinstance(value, kind):
+        raise RecipeError(
+            name, f"must be of class {kind.__name__}, not {type(value).__name__}", f"write {name}={example}"
+        )
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises RecipeError for an argument that is not a whole number of at least `least`."""
+    if not isinstance(value, Integral) or value < least:
+        raise RecipeError(name, f"must be a whole number of at least {least}, not {value!r}", "correct it")
 
 
 def shortened(text: str, max_length: int = 60) -> str:

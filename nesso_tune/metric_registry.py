@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, overload
 
-from nesso_tune.errors import RecipeError, closest, first_line
+from nesso_tune.errors import RecipeError, closest, first_line, shortened
 
 Better = Literal["lower", "higher"]
 MeasuredOn = Literal["training", "validation", "answers"]
@@ -140,7 +140,15 @@ ANSWER_METRICS = _selectable("answers")
 _own: dict[str, AnswerScore] = {}  # registered by `answer_metric`, and installed ones
 
 
-def answer_metric(name: str | None = None, *, better: Better = "higher") -> Callable[[Score], Score]:
+@overload
+def answer_metric(function: Score, /, *, better: Better = "higher") -> Score: ...
+
+
+@overload
+def answer_metric(name: str | None = None, *, better: Better = "higher") -> Callable[[Score], Score]: ...
+
+
+def answer_metric(name: Any = None, *, better: Better = "higher") -> Any:
     """Decorator that makes a function a metric of generated answers, measured wherever answers are: in evaluations
     during training, and in tasks of kind `chat`.
 
@@ -152,34 +160,41 @@ def answer_metric(name: str | None = None, *, better: Better = "higher") -> Call
     name such functions as entry points of the group `nesso_tune.metrics`; then the command line measures them too.
 
     Args:
-        name: of the metric; by default the name of the function.
+        name: of the metric; by default the name of the function. `@answer_metric` without parentheses passes the
+            function itself.
         better: which direction is better.
 
     Raises:
-        RecipeError: if the name cannot be one, or is that of another metric.
+        RecipeError: if the name cannot be one, or is that of another metric, or the function takes no answer.
     """
+    passed, name = (name, None) if callable(name) else (None, name)
+    if better not in get_args(Better):
+        raise RecipeError("answer_metric", f"`better` must be lower or higher, not {better!r}", "name the direction")
 
     def register(function: Score) -> Score:
-        own = name or function.__name__
+        _check_function("answer_metric", function)
+        own = getattr(function, "__name__", "") if name is None else name
         _check_own(own)
         _own[own] = function
         METRICS[own] = Metric(own, (function.__doc__ or "").strip().partition("\n")[0], "answers", better, chart=own,
                               in_progress=True)  # fmt: skip
         return function
 
-    return register
+    return register if passed is None else register(passed)
 
 
 def own_metrics(more: Mapping[str, AnswerScore] | None = None) -> dict[str, AnswerScore]:
     """The functions of all own metrics by name: registered ones, installed ones, and `more`.
 
     Raises:
-        RecipeError: if an installed metric cannot be imported, or a name of `more` cannot be one.
+        RecipeError: if an installed metric cannot be imported, or `more` is no mapping from names to functions.
     """
     _load_installed()
+    if more is not None and not isinstance(more, Mapping):
+        what = f"must be a mapping from names to functions, not {type(more).__name__}"
+        raise RecipeError("metrics", what, 'write {"name": function}')
     for name, function in (more or {}).items():
-        if not callable(function):
-            raise RecipeError(f"metrics {name}", "is not a function", "pass a function of one Answer")
+        _check_function(f"metrics {name}", function)
         if name not in _own:
             _check_own(name)
     return {**_own, **(more or {})}
@@ -210,8 +225,25 @@ def _code(function: AnswerScore) -> str:
         return repr(function) if code is None else f"{code.co_code.hex()} {code.co_consts} {code.co_names}"
 
 
+def _check_function(where: str, function: object) -> None:
+    """Raises RecipeError for what cannot be called with one answer."""
+    remedy = "pass a function of one Answer"
+    if not callable(function):
+        raise RecipeError(where, f"{shortened(repr(function))} is not a function", remedy)
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        raise RecipeError(where, f"{shortened(repr(function))} does not take one argument", remedy) from None
+    except ValueError:  # written in C, and does not say what it takes
+        pass
+
+
 def _check_own(name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name.startswith((TRAIN_PREFIX, "eval_")):
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[a-z][a-z0-9_]*", name)
+        or name.startswith((TRAIN_PREFIX, "eval_"))
+    ):
         remedy = f"write lower-case letters, digits and _, and begin with neither {TRAIN_PREFIX} nor eval_"
         raise RecipeError(f"metric {name}", "is not a name for a metric", remedy)
     if name in RESERVED or any(name == metric.name for metric in _ALL):

@@ -59,8 +59,8 @@ from nesso_tune.planning.hardware import NO_MPS, has_apple_gpu
 from nesso_tune.planning.memory import MOMENT_BYTES
 from nesso_tune.planning.plan import Plan
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.recipes.load import load_recipe
-from nesso_tune.recipes.schema import DPORecipe, Recipe, SFTRecipe, dump
+from nesso_tune.recipes.load import RecipeSource, as_recipe
+from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.reports.data_report import write_data_report
 from nesso_tune.reports.result import TrainResult
 from nesso_tune.reports.run_report import write_report
@@ -83,7 +83,7 @@ from nesso_tune.training.out_of_memory import out_of_memory_errors
 
 
 def train(
-    recipe: Recipe | str | Path | Mapping[str, Any],
+    recipe: RecipeSource,
     *,
     callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
     model: PreTrainedModel | None = None,
@@ -127,8 +127,7 @@ def train(
         GateRefused: one of them, if the model does not pass `evaluation.gate`; its weights are in `candidate/`.
         Preempted: another one, if a signal asked to stop; the same call resumes the run.
     """
-    recipe = recipe if isinstance(recipe, SFTRecipe | DPORecipe) else load_recipe(recipe)
-    recipe = with_passed(recipe, model, tokenizer, train_dataset, eval_dataset)
+    recipe = with_passed(as_recipe(recipe), model, tokenizer, train_dataset, eval_dataset)
     if metrics and (recipe.evaluation is None or not recipe.evaluation.samples):
         raise RecipeError("metrics", "need answers, and this recipe generates none", "set evaluation.samples above 0")
     extensions = Extensions.of(callbacks, metrics)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from nesso_tune.recipes.error_messages import key_descriptions
 from nesso_tune.recipes.schema import BaseRecipe, DPORecipe, SFTRecipe
 from nesso_tune.recipes.sections import Limit, SFTData
 
@@ -59,7 +60,7 @@ def _holder(annotation: Any) -> Any:
 
 def _section(title: str, model: Any) -> list[str]:
     rows = [
-        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(model.descriptions().get(name, ''))} |"
+        f"| `{name}` | {_kind(field)} | {_default(field)} | {_cell(key_descriptions(model).get(name, ''))} |"
         for name, field in model.model_fields.items()
     ]
     summary = (model.__doc__ or "").strip().splitlines()[0]

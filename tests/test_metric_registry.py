@@ -86,6 +86,17 @@ def test_a_function_becomes_a_metric_for_evaluations_best_metric_suites_and_gate
     assert "boh" in definition_of_own()["rude"], "results are cached under its code"
 
 
+def test_a_metric_needs_no_parentheses():
+    @answer_metric
+    def curt(answer: Answer) -> bool:
+        """Share of short answers."""
+        return len(answer.text) < 5
+
+    assert curt(answer("Sì.")), "it stays the function"
+    assert own_metrics()["curt"] is curt
+    assert METRICS["curt"].better == "higher"
+
+
 def test_an_installed_package_names_metrics(monkeypatch):
     point = EntryPoint("chars", f"{__name__}:characters", metric_registry.ENTRY_POINTS)
     monkeypatch.setattr(
@@ -109,3 +120,17 @@ def test_mistakes_of_own_metrics():
             answer_metric(name)(characters)
     with pytest.raises(RecipeError, match=r"metric failing: fails on an answer \(ZeroDivisionError: "):
         answer_metrics([answer("Ciao")], own={"failing": lambda answer: 1 / 0})
+    for build, message in {
+        lambda: answer_metric(better="more"): "answer_metric: `better` must be lower or higher, not 'more'",
+        lambda: answer_metric(3)(characters): "metric 3: is not a name for a metric",
+        lambda: answer_metric("")(characters): "metric : is not a name for a metric",
+        lambda: answer_metric()(3): "answer_metric: 3 is not a function; pass a function of one Answer",
+        lambda: answer_metric()(lambda: 1): "does not take one argument; pass a function of one Answer",
+        lambda: answer_metric(lambda answer, expected: 1): "does not take one argument",
+        lambda: own_metrics([characters]): "metrics: must be a mapping from names to functions, not list",
+        lambda: own_metrics({"own": 3}): "metrics own: 3 is not a function",
+        lambda: own_metrics({3: characters}): "metric 3: is not a name",
+    }.items():
+        with pytest.raises(RecipeError) as caught:
+            build()
+        assert message in str(caught.value)

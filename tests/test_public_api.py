@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import nesso_tune
 
 REPOSITORY = Path(nesso_tune.__file__).parent.parent
@@ -46,6 +48,23 @@ def test_help_is_short_and_names_everything():
     assert set(PUBLIC) < set(dir(nesso_tune)), "completion still offers all names"
 
 
+def test_every_function_that_takes_a_recipe_takes_what_load_recipe_does():
+    for function in (nesso_tune.train, nesso_tune.prepare_data, nesso_tune.preview, nesso_tune.make_plan):
+        with pytest.raises(nesso_tune.RecipeError, match="nope: no such file and no shipped recipe of this name"):
+            function("nope")
+        with pytest.raises(nesso_tune.RecipeError, match="the key `output_dir` is missing"):
+            function({"method": "sft"})
+    assert nesso_tune.make_plan("quickstart/sft") == nesso_tune.make_plan(nesso_tune.load_recipe("quickstart/sft"))
+
+
+def test_arguments_out_of_range_are_named():
+    with pytest.raises(nesso_tune.RecipeError, match="verify: must be one of sample, all, none, not 'some'"):
+        nesso_tune.train("quickstart/sft", verify="some")
+    for count in (0, "2"):
+        with pytest.raises(nesso_tune.RecipeError, match="count: must be a whole number of at least 1, not "):
+            nesso_tune.preview("quickstart/sft", count)
+
+
 USER_CODE = """
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +87,12 @@ def polite(answer: Answer) -> bool:
     return answer.language == "it" and "grazie" in answer.text.lower()
 
 
+@answer_metric
+def short(answer: Answer) -> float:
+    return float(len(answer.text) < 100)
+
+
+reveal_type(short)
 recipe: SFTRecipe | DPORecipe = load_recipe("quickstart/sft", {"train.best_metric": "polite"})
 recipe = load_recipe(Path("r.yaml"))
 recipe = load_recipe({"method": "sft"})
@@ -76,6 +101,8 @@ if isinstance(recipe, SFTRecipe):
     reveal_type(recipe.data.packing)
     reveal_type(recipe.replace({}))
 data: PreparedData = prepare_data(recipe)
+data = prepare_data("quickstart/sft")
+print(make_plan({"method": "sft"}).steps, preview(Path("r.yaml"), 1).to_text(), load_recipe(recipe, {"seed": 1}))
 plan: Plan = make_plan(recipe, World(8), data.volume)
 print(plan.steps, preview(recipe, 2).to_text(), lr_multiplier(3, total_steps=9, warmup_steps=1, constant_ratio=1.0,
                                                               min_ratio=0.0))
@@ -85,7 +112,7 @@ ids, labels = encode_conversation(talk, tokenizer)
 pair = PreferencePair(talk.messages[:1], talk.messages[1], Message("assistant", "Boh."))
 try:
     result: TrainResult = train("quickstart/sft", callbacks=[Count()], tokenizer=tokenizer,
-                                metrics={"polite": polite, "short": lambda answer: len(answer.text) < 100})
+                                metrics={"polite": polite, "brief": lambda answer: len(answer.text) < 100})
     reveal_type(result.model_dir)
     reveal_type(result.metrics)
     print(result.history["loss"], result.plot("loss"), result.trainer, result.report)
@@ -127,6 +154,7 @@ def test_a_user_sees_the_types(tmp_path):
     out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600).stdout
     revealed = [line.partition('Revealed type is "')[2].rstrip('"') for line in out.splitlines() if "Revealed" in line]
     assert revealed == [
+        "def (answer: nesso_tune.generation.answers.Answer) -> float",
         "bool", "nesso_tune.recipes.schema.SFTRecipe", "pathlib.Path", "dict[str, Any]", "float",
     ], out  # fmt: skip
     errors = [line.partition(": error: ")[2] for line in out.splitlines() if ": error: " in line]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,20 +57,22 @@ def chat(
     """Chat with a model."""
     from nesso_tune.generation.inference import Sampling, load_chat_model
 
-    if top_p < 1 and temperature == 0:
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    if top_p < 1 and sampling.is_greedy:
         raise RecipeError("--top-p", "has no effect on greedy decoding", "set --temperature above 0, or remove it")
     if prompt is not None and not prompt.strip():
         raise RecipeError("--prompt", "is empty", "give a text, or omit the option for an interactive chat")
     available_tools = read_tool_file(tools) if tools is not None else ()
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    system = None if system is None else _decoded(system)
     session = ChatSession(load_chat_model(model), sampling, system, available_tools, language)
     if prompt is not None:
-        prompt = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # under an ASCII locale
-        print_text(session.send(Message("user", prompt)) + "\n")
+        print_text(session.send(Message("user", _decoded(prompt))) + "\n")
         return
     with suppress(ImportError):
         import readline  # noqa: F401 - adds history and line editing to `input`
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # see `_decoded`; in a UTF-8 locale it would be strict
     _note(f"{model}: /help lists the commands, /exit or Ctrl-D ends the conversation.\n")
     with suppress(KeyboardInterrupt):
         run_session(session, _read, print_text, _note)
@@ -218,9 +222,16 @@ def _shown(message: Message) -> str:
 
 def _read(prompt: str) -> str:
     try:
-        return input(visible(prompt))
+        return _decoded(input(visible(prompt)))
     except RuntimeError:  # stdin is closed
         raise EOFError from None
+
+
+def _decoded(text: str) -> str:
+    """A text of the command line or of stdin, whose bytes are UTF-8 also under an ASCII locale; U+FFFD for those that
+    are not.
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _note(text: str) -> None:

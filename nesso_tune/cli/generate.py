@@ -49,10 +49,10 @@ def generate(
     from nesso_tune.generation.inference import Sampling, find_model_folder, load_chat_model, model_digest
     from nesso_tune.generation.sampling import check_count, write_samples
 
-    check_count(n, temperature, "--n", "--temperature")
+    sampling = Sampling(max_new_tokens, temperature, top_p if temperature > 0 else 1.0)
+    check_count(n, sampling, "--n", "--temperature")
     rows = read_prompts(Task(kind="chat", task="prompts", metrics=("stop_rate",), data=str(prompts)), parse_row)
     conversations = [row.conversation for row in rows]
-    sampling = Sampling(max_new_tokens, temperature, top_p if temperature > 0 else 1.0)
     digest = model_digest(find_model_folder(model))
     new = write_samples(output, load_chat_model(model), digest, conversations, n, sampling, seed)
     print_lines(f"{output}: {len(rows)} prompts with {n} answers each, {new} of them new")

@@ -39,9 +39,9 @@ from nesso_tune.logs import output_flags, print_lines, print_text
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.builtin import flag_path, is_run_output
-from nesso_tune.recipes.cluster_rules import SLURM_TIMES, slurm_seconds
+from nesso_tune.recipes.cluster_rules import SLURM_TIMES, SLURM_WORD, slurm_seconds
 from nesso_tune.recipes.schema import Recipe
-from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
+from nesso_tune.recipes.sections import ClusterSection
 
 DOCTOR: Literal["doctor"] = "doctor"  # in the place of a recipe
 DOCTOR_TIMEOUT_S = 300  # many processes that load Python from a shared file system start slowly

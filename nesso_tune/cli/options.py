@@ -13,7 +13,7 @@ from nesso_tune.chat.base_template import check_base_template
 from nesso_tune.chat.template import load_template
 from nesso_tune.data.files import is_local
 from nesso_tune.data.record_reader import make_record_reader
-from nesso_tune.data.sources import check_output
+from nesso_tune.data.sources import check_output, check_sources
 from nesso_tune.errors import ModelError, Problem, RecipeError, RunEnvironmentError, closest
 from nesso_tune.hub import check_local_base
 from nesso_tune.planning.plan import World
@@ -180,6 +180,7 @@ def check_before_start(recipes: list[Recipe], processes: int) -> None:
             from nesso_tune.evaluation.gate import load_gate  # imports numpy, which others do not need
 
             load_gate(recipe.evaluation.gate)
+        check_sources(recipe)
         for source in (*recipe.data.sources, *recipe.data.validation_sources):
             if is_local(source.path):
                 make_record_reader(source, recipe.method)

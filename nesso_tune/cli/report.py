@@ -11,6 +11,7 @@ import typer
 
 from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.logs import aligned, print_lines, print_text
+from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.runs.checkpoint import MANIFEST
 from nesso_tune.runs.layout import COMPARISON
 
@@ -26,8 +27,8 @@ def report(
     ] = None,
 ) -> None:
     """Write the report of a run, a page that compares several runs, or a page that lists the runs of a folder."""
-    folders = [Path(run).expanduser() for run in runs]
-    file = None if output is None else Path(output).expanduser()
+    folders = [Path(flag_path(run)) for run in runs]
+    file = None if output is None else Path(flag_path(output))
     while True:
         lines = _write_pages(folders, file)
         if follow is None:
@@ -59,7 +60,7 @@ def status(
     """List the runs below a folder: state, step, loss, speed, time left and age of the last line."""
     from nesso_tune.runs.run_status import find_runs, summarize_run
 
-    root = Path(folder).expanduser()
+    root = Path(flag_path(folder))
     found = [summarize_run(run, root) for run in find_runs(root)]
     if not found:
         raise RunEnvironmentError(str(root), "contains no run directory", "name the folder of your runs")

@@ -186,7 +186,8 @@ def parse_grid(texts: Sequence[str]) -> list[Axis]:
         if key in axes:
             raise RecipeError(f"{GRID} {key}", "is given twice", "write all its values in one place")
         if key in ("output_dir", "method"):
-            raise RecipeError(f"{GRID} {key}", "cannot vary in a sweep", "remove it")
+            remedy = f"every {OVERRIDE} takes one key: {OVERRIDE} {text}" if len(parsed) == 1 else "remove it"
+            raise RecipeError(f"{GRID} {key}", "cannot vary in a sweep", remedy)
         if len({json.dumps(value) for value in parsed}) < len(parsed):
             raise RecipeError(f"{GRID} {key}", "has the same value twice", "remove one")
         axes[key] = Axis(key, tuple(parsed))

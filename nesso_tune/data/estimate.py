@@ -11,12 +11,12 @@ from nesso_tune.conversation import Message
 from nesso_tune.data.block_encoder import BlockCounters, BlockEncoder, no_usable_rows
 from nesso_tune.data.cache_key import is_prepared
 from nesso_tune.data.columns import UnreadCounts
-from nesso_tune.data.files import expand, is_local
+from nesso_tune.data.files import is_local
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.data.reasoning import check_reasoning
 from nesso_tune.data.record_reader import Drop, DropCounter, make_record_reader, read_examples
 from nesso_tune.data.report import unread_warnings
-from nesso_tune.data.sources import count_records, source_blocks, source_records
+from nesso_tune.data.sources import check_sources, count_records, source_blocks, source_records
 from nesso_tune.errors import ModelError, RunEnvironmentError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.builtin import local_path
@@ -54,9 +54,7 @@ def estimate_volume(recipe: Recipe) -> DataVolume | None:
         DataError: if a local file is missing or cannot be read.
     """
     sources = [*recipe.data.sources, *recipe.data.validation_sources]
-    for source in sources:
-        if is_local(source.path):
-            expand(source.path)
+    check_sources(recipe)
     chat = _available_tokenizer(recipe)
     if chat is not None and is_prepared(recipe):
         from nesso_tune.data.prepare import prepare_data  # with numpy, a fifth of the time of `check`

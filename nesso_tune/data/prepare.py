@@ -22,12 +22,14 @@ from nesso_tune.data.pipeline import DROPPED, build_documents
 from nesso_tune.data.privacy import Privacy, source_name
 from nesso_tune.data.record_reader import OTHER_KEY
 from nesso_tune.data.report import Anomaly, CorpusReport, DataReport, PackingReport, Unread, unread_warnings
+from nesso_tune.data.sources import check_sources
 from nesso_tune.data.statistics import check_preferences
 from nesso_tune.data.token_store import IDS_FILE, MASK_FILE, Documents, IntArray, open_documents
 from nesso_tune.data.workers import wait_for_background_preparation
 from nesso_tune.errors import DataError
 from nesso_tune.planning.plan import DataVolume
 from nesso_tune.recipes.data_rules import check_validation_size
+from nesso_tune.recipes.load import RecipeSource, as_recipe
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import CleanSection, DPOData, SFTData, Source
 
@@ -90,10 +92,13 @@ class PreparedData:
         )  # fmt: skip
 
 
-def prepare_data(recipe: Recipe) -> PreparedData:
+def prepare_data(recipe: RecipeSource) -> PreparedData:
     """Reads, encodes and caches the data of a recipe, without torch.
 
     Call it before `torch.distributed` is initialised: it can take longer than a collective's timeout.
+
+    Args:
+        recipe: a recipe, or what `load_recipe` takes.
 
     Raises:
         DataError: if a file cannot be read or no usable row is left.
@@ -102,7 +107,9 @@ def prepare_data(recipe: Recipe) -> PreparedData:
         RunEnvironmentError: if the disk of the cache is full, or another process prepares the same data for longer
             than `distributed.timeout_s`.
     """
+    recipe = as_recipe(recipe)
     _check_no_process_group()
+    check_sources(recipe)
     wait_for_background_preparation(recipe)
     data, chat = recipe.data, chat_tokenizer(recipe.model, recipe.chat)
     corpus = _encoded_corpus(recipe, data.sources, chat)

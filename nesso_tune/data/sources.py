@@ -239,6 +239,19 @@ def check_output(recipe: Recipe) -> None:
             )  # fmt: skip
 
 
+def check_sources(recipe: Recipe) -> None:
+    """Raises DataError for the sources whose local files do not exist, each with its key."""
+    problems: list[Problem] = []
+    for key, path in input_paths(recipe):
+        if key.endswith(".path"):
+            try:
+                expand(path)
+            except DataError as error:
+                problems += [Problem(f"{key} {p.where}", p.what, p.remedy) for p in error.problems]
+    if problems:
+        raise DataError(problems)
+
+
 def input_paths(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """The key and path of every local input of a run, except its base model; patterns and folders as they are."""
     data, template = recipe.data, recipe.chat.template

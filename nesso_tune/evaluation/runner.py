@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache as cached_function
 from functools import cached_property
@@ -11,7 +11,7 @@ from typing import Any
 
 from nesso_tune import cache
 from nesso_tune.distributed.process_group import broadcast_from_rank0, init_process_group, is_main_process, world_size
-from nesso_tune.errors import NessoError, Problem
+from nesso_tune.errors import NessoError, Problem, RecipeError, check_instance, check_whole
 from nesso_tune.evaluation import agentic, chat, harness, ifeval, invalsi, prompts
 from nesso_tune.evaluation.results import ModelResult, TaskResult
 from nesso_tune.evaluation.suites import LM_EVAL, Kind, Suite, Task, load_suite
@@ -51,11 +51,18 @@ class EvaluationOptions:
         limit: number of prompts per task, the first ones; None for all.
         backend: lm-eval's model class, `hf` or `vllm`. Tasks of other kinds always use transformers.
         batch_size: of tasks of lm-eval.
+
+    Raises:
+        RecipeError: for a number that is out of range.
     """
 
     limit: int | None = None
     backend: str = "hf"
     batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_whole("limit", 1 if self.limit is None else self.limit, 1)
+        check_whole("batch_size", self.batch_size, 1)
 
 
 class EvaluatedModel:
@@ -83,7 +90,7 @@ class EvaluatedModel:
 
 def evaluate(
     models: str | Path | Sequence[str | Path],
-    suite: str | Suite = "nesso",
+    suite: str | Path | Suite = "nesso",
     options: EvaluationOptions = EvaluationOptions(),
 ) -> list[ModelResult]:
     """Results of all models on all tasks of a suite, from the cache where they are known.
@@ -96,12 +103,16 @@ def evaluate(
         options: limit, backend and batch size.
 
     Raises:
-        RecipeError: for an unknown task or metric.
+        RecipeError: for an unknown task or metric, and without a model.
         DataError: if the data of a task is not at hand; names all of them before anything is computed.
         ModelError: if a model cannot be loaded, or has no chat template and a task needs it.
     """
-    names = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
-    suite = load_suite(suite) if isinstance(suite, str) else suite
+    listed = [models] if isinstance(models, str | Path) else models
+    names = list(map(str, listed)) if isinstance(listed, Iterable) else []
+    if not names:
+        raise RecipeError("models", f"must be names of models, not {models!r}", "name a final/ folder or a hub id")
+    check_instance("options", options, EvaluationOptions, "EvaluationOptions(limit=20)")
+    suite = suite if isinstance(suite, Suite) else load_suite(str(suite))
     definitions = check_tasks(suite, options)
     evaluated = [EvaluatedModel(name, options) for name in names]
     if world_size() > 1:

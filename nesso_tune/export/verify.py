@@ -19,7 +19,7 @@ from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
@@ -30,7 +30,7 @@ from nesso_tune.data.packing import Rows
 from nesso_tune.data.prepare import PreparedData
 from nesso_tune.data.workers import follow_parent
 from nesso_tune.distributed.process_group import is_main_process
-from nesso_tune.errors import ModelError, RunEnvironmentError
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export import plain_loss
 from nesso_tune.files import format_bytes
 from nesso_tune.logs import logger
@@ -201,9 +201,14 @@ class Verifier:
     Attributes:
         amount: which rows.
         verified: the comparison, once there is one.
+
+    Raises:
+        RecipeError: if there is no such amount.
     """
 
     def __init__(self, amount: Amount) -> None:
+        if amount not in get_args(Amount):
+            raise RecipeError("verify", f"must be one of {', '.join(get_args(Amount))}, not {amount!r}", "correct it")
         self.amount: Amount = amount
         self.verified: Verified | None = None
         self._forked: Connection | None = None

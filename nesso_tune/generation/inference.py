@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,15 @@ from nesso_tune.chat.special_tokens import CHAT_KEY
 from nesso_tune.chat.template import ChatTemplate
 from nesso_tune.chat.tokenizer import encoder_of
 from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
-from nesso_tune.errors import DataError, ModelError, first_line, shortened
+from nesso_tune.errors import DataError, ModelError, RecipeError, check_whole, first_line, shortened
 from nesso_tune.files import json_sha256, sha256
 from nesso_tune.generation.answers import Answer, Prompt, generate_answers
 from nesso_tune.hub import base_folder, is_hub_id
 from nesso_tune.logs import logger
 from nesso_tune.model.forward import choose_generation_mode
+from nesso_tune.recipes.builtin import flag_path
 
+MIN_TEMPERATURE = 1e-5  # below, the most likely token has all the probability, and logits over it overflow
 OnText = Callable[[str], None]
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")  # suffixes of files that decide the answers
 PROVENANCE = "provenance.json"  # does not
@@ -44,11 +48,33 @@ UNLIMITED_CONTEXT = 1 << 30  # tokens; for models whose config has no maximum
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters; temperature 0 means greedy decoding."""
+    """Sampling parameters.
+
+    Attributes:
+        max_new_tokens: maximum length of an answer in tokens.
+        temperature: 0 means greedy decoding, and so does any value below `MIN_TEMPERATURE`.
+        top_p: nucleus sampling: cumulative probability of the tokens that are sampled.
+
+    Raises:
+        RecipeError: for a value that is out of range.
+    """
 
     max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        if not isinstance(self.temperature, Real) or not 0 <= self.temperature < math.inf:
+            what = f"must be a finite number of at least 0, not {self.temperature!r}"
+            raise RecipeError("temperature", what, "write 0 for greedy decoding, or about 0.7 to sample")
+        if not isinstance(self.top_p, Real) or not 0 < self.top_p <= 1:
+            raise RecipeError("top_p", f"must be a number above 0 and at most 1, not {self.top_p!r}", "correct it")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every token is the most likely one."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ class ChatModel:
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
         limits = {"max_new_tokens": sampling.max_new_tokens, "max_length": None, "use_cache": self._uses_cache}
         settings = GenerationConfig(**{**self._model.generation_config.to_diff_dict(), **limits})
-        if sampling.temperature > 0:
+        if not sampling.is_greedy:
             settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p)
         out = self._model.generate(
             input_ids=ids,
@@ -204,7 +230,7 @@ class ChatModel:
             raise DataError("prompt", f"`{text}` fills the context of {context} tokens", "shorten it, or remove it")
         limits = {"max_new_tokens": min(sampling.max_new_tokens, context - longest), "max_length": None}
         random: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
+        if not sampling.is_greedy:
             random = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
@@ -230,7 +256,13 @@ class ChatModel:
         return self._context - len(self._prompt_ids(messages, language, tools))
 
     def _prompt_ids(self, messages: Sequence[Message], language: str, tools: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Encodes by segments if the model has a template spec: control tokens in a message then stay plain text."""
+        """Encodes by segments if the model has a template spec: control tokens in a message then stay plain text.
+
+        Raises:
+            DataError: for a text that cannot be encoded.
+        """
+        for message in messages:
+            _check_text(message.content)
         if CHAT_KEY in self._tokenizer.init_kwargs:
             return encoder_of(self._tokenizer).prompt(messages, language, tools)
         turns = [
@@ -241,6 +273,15 @@ class ChatModel:
         variables = {"messages": turns, "tools": list(tools) or None, "add_generation_prompt": True}
         text = render_jinja(template, {**self._tokenizer.special_tokens_map, **variables}, self._tokenizer.name_or_path)
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _check_text(text: str) -> None:
+    """Raises DataError for a text with lone surrogates, halves of characters that no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        what = f"`{shortened(text)}` is not valid Unicode (a lone surrogate, character {error.start + 1})"
+        raise DataError("prompt", what, "decode its bytes as UTF-8") from None
 
 
 def load_chat_model(model: str, where: str | None = None) -> ChatModel:
@@ -283,13 +324,18 @@ def find_model_folder(model: str) -> Path:
     Raises:
         ModelError: if there is no such model, or it has no weights.
     """
-    folder, here = Path(model), Path(model).exists()
-    if (folder / "final").is_dir():
+    folder = Path(flag_path(model))
+    here, is_folder = os.path.exists(folder), os.path.isdir(folder)  # of pathlib they fail for a name that is too long
+    if os.path.isdir(folder / "final"):
         folder = folder / "final"
-    elif not folder.is_dir() and (here or not is_hub_id(model) or folder.parent.is_dir()):
-        raise ModelError(model, "no such model folder", "train it first, or name a folder with config.json and weights")
+    elif not is_folder and (here or not is_hub_id(model) or folder.parent.is_dir()):
+        raise ModelError(
+            shortened(model, 300),
+            "no such model folder",
+            "train it first, or name a folder with config.json and weights",
+        )
     else:
-        folder = base_folder(model, weights=True, where=model)
+        folder = base_folder(str(folder), weights=True, where=model)
     if not any(folder.glob("*.safetensors")):
         raise ModelError(str(model), "has no weights (*.safetensors)", "name the final/ folder of a finished run")
     return folder

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nesso_tune.conversation import Conversation, Message
 from nesso_tune.data.languages import detect_language
-from nesso_tune.errors import RecipeError, RunEnvironmentError
+from nesso_tune.errors import RecipeError, RunEnvironmentError, check_instance, check_whole
 from nesso_tune.files import json_sha256
 from nesso_tune.generation.inference import ChatModel, Sampling, load_chat_model
 from nesso_tune.logs import logger
@@ -29,7 +29,7 @@ class SampledAnswer:
 
 def generate(
     model: str | Path | ChatModel,
-    prompts: Sequence[str | Conversation],
+    prompts: str | Conversation | Iterable[str | Conversation],
     *,
     n: int = 1,
     sampling: Sampling = GREEDY,
@@ -39,7 +39,7 @@ def generate(
 
     Args:
         model: a `final/` folder, a run directory, a hub id, or what `load_chat_model` returned.
-        prompts: user turns, or conversations that end with one.
+        prompts: user turns, or conversations that end with one; also a single one.
         n: answers per prompt.
         sampling: maximum length, temperature (0 for greedy decoding) and top_p.
         seed: of the random numbers; the state of random generators is kept.
@@ -48,27 +48,50 @@ def generate(
         For each prompt, its `n` answers.
 
     Raises:
-        RecipeError: for several answers by greedy decoding, which would be equal.
+        RecipeError: for an argument of another type or out of range, and for several answers by greedy decoding, which
+            would be equal.
         ModelError: if there is no such model, or it has no chat template.
-        DataError: if a prompt leaves no room for an answer in the model's context.
+        DataError: if a prompt leaves no room for an answer in the model's context, or is not valid Unicode.
     """
-    check_count(n, sampling.temperature, "n", "temperature")
+    check_instance("sampling", sampling, Sampling, "Sampling(temperature=0.8)")
+    check_count(n, sampling, "n", "temperature")
+    check_whole("seed", seed, 0)
+    asked = _conversations(prompts)
     chat = model if isinstance(model, ChatModel) else load_chat_model(str(model))
-    asked = [prompt if isinstance(prompt, Conversation) else _conversation(prompt) for prompt in prompts]
     starts = range(0, len(asked), BATCH_PROMPTS)
     batches = [chat.sample(asked[i : i + BATCH_PROMPTS], n, sampling, seed + i) for i in starts]
     return [[SampledAnswer(*answer) for answer in answers] for batch in batches for answers in batch]
 
 
-def check_count(n: int, temperature: float, name: str, temperature_name: str) -> None:
-    """Raises RecipeError for several answers by greedy decoding; the names are those of the arguments."""
-    if n > 1 and temperature == 0:
+def check_count(n: int, sampling: Sampling, name: str, temperature_name: str) -> None:
+    """Raises RecipeError for no answers, and for several by greedy decoding; the names are those of the arguments."""
+    check_whole(name, n, 1)
+    if n > 1 and sampling.is_greedy:
         remedy = f"set {temperature_name} above 0, or {name} to 1"
         raise RecipeError(name, f"greedy decoding gives {n} equal answers", remedy)
 
 
-def _conversation(prompt: str) -> Conversation:
-    return Conversation((Message("user", prompt),), language=detect_language(prompt))
+def _conversations(prompts: str | Conversation | Iterable[str | Conversation]) -> list[Conversation]:
+    """The prompts as conversations.
+
+    Raises:
+        RecipeError: for anything but texts, and conversations that end with a turn that is not the model's.
+    """
+    remedy = 'write a list of texts, or of Conversation((Message("user", "…"),))'
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable | Conversation):
+        raise RecipeError("prompts", f"must be a list, not {type(prompts).__name__}", remedy)
+    found = []
+    for i, prompt in enumerate([prompts] if isinstance(prompts, str | Conversation) else prompts):
+        if isinstance(prompt, str):
+            prompt = Conversation((Message("user", prompt),), language=detect_language(prompt))
+        if not isinstance(prompt, Conversation):
+            raise RecipeError(f"prompts[{i}]", f"must be text or a Conversation, not {type(prompt).__name__}", remedy)
+        if not all(isinstance(turn, Message) and isinstance(turn.content, str) for turn in prompt.messages):
+            raise RecipeError(f"prompts[{i}]", "has a turn that is no Message with a text", remedy)
+        if not prompt.messages or prompt.messages[-1].role not in ("user", "tool"):
+            raise RecipeError(f"prompts[{i}]", "does not end with a user turn", "remove the last turn, or add one")
+        found.append(prompt)
+    return found
 
 
 def write_samples(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from nesso_tune.errors import RecipeError
+from nesso_tune.errors import RecipeError, check_instance
 from nesso_tune.lr_schedule import check_schedule
 from nesso_tune.planning.advice import advise, auto_learning_rate
 from nesso_tune.planning.auto import Recorded, Setting, choose
 from nesso_tune.planning.memory import checkpoint_bytes
 from nesso_tune.planning.plan import DataVolume, Plan, SchedulePlan, World
 from nesso_tune.planning.shapes import ModelShape, find_shape
+from nesso_tune.recipes.load import RecipeSource, as_recipe
 from nesso_tune.recipes.rules import SORTED_LOSSES
 from nesso_tune.recipes.schema import DPORecipe, Interval, Recipe
 from nesso_tune.recipes.sections import SFTData
@@ -23,7 +24,7 @@ MIN_PEAK_SECONDS_TO_COMPILE = 120
 
 
 def make_plan(
-    recipe: Recipe,
+    recipe: RecipeSource,
     world: World | None = None,
     volume: DataVolume | None = None,
     shape: ModelShape | None = None,
@@ -32,7 +33,7 @@ def make_plan(
     """The plan of a run.
 
     Args:
-        recipe: the recipe.
+        recipe: a recipe, or what `load_recipe` takes.
         world: number and kind of devices (default: one, of unknown kind).
         volume: amount of data in an epoch; without it, the quantities that depend on it are None.
         shape: shape of the base model. None reads it from the model folder, the hub cache or the built-in table.
@@ -41,9 +42,10 @@ def make_plan(
     Raises:
         RecipeError: if batch sizes, steps and schedule are inconsistent, or do not match the number of devices.
     """
-    world, shape = world or World(), shape or find_shape(recipe.model)
+    recipe, world = as_recipe(recipe), World() if world is None else world
+    check_instance("world", world, World, "World(8)")
     _check_processes(recipe, world)
-    train, rows = recipe.train, _rows(recipe, world)
+    shape, train, rows = shape or find_shape(recipe.model), recipe.train, _rows(recipe, world)
     global_batch = rows * world.processes
     rate = _learning_rate(recipe, shape)
     total, epochs = _steps(recipe, volume, global_batch)

@@ -1,6 +1,7 @@
 """Shipped recipes and data templates, and paths in recipes, flags and environment variables.
 
 `~` is expanded here only: libraries expand it too, and a path that is not yet expanded could refer to two folders.
+Texts that may be no paths are looked up by `os.path`: `Path.exists` fails for a name that is too long.
 """
 
 from __future__ import annotations
@@ -41,12 +42,15 @@ def reader_file(name: str) -> str:
     return file if colon and file.endswith(".py") else name
 
 
-def flag_path(text: str) -> str:
-    """Expands a path from the command line or an API call: the shell does not expand `--flag=~/x`.
+def flag_path(name: str | Path) -> str:
+    """Expands a path or name from the command line or an API call: the shell does not expand `--flag=~/x`.
 
     Raises:
-        RecipeError: if the user in `~user/` does not exist.
+        RecipeError: if it is empty, or the user in `~user/` does not exist.
     """
+    text = str(name)
+    if not text.strip():  # as a path it would be the working directory
+        raise RecipeError('""', "is an empty name", "write a path or a name")
     try:
         return expand_home(text)
     except ValueError as error:
@@ -144,7 +148,7 @@ def local_path(text: str) -> Path:
     """
     path = Path(text)
     inside = shipped_folder("recipes") / path.relative_to("recipes") if path.parts[:1] == ("recipes",) else None
-    return inside if inside is not None and not path.exists() and inside.exists() else path
+    return inside if inside is not None and not os.path.exists(path) and inside.exists() else path
 
 
 def is_run_output(base: str) -> bool:
@@ -154,10 +158,10 @@ def is_run_output(base: str) -> bool:
 
 def find_recipe(name: str | Path) -> Path:
     """Path of a recipe, given by a path or by the name of a shipped recipe (`quickstart/sft`)."""
-    path = Path(flag_path(str(name)))
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
+    path = Path(flag_path(name))
+    if os.path.isfile(path) or path.suffix in (".yaml", ".yml"):
         return local_path(str(path))
-    return next((p for p in (shipped_folder("recipes") / f"{name}.yaml",) if p.is_file()), path)
+    return next((p for p in (shipped_folder("recipes") / f"{name}.yaml",) if os.path.isfile(p)), path)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,14 @@ from collections.abc import Iterator, Mapping
 
 from nesso_tune.recipes.data_rules import Finding, Raw, get
 from nesso_tune.recipes.secrets import is_secret_name
-from nesso_tune.recipes.sections import SLURM_WORD, ClusterSection
 from nesso_tune.recipes.yaml_source import KeyPath
 
+SAVE_BEFORE_S = 300  # default of cluster.save_before_s
+# Patterns of words that the job script takes
+VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
+SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
+SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"
+MOUNT = r"^/[^:,\r\n\x00]*(:/[^:,\r\n\x00]*(:(ro|rw))?)?$"
 # sbatch options and variables that `launch` sets from the recipe: setting them again could conflict.
 _USE_CLUSTER_KEYS = "use cluster.nodes and cluster.gpus_per_node: there is one process per GPU"
 RESERVED_JOB_OPTIONS = {
@@ -107,7 +112,7 @@ def _cluster(raw: Raw) -> Iterator[Finding]:
 
 def _time_limits(raw: Raw) -> Iterator[Finding]:
     before = get(raw, "cluster", "save_before_s")
-    before = before if isinstance(before, int) else ClusterSection.model_fields["save_before_s"].default
+    before = before if isinstance(before, int) else SAVE_BEFORE_S
     for key in (("cluster", "time"), ("cluster", "prepare", "time")):
         time = get(raw, *key)
         if not isinstance(time, str) or not re.fullmatch(SLURM_WORD, time):

@@ -6,20 +6,25 @@ or section. `OTHER_TOOL_KEYS` has the equivalent keys of Axolotl, TRL, transform
 
 from __future__ import annotations
 
+import ast
+import inspect
+import math
 from collections.abc import Iterable, Mapping
 from functools import cache
+from itertools import pairwise
+from textwrap import dedent
 from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nesso_tune.errors import Problem, RecipeError, closest, shortened
 from nesso_tune.recipes.builtin import PATH_ERROR
+from nesso_tune.recipes.cluster_rules import MOUNT, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.secrets import masked
-from nesso_tune.recipes.sections import MOUNT, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME, Section
 from nesso_tune.recipes.yaml_source import Document, KeyPath
 
-Model = TypeVar("Model", bound=Section)
+Model = TypeVar("Model", bound=BaseModel)
 # Recipe key: its names in other tools.
 OTHER_TOOL_KEYS: dict[str, tuple[str, ...]] = {
     "method": ("rl", "stage", "task", "rl_type"),
@@ -127,7 +132,7 @@ BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
-PATTERNS = {  # descriptions of the patterns in `sections.py`
+PATTERNS = {  # descriptions of the patterns in `cluster_rules.py`
     SLURM_WORD: "one word without quotes, # or \\",
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     MOUNT: "absolute paths, as /HOST, /HOST:/CONTAINER or /HOST:/CONTAINER:ro, without commas",
@@ -161,7 +166,7 @@ def validated(
     return result
 
 
-def recipe_problems(error: ValidationError, document: Document, model: type[Section]) -> list[Problem]:
+def recipe_problems(error: ValidationError, document: Document, model: type[BaseModel]) -> list[Problem]:
     """All problems of a recipe in file order: validation errors and findings of the lint rules."""
     by_path: dict[KeyPath, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
@@ -197,11 +202,13 @@ def lint_problems(document: Document) -> list[tuple[KeyPath, Problem]]:
     return [(f.path, Problem(document.where(f.path), f"{_quoted(f.path)} {f.what}", f.remedy)) for f in findings]
 
 
-def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[Section]) -> Problem:
+def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, model: type[BaseModel]) -> Problem:
     where, key, item = document.where(path), f"`{_dotted(path)}`" if path else "the file", items[0]
     kind, value = item["type"], item["input"]
     if kind == "extra_forbidden":
         return Problem(where, f"unknown key {key}", suggest_key(model, path))
+    if kind == "invalid_key":
+        return Problem(where, f"the key {key} is not text", "write its name as text")
     if kind == "missing":
         what = f"{key} is missing" if len(path) > 1 else f"the key {key} is missing"
         return Problem(where, what, f"add it: {_description(model, path)}")
@@ -213,7 +220,7 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
                        f'{remedy} --set {_dotted(path)}="{value}"' if remedy.endswith(":") else remedy)  # fmt: skip
     if kind == "value_error":
         return Problem(where, f"{key} is wrong ({item['ctx']['error']})", "correct it")
-    blank = not value.strip() if isinstance(value, str) else value in ([], {})
+    blank = isinstance(value, str | list | dict) and not (value.strip() if isinstance(value, str) else value)
     if blank and any(one["type"] in EMPTY for one in items):
         return Problem(where, f"{key} must not be empty", f"give it a value: {_description(model, path)}")
     if kind == "string_pattern_mismatch" and (words := PATTERNS.get(item["ctx"]["pattern"])):
@@ -225,7 +232,7 @@ def _problem(path: KeyPath, items: list[Mapping[str, Any]], document: Document, 
     return Problem(where, f"{key} must be {' or '.join(wanted)}, not {_value_text(value)}", remedy)
 
 
-def suggest_key(model: type[Section], path: KeyPath) -> str:
+def suggest_key(model: type[BaseModel], path: KeyPath) -> str:
     """Remedy for the unknown key at `path`: its name in nesso-tune, its section, or its spelling."""
     *above, key = [str(part) for part in path if isinstance(part, str)]
     if key in UNSUPPORTED_KEYS:
@@ -252,7 +259,7 @@ def suggest_key(model: type[Section], path: KeyPath) -> str:
     return f"remove it; the keys here are {', '.join(siblings)}"
 
 
-def section_at(model: type[Section], path: KeyPath) -> type[Section] | None:
+def section_at(model: type[BaseModel], path: KeyPath) -> type[BaseModel] | None:
     """The section model at `path` (list indices are skipped); the model itself at the root."""
     names = tuple(part for part in path if isinstance(part, str))
     if not names:
@@ -261,9 +268,9 @@ def section_at(model: type[Section], path: KeyPath) -> type[Section] | None:
 
 
 @cache
-def key_paths(model: type[Section]) -> dict[tuple[str, ...], type[Section] | None]:
+def key_paths(model: type[BaseModel]) -> dict[tuple[str, ...], type[BaseModel] | None]:
     """All keys of `model` by path (without list indices), each with its section model, if any."""
-    out: dict[tuple[str, ...], type[Section] | None] = {}
+    out: dict[tuple[str, ...], type[BaseModel] | None] = {}
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         out[(name,)] = section
@@ -272,7 +279,7 @@ def key_paths(model: type[Section]) -> dict[tuple[str, ...], type[Section] | Non
     return out
 
 
-def _places(model: type[Section], name: str, section: list[str]) -> str:
+def _places(model: type[BaseModel], name: str, section: list[str]) -> str:
     """Paths of a key (a name or a dotted path), those in `section` if there are any; "" if there are none."""
     wanted = tuple(name.split("."))
     found = [names for names in key_paths(model) if names[-len(wanted) :] == wanted]
@@ -281,14 +288,14 @@ def _places(model: type[Section], name: str, section: list[str]) -> str:
     return " or ".join(f"`{'.'.join(names)}`" for names in found)
 
 
-def _section(annotation: Any) -> type[Section] | None:
+def _section(annotation: Any) -> type[BaseModel] | None:
     """The section model in a field's annotation, unwrapping Optional, tuple and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for arg in get_args(annotation) if (found := _section(arg))), None)
 
 
-def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[Section]) -> str:
+def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[BaseModel]) -> str:
     """The most likely intended value."""
     if isinstance(value, str):
         number = value.strip().replace(",", ".")
@@ -303,11 +310,11 @@ def _remedy(path: KeyPath, value: Any, wanted: list[str], model: type[Section]) 
 
 
 def _is_number(text: str) -> bool:
+    """Whether a text is a finite number: `nan` and `inf` are not values to suggest."""
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _alternatives(items: list[Mapping[str, Any]]) -> list[str]:
@@ -332,11 +339,29 @@ def _choices(item: Mapping[str, Any]) -> list[str]:
     return [word.strip("'") for word in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
 
 
-def _description(model: type[Section], path: KeyPath) -> str:
+@cache
+def key_descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """The docstring of each key of a section.
+
+    They are read from the source on first use. pydantic's `use_attribute_docstrings` reads it on every import, which
+    takes a tenth of the time of `check`.
+    """
+    found: dict[str, str] = {}
+    own = [kind for kind in reversed(model.__mro__) if issubclass(kind, BaseModel) and kind is not BaseModel]
+    for section in own:
+        (definition,) = ast.parse(dedent(inspect.getsource(section))).body
+        assert isinstance(definition, ast.ClassDef)
+        for key, text in pairwise(definition.body):
+            if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):
+                found[key.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
+    return found
+
+
+def _description(model: type[BaseModel], path: KeyPath) -> str:
     """Description of a key in the schema."""
     names = [part for part in path if isinstance(part, str)] or [""]
     section = section_at(model, tuple(names[:-1]))
-    text = section.descriptions().get(names[-1], "see the schema") if section else "see the schema"
+    text = key_descriptions(section).get(names[-1], "see the schema") if section else "see the schema"
     return text[0].lower() + text[1:].rstrip(".")
 
 

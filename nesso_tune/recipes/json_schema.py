@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from nesso_tune.recipes.builtin import template_names
+from nesso_tune.recipes.error_messages import key_descriptions
 from nesso_tune.recipes.rules import EXCLUSIVE, INERT
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, SFTRecipe
 from nesso_tune.recipes.sections import Section
@@ -35,7 +36,7 @@ def recipe_schema() -> dict[str, Any]:
         definitions[RECIPES[name].__name__] = schema
         schema["required"] = ["method", *schema["required"]]
     for kind in _subclasses(Section):
-        for key, text in kind.descriptions().items():
+        for key, text in key_descriptions(kind).items():
             if kind.__name__ in definitions:
                 definitions[kind.__name__]["properties"][key]["description"] = text
     for section, rule in _rules():

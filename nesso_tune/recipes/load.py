@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,52 +16,74 @@ from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, limit_problems, r
 from nesso_tune.recipes.rules import remove_excluded
 from nesso_tune.recipes.schema import RECIPES, DPORecipe, Recipe, SFTRecipe, check_files
 from nesso_tune.recipes.sections import Section
-from nesso_tune.recipes.yaml_source import OVERRIDE, Document, parse_document, plain_data, read_document, set_value
+from nesso_tune.recipes.yaml_source import OVERRIDE, Document, parse_document, plain_data, read_document, set_values
 
 Spec = TypeVar("Spec", bound=Section)
+RecipeSource = Recipe | str | Path | Mapping[str, Any]  # what `load_recipe` takes
 
 
 class SetOptions(dict[str, Any]):
     """Overrides that were given with `--set`, which is their location in errors."""
 
 
-def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+def load_recipe(source: RecipeSource, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Reads and validates a recipe.
 
     Args:
-        source: a YAML file, the name of a shipped recipe (`quickstart/sft`), the keys of a recipe, or YAML text of
-            more than one line.
+        source: a YAML file, the name of a shipped recipe (`quickstart/sft`), the keys of a recipe, YAML text, or a
+            recipe that is loaded already.
         overrides: values by dotted key, e.g. `{"train.learning_rate": 5e-4}`; list items by index. If two keys are
             mutually exclusive (`train.max_steps`, `train.num_epochs`), the overridden one replaces the file's.
 
     Raises:
         RecipeError: with all problems of the recipe, each with file, line and remedy.
     """
+    if isinstance(source, SFTRecipe | DPORecipe):
+        return source.replace({} if overrides is None else overrides)
     document = _document(source)
     if isinstance(overrides, SetOptions):
         document.override = OVERRIDE
-    for key, value in (overrides or {}).items():
-        set_value(document, key, value)
-    remove_excluded(document.value, overrides or {})
+    if overrides is not None:
+        set_values(document, overrides, "overrides")
+        remove_excluded(document.value, overrides)
     recipe = validate(document)
     check_files(recipe, document)
     return recipe
+
+
+def as_recipe(source: RecipeSource) -> Recipe:
+    """The recipe of an argument that takes what `load_recipe` takes; a recipe is returned as it is."""
+    return source if isinstance(source, SFTRecipe | DPORecipe) else load_recipe(source)
 
 
 def _document(source: str | Path | Mapping[str, Any]) -> Document:
     """The keys of a recipe, with their locations."""
     if isinstance(source, Mapping):
         return Document("recipe", plain_data(source), is_text=False)
+    if not isinstance(source, str | os.PathLike):
+        what = f"must be a recipe, a name, a path, a mapping of keys or YAML text, not {type(source).__name__}"
+        raise RecipeError("recipe", what, 'name a YAML file, or a shipped recipe: "quickstart/sft"')
     if isinstance(source, str) and "\n" in source:
         return parse_document(source, "recipe")
     file = find_recipe(source)
-    if not file.exists() and file.with_name(f"{file.name}.yaml").is_file():
-        file = file.with_name(f"{file.name}.yaml")
-    if not file.exists() and file.suffix not in (".yaml", ".yml"):
+    if not os.path.exists(file) and os.path.isfile(named := file.with_name(f"{file.name}.yaml")):
+        file = named
+    if not os.path.exists(file) and (document := _one_line(str(source))) is not None:
+        return document
+    if not os.path.exists(file) and file.suffix not in (".yaml", ".yml"):
         guess = closest(str(source), shipped_recipes())
         remedy = f"did you mean `{guess}`?" if guess else f"shipped recipes are {', '.join(shipped_recipes())}"
-        raise RecipeError(str(source), "no such file and no shipped recipe of this name", remedy)
+        raise RecipeError(shortened(str(source), 300), "no such file and no shipped recipe of this name", remedy)
     return read_document(file)
+
+
+def _one_line(text: str) -> Document | None:
+    """The keys of YAML text in one line, such as `{method: sft}`; None if it is the name of a file."""
+    try:
+        document = parse_document(text, "recipe")
+    except RecipeError:
+        return None
+    return document if isinstance(document.value, Mapping) else None
 
 
 def parse_overrides(settings: list[str]) -> SetOptions:
@@ -112,7 +135,7 @@ def find_spec(kind: str, name: str, key: str, also: tuple[str, ...] = ()) -> Pat
     """
     folder = shipped_folder("data_templates") / kind
     path = Path(name) if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = [*also, *template_names(kind)]
         guess = closest(name, names)
         remedy = f"did you mean `{guess}`?" if guess else f"use {', '.join(names)}, or the path of a YAML file"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from html import escape
 from io import StringIO
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString
 
@@ -26,7 +27,7 @@ from nesso_tune.recipes.sections import (
     Section,
     SFTData,
 )
-from nesso_tune.recipes.yaml_source import Document, KeyPath, plain_data, set_value
+from nesso_tune.recipes.yaml_source import Document, KeyPath, plain_data, set_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Count | Share  # steps, or a fraction of the run
@@ -180,26 +181,8 @@ class LoggingSection(Section):
     """Experiment trackers that receive the same metrics."""
 
 
-if TYPE_CHECKING:
-    from pydantic._internal._model_construction import ModelMetaclass as _RecipeType
-else:
-
-    class _RecipeType(type(Section)):
-        """Reports the mistakes of a recipe that is built in Python as those of a file."""
-
-        def __call__(cls, **keys: Any) -> Any:
-            try:
-                return super().__call__(**keys)
-            except ValidationError:
-                return validated(Document(cls.__name__, plain_data(keys), is_text=False), cls, keys)  # raises
-
-
-class BaseRecipe(Section, metaclass=_RecipeType):
-    """Keys common to both methods.
-
-    Raises:
-        RecipeError: with all mistakes, each with its key, if a recipe is built in Python.
-    """
+class BaseRecipe(Section):
+    """Keys common to both methods."""
 
     output_dir: FilePath
     """Run directory: all files of the run are written here."""
@@ -247,8 +230,7 @@ class BaseRecipe(Section, metaclass=_RecipeType):
             RecipeError: with all problems, each with its key.
         """
         document = Document("recipe", plain_data(self), is_text=False)
-        for key, value in changes.items():
-            set_value(document, key, plain_data(value))
+        set_values(document, changes, "changes")
         remove_excluded(document.value, changes)
         recipe = validated(document, type(self), document.value)
         check_files(recipe, document)
@@ -295,7 +277,8 @@ def check_files(recipe: BaseRecipe, document: Document) -> None:
     missing = [
         Problem(document.where(path), f"`{'.'.join(map(str, path))}` names a file that does not exist: {name}",
                 "correct the path") for path, name in named.items()
-        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json")) and not local_path(name).is_file()
+        if name is not None and name.endswith((".yaml", ".yml", ".py", ".json"))
+        and not os.path.isfile(local_path(name))
     ]  # fmt: skip
     if missing:
         raise RecipeError(missing)

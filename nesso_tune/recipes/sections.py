@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-from functools import cache
-from itertools import pairwise
-from textwrap import dedent
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from nesso_tune.errors import RecipeError
 from nesso_tune.recipes.builtin import FilePath, PathName
+from nesso_tune.recipes.cluster_rules import MOUNT, SAVE_BEFORE_S, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
+from nesso_tune.recipes.error_messages import validated
+from nesso_tune.recipes.yaml_source import Document, plain_data
 
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
 Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # written on one line of the job script
-VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
-SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
-SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"
-MOUNT = r"^/[^:,\r\n\x00]*(:/[^:,\r\n\x00]*(:(ro|rw))?)?$"
 VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 SlurmOption = Annotated[str, Field(pattern=SLURM_OPTION)]
@@ -27,27 +22,38 @@ Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # larger values are mistakes and could overflow
 
 
-class Section(BaseModel):
-    """Base of all sections: frozen and strict. Unknown keys are errors, and values are never coerced."""
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass as _SectionType
+else:
+
+    class _SectionType(type(BaseModel)):
+        """Takes paths and NumPy's numbers in Python, and reports mistakes there as those of a file."""
+
+        def __call__(cls, **keys: Any) -> Any:
+            try:
+                return super().__call__(**keys)
+            except ValidationError:  # sections are kept: the data of another method is no data of this one
+                document = Document(cls.__name__, plain_data(keys), is_text=False)
+                return validated(document, cls, plain_data(keys, keep_sections=True))
+
+
+class Section(BaseModel, metaclass=_SectionType):
+    """Base of all sections: frozen and strict. Unknown keys are errors, and values are never coerced.
+
+    Raises:
+        RecipeError: with all mistakes, each with its key, if a section or recipe is built in Python.
+    """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
-    @classmethod
-    @cache
-    def descriptions(cls) -> dict[str, str]:
-        """The docstring of each key.
+    if not TYPE_CHECKING:  # type checkers know from `frozen` that keys cannot be set
 
-        They are read from the source on first use. pydantic's `use_attribute_docstrings` reads it on every import,
-        which takes a tenth of the time of `check`.
-        """
-        found: dict[str, str] = {}
-        for section in [kind for kind in reversed(cls.__mro__) if issubclass(kind, Section)]:
-            (definition,) = ast.parse(dedent(inspect.getsource(section))).body
-            assert isinstance(definition, ast.ClassDef)
-            for key, text in pairwise(definition.body):
-                if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):
-                    found[key.target.id] = inspect.cleandoc(ast.literal_eval(text.value))
-        return found
+        def __setattr__(self, key: str, value: object) -> None:
+            what = "cannot be set, since sections and recipes are frozen"
+            raise RecipeError(f"{type(self).__name__}.{key}", what, "make another recipe: recipe.replace({...})")
+
+        def __delattr__(self, key: str) -> None:
+            setattr(self, key, None)
 
 
 class LoraSection(Section):
@@ -165,7 +171,7 @@ class ClusterSection(Section):
     """Slurm account."""
     time: SlurmWord | None = None
     """Time limit of a job, e.g. 24:00:00."""
-    save_before_s: Annotated[int, Field(ge=1, le=65535)] = 300
+    save_before_s: Annotated[int, Field(ge=1, le=65535)] = SAVE_BEFORE_S
     """Seconds before the time limit at which Slurm signals the run to save a checkpoint and continue in a new job."""
     modules: Annotated[tuple[Line, ...], Field(strict=False)] = ()
     """Environment modules to load (`module load`)."""

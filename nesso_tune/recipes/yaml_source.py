@@ -5,6 +5,7 @@ Uses YAML 1.2 (ruamel): `1e-3` is a number, `no` is a string, and duplicate keys
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -72,8 +73,9 @@ def read_document(path: Path) -> Document:
     except IsADirectoryError:
         inside = " (this is a run: its recipe is recipe.yaml in it)" if (path / "recipe.yaml").is_file() else ""
         raise RecipeError(str(path), f"is a folder{inside}", "name a YAML file") from None
-    except OSError as error:
-        raise RecipeError(str(path), f"cannot be read ({error.strerror})", "name a readable YAML file") from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise RecipeError(str(path), f"cannot be read ({reason})", "name a readable YAML file") from None
     if len(raw) > MAX_BYTES or path.suffix in (".jsonl", ".parquet"):
         raise RecipeError(
             str(path), f"{len(raw):,} bytes of data are not a recipe", f"make one: nesso-tune init --data {path}"
@@ -133,6 +135,21 @@ def set_value(document: Document, key: str, value: Any) -> None:
         node = node[part]
 
 
+def set_values(document: Document, values: Mapping[str, Any], argument: str) -> None:
+    """Sets the values of dotted keys that were given as the Python argument of this name; see `set_value`.
+
+    Raises:
+        RecipeError: if they are no mapping from keys to values, or a list has no such item.
+    """
+    remedy = 'write values by dotted key: {"train.learning_rate": 5e-4}'
+    if not isinstance(values, Mapping):
+        raise RecipeError(argument, f"must be a mapping, not {type(values).__name__}", remedy)
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise RecipeError(argument, f"the key {key!r} is not text", remedy)
+        set_value(document, key, plain_data(value))
+
+
 def _list_index(items: list[Any], name: str, key: str, where: str) -> int:
     """The list index given by one part of an override's key."""
     if name.isascii() and name.isdigit() and int(name) < len(items):
@@ -141,13 +158,21 @@ def _list_index(items: list[Any], name: str, key: str, where: str) -> int:
     raise RecipeError(where, f"`{shortened(key)}`: there is no item `{shortened(name)}` in this list", remedy)
 
 
-def plain_data(value: Any) -> Any:
-    """A copy of Python data with sections as the keys that are set in them, and tuples as lists."""
+def plain_data(value: Any, keep_sections: bool = False) -> Any:
+    """A copy of Python data as a YAML file would have it.
+
+    Sections become the keys that are set in them (unless they are kept), tuples lists, paths text, and the numbers and
+    arrays of NumPy and torch Python's numbers and lists.
+    """
     if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", exclude_unset=True)
+        return value if keep_sections else value.model_dump(mode="json", exclude_unset=True)
     if isinstance(value, Mapping):
-        return {key: plain_data(item) for key, item in value.items()}
-    return [plain_data(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain_data(item, keep_sections) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_data(item, keep_sections) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _explain(error: MarkedYAMLError, text: str) -> tuple[int, str, str]:

@@ -20,10 +20,11 @@ from nesso_tune.chat.encoding import IGNORE_INDEX
 from nesso_tune.data.prepare import PreparedData, prepare_data
 from nesso_tune.data.privacy import source_name
 from nesso_tune.data.report import listed_keys, unread_warnings
-from nesso_tune.errors import RunEnvironmentError, cut_in_the_middle
+from nesso_tune.errors import RunEnvironmentError, check_whole, cut_in_the_middle
 from nesso_tune.hub import base_folder, check_local_base
 from nesso_tune.planning.plan import row_name
 from nesso_tune.recipes.builtin import BUNDLED_TOKENS_RATIO, bundled_base, is_run_output, local_path
+from nesso_tune.recipes.load import RecipeSource, as_recipe
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.reports.html import escape_invisible, render
 from nesso_tune.training.dataset import ConversationCollator, PairCollator
@@ -244,13 +245,18 @@ def _wrap(blocks: Iterable[Text], width: int, colour: bool) -> Iterator[str]:
 # From a recipe to rows
 
 
-def preview(recipe: Recipe, count: int = 2) -> Preview:
+def preview(recipe: RecipeSource, count: int = 2) -> Preview:
     """The first `count` training rows of epoch 0: packed rows in SFT, pairs in DPO, as the collator emits them.
+
+    Args:
+        recipe: a recipe, or what `load_recipe` takes.
+        count: number of rows.
 
     Raises:
         NessoError: as `prepare_data`.
     """
-    recipe, notes = _with_tokenizer(recipe)
+    check_whole("count", count, 1)
+    recipe, notes = _with_tokenizer(as_recipe(recipe))
     data = prepare_data(recipe)
     numbers = range(min(count, len(data.train)))
     row_of = _packed_row if recipe.method == "sft" else _pair

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,6 +84,9 @@ class Extensions:
         Raises:
             RecipeError: for a callback that cannot work here, or a metric without a proper name.
         """
+        if not isinstance(callbacks, Iterable):
+            what = f"must be a list, not {type(callbacks).__name__}"
+            raise RecipeError("callbacks", what, "write callbacks=[callback]")
         made = tuple(one() if isinstance(one, type) else one for one in callbacks)
         for one in made:
             if not isinstance(one, TrainerCallback):

@@ -40,6 +40,23 @@ def test_a_conversation_ends_with_an_empty_line_or_the_end_of_input(model, capsy
         assert out.count("\n") == answers
 
 
+def test_bytes_that_are_not_utf8_are_replaced(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe ciao\nE poi?\n/history\n"), "utf-8"))
+    code, out, err = chat(capsys, model, "--max-new-tokens", "5")
+    assert code == 0, err
+    assert out.count("\n") == 2
+    assert "user: \ufffd\ufffd ciao\n" in err
+    code, _, err = chat(capsys, model, "--max-new-tokens", "5", "--prompt", "\udcff ciao", "--system", "\udcff")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [("1e-40", 0), ("inf", 2)])
+def test_temperatures_that_cannot_be_sampled(model, capsys, temperature, expected):
+    code, _, err = chat(capsys, model, "--prompt", "Ciao", "--max-new-tokens", "5", "--temperature", temperature)
+    assert code == expected, err
+    assert ("temperature: must be a finite number of at least 0" in err) == (expected == 2)
+
+
 @pytest.mark.parametrize(("folder", "says"), [("nowhere/final", "train it first"), ("", "no such model folder")])
 def test_no_model(tmp_path, capsys, folder, says):
     target = tmp_path / folder if folder else tmp_path / "file"

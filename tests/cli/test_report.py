@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nesso_tune.cli.main import main
+from tests.support.runs import main_here
 
 
 @pytest.fixture
@@ -66,6 +67,12 @@ def test_a_page_is_written_again_until_it_is_interrupted(runs, monkeypatch):
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         main(["report", runs[0], "--follow", "5"])
     assert written == [True, True]
+
+
+@pytest.mark.parametrize("verb", ["report", "status"])
+def test_an_empty_name_is_an_error(capsys, verb):
+    code, _, err = main_here(capsys, verb, "")
+    assert (code, err) == (2, '"": is an empty name; write a path or a name\n')
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path, runs, capsys):

@@ -41,7 +41,8 @@ def test_mistakes_in_a_grid():
     assert "`seed=` has no values" in refused("seed=")
     assert "--grid seed: is given twice" in refused("seed=1", "seed=2")
     assert "--grid seed: has the same value twice" in refused("seed=1,2,1")
-    assert "--grid output_dir: cannot vary" in refused("output_dir=a,b")
+    assert "--grid output_dir: cannot vary in a sweep; remove it" in refused("output_dir=a,b")
+    assert "every --set takes one key: --set output_dir=a" in refused("output_dir=a")
     assert "--grid seed:1: a bracket or quote that opens here is not closed" in refused("seed=[1")
 
 

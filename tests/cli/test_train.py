@@ -91,7 +91,12 @@ def test_set_reaches_all_recipes_or_one(tmp_path, tune, chain):
 LORA = {"adapter": {"type": "lora", "target_modules": ["attn"]}, "base": "BASE", "random_init": False}
 BAD = [
     ("no such recipe", "train: nope", 2, "no shipped recipe of this name"),
-    ("missing data", {"data": {"sources": [{"path": "nowhere/rows.jsonl"}]}}, 3, "nowhere/rows.jsonl: no such file"),
+    (
+        "missing data",
+        {"data": {"sources": [{"path": "nowhere/rows.jsonl"}]}},
+        3,
+        "data.sources.0.path nowhere/rows.jsonl: no such file",
+    ),
     ("missing base", {"model": {"base": "./nowhere"}}, 4, "no such folder"),
     ("base without weights", {"model": {"random_init": False}}, 4, "set model.random_init: true"),
     ("flash without a GPU", {"model": {"attention": "flash", "dtype": "bfloat16"}}, 2, "set attention: auto"),

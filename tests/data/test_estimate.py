@@ -58,8 +58,17 @@ def test_pairs_and_validation_sources(dpo, duels, write_rows):
 
 def test_hub_data_that_is_not_known_is_left_open(sft):
     assert estimate_volume(sft("someone/never-fetched")) is None
-    with pytest.raises(DataError, match="no such file"):
-        estimate_volume(sft("absent/rows.jsonl"))
+
+
+def test_missing_files_are_named_with_their_keys(sft, chats, write_rows):
+    held = {"path": "absent/held.jsonl"}
+    for read in (estimate_volume, prepare_data):
+        with pytest.raises(DataError) as caught:
+            read(sft("absent/rows.jsonl", validation_sources=[{"path": write_rows(chats)}, held]))
+        assert [(problem.where, problem.what) for problem in caught.value.problems] == [
+            ("data.sources.0.path absent/rows.jsonl", "no such file"),
+            ("data.validation_sources.1.path absent/held.jsonl", "no such file"),
+        ]
 
 
 def test_without_a_tokenizer_characters_are_counted(sft, dpo, chats, duels, write_rows):

@@ -2,11 +2,11 @@
 
 import pytest
 
-from nesso_tune import Message, PreferencePair, load_tokenizer
+from nesso_tune import Message, ModelError, PreferencePair, RecipeError, load_tokenizer
 from nesso_tune.chat.render import answer_segments, parse_answer
 from nesso_tune.chat.template import load_template
 from nesso_tune.chat.tokenizer import encoder_of
-from nesso_tune.generation.inference import ChatModel, _decode
+from nesso_tune.generation.inference import ChatModel, Sampling, _decode, find_model_folder
 from tests.support.conversations import conversations
 
 CALLS = ({"name": "meteo", "arguments": {"dove": "Roma"}}, {"name": "ora", "arguments": {}})
@@ -67,3 +67,20 @@ def test_a_turn_of_a_conversation_keeps_its_reasoning_out_of_the_next_prompt(bas
     prompt = tokenizer.decode(model._prompt_ids([QUESTION, answer, QUESTION], "it", ()))
     assert "Penso." not in prompt
     assert "assistant\nSì.<|im_end|>" in prompt
+
+
+@pytest.mark.parametrize("values", [
+    {"max_new_tokens": -1}, {"max_new_tokens": 2.5}, {"temperature": -3}, {"temperature": float("inf")},
+    {"temperature": float("nan")}, {"temperature": "0.7"}, {"top_p": 5}, {"top_p": 0}, {"top_p": float("nan")},
+])  # fmt: skip
+def test_sampling_out_of_range_names_the_parameter(values):
+    (name,) = values
+    with pytest.raises(RecipeError, match=f"^{name}: must be a .*, not "):
+        Sampling(**values)
+
+
+def test_names_that_are_no_model():
+    with pytest.raises(RecipeError, match='"": is an empty name; write a path or a name'):
+        find_model_folder("")
+    with pytest.raises(ModelError, match="no such model folder"):
+        find_model_folder("a/" * 3000)

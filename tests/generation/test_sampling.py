@@ -2,9 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 
-from nesso_tune import Conversation, Message, RecipeError, Sampling, generate
+from nesso_tune import Conversation, DataError, Message, RecipeError, Sampling, generate
 from tests.support.runs import main_here
 
 
@@ -64,3 +65,46 @@ def test_the_function_gives_the_answers_of_the_command(call, chat_model, tmp_pat
     ]
     with pytest.raises(RecipeError, match="n: greedy decoding gives 2 equal answers; set temperature above 0"):
         generate(chat_model, ["Ciao"], n=2)
+
+
+def test_a_single_prompt_is_a_list_of_one(chat_model):
+    short, asked = Sampling(max_new_tokens=4), Conversation((Message("user", "Come ti chiami?"),), language="it")
+    of_text = generate(chat_model, "Come ti chiami?", sampling=short)
+    assert len(of_text) == 1
+    assert of_text == generate(chat_model, ["Come ti chiami?"], sampling=short, n=np.int64(1))
+    assert generate(chat_model, asked, sampling=short) == generate(chat_model, [asked], sampling=short)
+
+
+QUESTION = {"role": "user", "content": "Ciao"}
+MISTAKES = {
+    "no list": (3, {}, "prompts: must be a list, not int; write a list of texts, or of Conversation"),
+    "a message": (QUESTION, {}, "prompts: must be a list, not dict"),
+    "messages": ([[QUESTION]], {}, r"prompts\[0\]: must be text or a Conversation, not list"),
+    "no message": ([Conversation((QUESTION,))], {}, r"prompts\[0\]: has a turn that is no Message with a text"),
+    "no text": (["a", Conversation((Message("user", None),))], {}, r"prompts\[1\]: has a turn that is no Message with"),
+    "no turn": ([Conversation(())], {}, r"prompts\[0\]: does not end with a user turn"),
+    "an answer": ([Conversation((Message("assistant", "Ciao"),))], {}, r"prompts\[0\]: does not end with a user turn"),
+    "none": ("Ciao", {"n": 0}, "n: must be a whole number of at least 1, not 0"),
+    "a share": ("Ciao", {"n": 1.5}, "n: must be a whole number of at least 1, not 1.5"),
+    "seed": ("Ciao", {"seed": -1}, "seed: must be a whole number of at least 0, not -1"),
+    "keys": ("Ciao", {"sampling": {"temperature": 1}}, "sampling: must be of class Sampling, not dict; write"),
+    "nearly greedy": ("Ciao", {"n": 2, "sampling": Sampling(temperature=1e-40)}, "greedy decoding gives 2 equal"),
+}
+
+
+@pytest.mark.parametrize(("prompts", "options", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_name_the_argument(prompts, options, message):
+    with pytest.raises(RecipeError, match=message):
+        generate("none/final", prompts, **options)
+
+
+@pytest.mark.parametrize("text", ["Ciao \udcff", "\ud83d"])
+def test_half_a_character_is_no_prompt(chat_model, text):
+    with pytest.raises(DataError, match="is not valid Unicode \\(a lone surrogate, character"):
+        generate(chat_model, [text])
+
+
+def test_a_tiny_temperature_is_greedy_decoding(chat_model):
+    answers = [generate(chat_model, "Ciao", sampling=Sampling(6, temperature)) for temperature in (0, 1e-40, 1e-6)]
+    assert answers[0] == answers[1] == answers[2]
+    assert len(generate(chat_model, "Ciao", n=2, sampling=Sampling(6, 1e-5))[0]) == 2, "the smallest that samples"

@@ -174,7 +174,9 @@ def test_a_model_that_its_files_do_not_give_again_is_an_error(whole_base, tmp_pa
         ({"eval_dataset": Dataset.from_list([])}, DataError, "eval_dataset: has no rows"),
         ({"train_dataset": DatasetDict(test=Dataset.from_list(ROWS))}, DataError, "pass one of its splits: test"),
         ({"callbacks": [3]}, RecipeError, "callbacks: int is no TrainerCallback"),
-        ({"metrics": {"polite": 3}}, RecipeError, "metrics polite: is not a function"),
+        ({"callbacks": 3}, RecipeError, "callbacks: must be a list, not int"),
+        ({"metrics": {"polite": 3}}, RecipeError, "metrics polite: 3 is not a function"),
+        ({"metrics": [len]}, RecipeError, "metrics: must be a mapping from names to functions, not list"),
         ({"metrics": {"stop_rate": len}}, RecipeError, "metric stop_rate: is a name that nesso-tune uses itself"),
     ],
 )

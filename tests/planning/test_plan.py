@@ -23,6 +23,11 @@ def plan(keys="", rows=None, processes=1, text=SFT, shape=None, **volume):
     return make_plan(read(f"{text}train: {{{keys}}}\n"), World(processes), data, shape)
 
 
+def test_devices_are_a_world():
+    with pytest.raises(RecipeError, match=r"world: must be of class World, not int; write world=World\(8\)"):
+        make_plan("quickstart/sft", 8)
+
+
 def test_the_reference_run_of_32_devices():
     of = make_plan(load_recipe("sft"), World(32), DataVolume(100_000, 400_000_000, 200_000_000, 10_000))
     assert (of.micro_batch, of.accumulation, of.processes, of.global_batch) == (1, 8, 32, 256)

@@ -7,7 +7,7 @@ import pytest
 from nesso_tune.errors import RecipeError
 from nesso_tune.recipes import DPORecipe, SFTRecipe, load_recipe, yaml_source
 from nesso_tune.recipes.builtin import recipe_summaries, shipped_recipes
-from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, MAX_PROBLEMS, key_paths, section_at
+from nesso_tune.recipes.error_messages import EQUIVALENT_KEYS, MAX_PROBLEMS, key_descriptions, key_paths, section_at
 from nesso_tune.recipes.load import parse_overrides
 from nesso_tune.recipes.schema import RECIPES
 from tests.support.recipe_texts import DPO, SFT, problem, problems, read
@@ -201,7 +201,7 @@ def test_a_file_or_a_name_that_is_not_there(tmp_path):
 @pytest.mark.parametrize("model", RECIPES.values())
 def test_every_key_is_described(model):
     for path in key_paths(model):
-        description = section_at(model, path[:-1]).descriptions().get(path[-1], "")
+        description = key_descriptions(section_at(model, path[:-1])).get(path[-1], "")
         assert description.rstrip().endswith("."), ".".join(path)
 
 
