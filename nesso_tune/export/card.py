@@ -19,6 +19,7 @@ from nesso_tune.export.stages import PROVENANCE, Stage, read_stages, to_provenan
 from nesso_tune.files import atomic_write
 from nesso_tune.logs import visible
 from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.schema import Recipe
 from nesso_tune.runs.checkpoint import MANIFEST
 from nesso_tune.runs.layout import CANDIDATE, FINAL, RECIPE, run_manifest
 
@@ -177,9 +178,24 @@ def _render(provenance: Mapping[str, Any], model: Path) -> str:
     )
 
 
-def placeholders(card: str) -> list[str]:
-    """The placeholders in the text of a card."""
-    return [part.partition("]")[0] for part in card.split(PLACEHOLDER)[1:]]
+def placeholders(card: str) -> list[tuple[str, str]]:
+    """What the placeholders in the text of a card stand for, each with what to do."""
+    found = [part.partition("]")[0].partition("; ") for part in card.split(PLACEHOLDER)[1:]]
+    return [(what, remedy or "complete the card section of recipe.yaml") for what, _, remedy in found]
+
+
+def placeholders_of_exports(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """The placeholders that the card of an export of a finished run would have; see `placeholders`.
+
+    Args:
+        run: the run directory.
+        recipe: its recipe; exports get its card section instead of the one that the run trained with.
+    """
+    stages = read_stages(run / FINAL)
+    if not stages:  # of a model from before provenance files: exports get its card as it is
+        return placeholders(read_card(run / FINAL) or "")
+    how: dict[str, Any] = {"to": "hf", "dtype": "", "checked": None, "average": []}
+    return placeholders(_render(to_provenance(with_card(stages, recipe), how), run / FINAL))
 
 
 def _origin(stage: Mapping[str, Any]) -> str:
