@@ -71,7 +71,7 @@ def test_merged_and_separate_adapters_equal_the_live_model(trained, tmp_path, ki
     adapter = export(run, ADAPTER, folder=tmp_path / "adapter")
     assert not list(adapter.folder.glob("model*.safetensors"))
     config = json.loads((adapter.folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == run.recipe.model.base
+    assert config["base_model_name_or_path"] == str(Path(run.recipe.model.base).resolve())
     torch.testing.assert_close(logits(adapter.folder, AutoPeftModelForCausalLM), live, rtol=0, atol=1e-5)
     for done in (merged, adapter):
         assert done.parity.positions > 8
@@ -158,6 +158,49 @@ def test_prompts_are_of_two_languages_with_and_without_system_message_and_tools(
     kinds = {(messages[0]["role"] == "system", tools is not None) for messages, tools in asked}
     assert kinds == {(a, b) for a in (False, True) for b in (False, True)}
     assert all(prompt.tools is None for prompt in parity.prompts(supports_tools=False))
+
+
+@pytest.fixture
+def beside_its_base(trained, whole_base, tmp_path, monkeypatch):
+    """A run whose recipe names its base relative to the working directory."""
+    shutil.copytree(trained["lora"][0].path, tmp_path / "run")
+    shutil.copytree(whole_base, tmp_path / "base")
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(text.replace(f"base: {whole_base}", "base: base"))
+    monkeypatch.chdir(tmp_path)
+    return FinishedRun.open(tmp_path / "run")
+
+
+def test_an_adapter_loads_from_every_directory(trained, beside_its_base, tmp_path, monkeypatch):
+    assert beside_its_base.recipe.model.base == "base"
+    done = export(beside_its_base, ADAPTER)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(done.folder, AutoPeftModelForCausalLM), trained["lora"][1], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_loads_in_one_directory_only_stops_the_export(beside_its_base, tmp_path):
+    def write(run, model, folder, dtype):
+        ADAPTER.write(run, model, folder, dtype)
+        text = (folder / "adapter_config.json").read_text()
+        (folder / "adapter_config.json").write_text(text.replace(str(tmp_path / "base"), "base"))
+
+    with pytest.raises(ModelError, match="names its base by the relative path base"):
+        export(beside_its_base, exporter.Format(**{**vars(ADAPTER), "write": write}))
+
+
+def test_an_adapter_of_a_local_base_is_listed_but_not_uploaded(beside_its_base, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    text = (beside_its_base.path / "recipe.yaml").read_text()
+    text = text.replace("license: null", "license: mit").replace("citation: null", "citation: Rossi")
+    (beside_its_base.path / "recipe.yaml").write_text(text)
+    options = ("--to", "adapter", "--unchecked", "--push", "--repo", "a/b")
+    code, listed, said = main_here(capsys, "export", "run", *options)
+    assert (code, "adapter_model.safetensors" in listed) == (0, True), said
+    problem = listed.splitlines()[-1]
+    assert problem.startswith("adapter_config.json: the base is the local folder base, so nobody else can load")
+    code, listed, said = main_here(capsys, "export", "run", *options, "--yes")
+    assert (code, problem in said) == (2, True), said
 
 
 @pytest.mark.parametrize(("options", "error", "message"), [
