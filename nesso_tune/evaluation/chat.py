@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nesso_tune.conversation import Conversation, Message, language_code
-from nesso_tune.data.languages import detect_language
+from nesso_tune.data.languages import CANDIDATE_LANGUAGES, detect_language
 from nesso_tune.evaluation.prompts import Row, answer_all, answer_losses
 from nesso_tune.evaluation.results import KNOWN, AnsweredPrompt, Metric, TaskResult, means_by_group
 from nesso_tune.evaluation.suites import Task
-from nesso_tune.generation.answers import Answer, ends_in_loop
+from nesso_tune.generation.answers import Answer, ends_in_loop, has_prose
 from nesso_tune.generation.inference import AnswerLoss, ChatModel
 from nesso_tune.metric_registry import better_direction, own_metrics, score_of
 
@@ -86,11 +86,20 @@ def run(task: Task, prompts: Sequence[ChatPrompt], model: ChatModel) -> TaskResu
     return score(prompts, answers, answer_losses(model, conversations, [prompt.answer for prompt in prompts]))
 
 
+def _is_in_language(answer: Answer) -> bool | None:
+    """Whether an answer is in the language of its prompt; None if it is short, or that language is unknown.
+
+    A longer answer without a detectable language is in none. If it were left out, broken answers would not count.
+    """
+    is_broken = answer.language in CANDIDATE_LANGUAGES and answer.in_language is None and has_prose(answer.text)
+    return False if is_broken else answer.in_language
+
+
 def score(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], losses: Sequence[AnswerLoss | None]) -> TaskResult:
     """Metrics over all prompts and by language (`stop_rate/it`).
 
     - `stop_rate`: share of answers that end with the end token.
-    - `language_fidelity`: share in the language of the prompt, of the answers with a detectable language.
+    - `language_fidelity`: share in the language of the prompt, of the answers with enough letters to tell.
     - `repetition_rate`: share that ends in a loop (see `ends_in_loop`).
     - `empty_rate`: share without text.
     - `answer_tokens`: mean length in tokens.
@@ -107,7 +116,7 @@ def score(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], losses: Sequ
     bits = [None if loss is None else loss.bits_per_byte for loss in losses]
     metrics: dict[str, Metric] = {
         **means_by_group("stop_rate", [a.stopped for a in answers], groups),
-        **means_by_group("language_fidelity", [a.in_language for a in answers], groups),
+        **means_by_group("language_fidelity", map(_is_in_language, answers), groups),
         **means_by_group("repetition_rate", [ends_in_loop(a.ids) for a in answers], groups, "lower"),
         **means_by_group("empty_rate", [not a.text.strip() for a in answers], groups, "lower"),
         **means_by_group("answer_tokens", [len(a.ids) for a in answers], groups, None),

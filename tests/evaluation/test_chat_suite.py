@@ -58,6 +58,14 @@ def test_metrics():
     assert metrics["answer_tokens"].better is None
 
 
+def test_a_broken_answer_is_in_no_language_and_a_short_one_is_not_counted():
+    prompts = [parse_row({"prompt": "Domanda?", "language": language}) for language in ("it", "it", "it", "und")]
+    broken = "ttt ttt ttt ttt ttt ttt ttt ttt"
+    answers = [answer(ITALIAN), answer(broken), answer("Roma."), answer(broken, "und")]
+    metric = score(prompts, answers, [None] * 4).metrics["language_fidelity"]
+    assert (metric.scores, metric.prompts) == ((1.0, 0.0), (0, 1))
+
+
 def test_the_loss_of_reference_answers_equals_that_of_the_logits(chat_model):
     model = load_chat_model(str(chat_model))
     prompts = [parse_row({"prompt": "Quanto fa 2 + 1?", "language": "it"}), parse_row({"prompt": "Chi sei?"})]
