@@ -115,7 +115,7 @@ def from_os_error(error: OSError) -> RunEnvironmentError:
     if error.errno in DISK_FULL_ERRNOS:
         return RunEnvironmentError(where, "the disk is full", "free some space; finished checkpoints are intact")
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return RunEnvironmentError(where, "cannot be written", "check its permissions, or set another output_dir")
+        return RunEnvironmentError(where, "cannot be written", "check its permissions, or write to another folder")
     if error.errno == errno.ENOLCK:  # from a library's lock; our own locks raise a more specific error
         remedy = "mount it with locks, or put output_dir, NESSO_TUNE_CACHE and HF_HOME on another disk"
         return RunEnvironmentError(where, "the file system does not support file locks", remedy)

@@ -196,6 +196,21 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return files if any(file.name.endswith(("tokenizer.json", ".model", "vocab.json")) for file in files) else []
 
 
+def check_repository_name(repo: str) -> None:
+    """Raises RecipeError unless a name has the form ORG/NAME, in the characters that the hub allows."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        if repo.count("/") != 1:
+            raise RecipeError("--repo", f"{repo} is not a repository name", "write ORG/NAME")
+        validate_repo_id(repo)
+    except HFValidationError:
+        what = f"{repo} is not a repository name of the hub"
+        remedy = "use letters, digits, -, _ and . (not at an end or twice, and no .git), at most 96 in each part"
+        raise RecipeError("--repo", what, remedy) from None
+
+
 def is_hub_id(base: str) -> bool:
     """Whether a name that is not a local folder has the form of a hub id."""
     return not base.startswith((".", "/", "~")) and base.count("/") == 1 and not is_run_output(base)

@@ -307,8 +307,9 @@ def _export(
         trained = plan.trained(step, trainer.epochs_at(step))
         facts, parameters = trainer.checkpointer.provenance, model.num_parameters()
         stage = Stage.of(recipe, trained, data.summary, facts, metrics, selection, parameters)
-        verify = partial(verifier.verify, model=model, losses=losses, trust_remote_code=recipe.model.trust_remote_code)
-        save_final(state, model, data.chat, [*earlier, stage], model_folder(recipe), recipe.model.dtype, verify)
+        folder, code = model_folder(recipe), recipe.model.trust_remote_code
+        verify = partial(verifier.verify, model=model, losses=losses, trust_remote_code=code, name=folder.name)
+        save_final(state, model, data.chat, [*earlier, stage], folder, recipe.model.dtype, verify)
     return metrics, None if best is None else best.state_dict()
 
 

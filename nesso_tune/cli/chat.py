@@ -39,7 +39,7 @@ COMMANDS = """\
 
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, a run directory, or a hub id.")
+        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, run, checkpoint or hub id.")
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this prompt and exit; stdout has the answer only.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,

@@ -11,6 +11,7 @@ import typer
 
 from nesso_tune.cli.options import file_path
 from nesso_tune.errors import RecipeError, RunEnvironmentError
+from nesso_tune.hub import check_repository_name
 from nesso_tune.logs import logger, print_lines
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ def export(
     from nesso_tune.export.weights import FinishedRun
 
     finished = FinishedRun.open(run)
+    if yes:
+        from nesso_tune.export.push import check_complete
+
+        check_complete(finished, to)  # before an earlier export is replaced
     done = export_run(finished, _format(to), dtype, average, folder, not unchecked)
     logger.info(f"export in {done.folder}")
     if to == "gguf":
@@ -81,7 +86,7 @@ def export(
 
         planned = plan_upload(finished, done.folder, repo, public)
         print_lines(*planned.lines())
-        logger.info(f"uploaded to {upload(planned)}" if yes else "nothing was uploaded: --yes uploads these files")
+        logger.info(f"uploaded to {upload(planned)}" if yes else f"nothing was uploaded: {planned.next_step}")
 
 
 def card(
@@ -97,6 +102,8 @@ def card(
 def _check_push(push: bool, repo: str | None, public: bool, yes: bool) -> None:
     if push and repo is None:
         raise RecipeError("--push", "has no repository", "add --repo ORG/NAME")
+    if repo is not None:
+        check_repository_name(repo)
     for option in (name for name, given in {"--repo": repo, "--public": public, "--yes": yes}.items() if given):
         if not push:
             raise RecipeError(option, "has no effect without --push", "add --push, or remove it")

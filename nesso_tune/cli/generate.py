@@ -17,7 +17,7 @@ PairsBy = Literal["judge", "votes", "metric"]
 
 def generate(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, a run directory, or a hub id.")
+        str, typer.Argument(metavar="MODEL", parser=flag_path, help="A final/ folder, run, checkpoint or hub id.")
     ],
     prompts: Annotated[
         Path, typer.Option(metavar="FILE", parser=file_path, help='Lines {"prompt": …} or {"messages": […]}.')

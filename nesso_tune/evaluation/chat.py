@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from nesso_tune.conversation import Conversation, Message
-from nesso_tune.data.languages import detect_language
+from nesso_tune.conversation import Conversation, Message, language_code
+from nesso_tune.data.languages import CANDIDATE_LANGUAGES, detect_language
 from nesso_tune.evaluation.prompts import Row, answer_all, answer_losses
 from nesso_tune.evaluation.results import KNOWN, AnsweredPrompt, Metric, TaskResult, means_by_group
 from nesso_tune.evaluation.suites import Task
-from nesso_tune.generation.answers import Answer, ends_in_loop
+from nesso_tune.generation.answers import Answer, ends_in_loop, has_prose
 from nesso_tune.generation.inference import AnswerLoss, ChatModel
 from nesso_tune.metric_registry import better_direction, own_metrics, score_of
 
@@ -37,21 +38,45 @@ def parse_row(row: Row) -> ChatPrompt:
     A last assistant turn in `messages` is the reference answer.
 
     Raises:
-        KeyError, TypeError, ValueError: if there is no prompt, or it does not end with a user turn.
+        KeyError, ValueError: if there is no prompt, it is empty or does not end with a user turn, or a value is wrong.
     """
-    if "messages" in row:
-        messages = tuple(Message(str(turn["role"]), str(turn["content"])) for turn in row["messages"])
-    else:
-        messages = (Message("user", str(row["prompt"])),)
-    answer = row.get("answer")
+    messages = _messages(row)
+    answer = None if row.get("answer") is None else _text(row["answer"], "answer")
     if len(messages) > 1 and messages[-1].role == "assistant":
-        *earlier, last = messages
-        messages, answer = tuple(earlier), last.content
-    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        *messages, last = messages
+        answer = last.content
+    if messages[-1].role != "user":
         raise ValueError("does not end with a user turn")
-    language = row.get("language") or detect_language(" ".join(m.content for m in messages if m.role == "user"))
-    conversation = Conversation(messages, language=str(language))
-    return ChatPrompt(str(row.get("id", "")), conversation, None if answer is None else str(answer))
+    if not messages[-1].content.strip():
+        raise ValueError("the prompt is empty")
+    return ChatPrompt(str(row.get("id", "")), Conversation(tuple(messages), language=_language(row, messages)), answer)
+
+
+def _messages(row: Row) -> list[Message]:
+    """The turns of a row; at least one."""
+    if "messages" not in row:
+        return [Message("user", _text(row["prompt"], "prompt"))]
+    turns = row["messages"]
+    if not isinstance(turns, Sequence) or not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError("`messages` is not a list of turns")
+    return [Message(str(turn["role"]), _text(turn["content"], "content")) for turn in turns]
+
+
+def _text(value: Any, key: str) -> str:
+    """A value as text, numbers too."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ValueError(f"`{key}` is neither a text nor a number")
+    return str(value)
+
+
+def _language(row: Row, messages: Sequence[Message]) -> str:
+    """The language code of a row, detected if it has none."""
+    if row.get("language") in (None, ""):
+        return detect_language(" ".join(message.content for message in messages if message.role == "user"))
+    code = language_code(str(row["language"]))
+    if code is None:
+        raise ValueError(f"`language` is `{row['language']}`, which is no language code such as it or en")
+    return code
 
 
 def run(task: Task, prompts: Sequence[ChatPrompt], model: ChatModel) -> TaskResult:
@@ -61,11 +86,20 @@ def run(task: Task, prompts: Sequence[ChatPrompt], model: ChatModel) -> TaskResu
     return score(prompts, answers, answer_losses(model, conversations, [prompt.answer for prompt in prompts]))
 
 
+def _is_in_language(answer: Answer) -> bool | None:
+    """Whether an answer is in the language of its prompt; None if it is short, or that language is unknown.
+
+    A longer answer without a detectable language is in none. If it were left out, broken answers would not count.
+    """
+    is_broken = answer.language in CANDIDATE_LANGUAGES and answer.in_language is None and has_prose(answer.text)
+    return False if is_broken else answer.in_language
+
+
 def score(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], losses: Sequence[AnswerLoss | None]) -> TaskResult:
     """Metrics over all prompts and by language (`stop_rate/it`).
 
     - `stop_rate`: share of answers that end with the end token.
-    - `language_fidelity`: share in the language of the prompt, of the answers with a detectable language.
+    - `language_fidelity`: share in the language of the prompt, of the answers with enough letters to tell.
     - `repetition_rate`: share that ends in a loop (see `ends_in_loop`).
     - `empty_rate`: share without text.
     - `answer_tokens`: mean length in tokens.
@@ -82,7 +116,7 @@ def score(prompts: Sequence[ChatPrompt], answers: Sequence[Answer], losses: Sequ
     bits = [None if loss is None else loss.bits_per_byte for loss in losses]
     metrics: dict[str, Metric] = {
         **means_by_group("stop_rate", [a.stopped for a in answers], groups),
-        **means_by_group("language_fidelity", [a.in_language for a in answers], groups),
+        **means_by_group("language_fidelity", map(_is_in_language, answers), groups),
         **means_by_group("repetition_rate", [ends_in_loop(a.ids) for a in answers], groups, "lower"),
         **means_by_group("empty_rate", [not a.text.strip() for a in answers], groups, "lower"),
         **means_by_group("answer_tokens", [len(a.ids) for a in answers], groups, None),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isnan
 from statistics import NormalDist
 from typing import Annotated
 
@@ -21,6 +23,8 @@ from nesso_tune.recipes.sections import Count, NonEmpty, Section
 
 RESAMPLES = 4000
 POWER = 0.8  # of the smallest drop that the verdict table states
+PRECISION = 1e-4  # of that drop
+UNKNOWN = "-"  # in its column
 DEFAULT_GATE = "default"
 
 
@@ -65,9 +69,11 @@ class Verdict:
         drop: in the worse direction.
         least_drop: lower confidence bound of the drop.
         max_drop: the tolerance.
-        detectable: the smallest true drop that would be refused with a probability of 80 %.
+        detectable: the smallest true drop that would be refused with a probability of 80 %; NaN if it is unknown.
         prompts: number of common prompts.
         refused: whether `least_drop` exceeds `max_drop`, or the model has no value.
+        parent_prompts: number of prompts with a value of the parent; those without one of the model are left out.
+        confidence: of `least_drop`, over all metrics of the gate.
     """
 
     metric: str
@@ -79,17 +85,30 @@ class Verdict:
     detectable: float
     prompts: int
     refused: bool
+    parent_prompts: int = 0
+    confidence: float = 0.95
 
     @property
     def reason(self) -> str:
         """Why the metric is refused or passes."""
         if not self.prompts:
             return "the model has no value" if self.refused else "not compared: the parent has no value to lose"
+        at_least = f"{percent(self.confidence)} confident of a drop of at least {self.least_drop:.3f}"
         if self.refused:
-            return f"a drop of at least {self.least_drop:.3f} is certain, {self.max_drop:g} is tolerated"
+            return f"{at_least}, {self.max_drop:g} is tolerated"
         if self.drop > self.max_drop:
-            return f"the drop may be chance: at least {self.least_drop:.3f} is certain"
+            return f"the drop may be chance: {at_least}"
         return "within the tolerance"
+
+    @property
+    def compared(self) -> str:
+        """Number of compared prompts, and of how many if the model has no value for some."""
+        return f"{self.prompts} of {self.parent_prompts}" if self.prompts < self.parent_prompts else str(self.prompts)
+
+
+def percent(share: float) -> str:
+    """A share in percent: `95 %`."""
+    return f"{100 * share:g} %"
 
 
 def load_gate(name: str) -> tuple[Gate, dict[str, Suite]]:
@@ -172,19 +191,71 @@ def _check_comparable(name: str, *metrics: Metric | None) -> None:
 
 
 def _compare(name: str, model: Metric | None, parent: Metric | None, max_drop: float, gate: Gate) -> Verdict:
+    known = 0 if parent is None else len(parent.scores)
     if model is None or parent is None or not set(model.prompts) & set(parent.prompts):
-        absent = float("nan")
-        return Verdict(name, absent, absent, absent, absent, max_drop, absent, 0, refused=parent is not None)
+        absent = (float("nan"),) * 4
+        return Verdict(name, *absent, max_drop, absent[0], 0, parent is not None, known, gate.confidence)
     model, parent = common_prompts(model, parent)
     sign = 1 if parent.better == "higher" else -1
     drop = sign * (parent.value - model.value) + 0.0  # no negative zero
-    least = _lower_bound(model, parent, sign, gate)
-    error = stderr_of_difference(model, parent) or 0.0
-    quantile = NormalDist().inv_cdf
-    detectable = max_drop + (quantile(1 - gate.level) + quantile(POWER)) * error
+    drops = sign * (np.array(parent.scores) - np.array(model.scores))
+    weights = np.array(model.weights) if model.weights else np.ones(len(drops))
+    resampling = gate.level, gate.resamples, gate.seed
+    least = _lower_bound(drops, weights, *resampling)
+    if {*model.scores, *parent.scores} <= {0.0, 1.0} and np.all(weights == 1):
+        detectable = _detectable_share(len(drops), int((drops < 0).sum()), max_drop, *resampling)
+    else:
+        detectable = _detectable_mean(stderr_of_difference(model, parent), max_drop, gate.level)
     return Verdict(
-        name, parent.value, model.value, drop, least, max_drop, detectable, len(model.scores), refused=least > max_drop
-    )
+        name, parent.value, model.value, drop, least, max_drop, detectable, len(drops), least > max_drop, known,
+        gate.confidence,
+    )  # fmt: skip
+
+
+def _detectable_mean(error: float | None, max_drop: float, level: float) -> float:
+    """The drop of a mean that is refused with probability `POWER`, if the difference has this standard error."""
+    if not error:  # all differences are equal, which says nothing about those of another model
+        return float("nan")
+    quantile = NormalDist().inv_cdf
+    return max_drop + (quantile(1 - level) + quantile(POWER)) * error
+
+
+@lru_cache(maxsize=256)  # it depends on little, and takes as long as all else
+def _detectable_share(n: int, better: int, max_drop: float, level: float, resamples: int, seed: int) -> float:
+    """The drop of a share of prompts that is refused with probability `POWER`.
+
+    A true drop d is that a prompt gets worse with probability d + b and better with b, by chance: b is the share of
+    prompts that got better here. The observed errors are not used: without differences they are 0, and those of a worse
+    model are not.
+
+    Args:
+        n: number of prompts.
+        better: number of those that got better.
+        max_drop: the tolerance.
+        level, resamples, seed: of the gate.
+    """
+    chance = better / n
+
+    def is_refused(worse: int) -> bool:
+        changed = np.repeat([1.0, 0.0, -1.0], [worse, n - worse - better, better])
+        return _lower_bound(changed, np.ones(n), level, resamples, seed) > max_drop
+
+    worse = bisect_left(range(n - better + 1), True, key=is_refused)  # fewest that are refused
+    least_net = worse - better
+
+    def power(drop: float) -> float:
+        """Probability that worse prompts - better prompts is at least `least_net`."""
+        one = np.zeros(2 * n + 1)  # of a single prompt; that of n prompts is its n-fold convolution
+        one[:3] = chance, 1 - drop - 2 * chance, drop + chance
+        return float(np.fft.ifft(np.fft.fft(one) ** n).real[n + least_net :].sum())
+
+    low, high = 0.0, 1 - 2 * chance
+    if worse > n - better or power(high) < POWER:
+        return float("nan")
+    while high - low > PRECISION:
+        middle = (low + high) / 2
+        low, high = (low, middle) if power(middle) >= POWER else (middle, high)
+    return high
 
 
 def common_prompts(a: Metric, b: Metric) -> tuple[Metric, Metric]:
@@ -196,14 +267,17 @@ def common_prompts(a: Metric, b: Metric) -> tuple[Metric, Metric]:
     return first, second
 
 
-def _lower_bound(model: Metric, parent: Metric, sign: int, gate: Gate) -> float:
+def _lower_bound(drops: np.ndarray, weights: np.ndarray, level: float, resamples: int, seed: int) -> float:
     """Lower confidence bound of the drop: a quantile of its means over resampled prompts (Efron, 1979).
 
     Both models are resampled together, so prompts that are hard for both do not count as noise.
+
+    Args:
+        drops: of each prompt, in the worse direction.
+        weights: of each prompt.
+        level, resamples, seed: of the gate.
     """
-    drops = sign * (np.array(parent.scores) - np.array(model.scores))
-    weights = np.array(model.weights) if model.weights else np.ones(len(drops))
-    return float(np.quantile(bootstrap_means(drops[None], weights, gate.resamples, gate.seed)[0], gate.level))
+    return float(np.quantile(bootstrap_means(drops[None], weights, resamples, seed)[0], level))
 
 
 def bootstrap_means(scores: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -238,7 +312,8 @@ def verdict_lines(gate: Gate, verdicts: Sequence[Verdict]) -> list[str]:
     rows = [header] + [
         [
             v.metric, *(f"{value:.3f}" for value in (v.parent, v.model, v.drop, v.least_drop)), f"{v.max_drop:g}",
-            f"{v.detectable:.3f}", str(v.prompts), f"{'REFUSED' if v.refused else 'passed'}: {v.reason}",
+            UNKNOWN if isnan(v.detectable) else f"{v.detectable:.3f}", v.compared,
+            f"{'REFUSED' if v.refused else 'passed'}: {v.reason}",
         ]
         for v in verdicts
     ]  # fmt: skip
@@ -250,8 +325,9 @@ def verdict_lines(gate: Gate, verdicts: Sequence[Verdict]) -> list[str]:
     return [
         *lines,
         "",
-        f"drop: in the worse direction; at least: its lower confidence bound ({gate.confidence:.0%} over all metrics); "
-        "80 % power: the true drop that is refused in 80 % of cases",
+        f"drop: in the worse direction; at least: its lower confidence bound ({percent(gate.confidence)} over all "
+        f"metrics); 80 % power: the true drop that is refused in 80 % of cases ({UNKNOWN}: unknown); "
+        "prompts: those compared, of those with a value of the parent",
     ]
 
 

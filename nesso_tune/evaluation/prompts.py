@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from nesso_tune.conversation import Conversation
 from nesso_tune.data.file_formats import read_records
 from nesso_tune.distributed.process_group import world_size
-from nesso_tune.errors import DataError, first_line
+from nesso_tune.errors import DataError, Problem, first_line
 from nesso_tune.evaluation.suites import SHIPPED_PROMPTS, SHIPPED_TOOLS, Task, shipped_file
 from nesso_tune.files import sha256
 from nesso_tune.generation.answers import Answer
@@ -43,13 +43,11 @@ def read_prompts(task: Task, parse: Callable[[Row], Parsed | None]) -> list[Pars
             others += prompt is None
             prompts += [] if prompt is None else [prompt]
         except KeyError as error:
-            problems.append(f"{where} has no {error}")
+            problems.append((where, f"has no {error}"))
         except (TypeError, ValueError) as error:
-            problems.append(f"{where}: {first_line(error)}")
+            problems.append((where, first_line(error)))
     if problems:
-        more = f", and {len(problems) - MAX_PROBLEMS:,} more" if len(problems) > MAX_PROBLEMS else ""
-        what = f"not a row of kind {task.kind}: {'; '.join(problems[:MAX_PROBLEMS])}{more}"
-        raise DataError(name, what, "see docs/evaluation.md for the format")
+        raise DataError(_row_problems(problems, task))
     if not prompts:
         raise DataError(name, f"contains no rows of kind {task.kind}", "see docs/evaluation.md for the format")
     if others:
@@ -57,6 +55,15 @@ def read_prompts(task: Task, parse: Callable[[Row], Parsed | None]) -> list[Pars
             f"{name}: {others:,} rows are no prompts of kind {task.kind} and are left out, {len(prompts):,} used"
         )
     return prompts
+
+
+def _row_problems(problems: Sequence[tuple[str, str]], task: Task) -> list[Problem]:
+    """The first faulty rows (place, what is wrong), and how many there are."""
+    remedy = f"see docs/evaluation.md for rows of kind {task.kind}"
+    shown = [Problem(where, what, remedy) for where, what in problems[:MAX_PROBLEMS]]
+    if (more := len(problems) - MAX_PROBLEMS) > 0:
+        shown.append(Problem(str(task.data), f"{more:,} more rows are faulty", "correct those above first"))
+    return shown
 
 
 def _rows(task: Task) -> list[tuple[str, Row]]:
@@ -67,7 +74,7 @@ def _rows(task: Task) -> list[tuple[str, Row]]:
             for record, where in read_records(path)
             for i, row in enumerate(record.get("cases", [record]), 1)
         ]
-    return [(f"row {i}", row) for i, row in enumerate(_hub_rows(task), 1)]
+    return [(f"{task.data}, row {i}", row) for i, row in enumerate(_hub_rows(task), 1)]
 
 
 def data_path(task: Task) -> Path | None:

@@ -98,7 +98,7 @@ def evaluate(
     Started by `accelerate launch`, every rank evaluates a part of the prompts, and all ranks return all results.
 
     Args:
-        models: model folders, run directories or hub ids.
+        models: model folders, run directories, checkpoints or hub ids.
         suite: a suite, its name, or a suite file.
         options: limit, backend and batch size.
 

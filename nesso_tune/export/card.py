@@ -19,8 +19,9 @@ from nesso_tune.export.stages import PROVENANCE, Stage, read_stages, to_provenan
 from nesso_tune.files import atomic_write
 from nesso_tune.logs import visible
 from nesso_tune.recipes import load_recipe
-from nesso_tune.runs.checkpoint import MANIFEST
-from nesso_tune.runs.layout import CANDIDATE, FINAL, RECIPE, run_manifest
+from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import FINAL, RECIPE
+from nesso_tune.runs.run_directory import check_final_exists, find_run
 
 PLACEHOLDER = "[placeholder: "
 CARD = "README.md"
@@ -114,7 +115,10 @@ def renew_card(path: Path, overwrite: bool = False) -> Path:
         RunEnvironmentError: if the folder is not a finished run, or its card was edited.
         RecipeError: if its recipe.yaml is not valid.
     """
-    run = path.parent if path.name == FINAL and not (path / RECIPE).exists() else path
+    if path.name != FINAL and (path / PROVENANCE).is_file():
+        remedy = "name the run that it was made from, or export that run again"
+        raise RunEnvironmentError(str(path), "is a model folder, not a run", remedy)
+    run = find_run(path)
     final = run / FINAL
     stages = _stages_of_run(run)
     stages = with_card(stages, load_recipe(run / RECIPE))
@@ -128,17 +132,8 @@ def renew_card(path: Path, overwrite: bool = False) -> Path:
 
 
 def _stages_of_run(run: Path) -> list[Stage]:
-    """The stages in `final/` of a run. Raises RunEnvironmentError for every other folder."""
-    if not (run / MANIFEST).is_file() and (run / PROVENANCE).is_file():
-        remedy = "name the run that it was made from, or export that run again"
-        raise RunEnvironmentError(str(run), "is a model folder, not a run", remedy)
-    if not run.exists() or run_manifest(run, overwrite=False) is None:
-        raise RunEnvironmentError(str(run), "is not a run directory", "name the output_dir of a finished run")
-    if not (run / FINAL).is_dir():
-        why, remedy = "the run is not finished", "finish it with the same `nesso-tune train`"
-        if (run / CANDIDATE).is_dir():
-            why, remedy = "its gate refused the model", "train another way, or relax evaluation.gate"
-        raise RunEnvironmentError(str(run), f"has no {FINAL}/: {why}", remedy)
+    """The stages in `final/` of a run. Raises RunEnvironmentError if there are none."""
+    check_final_exists(run)
     if not (stages := read_stages(run / FINAL)):
         what = f"has no readable {PROVENANCE}, from which cards are made"
         raise RunEnvironmentError(str(run / FINAL), what, f"edit {CARD} by hand, or train again with --overwrite")
@@ -177,9 +172,24 @@ def _render(provenance: Mapping[str, Any], model: Path) -> str:
     )
 
 
-def placeholders(card: str) -> list[str]:
-    """The placeholders in the text of a card."""
-    return [part.partition("]")[0] for part in card.split(PLACEHOLDER)[1:]]
+def placeholders(card: str) -> list[tuple[str, str]]:
+    """What the placeholders in the text of a card stand for, each with what to do."""
+    found = [part.partition("]")[0].partition("; ") for part in card.split(PLACEHOLDER)[1:]]
+    return [(what, remedy or "complete the card section of recipe.yaml") for what, _, remedy in found]
+
+
+def placeholders_of_exports(run: Path, recipe: Recipe) -> list[tuple[str, str]]:
+    """The placeholders that the card of an export of a finished run would have; see `placeholders`.
+
+    Args:
+        run: the run directory.
+        recipe: its recipe; exports get its card section instead of the one that the run trained with.
+    """
+    stages = read_stages(run / FINAL)
+    if not stages:  # of a model from before provenance files: exports get its card as it is
+        return placeholders(read_card(run / FINAL) or "")
+    how: dict[str, Any] = {"to": "hf", "dtype": "", "checked": None, "average": []}
+    return placeholders(_render(to_provenance(with_card(stages, recipe), how), run / FINAL))
 
 
 def _origin(stage: Mapping[str, Any]) -> str:

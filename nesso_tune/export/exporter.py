@@ -22,7 +22,8 @@ from nesso_tune.export.weights import FinishedRun, average, load_checkpoint, loa
 from nesso_tune.files import format_bytes, make_staging_folder, remove, staging_folder
 from nesso_tune.logs import logger
 from nesso_tune.model.loading import TINY_MODEL
-from nesso_tune.runs.layout import EXPORT
+from nesso_tune.runs.checkpoint import MANIFEST
+from nesso_tune.runs.layout import EXPORT, is_run_file
 
 FormatName = Literal["hf", "adapter", "gguf", "mlx"]
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "q8_0": 8.5}
@@ -174,7 +175,8 @@ def _chosen_dtype(run: FinishedRun, format: Format, dtype: str | None, averaged:
 def _check_folder(run: FinishedRun, folder: Path) -> None:
     """Raises RunEnvironmentError if a folder contains anything but an earlier export, or is one of the run's own."""
     resolved, own = folder.resolve(), run.path.resolve()
-    if resolved in (own, *own.parents) or resolved == run.final.resolve() or run.final.resolve() in resolved.parents:
+    inside = [resolved.relative_to(parent).parts for parent in resolved.parents if (parent / MANIFEST).is_file()]
+    if resolved in (own, *own.parents) or any(is_run_file(parts[0]) and parts[0] != EXPORT for parts in inside):
         raise RunEnvironmentError(f"-o {folder}", "is a folder of the run", "name another one")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise RunEnvironmentError(f"-o {folder}", "is not empty and contains no export", "name another folder")
@@ -199,7 +201,12 @@ def _staged(folder: Path) -> Iterator[Path]:
     """A staging folder that is deleted unless it was renamed."""
     created = [parent for parent in folder.parents if not parent.exists()]
     try:
-        yield make_staging_folder(folder)
+        try:
+            staging = make_staging_folder(folder)
+        except OSError as error:
+            what = f"cannot be created ({error.strerror})"
+            raise RunEnvironmentError(str(folder), what, "name a folder that you can write to with -o FOLDER") from None
+        yield staging
     except BaseException:
         remove(staging_folder(folder))
         for parent in created:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
@@ -24,9 +24,10 @@ from nesso_tune.export.final_folder import adapted_base, save_model
 from nesso_tune.export.parity import Prompt, Runtime, TransformersRuntime
 from nesso_tune.export.weights import FinishedRun, check_checkpoint
 from nesso_tune.files import remove
-from nesso_tune.hub import base_folder
+from nesso_tune.hub import ADAPTER_CONFIG, base_folder
 from nesso_tune.logs import logger
 from nesso_tune.model.adapters import fake_quantise
+from nesso_tune.recipes.builtin import local_path
 from nesso_tune.training.checkpoint import load_weights
 from nesso_tune.training.state_dict import get_weights
 
@@ -49,8 +50,10 @@ def _write_adapter(run: FinishedRun, model: PreTrainedModel, folder: Path, dtype
     chat = chat_tokenizer(section, run.recipe.chat)
     base, adapted = adapted_base(section, chat, run.recipe.seed)
     load_weights(run.final_checkpoint, base)
+    folder_of_base = local_path(section.base)  # absolute: peft looks for a relative one from where it runs
+    name = str(folder_of_base.resolve()) if folder_of_base.is_dir() else section.base
     for config in adapted.peft_config.values():
-        config.base_model_name_or_path, config.revision = section.base, section.revision
+        config.base_model_name_or_path, config.revision = name, section.revision
     adapted.save_pretrained(folder, save_embedding_layers=False)  # trained rows of new tokens are part of the adapter
     (folder / "README.md").unlink(missing_ok=True)  # of peft
     copy_tokenizer(run, folder)
@@ -59,11 +62,13 @@ def _write_adapter(run: FinishedRun, model: PreTrainedModel, folder: Path, dtype
 
 
 def _adapter_runtime(run: FinishedRun, folder: Path) -> Runtime:
-    """peft on the base as transformers loads it, with rows for new tokens; quantised as in training."""
-    section = run.recipe.model
-    base = AutoModelForCausalLM.from_pretrained(
-        base_folder(section.base, section.revision, weights=True), dtype=torch.float32
-    )
+    """peft on the base that the folder names, with rows for new tokens; quantised as in training."""
+    section, named = run.recipe.model, PeftConfig.from_pretrained(folder)
+    name = str(named.base_model_name_or_path)
+    if local_path(name).exists() and not Path(name).is_absolute():
+        what = f"{ADAPTER_CONFIG} names its base by the relative path {name}"
+        raise ModelError("--to adapter", what, "report it: the adapter would load in this directory only")
+    base = AutoModelForCausalLM.from_pretrained(base_folder(name, named.revision, weights=True), dtype=torch.float32)
     size = chat_tokenizer(section, run.recipe.chat).size
     if size > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(size, mean_resizing=False)

@@ -14,19 +14,22 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError, first_line
-from nesso_tune.export.card import CARD, placeholders
+from nesso_tune.errors import ModelError, Problem, RecipeError, RunEnvironmentError, first_line
+from nesso_tune.export.card import CARD, placeholders, placeholders_of_exports
 from nesso_tune.export.exporter import MARK
 from nesso_tune.export.stages import PROVENANCE
 from nesso_tune.export.weights import FinishedRun
 from nesso_tune.files import format_bytes, sha256
+from nesso_tune.hub import ADAPTER_CONFIG, check_repository_name
+from nesso_tune.recipes.builtin import local_path
+from nesso_tune.runs.layout import RECIPE
 
 OPTION = "--push"
 TOKEN = "HF_TOKEN"
 # Files of exports. Anything else, such as the state of an optimizer, metrics or data, is refused.
 PUBLISHED = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json", "adapter_config.json",
+    "chat_template.jinja", "model*.safetensors", "model.safetensors.index.json", ADAPTER_CONFIG,
     "adapter_model.safetensors", "*.gguf", CARD, PROVENANCE,
 )  # fmt: skip
 OF_THE_HUB = (".gitattributes",)  # files that the hub creates in a new repository
@@ -42,30 +45,40 @@ class Upload:
         repo: ORG/NAME.
         public: whether everybody can read the repository.
         files: names of the files.
+        problems: what must be done before they can be uploaded.
     """
 
     folder: Path
     repo: str
     public: bool
     files: tuple[str, ...]
+    problems: tuple[Problem, ...] = ()
 
     def lines(self) -> list[str]:
-        """Every file with its size, and who can read it."""
+        """Every file with its size, who can read it, and what must be done before the upload."""
         sizes = [(self.folder / name).stat().st_size for name in self.files]
         readers = "public: everybody can read it" if self.public else "private: members of the organisation can read it"
         listed = [f"  {format_bytes(size):>8}  {name}" for name, size in zip(self.files, sizes, strict=True)]
-        return [f"{self.repo} ({readers}), {len(sizes)} files, {format_bytes(sum(sizes))}:", *listed]
+        return [
+            f"{self.repo} ({readers}), {len(sizes)} files, {format_bytes(sum(sizes))}:",
+            *listed,
+            *map(str, self.problems),
+        ]
+
+    @property
+    def next_step(self) -> str:
+        """What the user can do after the files were listed."""
+        return "complete the above first" if self.problems else "--yes uploads these files"
 
 
 def plan_upload(run: FinishedRun, folder: Path, repo: str, public: bool) -> Upload:
-    """Checks what would be uploaded, without a network.
+    """Checks what would be uploaded, without a network. What is not complete yet is in `Upload.problems`.
 
     Raises:
-        RecipeError: for a malformed repository name, or a card with placeholders.
+        RecipeError: for a malformed repository name.
         ModelError: if the folder has files that do not belong to a model, or names a private source.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise RecipeError("--repo", f"{repo} is not a repository name", "write ORG/NAME")
+    check_repository_name(repo)
     files = sorted(path.name for path in folder.iterdir() if path.name != MARK)
     unknown = [name for name in files if not any(fnmatchcase(name, pattern) for pattern in PUBLISHED)]
     if unknown:
@@ -74,11 +87,32 @@ def plan_upload(run: FinishedRun, folder: Path, repo: str, public: bool) -> Uplo
             f"{folder / unknown[0]} is not a file of a model",
             "remove it from the folder: it would be published",
         )
-    missing = placeholders((folder / CARD).read_text(encoding="utf-8"))
-    if missing:
-        raise RecipeError(OPTION, f"{CARD} has {len(missing)} placeholders", missing[0])
     _check_private(run, folder, files)
-    return Upload(folder, repo, public, tuple(files))
+    card = (folder / CARD).read_text(encoding="utf-8")
+    return Upload(
+        folder, repo, public, tuple(files), _problems(run, placeholders(card), is_adapter=ADAPTER_CONFIG in files)
+    )
+
+
+def check_complete(run: FinishedRun, format: str) -> None:
+    """Checks before an export whether it can be uploaded: its card is complete, and others can load it.
+
+    Raises:
+        RecipeError: with everything that is missing.
+    """
+    missing = placeholders_of_exports(run.path, run.recipe)
+    if problems := _problems(run, missing, is_adapter=format == "adapter"):
+        raise RecipeError(problems)
+
+
+def _problems(run: FinishedRun, missing: Sequence[tuple[str, str]], is_adapter: bool) -> tuple[Problem, ...]:
+    """The placeholders of a card, and a base that nobody else has."""
+    found = [Problem(CARD, f"{what} is missing", remedy) for what, remedy in missing]
+    if is_adapter and local_path(run.recipe.model.base).is_dir():
+        what = f"the base is the local folder {run.recipe.model.base}, so nobody else can load the adapter"
+        remedy = f"upload the base, and name its ORG/NAME as model.base in {run.path / RECIPE}; or export --to hf"
+        found.append(Problem(ADAPTER_CONFIG, what, remedy))
+    return tuple(found)
 
 
 def _check_private(run: FinishedRun, folder: Path, files: Sequence[str]) -> None:
@@ -105,9 +139,12 @@ def push(upload: Upload) -> str:
         The address of the repository.
 
     Raises:
+        RecipeError: if something must be done first.
         RunEnvironmentError: without a token, if the hub refuses or cannot be reached, or if the repository contains
             another model.
     """
+    if upload.problems:
+        raise RecipeError(upload.problems)
     token = os.environ.get(TOKEN)
     if not token:
         raise RunEnvironmentError(

@@ -37,6 +37,7 @@ from nesso_tune.logs import logger
 from nesso_tune.model.lm_head import forward_path
 from nesso_tune.model.loading import TINY_MODEL, not_compiled
 from nesso_tune.recipes.schema import Recipe
+from nesso_tune.runs.layout import FINAL
 from nesso_tune.training.fit import Trainer
 from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.method import method_of
@@ -131,8 +132,13 @@ class RowLosses:
             found += [_sequence(self.rows, int(record), part) for record, part in self._parts(i)]
         return found
 
-    def compare(self, log_likelihoods: Sequence[float], transformers: str) -> Verified:
+    def compare(self, log_likelihoods: Sequence[float], transformers: str, name: str = FINAL) -> Verified:
         """Compares the rows with the log-likelihoods of their `sequences` in transformers.
+
+        Args:
+            log_likelihoods: in transformers.
+            transformers: its version.
+            name: of the folder, in errors.
 
         Raises:
             ModelError: if the loss of a row, or of all together, differs by more than rounding.
@@ -149,10 +155,10 @@ class RowLosses:
             if not difference <= rounding_limit(n, self.precise):  # also if it is not a number
                 which = "all rows together" if i == len(self.rows) else f"row {i + 1} of {len(self.rows):,}"
                 raise ModelError(
-                    "final/", f"its loss in transformers {transformers} is {there[i]:.6g}, in training {here[i]:.6g} "
+                    f"{name}/", f"its loss in transformers {transformers} is {there[i]:.6g}, in training {here[i]:.6g} "
                     f"({which}, {n:,} tokens)",
-                    f"it was not written; the checkpoints are intact; report the model's architecture, or write final/ "
-                    f"without this check: {OPTION} none",
+                    "it was not written; the checkpoints are intact; report the model's architecture, or write "
+                    f"{name}/ without this check: {OPTION} none",
                 )  # fmt: skip
         return Verified(len(self.rows), tokens[-1], here[-1], there[-1], max(differences[:-1]), transformers)
 
@@ -241,7 +247,14 @@ class Verifier:
         """`RowLosses.in_training`, or None if nothing is to be verified. Every process must call this."""
         return None if self.amount == "none" else RowLosses.in_training(trainer, model, recipe, data, self.amount)
 
-    def verify(self, folder: Path, model: PreTrainedModel, losses: RowLosses | None, trust_remote_code: bool) -> None:
+    def verify(
+        self,
+        folder: Path,
+        model: PreTrainedModel,
+        losses: RowLosses | None,
+        trust_remote_code: bool,
+        name: str = FINAL,
+    ) -> None:
         """Compares the loss in training with that of a model folder. Nothing happens if the memory does not suffice.
 
         Args:
@@ -249,28 +262,29 @@ class Verifier:
             model: the model, for its size.
             losses: from `losses_in_training`.
             trust_remote_code: as in the recipe.
+            name: that the folder gets after it was verified: `final`, or `candidate` before a gate.
 
         Raises:
             ModelError: if transformers cannot load the folder, or its loss differs by more than rounding.
             RunEnvironmentError: if the process is killed.
         """
-        if losses is None or not _fits_into_memory(model, losses):
+        if losses is None or not _fits_into_memory(model, losses, name):
             return
         request = {"folder": str(folder), "sequences": losses.sequences(), "trust_remote_code": trust_remote_code}
         try:
             reply = self._ask(request, is_tiny=model.num_parameters() < TINY_MODEL)
         except (EOFError, OSError, ValueError):
             raise RunEnvironmentError(
-                "final/", "the process that verifies it was killed",
+                f"{name}/", "the process that verifies it was killed",
                 f"check whether the machine ran out of memory; run again, or with {OPTION} none",
             ) from None  # fmt: skip
         if "error" in reply:
             raise ModelError(
-                "final/", f"transformers cannot use it ({reply['error']})",
+                f"{name}/", f"transformers cannot use it ({reply['error']})",
                 f"it was not written; the checkpoints are intact; to write it anyway: {OPTION} none",
             )  # fmt: skip
-        self.verified = losses.compare(reply["log_likelihoods"], reply["transformers"])
-        logger.info(f"final/ verified: {self.verified}")
+        self.verified = losses.compare(reply["log_likelihoods"], reply["transformers"], name)
+        logger.info(f"{name}/ verified: {self.verified}")
 
     def _ask(self, request: dict[str, Any], is_tiny: bool) -> dict[str, Any]:
         if self._forked is None or not is_tiny:
@@ -280,13 +294,13 @@ class Verifier:
         return reply
 
 
-def _fits_into_memory(model: PreTrainedModel, losses: RowLosses) -> bool:
+def _fits_into_memory(model: PreTrainedModel, losses: RowLosses, name: str) -> bool:
     longest = int(losses.rows.documents.sequence_lengths[losses.rows.records].max())
     needed = 4 * (model.num_parameters() + 3 * longest * model.config.get_text_config().vocab_size)
     free = psutil.virtual_memory().available
     if needed > free:
         what = f"this takes {format_bytes(needed)} of memory, {format_bytes(free)} are free"
-        logger.warning(f"final/ is not verified: {what}")
+        logger.warning(f"{name}/ is not verified: {what}")
     return needed <= free
 
 

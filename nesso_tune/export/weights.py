@@ -22,13 +22,16 @@ from nesso_tune.logs import logger
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.runs.checkpoint import (
+    MANIFEST,
     checkpoint_path,
     checkpoint_step,
     checkpoints,
     is_checkpoint_name,
+    read_json,
     read_manifest,
 )
-from nesso_tune.runs.layout import FINAL, RECIPE, changed_final_files, run_manifest
+from nesso_tune.runs.layout import FINAL, RECIPE, changed_final_files
+from nesso_tune.runs.run_directory import check_final_exists, find_run
 from nesso_tune.training.checkpoint import load_weights
 
 AVERAGE, LAST = "--average", "last:"
@@ -57,11 +60,10 @@ class FinishedRun:
             ModelError: if files of `final/` are missing or have another size.
             RecipeError: if its recipe.yaml was edited and is not valid.
         """
-        folder = path.parent if path.name == FINAL and not (path / RECIPE).exists() else path
-        manifest = run_manifest(folder, overwrite=False) if folder.exists() else None
-        if manifest is None:
-            raise RunEnvironmentError(str(path), "is not a run directory", "name the output_dir of a finished run")
-        if not manifest.get("finished") or not (folder / FINAL).is_dir():
+        folder = find_run(path)
+        manifest = read_json(folder, MANIFEST)
+        check_final_exists(folder)
+        if not manifest.get("finished"):
             raise RunEnvironmentError(
                 str(path), f"has no {FINAL}/: the run is not finished", "finish it with the same `nesso-tune train`"
             )
@@ -183,6 +185,11 @@ def _parts(run: FinishedRun, text: str) -> list[Part]:
         count, saved = text.removeprefix(LAST), checkpoints(run.path)
         if not count.isdecimal() or int(count) < 1:
             raise RecipeError(AVERAGE, f"`{text}` has no number", "write last:3 for the three newest checkpoints")
+        if int(count) == 1:
+            one = saved[0].name if saved else "checkpoint-N"
+            raise RecipeError(
+                AVERAGE, f"`{text}` is one checkpoint, not an average", f"write last:2 or more, or {one} to export it"
+            )
         if int(count) > len(saved):
             raise RecipeError(
                 AVERAGE, f"{run.path} has {len(saved)} checkpoints, not {count}",
@@ -192,7 +199,12 @@ def _parts(run: FinishedRun, text: str) -> list[Part]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise RecipeError(AVERAGE, f"`{text}` has an empty name", "write last:K, or names separated by commas")
-    return [_named_part(run, name) for name in names]
+    parts = [_named_part(run, name) for name in names]
+    folders = [Path(part.name).resolve() for part in parts]
+    for name, folder in zip(names, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise RecipeError(AVERAGE, f"{name} is named twice", "name each model once: all have equal shares")
+    return parts
 
 
 def _named_part(run: FinishedRun, name: str) -> Part:

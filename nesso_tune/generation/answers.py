@@ -318,9 +318,13 @@ def detected_language(text: str) -> str:
 
     Code, tool calls and URLs are left out.
     """
-    prose = NOT_PROSE.sub(" ", text)
-    letters = "".join(filter(str.isalpha, prose)).encode(errors="surrogatepass")
-    return detect_language(prose) if len(letters) >= MIN_LETTER_BYTES else UNKNOWN_LANGUAGE
+    return detect_language(NOT_PROSE.sub(" ", text)) if has_prose(text) else UNKNOWN_LANGUAGE
+
+
+def has_prose(text: str) -> bool:
+    """Whether a text has enough letters, outside of code, tool calls and URLs, to tell its language."""
+    letters = "".join(filter(str.isalpha, NOT_PROSE.sub(" ", text))).encode(errors="surrogatepass")
+    return len(letters) >= MIN_LETTER_BYTES
 
 
 MAX_PERIOD, MIN_REPEATS, MIN_LOOP_TOKENS = 64, 3, 24

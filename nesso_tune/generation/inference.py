@@ -33,6 +33,7 @@ from nesso_tune.conversation import UNKNOWN_LANGUAGE, Conversation, Message
 from nesso_tune.errors import DataError, ModelError, RecipeError, check_whole, first_line, shortened
 from nesso_tune.files import json_sha256, sha256
 from nesso_tune.generation.answers import Answer, Prompt, generate_answers
+from nesso_tune.generation.checkpoint_folder import is_checkpoint, model_folder_of
 from nesso_tune.hub import base_folder, is_hub_id
 from nesso_tune.logs import logger
 from nesso_tune.model.forward import choose_generation_mode
@@ -285,7 +286,11 @@ def _check_text(text: str) -> None:
 
 
 def load_chat_model(model: str, where: str | None = None) -> ChatModel:
-    """Loads a model folder, the `final/` of a run directory, or a hub model; `where` is its name in errors.
+    """Loads a model folder, the `final/` of a run directory, a checkpoint, or a hub model.
+
+    Args:
+        model: its path or hub id.
+        where: its name in errors.
 
     Raises:
         ModelError: if there is no such model, or it has no chat template.
@@ -321,10 +326,14 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 def find_model_folder(model: str) -> Path:
     """The folder of a model: itself, the `final/` of a run directory, or the snapshot of a hub model.
 
+    For a checkpoint, it is a temporary folder; see `model_folder_of`.
+
     Raises:
         ModelError: if there is no such model, or it has no weights.
     """
     folder = Path(flag_path(model))
+    if is_checkpoint(folder):
+        return model_folder_of(folder)
     here, is_folder = os.path.exists(folder), os.path.isdir(folder)  # of pathlib they fail for a name that is too long
     if os.path.isdir(folder / "final"):
         folder = folder / "final"

@@ -38,7 +38,7 @@ def generate(
     """Answers of a model to prompts, in batches. `nesso-tune generate` writes the same answers to a file.
 
     Args:
-        model: a `final/` folder, a run directory, a hub id, or what `load_chat_model` returned.
+        model: a `final/` folder, a run directory, a checkpoint, a hub id, or what `load_chat_model` returned.
         prompts: user turns, or conversations that end with one; also a single one.
         n: answers per prompt.
         sampling: maximum length, temperature (0 for greedy decoding) and top_p.

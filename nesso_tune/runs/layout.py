@@ -49,7 +49,7 @@ def run_manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
         overwrite: accept a damaged manifest, since the run is going to be overwritten.
 
     Raises:
-        RunEnvironmentError: if the path is a file, or the manifest is damaged.
+        RunEnvironmentError: if the path is a file or a checkpoint, or the manifest is damaged.
     """
     if path.exists() and not path.is_dir():
         raise RunEnvironmentError(str(path), "is a file", "set another output_dir")
@@ -63,6 +63,10 @@ def run_manifest(path: Path, overwrite: bool) -> dict[str, Any] | None:
         manifest = {"nesso_tune": "damaged"}
     if not isinstance(manifest, dict) or "nesso_tune" not in manifest:
         return None
+    if {"step", "files"} <= manifest.keys():
+        run = path.parent if path.name else path.resolve().parent
+        remedy = f"name {run}; `nesso-tune export {run} --average {path.resolve().name}` exports the checkpoint"
+        raise RunEnvironmentError(str(path), "is a checkpoint, not a run directory", remedy)
     if not isinstance(manifest.get("recipe"), dict) and not (overwrite and (path / RECIPE).is_file()):
         raise RunEnvironmentError(str(path / MANIFEST), "is damaged", "restore it, or start again with --overwrite")
     return dict(manifest)
@@ -73,15 +77,20 @@ def is_foreign(path: Path) -> bool:
     return path.name not in _PRE_RUN_FILES and not path.name.startswith(tuple(f".{name}." for name in _DATA_REPORT))
 
 
+def is_run_file(name: str) -> bool:
+    """Whether a run directory uses a name itself, for a file or folder of the run or of an earlier one."""
+    kept = (*_RUN_FILES, *_PRE_RUN_FILES, f"{DAMAGED}{FINAL}", FAILED_METRICS, OVERWRITTEN, MOVING)
+    return name in kept or _is_checkpoint(name)
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a name is that of a checkpoint, or of one that was set aside."""
+    return any(is_checkpoint_name(name.removeprefix(prefix)) for prefix in ("", DAMAGED, LATER))
+
+
 def run_files(path: Path) -> list[Path]:
     """The existing files and folders of a run, and no others; last the manifest, which marks the folder as a run."""
-    prefixes = ("", DAMAGED, LATER)
-    saved = [
-        folder
-        for prefix in prefixes
-        for folder in path.glob(f"{prefix}{CHECKPOINT_PREFIX}*")
-        if is_checkpoint_name(folder.name.removeprefix(prefix))
-    ]
+    saved = [folder for folder in path.glob(f"*{CHECKPOINT_PREFIX}*") if _is_checkpoint(folder.name)]
     others = [path / name for name in (f"{DAMAGED}{FINAL}", *(name for name in _RUN_FILES if name != MANIFEST))]
     return [file for file in (*saved, *others, path / MANIFEST) if os.path.lexists(file)]
 

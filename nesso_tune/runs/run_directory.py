@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from nesso_tune.errors import RecipeError, RunEnvironmentError
 from nesso_tune.files import acquire_lock, atomic_write, remove, remove_staging
 from nesso_tune.logs import logger
 from nesso_tune.recipes.builtin import flag_path, local_path
+from nesso_tune.recipes.load import load_recipe
 from nesso_tune.recipes.schema import Recipe, dump
 from nesso_tune.runs.checkpoint import MANIFEST, checkpoint_step, read_json
 from nesso_tune.runs.layout import (
+    CANDIDATE,
     FAILED_METRICS,
     FINAL,
     LOCK,
@@ -128,6 +131,31 @@ class RunDir:
                 self.path.rmdir()
         self.lock.release()
         return restored
+
+
+def find_run(path: Path) -> Path:
+    """The run directory that a user names: itself, or that of its `final/`.
+
+    Raises:
+        RunEnvironmentError: if it is not the directory of a run. For a recipe or a checkpoint, the remedy names it.
+    """
+    run = path.parent if path.name == FINAL and not (path / RECIPE).exists() else path
+    if not run.is_dir():
+        with suppress(RecipeError):
+            remedy = f"name its run directory {load_recipe(run).output_dir}"
+            raise RunEnvironmentError(str(path), "is a recipe, not a run directory", remedy)
+    if not run.is_dir() or run_manifest(run, overwrite=False) is None:
+        raise RunEnvironmentError(str(path), "is not a run directory", "name the output_dir of a finished run")
+    return run
+
+
+def check_final_exists(run: Path) -> None:
+    """Raises RunEnvironmentError if a run directory has no `final/`."""
+    if not (run / FINAL).is_dir():
+        why, remedy = "the run is not finished", "finish it with the same `nesso-tune train`"
+        if (run / CANDIDATE).is_dir():
+            why, remedy = "its gate refused the model", "train another way, or relax evaluation.gate"
+        raise RunEnvironmentError(str(run), f"has no {FINAL}/: {why}", remedy)
 
 
 def open_run(

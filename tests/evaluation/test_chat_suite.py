@@ -58,6 +58,14 @@ def test_metrics():
     assert metrics["answer_tokens"].better is None
 
 
+def test_a_broken_answer_is_in_no_language_and_a_short_one_is_not_counted():
+    prompts = [parse_row({"prompt": "Domanda?", "language": language}) for language in ("it", "it", "it", "und")]
+    broken = "ttt ttt ttt ttt ttt ttt ttt ttt"
+    answers = [answer(ITALIAN), answer(broken), answer("Roma."), answer(broken, "und")]
+    metric = score(prompts, answers, [None] * 4).metrics["language_fidelity"]
+    assert (metric.scores, metric.prompts) == ((1.0, 0.0), (0, 1))
+
+
 def test_the_loss_of_reference_answers_equals_that_of_the_logits(chat_model):
     model = load_chat_model(str(chat_model))
     prompts = [parse_row({"prompt": "Quanto fa 2 + 1?", "language": "it"}), parse_row({"prompt": "Chi sei?"})]
@@ -111,8 +119,39 @@ def test_prompts_of_a_team_and_the_page_side_by_side(chat_model, write_rows, tmp
 
 def test_faulty_prompts_are_named(write_rows):
     file = write_rows([{"prompt": "Ciao"}, {"text": "?"}, {"prompt": " "}], "p.jsonl")
-    with pytest.raises(DataError, match=r"p.jsonl:2 has no 'prompt'; .*p.jsonl:3: does not end with a user turn"):
+    with pytest.raises(DataError) as refused:
         read_prompts(TASK.model_copy(update={"data": file}), parse_row)
+    remedy = "see docs/evaluation.md for rows of kind chat"
+    assert str(refused.value).splitlines() == [
+        f"{file}:2: has no 'prompt'; {remedy}", f"{file}:3: the prompt is empty; {remedy}",
+    ]  # fmt: skip
+    file = write_rows([{"prompt": " "}] * 7, "p.jsonl")
+    with pytest.raises(DataError, match=r"p.jsonl: 2 more rows are faulty"):
+        read_prompts(TASK.model_copy(update={"data": file}), parse_row)
+
+
+USER = {"role": "user", "content": "Ciao"}
+
+
+@pytest.mark.parametrize(("row", "wrong"), [
+    ({"prompt": ""}, "the prompt is empty"),
+    ({"prompt": None}, "`prompt` is neither a text nor a number"),
+    ({"prompt": "Ciao", "answer": ["Ciao"]}, "`answer` is neither a text nor a number"),
+    ({"prompt": "Ciao", "language": "klingon"}, "`language` is `klingon`, which is no language code"),
+    ({"messages": []}, "`messages` is not a list of turns"),
+    ({"messages": "Ciao"}, "`messages` is not a list of turns"),
+    ({"messages": [USER, {"role": "user", "content": None}]}, "`content` is neither a text nor a number"),
+    ({"messages": [USER, {"role": "user", "content": " "}]}, "the prompt is empty"),
+    ({"messages": [{"role": "assistant", "content": "Ciao"}]}, "does not end with a user turn"),
+])  # fmt: skip
+def test_what_is_wrong_with_a_row(row, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        parse_row(row)
+
+
+def test_numbers_are_read_as_text_and_names_of_languages_as_codes():
+    found = parse_row({"prompt": 5, "answer": 6.5, "language": "it-IT"})
+    assert (found.text, found.answer, found.conversation.language) == ("5", "6.5", "it")
 
 
 # The judge

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nesso_tune import DataError, RecipeError
-from nesso_tune.evaluation.gate import Gate, bootstrap_means, common_prompts, decide, load_gate, refusal
+from nesso_tune.evaluation.gate import Gate, bootstrap_means, common_prompts, decide, load_gate, refusal, verdict_lines
 from nesso_tune.evaluation.results import mean_of
 from tests.support.runs import main_here
 
@@ -71,7 +71,7 @@ def test_the_collapse_of_pure_dpo_is_refused():
     error = refusal("dpo", "sft", verdicts)
     assert error.exit_code == 7
     assert "dpo: chat/stop_rate is 0." in str(error)
-    assert "and 1.000 in sft: a drop of at least 0.6" in str(error)
+    assert "and 1.000 in sft: 95 % confident of a drop of at least 0.6" in str(error)
 
 
 @pytest.mark.parametrize("damage", [{"italian": 0.3}, {"english": 0.5}, {"loops": 0.4}, {"empty": 0.3}, {"bits": 1.3}])
@@ -99,6 +99,61 @@ def test_true_drops_are_refused_with_the_stated_power(drop):
         one(), {"chat/stop_rate": metric(parent[0] ^ flipped[0])}, {"chat/stop_rate": metric(parent[0])}
     )
     assert verdict.refused == bool(np.quantile(means[0], 0.05) > 0.02)
+
+
+@pytest.mark.parametrize("noise", [0, 0.04])
+@pytest.mark.parametrize("n", [18, 51, 102, 208])
+def test_the_drop_of_the_80_percent_column_is_refused_in_80_percent(n, noise):
+    """The column of a pair that differs by chance only, and 400 pairs with the drop that it names."""
+    gate, rng = one(confidence=1 - GATE.level), np.random.default_rng(7)
+    parent = np.arange(n) >= round(noise * n)  # as many wrong answers as chance makes right
+
+    def verdict(model):
+        (found,) = decide(gate, {"chat/stop_rate": metric(model)}, {"chat/stop_rate": metric(parent)})
+        return found
+
+    def simulated(drop):
+        uniform = rng.random(n)
+        worse, better = uniform < drop + noise, uniform > 1 - noise
+        scores = np.where(worse, 1, np.where(better, -1, 0))
+        return bootstrap_means(scores[None].astype(float), np.ones(n), gate.resamples, gate.seed)[0]
+
+    drop = verdict(np.arange(n) < n - round(noise * n)).detectable
+    refused = [np.quantile(simulated(drop), gate.level) > 0.02 for _ in range(400)]
+    assert np.mean(refused) == pytest.approx(0.8, abs=0.05)
+
+
+def test_the_drop_of_the_80_percent_column_of_bits_per_byte():
+    metrics = {"chat/bits_per_byte": {"max_drop": 0.1}}
+    gate, rng = Gate.model_validate({"title": "t", "suites": ["chat"], "metrics": metrics}), np.random.default_rng(8)
+
+    def verdict(rise):
+        pair = rng.normal(1, 0.3, 100), rng.normal(rise, 0.2, 100)
+        model, parent = metric(pair[0] + pair[1], "lower"), metric(pair[0], "lower")
+        (found,) = decide(gate, {"chat/bits_per_byte": model}, {"chat/bits_per_byte": parent})
+        return found
+
+    drop = np.mean([verdict(0).detectable for _ in range(50)])
+    assert np.mean([verdict(drop).refused for _ in range(400)]) == pytest.approx(0.8, abs=0.05)
+    same = {"chat/bits_per_byte": metric([0.5, 1.5], "lower")}
+    assert np.isnan(decide(gate, same, same)[0].detectable), "no difference tells how large chance is"
+
+
+def test_few_prompts_find_no_small_drop():
+    """Models without any difference: 51 prompts do not find a drop of the tolerance."""
+    (verdict,) = decide(one(), {"chat/stop_rate": metric([1] * 51)}, {"chat/stop_rate": metric([1] * 51)})
+    assert 0.08 < verdict.detectable < 0.2
+    (verdict,) = decide(one(1), {"chat/stop_rate": metric([1] * 51)}, {"chat/stop_rate": metric([1] * 51)})
+    assert np.isnan(verdict.detectable), "a tolerance of 1 refuses nothing"
+
+
+def test_prompts_without_a_value_of_the_model_are_counted_in_the_table():
+    model, parent = metric([1] * 18), metric([1] * 51)
+    (verdict,) = verdicts = decide(one(), {"chat/stop_rate": model}, {"chat/stop_rate": parent})
+    assert (verdict.prompts, verdict.parent_prompts) == (18, 51)
+    assert " 18 of 51 " in verdict_lines(one(), verdicts)[1]
+    (verdict,) = verdicts = decide(one(), {"chat/stop_rate": parent}, {"chat/stop_rate": model})
+    assert " of " not in verdict_lines(one(), verdicts)[1].partition("passed")[0]
 
 
 def test_only_common_prompts_are_compared():
@@ -167,7 +222,7 @@ def test_the_command_passes_and_refuses(chat_model, small_gate, tmp_path, write_
 
     code, out, err = main_here(capsys, "eval", _silent(chat_model, tmp_path / "silent"), *options)
     assert code == 7, err
-    assert "REFUSED: a drop of at least 1.000 is certain" in out
+    assert "REFUSED: 95 % confident of a drop of at least 1.000, 0.1 is tolerated" in out
     assert "silent: chat/empty_rate is 1.000" in err
     code, out, _ = main_here(capsys, "eval", tmp_path / "silent", *options, "--json")
     assert code == 7

@@ -118,12 +118,12 @@ def test_what_is_unknown_is_a_placeholder_until_the_recipe_says_it(chain, tmp_pa
     run = tmp_path / "dpo"
     shutil.copytree(chain / "dpo", run)
     assert placeholders((run / "final" / "README.md").read_text()) == [
-        "the licence; set card.license in recipe.yaml of the run and run `nesso-tune card RUN`",
-        "the citation; set card.citation in recipe.yaml of the run and run `nesso-tune card RUN`",
+        ("the licence", "set card.license in recipe.yaml of the run and run `nesso-tune card RUN`"),
+        ("the citation", "set card.citation in recipe.yaml of the run and run `nesso-tune card RUN`"),
     ]
     code, _, said = main_here(capsys, "export", run, "--unchecked", "-o", tmp_path / "before")
     assert code == 0, said
-    asks = "the licence; set card.license in recipe.yaml of the run and export it again"
+    asks = ("the licence", "set card.license in recipe.yaml of the run and export it again")
     assert placeholders((tmp_path / "before" / "README.md").read_text())[0] == asks
     complete_recipe(run)
     code, _, said = main_here(capsys, "export", run, "--unchecked", "-o", tmp_path / "out")

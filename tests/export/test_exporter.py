@@ -1,6 +1,7 @@
 """Exports as model folder and adapter, and averages: equal to the live model, checked, and never half-written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def test_merged_and_separate_adapters_equal_the_live_model(trained, tmp_path, ki
     adapter = export(run, ADAPTER, folder=tmp_path / "adapter")
     assert not list(adapter.folder.glob("model*.safetensors"))
     config = json.loads((adapter.folder / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == run.recipe.model.base
+    assert config["base_model_name_or_path"] == str(Path(run.recipe.model.base).resolve())
     torch.testing.assert_close(logits(adapter.folder, AutoPeftModelForCausalLM), live, rtol=0, atol=1e-5)
     for done in (merged, adapter):
         assert done.parity.positions > 8
@@ -122,7 +123,7 @@ def test_shards_are_consolidated(tmp_path, whole_base, port):
     run = FinishedRun.open(tmp_path / "run")
     assert list((run.path / "checkpoint-4").glob("shard-*.safetensors"))
     assert run.manifest["verified"]["largest_difference"] < 1e-5, "the live model and final/"
-    exported = export(run, HF, averaged="last:1", folder=tmp_path / "hf", checked=False)
+    exported = export(run, HF, averaged="checkpoint-4", folder=tmp_path / "hf", checked=False)
     torch.testing.assert_close(logits(exported.folder), logits(run.final), rtol=0, atol=1e-5)
 
 
@@ -160,10 +161,56 @@ def test_prompts_are_of_two_languages_with_and_without_system_message_and_tools(
     assert all(prompt.tools is None for prompt in parity.prompts(supports_tools=False))
 
 
+@pytest.fixture
+def beside_its_base(trained, whole_base, tmp_path, monkeypatch):
+    """A run whose recipe names its base relative to the working directory."""
+    shutil.copytree(trained["lora"][0].path, tmp_path / "run")
+    shutil.copytree(whole_base, tmp_path / "base")
+    text = (tmp_path / "run" / "recipe.yaml").read_text()
+    (tmp_path / "run" / "recipe.yaml").write_text(text.replace(f"base: {whole_base}", "base: base"))
+    monkeypatch.chdir(tmp_path)
+    return FinishedRun.open(tmp_path / "run")
+
+
+def test_an_adapter_loads_from_every_directory(trained, beside_its_base, tmp_path, monkeypatch):
+    assert beside_its_base.recipe.model.base == "base"
+    done = export(beside_its_base, ADAPTER)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    torch.testing.assert_close(logits(done.folder, AutoPeftModelForCausalLM), trained["lora"][1], rtol=0, atol=1e-5)
+
+
+def test_an_adapter_that_loads_in_one_directory_only_stops_the_export(beside_its_base, tmp_path):
+    def write(run, model, folder, dtype):
+        ADAPTER.write(run, model, folder, dtype)
+        text = (folder / "adapter_config.json").read_text()
+        (folder / "adapter_config.json").write_text(text.replace(str(tmp_path / "base"), "base"))
+
+    with pytest.raises(ModelError, match="names its base by the relative path base"):
+        export(beside_its_base, exporter.Format(**{**vars(ADAPTER), "write": write}))
+
+
+def test_an_adapter_of_a_local_base_is_listed_but_not_uploaded(beside_its_base, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    text = (beside_its_base.path / "recipe.yaml").read_text()
+    text = text.replace("license: null", "license: mit").replace("citation: null", "citation: Rossi")
+    (beside_its_base.path / "recipe.yaml").write_text(text)
+    options = ("--to", "adapter", "--unchecked", "--push", "--repo", "a/b")
+    code, listed, said = main_here(capsys, "export", "run", *options)
+    assert (code, "adapter_model.safetensors" in listed) == (0, True), said
+    problem = listed.splitlines()[-1]
+    assert problem.startswith("adapter_config.json: the base is the local folder base, so nobody else can load")
+    code, listed, said = main_here(capsys, "export", "run", *options, "--yes")
+    assert (code, problem in said) == (2, True), said
+
+
 @pytest.mark.parametrize(("options", "error", "message"), [
     ({"dtype": "q8_0"}, RecipeError, "--dtype: q8_0 is not a precision of --to hf; use one of float32"),
     ({"averaged": "last:9"}, RecipeError, "has 2 checkpoints, not 9; write last:2"),
     ({"averaged": "last:x"}, RecipeError, "has no number"),
+    ({"averaged": "last:1"}, RecipeError, "is one checkpoint, not .* write last:2 or more, or checkpoint-4 to export"),
+    ({"averaged": "final,checkpoint-2,checkpoint-2"}, RecipeError, "checkpoint-2 is named twice; name each model once"),
+    ({"averaged": "final, checkpoint-2, {run}"}, RecipeError, "final is named twice"),
     ({"averaged": "checkpoint-5"}, RecipeError, "no checkpoint checkpoint-5 .* did you mean checkpoint-4"),
     ({"averaged": "final,,final"}, RecipeError, "has an empty name"),
     ({"averaged": "nowhere"}, ModelError, "no such checkpoint, run or model folder"),
@@ -172,6 +219,7 @@ def test_prompts_are_of_two_languages_with_and_without_system_message_and_tools(
 ])  # fmt: skip
 def test_wrong_options(trained, tmp_path, options, error, message):
     run, _ = trained["whole"]
+    options = {name: v.replace("{run}", str(run.path)) if name == "averaged" else v for name, v in options.items()}
     with pytest.raises(error, match=message):
         export(run, options.pop("format", HF), folder=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -190,7 +238,9 @@ def test_folders_of_others_stay(trained, tmp_path, monkeypatch):
     run, _ = trained["whole"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    for folder in (tmp_path / "mine", run.path, run.final, run.final / "x"):
+    later, reserved = run.path / "checkpoint-9" / "x", run.path / "candidate"
+    inside = [run.final / "x", run.path / "checkpoint-4" / "x", trained["lora"][0].path / "checkpoint-2" / "x"]
+    for folder in (tmp_path / "mine", run.path, run.final, *inside, later, reserved):
         with pytest.raises(RunEnvironmentError, match=r"is not empty and contains no export|is a folder of the run"):
             export(run, HF, folder=folder)
     assert (tmp_path / "mine" / "thesis.tex").exists()
@@ -215,6 +265,33 @@ def test_an_export_replaces_an_earlier_one_and_goes_with_its_run(trained, tmp_pa
     assert copy / "export" in run_files(copy), "--overwrite moves it aside"
 
 
+def test_a_folder_that_cannot_be_written_to_asks_for_another_one(trained, tmp_path, monkeypatch, capsys):
+    run, _ = trained["whole"]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # /sys has none, which is another error
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "export").symlink_to("/sys")  # read-only for root too
+    code, _, said = main_here(capsys, "export", tmp_path / "run", "--unchecked")
+    assert code == 5
+    assert re.search(r"export/hf: cannot be created \(.*\); name a folder that you can write to with -o FOLDER", said)
+
+
+@pytest.mark.parametrize("verb", ["export", "card"])
+def test_what_belongs_to_a_run_names_the_run(trained, tmp_path, capsys, verb):
+    run, _ = trained["whole"]
+    code, _, said = main_here(capsys, verb, run.path / "checkpoint-4")
+    assert code == 5
+    assert f"checkpoint-4: is a checkpoint, not a run directory; name {run.path}; `nesso-tune export {run.path}" in said
+    file = write_recipe(tmp_path / "small.yaml", run.recipe)
+    code, _, said = main_here(capsys, verb, file)
+    assert (code, f"is a recipe, not a run directory; name its run directory {run.path}" in said) == (5, True), said
+    code, _, said = main_here(capsys, verb, "quickstart/sft")
+    assert "name its run directory outputs/quickstart/sft" in said
+    (tmp_path / "notes.txt").touch()
+    code, _, said = main_here(capsys, verb, tmp_path / "notes.txt")
+    assert "notes.txt: is not a run directory; name the output_dir of a finished run" in said
+
+
 def test_an_unfinished_run_is_not_exported(trained, tmp_path, capsys):
     run, _ = trained["whole"]
     assert main_here(capsys, "export", tmp_path / "nowhere")[0] == 5
@@ -226,3 +303,6 @@ def test_an_unfinished_run_is_not_exported(trained, tmp_path, capsys):
     shutil.rmtree(copy / "final")
     code, _, said = main_here(capsys, "export", copy)
     assert (code, "has no final/: the run is not finished" in said) == (5, True)
+    (copy / "candidate").mkdir()
+    code, _, said = main_here(capsys, "export", copy)
+    assert (code, "has no final/: its gate refused the model" in said) == (5, True)

@@ -61,8 +61,10 @@ def gated(parent, tmp_path, gate_file):
 def test_a_harmful_run_is_not_published_until_the_gate_accepts_it(gated, tmp_path, capsys):
     run = tmp_path / "run"
     file = write_recipe(tmp_path / "r.yaml", gated(REFUSES))
-    code, _, err = main_here(capsys, "train", file)
+    code, _, err = main_here(capsys, "train", file, "--verify", "all")
     assert code == 7, err
+    assert "candidate/ verified: loss of" in err
+    assert "final/ verified" not in err
     assert "chat/stop_rate is 0.000, and 1.000 in" in err
     assert f"the weights are in {run / 'candidate'}" in err
     assert not (run / "final").exists()

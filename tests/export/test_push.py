@@ -118,6 +118,34 @@ def test_options_and_token(run, hub, capsys, monkeypatch):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("repo", ["bad", "a/b/c", "a/", "/b", "mii-llm/è", "mii-llm/a--b", "mii-llm/.a", "a/b.git"])
+def test_a_malformed_repository_name_is_refused_before_an_export(run, hub, capsys, repo):
+    (run / "export" / "hf").mkdir(parents=True)
+    (run / "export" / "hf" / ".nesso-export").touch()
+    code, _, said = main_here(capsys, "export", run, "--unchecked", "--push", "--repo", repo)
+    assert (code, f"--repo: {repo} is not a repository name" in said) == (2, True), said
+    assert [file.name for file in (run / "export" / "hf").iterdir()] == [".nesso-export"]
+
+
+def test_placeholders_are_listed_after_the_files_and_refuse_the_upload(run, hub, capsys):
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(
+        text.replace("Rossi, 2026", "null").replace("license: apache-2.0", "license: null")
+    )
+    missing = [f"README.md: the {what} is missing; set card.{key} in recipe.yaml of the run and export it again"
+               for what, key in (("licence", "license"), ("citation", "citation"))]  # fmt: skip
+    code, listed, said = pushed(capsys, run)
+    assert (code, "nothing was uploaded: complete the above first" in said) == (0, True), said
+    assert listed.splitlines()[-2:] == missing
+    assert "model.safetensors" in listed
+    before = (run / "export" / "hf" / "model.safetensors").stat().st_ino
+    code, listed, said = pushed(capsys, run, "--yes")
+    assert (code, listed) == (2, ""), said
+    assert all(line in said for line in missing), said
+    assert (run / "export" / "hf" / "model.safetensors").stat().st_ino == before, "refused before the export"
+    assert hub.requests == []
+
+
 def test_an_alias_in_the_card_section_is_refused(run, capsys):
     text = (run / "recipe.yaml").read_text()
     assert "Rossi, 2026" in text
@@ -142,7 +170,6 @@ def test_the_name_of_a_private_folder_may_be_a_word(run, capsys):
 @pytest.mark.parametrize(("name", "content", "code", "message"), [
     ("optimizer.safetensors", "x", 4, "is not a file of a model"),
     ("metrics.jsonl", "x", 4, "is not a file of a model"),
-    ("README.md", "[placeholder: the licence; set card.license]", 2, "README.md has 1 placeholders; the licence"),
     ("README.md", f"Trained on {CANARY}.jsonl.", 4, "names a private source"),
     ("chat_template.jinja", f"{{# {CANARY}.jsonl #}}", 4, "names a private source"),
 ])  # fmt: skip

@@ -36,9 +36,9 @@ def trained(tmp_path_factory, whole_base):
     }
     for kind, (method, data, more) in kinds.items():
 
-        def recording(self, folder, model, losses, trust_remote_code, kind=kind):
+        def recording(self, folder, model, losses, trust_remote_code, name, kind=kind):
             runs[kind] = model, losses
-            return own(self, folder, model, losses, trust_remote_code)
+            return own(self, folder, model, losses, trust_remote_code, name)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("NESSO_TUNE_CACHE", str(folder / "cache"))
