@@ -66,8 +66,12 @@ def test_the_machine_with_slow_links_is_named_and_else_the_link():
 def test_a_disk_of_its_own_is_no_measure_of_the_shared_one():
     both = allocation([report("a", rate=84e6), report("b", rate=699e6)], unshared=["b"])
     assert [problem.where for problem in both.problems()] == ["b"], "which does not see the folder; a is not slow"
-    both = allocation([report("a", rate=84e6), report("b", rate=899e6)])
-    assert [problem.where for problem in both.problems()] == ["a", "a"], "the disks of runs and of the data cache"
+    several = [report("a", rate=84e6), *(report(host, rate=899e6) for host in "bcd")]
+    assert allocation(several[:2]).problems() == [], "of two, none is usual"
+    assert [problem.where for problem in allocation(several).problems()] == ["a", "a"], (
+        "the disks of runs and of caches"
+    )
+    assert [problem.where for problem in allocation(several, unshared=["c", "d"]).problems()] == ["c", "d"]
 
 
 def test_the_table_names_the_bad_machine():
