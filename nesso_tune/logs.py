@@ -18,6 +18,7 @@ import re
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
@@ -30,6 +31,7 @@ UNSAFE = re.compile(
 )
 COLOUR = re.compile(r"(\x1b\[[0-9;]*m)")  # our own colour sequences
 STAMP_VARIABLE = "NESSO_TUNE_LOG_STAMP"  # if set, messages begin with time, host and rank
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm in a notebook; our progress needs no ipywidgets
 EVERY_RANK = {"every_rank": True}  # `extra` of a message that any process may log; of others, only rank 0's are kept
 
 

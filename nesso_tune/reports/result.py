@@ -83,7 +83,8 @@ class TrainResult:
         history = self.history
         names = metrics or [name for name in PLOTTED if name in history]
         columns = {name: _columns(name, list(history)) for name in names}
-        figure = make_subplots(rows=max(1, len(names)), cols=1, shared_xaxes=True, subplot_titles=names)
+        figure = make_subplots(rows=max(1, len(names)), cols=1, shared_xaxes=True, subplot_titles=names,
+                               figure=_notebook_figure())  # fmt: skip
         for row, (name, keys) in enumerate(columns.items(), 1):
             for key in keys:
                 values = history[key].dropna()
@@ -110,6 +111,22 @@ class TrainResult:
         facts |= {name: f"{value:.4g}" for name, value in self.main_metrics.items()}
         rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(str(text))}</td></tr>" for name, text in facts.items())
         return f"<table>{rows}</table>"
+
+
+def _notebook_figure() -> Figure:
+    """A figure that a notebook shows without a network, also if its kernel has no nbformat, which Plotly needs."""
+    from plotly.graph_objects import Figure
+
+    class NotebookFigure(Figure):
+        def _ipython_display_(self) -> None:
+            try:
+                super()._ipython_display_()
+            except ValueError:  # no nbformat; Plotly's next choice would load its code from the network
+                from IPython.display import HTML, display
+
+                display(HTML(self.to_html(full_html=False, include_plotlyjs=True)))
+
+    return NotebookFigure()
 
 
 def _columns(name: str, measured: list[str]) -> list[str]:

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from plotly.basedatatypes import BaseFigure
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -17,6 +20,10 @@ from nesso_tune.reports.charts import comparison_charts
 from tests.support.runs import metrics, recipe
 
 ROWS = [{"prompt": f"Quanto fa {i} + 1?", "response": f"Fa {i + 1}.", "lang": "it"} for i in range(12)]
+
+
+def raises_value_error(_):
+    raise ValueError("Mime type rendering requires nbformat>=4.2.0 but it is not installed")
 
 
 class Count(TrainerCallback, ExportableState):
@@ -62,7 +69,7 @@ def call(shared, model, monkeypatch):
     return with_objects
 
 
-def test_a_run_with_objects_records_their_content_and_resumes_with_it_alone(call, shared, model):
+def test_a_run_with_objects_records_their_content_and_resumes_with_it_alone(call, shared, model, monkeypatch):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     count = Count()
     result = call(callbacks=[count], metrics={"letters": letters})
@@ -88,6 +95,15 @@ def test_a_run_with_objects_records_their_content_and_resumes_with_it_alone(call
     assert [(curve.name, list(curve.x)) for curve in curves] == [
         ("loss", [1, 2, 3, 4]), ("loss/it", [1, 2, 3, 4]), ("eval_loss", [2, 4]), ("eval_loss/it", [2, 4]),
     ]  # fmt: skip
+    shown = []
+    display = SimpleNamespace(HTML=str, display=shown.append)
+    with monkeypatch.context() as patch:  # a kernel without nbformat
+        patch.setitem(sys.modules, "IPython.display", display)
+        patch.setattr(BaseFigure, "_ipython_display_", raises_value_error)
+        result.plot()._ipython_display_()
+    (html,) = shown
+    assert "Plotly.newPlot(" in html
+    assert '<script src="http' not in html, "it opens without a network"
     with pytest.raises(RecipeError, match="plot: the run did not measure `eval_los`; did you mean `eval_loss`"):
         result.plot("eval_los")
     (chart,) = [
