@@ -250,7 +250,7 @@ def test_a_node_that_never_joins(nodes, tmp_path, talks, alone, says):
 def test_an_output_folder_that_is_not_shared_is_refused(nodes, tmp_path, talks):
     (tmp_path / "disk").mkdir()
     path = write_recipe(tmp_path / "r.yaml", make_recipe(tmp_path, "disk/run", talks))
-    codes, said = wait_for_end([start(path, 0), start(path, 1, own_disk=tmp_path / "disk")], 60)
+    codes, said = wait_for_end([start(path, 0), start(path, 1, own_disk=tmp_path / "disk")], 120)
     assert all(codes)
     assert "is not the same folder on all nodes" in said[0]
     assert "set output_dir to a shared file system" in said[0]
