@@ -21,6 +21,7 @@ HEAD_CHUNK_FORWARD = {"cpu": 1 << 25, "cuda": 1 << 27}
 HEAD_CHUNK_BACKWARD = {"cpu": 1 << 26, "cuda": 1 << 27}
 # Bytes per trained weight of the two AdamW moments: float32, or one byte and a float32 per block of 256.
 MOMENT_BYTES = {"adamw_torch_fused": 8.0, "adamw_torch": 8.0, "adamw_8bit": 2 * (1 + 4 / 256)}
+MIN_BACKGROUND_BYTES = 100_000_000  # of a checkpoint; a smaller one is written in a fraction of a second
 NF4_BYTES_PER_WEIGHT = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # 4 bits, one byte per block of 64, one float32 per 256 blocks
 
 
@@ -32,7 +33,8 @@ class Memory:
         state: weights, gradients and optimizer state; one shard if sharded.
         activations: tensors saved for the backward pass.
         logits: one chunk of logits and the gradient of the LM head.
-        working: weights in compute precision or gathered from other ranks, buckets of DDP, and the CUDA context.
+        working: weights in compute precision or gathered from other ranks, buckets of DDP, and the CUDA
+            context; on a CPU, the copy from which a checkpoint is written.
     """
 
     state: int
@@ -83,7 +85,7 @@ def estimate_memory(
         state=(state_bytes(recipe, trained) + frozen_bytes(adapter, shape, compute or 4)) // shards,
         activations=kept + layer,  # plus one layer: recomputed, or its gradients
         logits=max(forward, backward) + 4 * shape.vocab_size * shape.hidden_size,
-        working=working + (CUDA_CONTEXT_BYTES if on_gpu else 0),
+        working=working + (CUDA_CONTEXT_BYTES if on_gpu else copied_bytes(recipe, shape)),
     )
 
 
@@ -108,6 +110,14 @@ def checkpoint_bytes(recipe: Recipe, shape: ModelShape) -> int:
     """Bytes of a checkpoint: trained weights in float32 and the optimizer's moments."""
     trained = trained_parameters(recipe.model.adapter, shape)
     return math.ceil((4 + MOMENT_BYTES[recipe.train.optimizer]) * trained)
+
+
+def copied_bytes(recipe: Recipe, shape: ModelShape) -> int:
+    """Bytes of the copy in host memory from which a checkpoint is written while training goes on; 0 without one."""
+    if recipe.checkpoint is None or recipe.checkpoint.asynchronous is False:
+        return 0
+    size = checkpoint_bytes(recipe, shape)
+    return size if recipe.checkpoint.asynchronous is True or size >= MIN_BACKGROUND_BYTES else 0
 
 
 def trained_parameters(adapter: LoraSection | None, shape: ModelShape) -> int:

@@ -21,6 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from nesso_tune.distributed.process_group import barrier, exchange_later
 from nesso_tune.errors import first_line
 from nesso_tune.logs import EVERY_RANK, logger
+from nesso_tune.planning.memory import MIN_BACKGROUND_BYTES
 from nesso_tune.recipes.schema import CheckpointSection
 from nesso_tune.runs import checkpoint as ckpt
 from nesso_tune.runs.disk_space import DiskSpace
@@ -30,7 +31,6 @@ from nesso_tune.training import state_dict
 from nesso_tune.training.run_state import RunState, reshard_state
 from nesso_tune.training.state_dict import HostCopies
 
-MIN_BACKGROUND_BYTES = 100_000_000  # of a checkpoint; a smaller one is written in a fraction of a second
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 

@@ -19,6 +19,7 @@ from nesso_tune.planning.hardware import GIB, GPUS, NO_MPS, Gpu, find_gpu, has_a
 from nesso_tune.planning.memory import (
     MEMORY_SAFE_SHARE,
     adapter_parameters,
+    checkpoint_bytes,
     dora_activations,
     dora_working,
     estimate_memory,
@@ -27,7 +28,7 @@ from nesso_tune.planning.memory import (
 )
 from nesso_tune.planning.plan import DataVolume, World, describe
 from nesso_tune.planning.planner import make_plan
-from nesso_tune.planning.shapes import known_config, shape_of
+from nesso_tune.planning.shapes import ModelShape, known_config, shape_of
 from nesso_tune.recipes import load_recipe
 from nesso_tune.recipes.sections import LoraSection, ModelSection
 from tests.support.recipe_texts import DPO, SFT, read
@@ -346,6 +347,17 @@ def test_a_split_that_is_proposed_fits_and_keeps_the_batch():
     after = plan("max_steps: 90, micro_batch_size: 2, gradient_accumulation_steps: 3", gpu=40)
     assert after.global_batch == before.global_batch
     assert after.memory.total <= 40 * GIB
+
+
+def test_on_a_cpu_the_copy_of_a_checkpoint_is_planned():
+    def working(checkpoint):
+        recipe = load_recipe("quickstart/sft", {"checkpoint": checkpoint})
+        return estimate_memory(recipe, shape, shards=1, micro_batch=1, checkpointing=False, on_gpu=False).working
+
+    shape = ModelShape(32_000, 512, 1408, 8, 8, 4, 64, tied=True, context=1024)
+    without = working({"asynchronous": False})
+    assert working({}) - without == checkpoint_bytes(load_recipe("quickstart/sft"), shape) == 12 * shape.parameters
+    assert working(None) == without
 
 
 @thorough
