@@ -15,7 +15,7 @@ import typer
 
 from nesso_tune.cli.options import JsonOption, RecipeArgument, SetOption, file_path, load_all
 from nesso_tune.data.report import WholeRows, listed_keys
-from nesso_tune.errors import RecipeError, RunEnvironmentError, cut_in_the_middle
+from nesso_tune.errors import RecipeError, cut_in_the_middle
 from nesso_tune.logs import logger, print_lines, print_text
 from nesso_tune.recipes import Recipe
 from nesso_tune.recipes.builtin import is_run_output, local_path
@@ -159,10 +159,9 @@ def preview(
     (loaded,) = load_all([recipe], settings)
     view = load_preview(loaded, count)
     if html is not None:
-        if html.is_dir():
-            raise RunEnvironmentError(str(html), "is a folder", "name a file, e.g. page.html")
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(view.to_html(), encoding="utf-8")
+        from nesso_tune.reports.html import write_page
+
+        write_page(view.to_html(), html)
         print_lines(f"{html}: {len(view.rows)} rows; open it in a browser")
     else:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ

@@ -288,14 +288,13 @@ def _check_job(overwrite: bool, resume: str) -> None:
 def check_start(groups: list[JobRecipes], loaded: list[Recipe]) -> None:
     """Checks bases, data and caches of all jobs before one of them waits in the queue."""
     given = groups[0].cluster.env
-    caches = cache_variables({**os.environ, **given})
-    for group in groups:
-        if group.cluster.offline and cache_variables({**os.environ, **group.cluster.env}) != caches:
-            print_lines(f"{', '.join(group.names)}: not looked for in its caches, which are not those of the first job")
-    os.environ.update({name: path for name, path in caches.items() if name in given})  # the hub's libraries read them
-    for group in groups:
-        if group.cluster.offline and cache_variables({**os.environ, **group.cluster.env}) == caches:
+    each = [cache_variables({**os.environ, **group.cluster.env}) for group in groups]
+    os.environ.update({name: path for name, path in each[0].items() if name in given})  # the hub's libraries read them
+    for group, caches in zip(groups, each, strict=True):
+        if group.cluster.offline and caches == each[0]:
             _check_cached(group.names, group.recipes)
+        elif group.cluster.offline:
+            print_lines(f"{', '.join(group.names)}: not looked for in its caches, which are not those of the first job")
     check_bases(loaded)
     for group in groups:
         check_before_start(group.recipes, group.machines.processes)

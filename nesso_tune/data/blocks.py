@@ -84,11 +84,8 @@ class JsonLinesBlock(_Limited):
 
 
 @dataclass(frozen=True)
-class JsonArrayBlock(_Limited):
-    """Consecutive items of a JSON array, or consecutive JSON objects: their text, joined by commas, not yet parsed.
-
-    `first` is the number of the first item. Other attributes as in JsonLinesBlock.
-    """
+class _Counted(_Limited):
+    """A block whose number of records is known before they are read. Other attributes as in JsonLinesBlock."""
 
     prefix: str
     first: int
@@ -97,13 +94,21 @@ class JsonArrayBlock(_Limited):
     size: int
     limit: int | None = None
 
-    def numbered_records(self) -> Iterator[NumberedRecord]:
-        """The records with their numbers. Raises DataError if one is not an object."""
-        return self._numbered(load_json(str(b"[%b]" % self.data, "utf-8")), self.first)
-
     def total(self) -> int:
         """Number of records in the block."""
         return self.num_records
+
+
+@dataclass(frozen=True)
+class JsonArrayBlock(_Counted):
+    """Consecutive items of a JSON array, or consecutive JSON objects: their text, joined by commas, not yet parsed.
+
+    `first` is the number of the first item. Other attributes as in JsonLinesBlock.
+    """
+
+    def numbered_records(self) -> Iterator[NumberedRecord]:
+        """The records with their numbers. Raises DataError if one is not an object."""
+        return self._numbered(load_json(str(b"[%b]" % self.data, "utf-8")), self.first)
 
 
 @dataclass(frozen=True)
@@ -159,18 +164,11 @@ class TableBlock(_Limited):
 
 
 @dataclass(frozen=True)
-class ArrowBlock(_Limited):
+class ArrowBlock(_Counted):
     """Records of a Parquet or Arrow file, as a record batch in the Arrow IPC format.
 
     Attributes as in JsonLinesBlock.
     """
-
-    prefix: str
-    first: int
-    data: bytes = field(repr=False)
-    num_records: int
-    size: int
-    limit: int | None = None
 
     def numbered_records(self) -> Iterator[NumberedRecord]:
         """The records with their numbers.
@@ -195,10 +193,6 @@ class ArrowBlock(_Limited):
                 what = f"has a cell that is not JSON ({json_error(error)})"
                 raise DataError(f"{self.prefix}{number}", what, "correct the cell") from None
             yield decoded, number
-
-    def total(self) -> int:
-        """Number of records in the block."""
-        return self.num_records
 
 
 Block = JsonLinesBlock | JsonArrayBlock | ObjectsBlock | TableBlock | ArrowBlock

@@ -9,8 +9,7 @@ from pathlib import Path
 from nesso_tune.evaluation.results import AnsweredPrompt, ModelResult
 from nesso_tune.evaluation.suites import Suite
 from nesso_tune.evaluation.table import to_lines
-from nesso_tune.files import atomic_write
-from nesso_tune.reports.html import render
+from nesso_tune.reports.html import render, write_page
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,5 @@ def write_answers_page(file: Path, suite: Suite, results: Sequence[ModelResult])
     page = render(
         "answers.html.j2", title=suite.title, models=models, prompts=prompts, table="\n".join(to_lines(suite, results))
     )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(file, page, errors="backslashreplace")
+    write_page(page, file)
     return len(prompts)

@@ -23,13 +23,13 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(page: str, file: Path) -> None:
-    """Writes a page, with Plotly in it if it has charts, so that it opens without a network.
+    """Writes a page in a folder that need not exist, with Plotly in it if it has charts: it opens without a network.
 
     Raises:
         RunEnvironmentError: if the file is a folder.
     """
     if file.is_dir():
-        raise RunEnvironmentError(str(file), "is a folder", "name a file")
+        raise RunEnvironmentError(str(file), "is a folder", "name a file, e.g. page.html")
     file.parent.mkdir(parents=True, exist_ok=True)
     before, found, after = page.partition(PLOTLY)
     library = plotly_library() if found else b""
