@@ -100,7 +100,7 @@ def layer_kernels(compiled):
 
 
 # Kernels of the forward and the backward pass of a layer; those that are neither matrix products nor attention; and
-# kilobytes per token that the latter move. Without `enable_gqa` (torch 2.11), keys and values are repeated for all heads.
+# kilobytes per token that the latter move. Without `enable_gqa` (torch 2.11), each head gets a copy of keys and values.
 REPEATS = "enable_gqa" not in VARLEN_OPTIONS
 EAGER = ((50, 42, 182), (94, 79, 415)) if REPEATS else ((48, 40, 177), (92, 77, 410))
 COMPILED = ((26, 18, 60), (32, 17, 103)) if REPEATS else ((25, 17, 57), (31, 16, 98))
