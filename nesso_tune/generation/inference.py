@@ -77,6 +77,13 @@ class Sampling:
         """Whether every token is the most likely one."""
         return self.temperature < MIN_TEMPERATURE
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`; they replace those of the model's generation_config."""
+        if self.is_greedy:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
 
 @dataclass(frozen=True)
 class AnswerLoss:
@@ -134,9 +141,8 @@ class ChatModel:
         """
         ids = torch.tensor([self._prompt_ids(messages, language, tools)], device=self._model.device)
         limits = {"max_new_tokens": sampling.max_new_tokens, "max_length": None, "use_cache": self._uses_cache}
-        settings = GenerationConfig(**{**self._model.generation_config.to_diff_dict(), **limits})
-        if not sampling.is_greedy:
-            settings.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p)
+        own = self._model.generation_config.to_diff_dict()
+        settings = GenerationConfig(**{**own, **limits, **sampling.settings})
         out = self._model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -230,9 +236,6 @@ class ChatModel:
             text = shortened(conversations[max(range(len(ids)), key=lambda i: len(ids[i]))].messages[-1].content)
             raise DataError("prompt", f"`{text}` fills the context of {context} tokens", "shorten it, or remove it")
         limits = {"max_new_tokens": min(sampling.max_new_tokens, context - longest), "max_length": None}
-        random: dict[str, Any] = {"do_sample": False}
-        if not sampling.is_greedy:
-            random = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             out = self._model.generate(
@@ -241,7 +244,7 @@ class ChatModel:
                     [[0] * (longest - len(p)) + [1] * len(p) for p in ids], device=self._model.device
                 ),
                 num_return_sequences=n, use_cache=self._uses_cache, pad_token_id=pad, eos_token_id=end,
-                **limits, **random,
+                **limits, **sampling.settings,
             )  # fmt: skip
         found = []
         for row in out[:, longest:].tolist():

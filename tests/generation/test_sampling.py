@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from transformers import GenerationConfig
 
 from nesso_tune import Conversation, DataError, Message, RecipeError, Sampling, generate
+from nesso_tune.generation.inference import load_chat_model
 from tests.support.runs import main_here
 
 
@@ -108,3 +110,13 @@ def test_a_tiny_temperature_is_greedy_decoding(chat_model):
     answers = [generate(chat_model, "Ciao", sampling=Sampling(6, temperature)) for temperature in (0, 1e-40, 1e-6)]
     assert answers[0] == answers[1] == answers[2]
     assert len(generate(chat_model, "Ciao", n=2, sampling=Sampling(6, 1e-5))[0]) == 2, "the smallest that samples"
+
+
+def test_greedy_decoding_replaces_the_sampling_of_a_model(chat_model):
+    """Many bases have `do_sample` in their generation_config."""
+    chat, question = load_chat_model(str(chat_model)), Conversation((Message("user", "Ciao"),))
+    expected = chat.generate(question.messages, Sampling(12))
+    own = chat._model.generation_config.to_dict()
+    chat._model.generation_config = GenerationConfig(**own | {"do_sample": True, "temperature": 9.0, "top_k": 50})
+    assert [chat.generate(question.messages, Sampling(12)) for _ in range(3)] == [expected] * 3
+    assert [chat.sample([question], 1, Sampling(12), seed)[0][0][0] for seed in range(3)] == [expected] * 3
