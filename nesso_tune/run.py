@@ -130,6 +130,8 @@ def train(
     recipe = with_passed(as_recipe(recipe), model, tokenizer, train_dataset, eval_dataset)
     if metrics and (recipe.evaluation is None or not recipe.evaluation.samples):
         raise RecipeError("metrics", "need answers, and this recipe generates none", "set evaluation.samples above 0")
+    if isinstance(allow_changes, str):
+        raise RecipeError("allow_changes", "must be a tuple of keys, not text", f"write ({allow_changes!r},)")
     extensions = Extensions.of(callbacks, metrics)
     return run_recipe(
         recipe, extensions, resume=resume, overwrite=overwrite, allow_changes=allow_changes, verify=verify
