@@ -61,7 +61,7 @@ def test_arguments_out_of_range_are_named():
     with pytest.raises(nesso_tune.RecipeError, match="verify: must be one of sample, all, none, not 'some'"):
         nesso_tune.train("quickstart/sft", verify="some")
     with pytest.raises(
-        nesso_tune.RecipeError, match=r"allow_changes: must be a tuple of keys, not text; write \('seed',\)"
+        nesso_tune.RecipeError, match=r"must be a tuple of keys, not text; write \('seed',\)"
     ):
         nesso_tune.train("quickstart/sft", allow_changes="seed")
     for count in (0, "2"):
