@@ -60,9 +60,7 @@ def test_every_function_that_takes_a_recipe_takes_what_load_recipe_does():
 def test_arguments_out_of_range_are_named():
     with pytest.raises(nesso_tune.RecipeError, match="verify: must be one of sample, all, none, not 'some'"):
         nesso_tune.train("quickstart/sft", verify="some")
-    with pytest.raises(
-        nesso_tune.RecipeError, match=r"must be a tuple of keys, not text; write \('seed',\)"
-    ):
+    with pytest.raises(nesso_tune.RecipeError, match=r"must be a tuple of keys, not text; write \('seed',\)"):
         nesso_tune.train("quickstart/sft", allow_changes="seed")
     for count in (0, "2"):
         with pytest.raises(nesso_tune.RecipeError, match="count: must be a whole number of at least 1, not "):
