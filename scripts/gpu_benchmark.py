@@ -36,10 +36,10 @@ class Case:
     method: str
     side: str
     micro: int | str
-    traits: tuple[str, ...] = ()
+    variant: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join([self.method.upper(), self.side, f"micro batch {self.micro}", *self.traits])
+        return ", ".join([self.method.upper(), self.side, f"micro batch {self.micro}", *self.variant])
 
 
 CASES = (  # what decides most comes first: cases that start too late are left out
@@ -54,7 +54,7 @@ CASES = (  # what decides most comes first: cases that start too late are left o
     *(Case("sft", "nesso-tune", micro) for micro in ("auto", 4, 1)),
     Case("dpo", "TRL", 8),
 )
-NOT_IN_TOY = {case for case in CASES if case.micro == 4 or "compiled" in case.traits}  # they take minutes on a CPU
+NOT_IN_TOY = {case for case in CASES if case.micro == 4 or "compiled" in case.variant}  # they take minutes on a CPU
 
 
 # Child processes: they import torch, TRL and nesso-tune, which the parent cannot.
@@ -90,7 +90,7 @@ def trl(size: Size, work: Path, *arguments: str) -> Line:
     case = Case(**json.loads(arguments[0]))
     gpu, lines = torch.cuda.is_available(), []
     flash, liger = gpu and find_spec("flash_attn") is not None, gpu and find_spec("liger_kernel") is not None
-    kernel = "flex_attention" if "flex" in case.traits else "flash_attention_2" if flash else "sdpa"
+    kernel = "flex_attention" if "flex" in case.variant else "flash_attention_2" if flash else "sdpa"
 
     class Clock(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: Line | None = None, **_: Any) -> None:
@@ -110,14 +110,14 @@ def trl(size: Size, work: Path, *arguments: str) -> Line:
               "gradient_accumulation_steps": size.rows[case.method] // case.micro, "gradient_checkpointing": False,
               "learning_rate": given.RATES[case.method], "lr_scheduler_type": "constant", "max_length": None,
               "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "train_sampling_strategy": "sequential",
-              "torch_compile": "compiled" in case.traits, "weight_decay": 0.0,
+              "torch_compile": "compiled" in case.variant, "weight_decay": 0.0,
               "model_init_kwargs": {"dtype": "float32", "attn_implementation": kernel}}  # fmt: skip
     settings: Line = {"model": str(work / "base"), "callbacks": [Clock()],
                    "processing_class": AutoTokenizer.from_pretrained(work / "base")}  # fmt: skip
     columns, rows = given.COLUMNS[case.method], given.prepared(size, case.method, work)
     settings["train_dataset"] = Dataset.from_list([{name: row[name] for name in columns} for row in rows])
     if case.method == "dpo":
-        shared["precompute_ref_log_probs"] = "precomputed reference" in case.traits
+        shared["precompute_ref_log_probs"] = "precomputed reference" in case.variant
         tokenized = type("Tokenized", (DPOTrainer,), {"_prepare_dataset": lambda _, rows, *__: rows})
         trainer = tokenized(**settings, args=DPOConfig(**shared, beta=0.1))
     else:
@@ -137,8 +137,8 @@ def ours(case: Case, size: Size, work: Path, settings: dict[str, str], seconds: 
         text = (folder / "metrics.jsonl").read_text() if (folder / "metrics.jsonl").exists() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n") and '"loss"' in line]
 
-    compiled = {"torch_compile": "compiled" in case.traits} if case.method == "sft" else {}
-    train = {"micro_batch_size": case.micro, "profile": "profile" in case.traits, **compiled}
+    compiled = {"torch_compile": "compiled" in case.variant} if case.method == "sft" else {}
+    train = {"micro_batch_size": case.micro, "profile": "profile" in case.variant, **compiled}
     recipe = given.write_recipe(size, case.method, work, folder, {"train": train})
     command = [sys.executable, "-m", "nesso_tune", "train", str(recipe)]
     given.run(command, recipe, settings, seconds, lambda: any(line["step"] >= size.steps for line in lines()))
@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace, size: Size, work: Path, end: float) -> 
         else:
             print(f"{end - time.monotonic():4.0f} s left: {case}", file=sys.stderr, flush=True)
             best = max(sft, key=lambda one: results[one]["tokens"], default=case)
-            real = replace(best, traits=(*best.traits, *case.traits)) if case.micro == "best" else case
+            real = replace(best, variant=(*best.variant, *case.variant)) if case.micro == "best" else case
             try:
                 found = ours(real, size, work, settings, seconds) if case.side != "TRL" else child(
                     "trl", seconds, json.dumps(asdict(case)))  # fmt: skip

@@ -99,7 +99,7 @@ def test_the_benchmark_leaves_out_what_has_no_time_and_goes_on_after_a_failure(
         return "a warning\n" + json.dumps(facts)
 
     def ours(case, *_):
-        if "profile" in case.traits:
+        if "profile" in case.variant:
             return {"profile": f"profile of {case}"}
         return {"lines": lines, "memory": 1.5, "attention": "flash", "micro": 16}
 

@@ -71,7 +71,7 @@ def reshard_state(states: Sequence[Mapping[str, Any]], rank: int, world_size: in
     names = ("tokens", "supervised_tokens")
     counts = {name: sum(state[name] for state in states) if rank == 0 else 0 for name in names}
     sums = torch.tensor([state["tally"] for state in states], dtype=torch.float64).sum(dim=0)
-    tally = sums if rank == 0 else torch.zeros_like(sums)
+    metrics = sums if rank == 0 else torch.zeros_like(sums)
     seconds = max(state["seconds"] for state in states)
     replicated = {name: states[0].get(name) for name in ("usual", "best")}  # equal on all ranks
-    return {**counts, "seconds": seconds, "tally": tally.tolist(), **replicated}
+    return {**counts, "seconds": seconds, "tally": metrics.tolist(), **replicated}
