@@ -53,7 +53,7 @@ def recipe(method: str, folder: Path, base: Path, data: Path, said: argparse.Nam
     return {
         "method": method,
         "output_dir": str(folder / "run"),
-        "model": {"base": str(base), "dtype": "bfloat16"},
+        "model": {"base": str(base), "dtype": said.dtype},
         "data": {"sequence_len": LENGTH, "validation_size": 0, "sources": [source]},
         "train": {
             "micro_batch_size": 1 if sft else 4,
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="for sft and dpo")
     for name, default in (("rounds", 3), ("steps", 6), ("pairs", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="ours; set the peer's in it")
     parser.add_argument("--train", default="{}", help="further keys of our `train`, as JSON")
     parser.add_argument("--precompute", action="store_true", help="TRL computes its reference beforehand, too")
     parser.add_argument("--only", choices=["ours", "theirs"])
