@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, help="for sft and dpo")
     for name, default in (("rounds", 3), ("steps", 6), ("pairs", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="ours; set the peer's in it")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="the peer has its own")
     parser.add_argument("--train", default="{}", help="further keys of our `train`, as JSON")
     parser.add_argument("--precompute", action="store_true", help="TRL computes its reference beforehand, too")
     parser.add_argument("--only", choices=["ours", "theirs"])
