@@ -114,7 +114,7 @@ def _made(folder: Path, shape: dict[str, Any], rows: Path, name: str) -> None:
     chats = []
     for conversation in ALL_SAMPLES.values():
         asked = _template_variables(conversation, tokenizer.bos_token)
-        variables = {"tools": asked["tools"], "add_generation_prompt": True}
+        variables = {key: asked[key] for key in ("tools", "add_generation_prompt")}
         text = tokenizer.apply_chat_template(asked["messages"], tokenize=False, **variables)
         written = tokenizer.apply_chat_template(asked["messages"], return_dict=False, **variables)
         chats.append({"asked": asked, "text": text, "ids": list(written)})

@@ -69,7 +69,8 @@ def _compared(folder: Path) -> bool:
     plain = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
     chats, equal, rendered = here["chats"], 0, 0
     for chat in chats:
-        asked, variables = chat["asked"], {"tools": chat["asked"]["tools"], "add_generation_prompt": True}
+        asked = chat["asked"]
+        variables = {key: asked[key] for key in ("tools", "add_generation_prompt")}
         ids = tokenizer.apply_chat_template(asked["messages"], **variables)
         again = tokenizer(chat["text"])["input_ids"]  # a server that encodes the rendered text adds nothing either
         equal += ids == chat["ids"] == again
