@@ -21,7 +21,7 @@ from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, first_line
 from nesso_tune.export.exporter import Format, copy_tokenizer, round_weights
 from nesso_tune.export.final_folder import adapted_base, save_model
-from nesso_tune.export.parity import Prompt, Runtime, TransformersRuntime
+from nesso_tune.export.parity import Prompt, Runtime, TransformersRuntime, round_modules
 from nesso_tune.export.weights import FinishedRun, check_checkpoint
 from nesso_tune.files import remove
 from nesso_tune.hub import ADAPTER_CONFIG, base_folder
@@ -122,11 +122,6 @@ def _write_mlx(run: FinishedRun, model: PreTrainedModel, folder: Path, dtype: st
     copy_tokenizer(run, folder)
 
 
-def _round_mlx(model: PreTrainedModel, dtype: str) -> None:
-    """MLX computes everything in the precision of the weights."""
-    model.to(getattr(torch, dtype))
-
-
 class MlxRuntime:
     """The folder in `mlx-lm`: on the GPU of a Mac, on the CPU elsewhere."""
 
@@ -135,6 +130,8 @@ class MlxRuntime:
 
         self.name = f"mlx-lm {version('mlx-lm')}"
         self._model, self._tokenizer = load(str(folder))[:2]
+        self._cache: list[Any] = []
+        self._cached: list[int] = []  # ids whose keys and values are in the cache
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See `Runtime`."""
@@ -147,9 +144,24 @@ class MlxRuntime:
         """See `Runtime`."""
         import mlx.core as mx
 
-        logits = self._model(mx.array([[*prompt_ids, *answer[:-1]]]))[0, len(prompt_ids) - 1 :]
+        ids = [*prompt_ids, *answer[:-1]]
+        known = self._keep_common_prefix(ids, len(prompt_ids) - 1)
+        logits = self._model(mx.array([ids[known:]]), cache=self._cache)[0, len(prompt_ids) - 1 - known :]
+        self._cached = ids
         found: Any = mx.argmax(logits, axis=-1).tolist()
         return [int(token) for token in found]
+
+    def _keep_common_prefix(self, ids: list[int], most: int) -> int:
+        """Cuts the key-value cache to the first tokens that it shares with `ids`; returns their number."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+        pairs = zip(self._cached, ids, strict=False)
+        common = min(most, next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._cached), len(ids))))
+        if common and can_trim_prompt_cache(self._cache):
+            trim_prompt_cache(self._cache, len(self._cached) - common)
+            return common
+        self._cache = make_prompt_cache(self._model)
+        return 0
 
 
 MLX = Format(
@@ -157,7 +169,7 @@ MLX = Format(
     dtypes=("float32", "bfloat16", "float16"),
     check=_check_mlx,
     write=_write_mlx,
-    round=_round_mlx,
+    round=round_modules,  # MLX computes everything in the precision of the weights
     runtime=lambda run, folder: MlxRuntime(folder),
     copies=2,
 )
