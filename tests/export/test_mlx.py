@@ -9,7 +9,7 @@ pytest.importorskip("mlx_lm", reason="needs the extra mlx")
 from nesso_tune.errors import ModelError
 from nesso_tune.export import parity
 from nesso_tune.export.exporter import export
-from nesso_tune.export.folder_formats import MLX
+from nesso_tune.export.folder_formats import MLX, MlxRuntime
 from nesso_tune.export.weights import FinishedRun
 from nesso_tune.run import train
 from tests.support.runs import recipe, sums
@@ -30,3 +30,12 @@ def test_mlx_computes_the_same(tmp_path, monkeypatch, dtype):
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "xglm"}))
     with pytest.raises(ModelError, match="has no architecture xglm; export --to hf"):
         export(run, MLX, folder=tmp_path / "other")
+
+
+def test_a_common_prefix_is_computed_once(chat_model):
+    """The same tokens as with a new cache for each prompt, in any order of the prompts."""
+    prompts = [[3, 4, 5, 6, 7], [3, 4, 5, 9], [3, 4, 5, 9], [8], [3, 4, 5, 6, 7, 8]]
+    kept, answer = MlxRuntime(chat_model), [11, 12, 13]
+    alone = [MlxRuntime(chat_model).likeliest(prompt, answer) for prompt in prompts]
+    assert [kept.likeliest(prompt, answer) for prompt in prompts] == alone
+    assert kept._keep_common_prefix([*prompts[-1], 20], len(prompts[-1]) - 1) == 5
