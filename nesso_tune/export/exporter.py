@@ -225,10 +225,3 @@ def copy_tokenizer(run: FinishedRun, folder: Path) -> None:
     for pattern in ("tokenizer*", "*.jinja", "generation_config.json"):
         for file in run.final.glob(pattern):
             shutil.copyfile(file, folder / file.name)
-
-
-def round_weights(model: PreTrainedModel, dtype: str) -> None:
-    """Rounds all weights to a dtype, in place."""
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.copy_(weight.to(getattr(torch, dtype)))

@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError, first_line
-from nesso_tune.export.exporter import Format, copy_tokenizer, round_weights
+from nesso_tune.export.exporter import Format, copy_tokenizer
 from nesso_tune.export.final_folder import adapted_base, save_model
-from nesso_tune.export.parity import Prompt, Runtime, TransformersRuntime, round_modules
+from nesso_tune.export.parity import Prompt, Runtime, TransformersRuntime, round_modules, round_weights
 from nesso_tune.export.weights import FinishedRun, check_checkpoint
 from nesso_tune.files import remove
 from nesso_tune.hub import ADAPTER_CONFIG, base_folder

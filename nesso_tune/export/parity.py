@@ -212,6 +212,13 @@ def round_linear_layers(model: PreTrainedModel, dtype: str) -> None:
 
 
 @torch.no_grad()
+def round_weights(model: PreTrainedModel, dtype: str) -> None:
+    """Rounds all weights to a dtype, in place."""
+    convert = _rounding(dtype)
+    for weight in model.parameters():
+        weight.copy_(convert(weight))
+
+
 def round_modules(model: PreTrainedModel, dtype: str) -> None:
     """Rounds weights, inputs and outputs of all modules to a dtype, in place, as if all was computed with it.
 
@@ -222,8 +229,7 @@ def round_modules(model: PreTrainedModel, dtype: str) -> None:
     def converted(value: Any) -> Any:
         return convert(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    for weight in model.parameters():
-        weight.copy_(convert(weight))
+    round_weights(model, dtype)
     for module in model.modules():
         module.register_forward_pre_hook(lambda _, inputs: tuple(map(converted, inputs)))
         module.register_forward_hook(lambda _, __, output: converted(output))
