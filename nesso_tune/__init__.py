@@ -43,9 +43,14 @@ Errors, each with the exit code of the command line
 not load torch.
 """
 
+import logging
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Here, before anything else: accelerate and peft import bitsandbytes if it is installed, which on some CPUs warns about
+# a kernel that is not used.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _MODULES = {
     "Answer": "nesso_tune.generation.answers",

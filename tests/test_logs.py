@@ -4,8 +4,11 @@ import json
 import logging
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from nesso_tune import train
 from nesso_tune.cache import get_or_build
@@ -25,13 +28,13 @@ from tests.support.logs import logged
 from tests.support.processes import Forked
 from tests.support.runs import recipe, write_recipe
 
-SLOW = "bfloat16 is slow on a CPU: model.dtype: float32 is faster here"
+SLOW = "bfloat16 is slow on this CPU: model.dtype: float32 is faster here"
 DROPPED = "9 of 10 rows kept; dropped: 1 no_assistant_turn"
 
 
 @pytest.fixture
 def some(tmp_path, write_rows, chats):
-    """A recipe with two warnings, and with messages that are not warnings: its data has two languages."""
+    """A recipe with two warnings on a CPU without bfloat16, and with messages that are not warnings: its data has two languages."""
     rows = [*chats[:9], {**chats[9], "messages": chats[9]["messages"][:1]}]
     data = {"sources": [{"path": write_rows(rows)}]}
     return recipe("sft", tmp_path / "run", [], data=data, model={"dtype": "bfloat16"}, train={"max_steps": 1},
@@ -41,14 +44,43 @@ def some(tmp_path, write_rows, chats):
 def test_a_program_that_configures_nothing_sees_the_warnings(tmp_path, some):
     run = Forked(write_recipe(tmp_path / "r.yaml", some), module="tests.support.library_user")
     assert run.wait() == 0, run.stderr
-    assert run.stderr.splitlines() == [SLOW, DROPPED]
+    assert [line for line in run.stderr.splitlines() if line != SLOW] == [DROPPED]
 
 
-def test_warnings_and_information_have_their_levels(some, caplog):
+def test_warnings_and_information_have_their_levels(some, caplog, monkeypatch):
     caplog.set_level(logging.INFO, logger="nesso_tune")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     train(some)
     found = {(record.name, record.levelname, record.getMessage()) for record in caplog.records}
     assert {("nesso_tune", "WARNING", DROPPED), ("nesso_tune", "WARNING", SLOW)} <= found
+
+
+def test_bfloat16_is_not_called_slow_where_the_cpu_multiplies_it(some, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
+    with logged() as messages:
+        train(some)
+    assert DROPPED in messages
+    assert SLOW not in messages
+
+
+FIRST_IMPORT = """
+import importlib.abc, logging, sys
+class Watch(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "bitsandbytes":
+            print(logging.getLevelName(logging.getLogger("bitsandbytes.backends.cpu.ops").getEffectiveLevel()))
+            raise ImportError
+sys.meta_path.insert(0, Watch())
+import importlib
+importlib.import_module(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("module", ["run", "export.exporter", "evaluation.run", "generation.inference"])
+def test_bitsandbytes_is_quiet_before_anything_imports_it(module):
+    """It warns on CPUs with AVX512 when it is imported, also where no recipe asks for it."""
+    found = subprocess.run([sys.executable, "-c", FIRST_IMPORT, f"nesso_tune.{module}"], capture_output=True, text=True)
+    assert set(found.stdout.split()) <= {"ERROR"}, found.stderr
 
 
 def test_ranks_other_than_the_first_are_silent_but_for_their_own_faults(tmp_path, monkeypatch):

@@ -120,3 +120,13 @@ def test_greedy_decoding_replaces_the_sampling_of_a_model(chat_model):
     chat._model.generation_config = GenerationConfig(**own | {"do_sample": True, "temperature": 9.0, "top_k": 50})
     assert [chat.generate(question.messages, Sampling(12)) for _ in range(3)] == [expected] * 3
     assert [chat.sample([question], 1, Sampling(12), seed)[0][0][0] for seed in range(3)] == [expected] * 3
+
+
+def test_sampling_draws_from_the_whole_vocabulary_whatever_the_model_asks_for(chat_model):
+    """`top_k` of a generation_config, which is 50 by default in transformers, does not cut the distribution."""
+    chat, question = load_chat_model(str(chat_model)), Conversation((Message("user", "Ciao"),))
+    own = chat._model.generation_config.to_dict()
+    chat._model.generation_config = GenerationConfig(**own | {"do_sample": True, "top_k": 1, "top_p": 0.01})
+    hot = Sampling(8, temperature=2.0)
+    assert len({chat.generate(question.messages, hot) for _ in range(4)}) > 1
+    assert len({chat.sample([question], 1, hot, seed)[0][0][0] for seed in range(4)}) > 1
