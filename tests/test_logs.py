@@ -34,7 +34,7 @@ DROPPED = "9 of 10 rows kept; dropped: 1 no_assistant_turn"
 
 @pytest.fixture
 def some(tmp_path, write_rows, chats):
-    """A recipe with two warnings on a CPU without bfloat16, and with messages that are not warnings: its data has two languages."""
+    """A recipe with two warnings on a CPU without bfloat16; its data has two languages, which is no warning."""
     rows = [*chats[:9], {**chats[9], "messages": chats[9]["messages"][:1]}]
     data = {"sources": [{"path": write_rows(rows)}]}
     return recipe("sft", tmp_path / "run", [], data=data, model={"dtype": "bfloat16"}, train={"max_steps": 1},
