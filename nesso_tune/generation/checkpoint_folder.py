@@ -7,8 +7,11 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.errors import ModelError
+from nesso_tune.model.loading import load_model
 from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.schema import Recipe
 
 WEIGHTS = "model.safetensors"
 COMPLETE = ("final", "candidate")  # model folders of a run: published, or before or refused by its gate
@@ -24,8 +27,10 @@ def is_checkpoint(folder: Path) -> bool:
 def model_folder_of(checkpoint: Path) -> Path:
     """A temporary model folder with links to the files of a checkpoint and of its run, deleted with this process.
 
+    While the run has no model folder yet, configuration and tokenizer are made from its recipe and the base.
+
     Raises:
-        ModelError: if the checkpoint has no complete weights, or the run no model folder yet.
+        ModelError: if the checkpoint has no complete weights, or the base is needed and cannot be loaded.
     """
     return Path(_linked(checkpoint.resolve(), str(checkpoint)).name)
 
@@ -33,29 +38,42 @@ def model_folder_of(checkpoint: Path) -> Path:
 @cache
 def _linked(checkpoint: Path, where: str) -> TemporaryDirectory[str]:
     run = checkpoint.parent
+    recipe = load_recipe(run / "recipe.yaml")
     complete = next((run / name for name in COMPLETE if (run / name / "config.json").is_file()), None)
-    if complete is None:
-        what = "is a checkpoint without a tokenizer: that of its run is written when the run is finished"
-        raise ModelError(where, what, "finish the run with the same `nesso-tune train` first")
-    _check_complete(checkpoint, where)
+    _check_whole(checkpoint, where, recipe)
     folder = TemporaryDirectory(prefix="nesso-checkpoint-")
-    for file in complete.iterdir():
+    if complete is None:
+        _write_configuration(recipe, Path(folder.name))
+    for file in () if complete is None else complete.iterdir():
         if file.is_file() and not file.name.endswith(NOT_COPIED):
             (Path(folder.name) / file.name).symlink_to(file)
     (Path(folder.name) / WEIGHTS).symlink_to(checkpoint / WEIGHTS)
     return folder
 
 
-def _check_complete(checkpoint: Path, where: str) -> None:
+def _write_configuration(recipe: Recipe, folder: Path) -> None:
+    """Writes what `final/` will have besides its weights, from the base."""
+    chat = chat_tokenizer(recipe.model, recipe.chat)
+    model = load_model(recipe.model, chat, recipe.seed)
+    model.config.dtype = recipe.model.dtype
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    chat.save(folder)
+
+
+def _check_whole(checkpoint: Path, where: str, recipe: Recipe) -> None:
     """Raises ModelError for shards, and for an adapter without its base."""
     run, why = checkpoint.parent, None
     if not (checkpoint / WEIGHTS).is_file():
         why = "has its weights in shards"
-    elif load_recipe(run / "recipe.yaml").model.adapter is not None:
+    elif recipe.model.adapter is not None:
         why = "has the weights of an adapter only"
     if why is None:
         return
-    remedy = f"run `nesso-tune export {run} --average {checkpoint.name} -o FOLDER`, and name that folder"
-    if not (run / "final").is_dir():
+    if (run / "final").is_dir():
+        remedy = f"run `nesso-tune export {run} --average {checkpoint.name} -o FOLDER`, and name that folder"
+    elif (run / "candidate").is_dir():
         remedy = f"name {run / 'candidate'}, the model at the end of the run"
+    else:
+        remedy = "finish the run with the same `nesso-tune train` first"
     raise ModelError(where, f"is a checkpoint that {why}", remedy)

@@ -63,12 +63,25 @@ def test_a_checkpoint_of_a_refused_model_is_read_with_its_candidate(runs, tmp_pa
     assert load_chat_model(str(tmp_path / "run" / "checkpoint-2"))
 
 
-def test_a_checkpoint_of_an_unfinished_run_has_no_tokenizer(runs, tmp_path):
+def test_the_checkpoint_of_an_unfinished_run_is_the_model_that_the_finished_run_reads(runs, tmp_path, capsys):
     shutil.copytree(runs / "whole", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(
-        ModelError, match=r"checkpoint-2: is a checkpoint without a tokenizer.*; finish the run with the"
-    ):
+    of_unfinished, of_finished = (
+        load_chat_model(str(folder / "checkpoint-2")) for folder in (tmp_path / "run", runs / "whole")
+    )
+    ids = torch.arange(20, 60)[None]
+    assert torch.equal(of_unfinished._model(ids).logits, of_finished._model(ids).logits)
+    assert of_unfinished._model.dtype == torch.bfloat16
+    assert of_unfinished._tokenizer.chat_template == of_finished._tokenizer.chat_template
+    assert of_unfinished._model.generation_config.to_dict() == of_finished._model.generation_config.to_dict()
+    code, _, said = main_here(capsys, "chat", tmp_path / "run" / "checkpoint-4", "--prompt", "Ciao")
+    assert code == 0, said
+
+
+def test_the_adapter_of_an_unfinished_run_waits_for_its_end(runs, tmp_path):
+    shutil.copytree(runs / "lora", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "final")
+    with pytest.raises(ModelError, match=r"checkpoint-2: is a checkpoint that has the weights of an adapter only; fin"):
         load_chat_model(str(tmp_path / "run" / "checkpoint-2"))
 
 
