@@ -24,6 +24,7 @@ from hypothesis import settings
 
 import tests.support.examples  # noqa: F401 - its profile is what all property tests run under
 from nesso_tune import DPORecipe, SFTRecipe, metric_registry
+from nesso_tune.logs import set_output
 from nesso_tune.recipes import load_recipe
 from tests.support.processes import end_all
 from tests.support.recipe_texts import SFT
@@ -74,6 +75,13 @@ def own_metrics():
     for registry, content in zip(registries, before, strict=True):
         registry.clear()
         registry.update(content)
+
+
+@pytest.fixture(autouse=True)
+def plain_output():
+    """`--quiet` and `--json-logs` of a command in this process are not those of the next test."""
+    yield
+    set_output(as_json=False, quiet=False)
 
 
 @pytest.fixture(autouse=True)
