@@ -133,7 +133,8 @@ class Parity:
 
     def __str__(self) -> str:
         tokens = f"{self.positions - self.near_ties:,} of {self.positions:,} likeliest tokens"
-        ties = f"; {self.near_ties} near-ties, the first {self.first_difference}" if self.near_ties else ""
+        count = "one near-tie," if self.near_ties == 1 else f"{self.near_ties} near-ties, the first"
+        ties = f"; {count} {self.first_difference}" if self.near_ties else ""
         answers = f"{self.equal_answers} of {self.prompts} greedy answers and {tokens} equal"
         error = f"logit error of rounding {self.error:.2g}"
         return f"{self.runtime}: ids of {self.prompts} prompts equal, {answers} ({error}){ties}"
