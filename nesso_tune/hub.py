@@ -94,8 +94,16 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str], where: str) 
         raise ModelError(where, "no such local folder, and no such model on the hub", "check the name") from None
     except RevisionNotFoundError:
         raise ModelError(where, f"has no revision {revision}", "check model.revision") from None
-    except OSError as error:
+    except (http_error(), OSError) as error:
         raise RunEnvironmentError(where, f"download failed ({error})", "check the network and the disk") from None
+
+
+def http_error() -> type[Exception]:
+    """The base class of the errors of the HTTP library under huggingface_hub, which its version decides."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    base: type[Exception] = HfHubHTTPError.__mro__[1]
+    return base
 
 
 def set_offline_if_unreachable() -> None:

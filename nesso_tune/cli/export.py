@@ -68,10 +68,12 @@ def export(
     from nesso_tune.export.weights import FinishedRun
 
     finished = FinishedRun.open(run)
-    if yes:
-        from nesso_tune.export.push import check_complete
+    if repo is not None:  # before an earlier export is replaced
+        from nesso_tune.export.push import check_card_section, check_complete
 
-        check_complete(finished, to)  # before an earlier export is replaced
+        check_card_section(finished)
+        if yes:
+            check_complete(finished, to)
     done = export_run(finished, _format(to), dtype, average, folder, not unchecked)
     logger.info(f"export in {done.folder}")
     if to == "gguf":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,8 +20,9 @@ from nesso_tune.export.exporter import MARK
 from nesso_tune.export.stages import PROVENANCE
 from nesso_tune.export.weights import FinishedRun
 from nesso_tune.files import format_bytes, sha256
-from nesso_tune.hub import ADAPTER_CONFIG, check_repository_name
+from nesso_tune.hub import ADAPTER_CONFIG, check_repository_name, http_error
 from nesso_tune.recipes.builtin import local_path
+from nesso_tune.recipes.sections import Source
 from nesso_tune.runs.layout import RECIPE
 
 OPTION = "--push"
@@ -87,6 +88,7 @@ def plan_upload(run: FinishedRun, folder: Path, repo: str, public: bool) -> Uplo
             f"{folder / unknown[0]} is not a file of a model",
             "remove it from the folder: it would be published",
         )
+    check_card_section(run)
     _check_private(run, folder, files)
     card = (folder / CARD).read_text(encoding="utf-8")
     return Upload(
@@ -115,21 +117,34 @@ def _problems(run: FinishedRun, missing: Sequence[tuple[str, str]], is_adapter: 
     return tuple(found)
 
 
-def _check_private(run: FinishedRun, folder: Path, files: Sequence[str]) -> None:
-    """Raises ModelError if a text file contains the path of a private source, or the card section its alias.
+def check_card_section(run: FinishedRun) -> None:
+    """Raises ModelError if the card section of a run contains the path or the alias of a private source.
 
     An alias can be any word, so the files that nesso-tune writes are not searched for it.
     """
-    private = [s for s in (*run.recipe.data.sources, *run.recipe.data.validation_sources) if s.private]
-    files_of = {Path(source.path).name for source in private if Path(source.path).suffix}
-    paths = {source.path for source in private} | files_of
-    aliases = {source.alias for source in private if source.alias}
-    texts = {folder / name: (folder / name).read_text(encoding="utf-8") for name in files if name.endswith(SCANNED)}
-    texts_with = [(file, text, paths) for file, text in texts.items()]
-    texts_with.append((run.path / "recipe.yaml (card)", run.recipe.card.model_dump_json(), aliases))
-    for file, text, names in texts_with:
-        if any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in names):
-            raise ModelError(OPTION, f"{file} names a private source", "remove its name from the card section")
+    text = "\n".join(text for text in run.recipe.card.model_dump().values() if text)
+    aliases = {source.alias for source in _private_sources(run) if source.alias}
+    _check_names(f"{run.path / RECIPE} (card)", text, _private_paths(run) | aliases)
+
+
+def _check_private(run: FinishedRun, folder: Path, files: Sequence[str]) -> None:
+    """Raises ModelError if a text file contains the path of a private source."""
+    for name in (name for name in files if name.endswith(SCANNED)):
+        _check_names(str(folder / name), (folder / name).read_text(encoding="utf-8"), _private_paths(run))
+
+
+def _private_sources(run: FinishedRun) -> list[Source]:
+    return [source for source in (*run.recipe.data.sources, *run.recipe.data.validation_sources) if source.private]
+
+
+def _private_paths(run: FinishedRun) -> set[str]:
+    paths = {source.path for source in _private_sources(run)}
+    return paths | {Path(path).name for path in paths if Path(path).suffix}
+
+
+def _check_names(where: str, text: str, names: Collection[str]) -> None:
+    if any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text) for name in names):
+        raise ModelError(OPTION, f"{where} names a private source", "remove its name from the card section")
 
 
 def push(upload: Upload) -> str:
@@ -145,12 +160,7 @@ def push(upload: Upload) -> str:
     """
     if upload.problems:
         raise RecipeError(upload.problems)
-    token = os.environ.get(TOKEN)
-    if not token:
-        raise RunEnvironmentError(
-            OPTION, f"the environment variable {TOKEN} is not set", f"export {TOKEN} with a token that can write"
-        )
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=_token())
     where = f"--repo {upload.repo}"
     try:
         _check_repository(api, upload)
@@ -169,10 +179,22 @@ def push(upload: Upload) -> str:
             f"use a {TOKEN} that can write to it" if status in (401, 403) else "run the same command again to continue"
         )
         raise RunEnvironmentError(where, f"the hub refuses the upload ({first_line(error)})", remedy) from None
-    except (OSError, RuntimeError, ValueError) as error:  # of the connection, or of the client around it
+    except (http_error(), OSError, RuntimeError, ValueError) as error:  # of the connection or the client
         remedy = "run the same command again to continue"
         raise RunEnvironmentError(where, f"the upload failed ({first_line(error)})", remedy) from None
     return str(url)
+
+
+def _token() -> str:
+    """The token of the hub. It is never printed: HTTP libraries quote one that they cannot send."""
+    token = os.environ.get(TOKEN, "").strip()  # of a file with line breaks, for example
+    if not token:
+        what, remedy = "is not set", f"export {TOKEN} with a token that can write"
+    elif not (token.isascii() and token.isprintable()) or " " in token:
+        what, remedy = "has characters that no token has", "copy the token from the hub again"
+    else:
+        return token
+    raise RunEnvironmentError(OPTION, f"the environment variable {TOKEN} {what}", remedy)
 
 
 def _check_repository(api: HfApi, upload: Upload) -> None:

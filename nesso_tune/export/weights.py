@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from nesso_tune.export.final_folder import adapted_base
 from nesso_tune.files import sha256
 from nesso_tune.hub import has_weights
 from nesso_tune.logs import logger
+from nesso_tune.model.loading import base_hash
 from nesso_tune.recipes import load_recipe
+from nesso_tune.recipes.builtin import flag_path
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.runs.checkpoint import (
     MANIFEST,
@@ -117,17 +120,28 @@ def load_checkpoint(run: FinishedRun, checkpoint: Path) -> PreTrainedModel:
 
     Raises:
         RunEnvironmentError: if a file of the checkpoint is missing or damaged.
+        ModelError: if the base of an adapter has other weights than when the run was trained.
     """
     check_checkpoint(checkpoint)
     if run.recipe.model.adapter is None:
         model = load_final(run.final)
         load_weights(checkpoint, model)
         return model
+    _check_base(run)
     chat = chat_tokenizer(run.recipe.model, run.recipe.chat)
     base, adapted = adapted_base(run.recipe.model, chat, run.recipe.seed)
     load_weights(checkpoint, base)
     merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[operator]
     return merged.requires_grad_(True).eval()
+
+
+def _check_base(run: FinishedRun) -> None:
+    section, trained = run.recipe.model, run.manifest.get("base")
+    if trained is not None and base_hash(section) != trained:
+        raise ModelError(
+            f"model.base {section.base}", "has other weights or settings than when the adapter was trained",
+            f"restore it, or export --to hf without --average, in the dtype of {FINAL}/",
+        )  # fmt: skip
 
 
 def check_checkpoint(checkpoint: Path) -> None:
@@ -162,7 +176,7 @@ def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[str]]:
         The model, and the names of its parts.
 
     Raises:
-        RecipeError: for a malformed text, or models of different shapes.
+        RecipeError: for a malformed text, or models of different shapes or settings.
         ModelError, RunEnvironmentError: if a part is missing or damaged.
     """
     parts = _parts(run, text)
@@ -170,8 +184,10 @@ def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[str]]:
     mean = load_final(run.final)
     total = {name: torch.zeros_like(weight) for name, weight in _tensors(mean)}
     for part in parts:
-        weights = dict(_tensors(part.load()))
+        model = part.load()
+        weights = dict(_tensors(model))
         _check_same_shape(run, part, total, weights)
+        _check_same_computation(run, part, mean, model)
         for name, weight in weights.items():
             total[name].add_(weight, alpha=1 / len(parts))
     with torch.no_grad():
@@ -208,7 +224,7 @@ def _parts(run: FinishedRun, text: str) -> list[Part]:
 
 
 def _named_part(run: FinishedRun, name: str) -> Part:
-    folder = Path(name)
+    folder = Path(flag_path(name))
     if is_checkpoint_name(folder.name):
         if name == folder.name:
             folder = run.path / name
@@ -240,6 +256,25 @@ def _warn_about_tokenizers(run: FinishedRun, parts: list[Part]) -> None:
         file = part.folder / "tokenizer.json"
         if not file.is_file() or sha256(file) != own:
             logger.log(logging.WARNING, f"{AVERAGE}: {part.name} has another tokenizer than {run.final}")
+
+
+# Settings that change neither the weights nor what a model computes with them in an evaluation.
+_OTHER_SETTINGS = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "bos_token_id",
+    "eos_token_id", "pad_token_id", "max_position_embeddings", "vocab_size", "initializer_range", "attention_dropout",
+    "attn_implementation", "_attn_implementation",
+}  # fmt: skip
+
+
+def _check_same_computation(run: FinishedRun, part: Part, own: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Raises RecipeError for models that compute something else with weights of the same shapes, e.g. other heads."""
+    settings, others = (json.loads(model.config.to_json_string(use_diff=False)) for model in (own, other))
+    for key in sorted({*settings, *others} - _OTHER_SETTINGS):
+        if settings.get(key) != others.get(key):
+            raise RecipeError(
+                AVERAGE, f"{part.name} has another {key} than {run.final} ({others.get(key)}, {settings.get(key)})",
+                "average models of the same base",
+            )  # fmt: skip
 
 
 def _check_same_shape(run: FinishedRun, part: Part, own: dict[str, Tensor], other: dict[str, Tensor]) -> None:

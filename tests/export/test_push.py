@@ -8,9 +8,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from huggingface_hub import HfApi
 
 from nesso_tune.export.push import plan_upload
 from nesso_tune.export.weights import FinishedRun
+from nesso_tune.hub import http_error
 from nesso_tune.run import train
 from tests.support.hub_stub import Hub
 from tests.support.runs import main_here, recipe
@@ -118,6 +120,35 @@ def test_options_and_token(run, hub, capsys, monkeypatch):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("token", ["hf_test\n", " hf_test\r\n"])
+def test_line_breaks_around_a_token_are_no_part_of_it(run, hub, capsys, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    code, _, said = pushed(capsys, run, "--yes")
+    assert code == 0, said
+    assert {sent for *_, sent in hub.requests if sent} == {"Bearer hf_test"}
+
+
+@pytest.mark.parametrize("token", ["hf_sec\nret", "hf_secrèt", "hf_sec ret"])
+def test_a_malformed_token_is_not_printed(run, hub, capsys, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    code, _, said = pushed(capsys, run, "--yes")
+    assert (code, "HF_TOKEN has characters that no token has; copy the token" in said) == (5, True), said
+    assert "hf_sec" not in said
+    assert hub.requests == []
+
+
+def test_an_error_of_the_connection_is_no_bug(run, hub, capsys, monkeypatch):
+    """The HTTP library under huggingface_hub has errors that are no OSError."""
+
+    def refused(*_, **__):
+        raise http_error()("Connection refused")
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", refused)
+    code, _, said = pushed(capsys, run, "--yes")
+    assert (code, "the upload failed (" in said) == (5, True), said
+    assert "run the same command again" in said
+
+
 @pytest.mark.parametrize("repo", ["bad", "a/b/c", "a/", "/b", "mii-llm/è", "mii-llm/a--b", "mii-llm/.a", "a/b.git"])
 def test_a_malformed_repository_name_is_refused_before_an_export(run, hub, capsys, repo):
     (run / "export" / "hf").mkdir(parents=True)
@@ -149,9 +180,11 @@ def test_placeholders_are_listed_after_the_files_and_refuse_the_upload(run, hub,
 def test_an_alias_in_the_card_section_is_refused(run, capsys):
     text = (run / "recipe.yaml").read_text()
     assert "Rossi, 2026" in text
-    (run / "recipe.yaml").write_text(text.replace("Rossi, 2026", f"Rossi, {CANARY}-alias"))
-    code, _, said = pushed(capsys, run)
-    assert (code, "names a private source" in said) == (4, True), said
+    for citation in (f"Rossi, {CANARY}-alias", f'"Rossi:\\n{CANARY}-alias"', f'"Rossi:\\n\\t{CANARY}-alias"'):
+        (run / "recipe.yaml").write_text(text.replace("Rossi, 2026", citation))
+        code, _, said = pushed(capsys, run)
+        assert (code, "names a private source" in said) == (4, True), said
+    assert not (run / "export").exists(), "nothing is exported first"
 
 
 def test_the_name_of_a_private_folder_may_be_a_word(run, capsys):
