@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,7 +176,7 @@ def _render(provenance: Mapping[str, Any], model: Path) -> str:
 
 def placeholders(card: str) -> list[tuple[str, str]]:
     """What the placeholders in the text of a card stand for, each with what to do."""
-    found = [part.partition("]")[0].partition("; ") for part in card.split(PLACEHOLDER)[1:]]
+    found = [part.splitlines()[0].partition("]")[0].partition("; ") for part in card.split(PLACEHOLDER)[1:]]
     return [(what, remedy or "complete the card section of recipe.yaml") for what, _, remedy in found]
 
 
@@ -241,6 +243,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def _yaml(text: str) -> str:
+    """A plain word of the front matter, in quotes where YAML would read it as a number, a truth value or null."""
+    return (
+        text if re.fullmatch(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][\w.-]*", text) else json.dumps(text)
+    )
+
+
 _environment = Environment(
     loader=PackageLoader("nesso_tune.export"),
     autoescape=False,  # Markdown
@@ -250,4 +259,4 @@ _environment = Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_environment.filters |= {"markdown": _markdown, "cell": _cell}
+_environment.filters |= {"markdown": _markdown, "cell": _cell, "yaml": _yaml, "shell": shlex.quote}

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
-from nesso_tune.errors import RecipeError, RunEnvironmentError
+from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export.card import CARD, model_card
 from nesso_tune.export.final_folder import finish_folder
 from nesso_tune.export.parity import Parity, Runtime, compare, end_ids, reference_answers, rounding_error
@@ -43,6 +43,7 @@ class Format:
         write: writes (run, model, folder, dtype) into an existing folder.
         round: rounds a model in place as the runtime computes with a dtype.
         runtime: opens (run, folder) in the program that serves it.
+        context: tokens over which the runtime computes a configuration; None without a limit.
         copies: how often the weights are on the disk while it writes.
     """
 
@@ -52,6 +53,7 @@ class Format:
     write: Callable[[FinishedRun, PreTrainedModel, Path, str], None]
     round: Callable[[PreTrainedModel, str], None]
     runtime: Callable[[FinishedRun, Path], Runtime]
+    context: Callable[[Any], int | None] = lambda config: getattr(config, "max_position_embeddings", None)
     copies: int = 1
 
 
@@ -97,6 +99,8 @@ def export(
     """
     dtype = _chosen_dtype(run, format, dtype, averaged)
     folder = run.path / EXPORT / format.name if folder is None else folder
+    if folder.is_symlink() or folder.name in ("", ".."):  # the folder itself, not the link, is replaced
+        folder = folder.resolve()
     _check_folder(run, folder)
     format.check(run)
     _check_space(run, folder, format, dtype)
@@ -124,7 +128,9 @@ def _written(
     tokenizer, ends = AutoTokenizer.from_pretrained(run.final), end_ids(model)
     if checked:
         logger.info("export: answering the prompts of the check")
-    answers = reference_answers(model, tokenizer) if checked else []
+    answers = reference_answers(model, tokenizer, format.context(model.config)) if checked else []
+    if dtype == "float16":
+        _check_range(model, format)
     logger.info(f"export: writing {format.name}, {dtype}")
     format.write(run, model, folder, dtype)
     (folder / MARK).touch()
@@ -141,6 +147,13 @@ def _written(
     parity = compare(runtime, answers, ends, error, f"--to {format.name}")
     logger.info(f"export: {parity}")
     return parity
+
+
+def _check_range(model: PreTrainedModel, format: Format) -> None:
+    """Raises ModelError if a weight is too large for float16, where it would be infinite."""
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight.detach().half()).all():
+            raise ModelError(f"--to {format.name}", f"{name} does not fit into float16", "use --dtype bf16")
 
 
 def _describe(run: FinishedRun, folder: Path, how: dict[str, Any]) -> None:

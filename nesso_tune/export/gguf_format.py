@@ -14,6 +14,7 @@ from importlib.metadata import version
 from math import pi
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import gguf
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from nesso_tune.errors import ModelError
+from nesso_tune.errors import ModelError, first_line
 from nesso_tune.export.exporter import Format
 from nesso_tune.export.gguf_vocabulary import Vocabulary
 from nesso_tune.export.parity import END, Prompt, round_linear_layers
@@ -45,7 +46,8 @@ SHORT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "
 TIMEOUT_S = 600
 CONTEXT = 4096  # tokens; more than the longest prompt and answer of the check
 GEMMA_PERIOD = 6  # every sixth layer has full attention: fixed in llama.cpp
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "yarn")  # of every architecture; llama.cpp reads llama3's factors for LLAMA alone
+TYPED_SYSTEM = "[SYSTEM_PROMPT]"  # llama.cpp gives templates with it a list of parts as the system message
 
 
 @dataclass(frozen=True)
@@ -57,20 +59,24 @@ class Architecture:
         activation: the activation of its feed-forward layers.
         interleaved: rotary embedding of neighbouring dimensions; transformers rotates the two halves of a head.
         unit_offset: RMSNorm multiplies by 1 + weight in transformers, by the weight in llama.cpp.
+        has_biases: llama.cpp reads biases of its attention.
     """
 
     arch: gguf.MODEL_ARCH
     activation: str = "silu"
     interleaved: bool = False
     unit_offset: bool = False
+    has_biases: bool = True
 
 
 ARCHITECTURES = {
     "llama": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
     "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3),
-    "gemma3_text": Architecture(gguf.MODEL_ARCH.GEMMA3, activation="gelu_pytorch_tanh", unit_offset=True),
+    "qwen3": Architecture(gguf.MODEL_ARCH.QWEN3, has_biases=False),
+    "gemma3_text": Architecture(
+        gguf.MODEL_ARCH.GEMMA3, activation="gelu_pytorch_tanh", unit_offset=True, has_biases=False
+    ),
 }
 
 
@@ -95,6 +101,7 @@ def check_architecture(config: Any) -> Architecture:
          known.unit_offset and _layer_types(config) != list(config.layer_types)),
         ("query_pre_attn_scalar", "not the size of a head",
          known.unit_offset and config.query_pre_attn_scalar != head_size(config)),
+        ("attention_bias", "set", not known.has_biases and bool(getattr(config, "attention_bias", False))),
         ("use_bidirectional_attention", "set", bool(getattr(config, "use_bidirectional_attention", False))),
     ]  # fmt: skip
     for key, value, unsupported in reasons:
@@ -148,12 +155,11 @@ def head_size(config: Any) -> int:
 
 
 def _add_shape(writer: gguf.GGUFWriter, config: Any, known: Architecture) -> None:
-    size, context, window = head_size(config), config.max_position_embeddings, getattr(config, "sliding_window", None)
+    size, context = head_size(config), context_length(config)
     if known.unit_offset:
-        writer.add_sliding_window(window)
-    elif config.model_type == "mistral" and window is not None and window < context:
-        logger.warning(f"gguf: llama.cpp computes mistral without its sliding window: context limited to {window:,}")
-        context = window
+        writer.add_sliding_window(config.sliding_window)
+    elif context < config.max_position_embeddings:
+        logger.warning(f"gguf: llama.cpp computes mistral without its sliding window: context limited to {context:,}")
     writer.add_context_length(context)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -165,6 +171,12 @@ def _add_shape(writer: gguf.GGUFWriter, config: Any, known: Architecture) -> Non
     writer.add_rope_dimension_count(size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
+
+
+def context_length(config: Any) -> int:
+    """Tokens over which llama.cpp computes the same: it ignores the sliding window of mistral."""
+    context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    return min(context, window) if config.model_type == "mistral" and window is not None else context
 
 
 def rotary_parameters(config: Any) -> dict[str, Any]:
@@ -180,11 +192,15 @@ def rotary_parameters(config: Any) -> dict[str, Any]:
             raise _unsupported_rope(f"{sliding['rope_type']} scaling in layers with sliding attention")
         rope["sliding_theta"] = sliding["rope_theta"]
     kind = rope.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise _unsupported_rope(f"the type {kind}")
+    supported = (*ROPE_TYPES, *(["llama3"] if ARCHITECTURES[config.model_type].arch is gguf.MODEL_ARCH.LLAMA else []))
+    if kind not in supported:
+        remedy = f"export --to hf; supported are the types {', '.join(supported)}"
+        raise ModelError("--to gguf", f"llama.cpp does not compute {config.model_type} with rope_type {kind}", remedy)
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise _unsupported_rope("a partial rotation")
     given = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"} & rope.keys()
+    if not rope.get("truncate", True):
+        given.add("truncate: false")
     if kind == "yarn" and given:
         raise _unsupported_rope(f"yarn with {', '.join(sorted(given))}")
     return rope
@@ -207,10 +223,8 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _unsupported_rope(what: str) -> ModelError:
-    return ModelError(
-        "--to gguf", f"the rotary embedding has {what}, which llama.cpp lacks or computes differently",
-        f"export --to hf; {', '.join(ROPE_TYPES)} are supported",
-    )  # fmt: skip
+    what = f"the rotary embedding has {what}, which llama.cpp lacks or computes differently"
+    return ModelError("--to gguf", what, "export --to hf")
 
 
 def _llama3_factors(rope: Mapping[str, Any], config: Any) -> np.ndarray:
@@ -267,6 +281,9 @@ def _check(run: FinishedRun) -> None:
     config = AutoConfig.from_pretrained(run.final)
     check_architecture(config)
     rotary_parameters(config)
+    if TYPED_SYSTEM in (run.final / "chat_template.jinja").read_text(encoding="utf-8"):
+        what = f"llama.cpp passes the system message of templates with {TYPED_SYSTEM} in parts, not as text"
+        raise ModelError("--to gguf", what, "export --to hf, or train with another chat.template")
     Vocabulary.read(run.final, config.vocab_size)
 
 
@@ -296,7 +313,11 @@ class LlamaCppRuntime:
         parameters.verbosity = -1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self._server = xllamacpp.Server(parameters)
+        try:
+            self._server = xllamacpp.Server(parameters)
+        except RuntimeError as error:
+            what = f"{self.name} cannot load the file ({first_line(error)})"
+            raise ModelError("--to gguf", what, "export --to hf, and report the model's architecture") from None
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """See `Runtime`."""
@@ -326,8 +347,12 @@ class LlamaCppRuntime:
     def _post(self, path: str, request: dict[str, Any]) -> dict[str, Any]:
         body = Request(f"{self._server.listening_address}/{path}", json.dumps(request).encode(),
                        {"Content-Type": "application/json"})  # fmt: skip
-        with urlopen(body, timeout=TIMEOUT_S) as response:
-            answer: dict[str, Any] = json.load(response)
+        try:
+            with urlopen(body, timeout=TIMEOUT_S) as response:
+                answer: dict[str, Any] = json.load(response)
+        except HTTPError as error:
+            what = f"{self.name} refuses a request ({first_line(error.read().decode(errors='replace'))})"
+            raise ModelError("--to gguf", what, "export --to hf, and report the model's architecture") from None
         return answer
 
 
@@ -338,4 +363,5 @@ GGUF = Format(
     write=_write,
     round=round_linear_layers,
     runtime=lambda run, folder: LlamaCppRuntime(gguf_file(folder), torch.get_num_threads()),
+    context=context_length,
 )

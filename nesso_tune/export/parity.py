@@ -141,18 +141,19 @@ class Parity:
 
 
 @torch.no_grad()
-def reference_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[ReferenceAnswer]:
-    """The model's greedy answers to those `prompts` that fit into its context, and its largest logits.
+def reference_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+) -> list[ReferenceAnswer]:
+    """The model's greedy answers to those `prompts` that fit into a context of so many tokens, and its largest logits.
 
     Raises:
         ModelError: if no prompt fits.
     """
     spec = (tokenizer.init_kwargs.get(CHAT_KEY) or {}).get("template") or {}
     asked = [(prompt, _prompt_ids(tokenizer, prompt)) for prompt in prompts(spec.get("tools") is not None)]
-    context = getattr(model.config, "max_position_embeddings", None)
     asked = [(prompt, ids) for prompt, ids in asked if context is None or len(ids) + ANSWER_TOKENS <= context]
     if not asked:
-        raise ModelError("export", f"its context of {context} tokens is too short for the check", "use --unchecked")
+        raise ModelError("export", f"a context of {context} tokens is too short for the check", "use --unchecked")
     # A batch is padded to its longest prompt, and a runtime may keep what a prompt shares with the one before.
     asked.sort(key=lambda entry: (entry[0].tools is not None, entry[1]))
     mode, ends, pad, out = choose_generation_mode(model), end_ids(model), int(tokenizer.pad_token_id), []

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -60,7 +61,7 @@ class FinishedRun:
 
         Raises:
             RunEnvironmentError: if there is no run, or it is not finished.
-            ModelError: if files of `final/` are missing or have another size.
+            ModelError: if files of `final/` are missing, have another size, or cannot be read.
             RecipeError: if its recipe.yaml was edited and is not valid.
         """
         folder = find_run(path)
@@ -75,6 +76,7 @@ class FinishedRun:
             first = f" (first: {changed[0]})" if changed else ""
             what = f"files are missing or have another size{first}"
             raise ModelError(str(folder / FINAL), what, "restore them, or train again with --overwrite")
+        _check_readable(folder / FINAL)
         return cls(folder, manifest, load_recipe(folder / RECIPE))
 
     @property
@@ -97,6 +99,21 @@ class FinishedRun:
                 f"export --to hf in the dtype of {FINAL}/",
             )  # fmt: skip
         return found[0]
+
+
+def _check_readable(folder: Path) -> None:
+    """Raises ModelError for a file of a model folder whose content is damaged, as far as its format shows it."""
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    continue
+            if file.suffix in (".json", ".jinja"):
+                text = file.read_text(encoding="utf-8")
+                json.loads(text) if file.suffix == ".json" else None
+        except (ValueError, SafetensorError) as error:
+            what = f"is damaged ({first_line(error)})"
+            raise ModelError(str(file), what, "restore it, or train again with --overwrite") from None
 
 
 def load_final(folder: Path) -> PreTrainedModel:

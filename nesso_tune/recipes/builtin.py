@@ -21,6 +21,7 @@ from nesso_tune.errors import RecipeError, RunEnvironmentError
 
 VARIABLE = re.compile(r"\$(?:[A-Za-z_]\w*|\{[^}]*\})")
 SOURCE_SEPARATOR = "/source/"  # in metric names: METRIC/source/NAME
+LICENSE = r"^[a-z0-9][a-z0-9.+-]*$"  # names of licences on the hub
 PATH_ERROR = "path"  # pydantic error type of `FilePath`
 
 

@@ -12,6 +12,7 @@ from nesso_tune.recipes.yaml_source import KeyPath
 
 SAVE_BEFORE_S = 300  # default of cluster.save_before_s
 # Patterns of words that the job script takes
+LINE, VALUE = r"^[^\r\n]*\S[^\r\n]*$", r"^[^\x00]*$"
 VARIABLE_NAME = r"^[A-Za-z_][A-Za-z0-9_]*$"
 SLURM_WORD = r"^[^\s\"'#\\\x00]+$"
 SLURM_OPTION = r"^--[a-z][a-z0-9-]*(=[^\s\"'#\\\x00]+)?$"

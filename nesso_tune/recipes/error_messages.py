@@ -18,8 +18,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from nesso_tune.errors import Problem, RecipeError, closest, shortened
-from nesso_tune.recipes.builtin import PATH_ERROR
-from nesso_tune.recipes.cluster_rules import MOUNT, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
+from nesso_tune.recipes.builtin import LICENSE, PATH_ERROR
+from nesso_tune.recipes.cluster_rules import LINE, MOUNT, SLURM_OPTION, SLURM_WORD, VALUE, VARIABLE_NAME
 from nesso_tune.recipes.rules import lint
 from nesso_tune.recipes.secrets import masked
 from nesso_tune.recipes.yaml_source import Document, KeyPath
@@ -132,7 +132,10 @@ BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "of at most"),
 }
-PATTERNS = {  # descriptions of the patterns in `cluster_rules.py`
+PATTERNS = {  # descriptions of the patterns in `builtin.py` and `cluster_rules.py`
+    LINE: "one line of text",
+    LICENSE: "a licence as the hub names it, in lower case, e.g. apache-2.0",
+    VALUE: "text without null characters",
     SLURM_WORD: "one word without quotes, # or \\",
     SLURM_OPTION: "one option such as --exclusive or --mail-type=END, without blanks, quotes or #",
     MOUNT: "absolute paths, as /HOST, /HOST:/CONTAINER or /HOST:/CONTAINER:ro, without commas",

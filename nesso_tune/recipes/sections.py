@@ -7,18 +7,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from nesso_tune.errors import RecipeError
-from nesso_tune.recipes.builtin import FilePath, PathName
-from nesso_tune.recipes.cluster_rules import MOUNT, SAVE_BEFORE_S, SLURM_OPTION, SLURM_WORD, VARIABLE_NAME
+from nesso_tune.recipes.builtin import LICENSE, FilePath, PathName
+from nesso_tune.recipes.cluster_rules import (
+    LINE,
+    MOUNT,
+    SAVE_BEFORE_S,
+    SLURM_OPTION,
+    SLURM_WORD,
+    VALUE,
+    VARIABLE_NAME,
+)
 from nesso_tune.recipes.error_messages import validated
 from nesso_tune.recipes.yaml_source import Document, plain_data
 
 Role = Literal["system", "user", "assistant", "tool"]
 NonEmpty = Annotated[str, Field(pattern=r"\S")]
-Line = Annotated[str, Field(pattern=r"^[^\r\n]*\S[^\r\n]*$")]  # written on one line of the job script
+Line = Annotated[str, Field(pattern=LINE)]  # written on one line of the job script, or of the card
 VariableName = Annotated[str, Field(pattern=VARIABLE_NAME)]
 SlurmWord = Annotated[str, Field(pattern=SLURM_WORD)]
 SlurmOption = Annotated[str, Field(pattern=SLURM_OPTION)]
-Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Value = Annotated[str, Field(pattern=VALUE)]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]  # larger values are mistakes and could overflow
 
 
@@ -200,7 +208,7 @@ class CardSection(Section):
 
     name: Line | None = None
     """Name of the model. null uses the name of the run directory."""
-    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")] | None = None
+    license: Annotated[str, Field(pattern=LICENSE)] | None = None
     """Licence as the hub names it, e.g. apache-2.0, mit, cc-by-4.0, llama3.2, other."""
     citation: NonEmpty | None = None
     """How to cite the model, e.g. BibTeX."""

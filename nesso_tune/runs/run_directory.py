@@ -153,7 +153,7 @@ def check_final_exists(run: Path) -> None:
     """Raises RunEnvironmentError if a run directory has no `final/`."""
     if not (run / FINAL).is_dir():
         why, remedy = "the run is not finished", "finish it with the same `nesso-tune train`"
-        if (run / CANDIDATE).is_dir():
+        if any((run / CANDIDATE).glob("evaluations/*.gate.json")):
             why, remedy = "its gate refused the model", "train another way, or relax evaluation.gate"
         raise RunEnvironmentError(str(run), f"has no {FINAL}/: {why}", remedy)
 

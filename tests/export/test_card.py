@@ -200,6 +200,9 @@ def test_folders_without_a_card_to_write(run, capsys, tmp_path):
     (run / "final" / PROVENANCE).unlink()
     assert "has no readable provenance.json, from which cards are made; edit README.md by hand" in error(run)
     (run / "final").rename(run / "candidate")
+    assert "has no final/: the run is not finished" in error(run), "killed before the verdict of its gate"
+    (run / "candidate" / "evaluations").mkdir()
+    (run / "candidate" / "evaluations" / "not-worse.gate.json").touch()
     assert "has no final/: its gate refused the model" in error(run)
     (run / "candidate").rename(run / "elsewhere")
     assert "has no final/: the run is not finished; finish it with the same `nesso-tune train`" in error(run)

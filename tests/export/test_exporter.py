@@ -234,6 +234,77 @@ def test_models_of_another_shape_are_not_averaged(trained, tmp_path):
         export(run, HF, averaged=f"final,{tmp_path / 'small'}", folder=tmp_path / "out")
 
 
+@pytest.mark.parametrize(("key", "value"), [("rms_norm_eps", 0.1), ("rope_theta", 77.0)])
+def test_models_that_compute_something_else_are_not_averaged(trained, tmp_path, key, value):
+    """With weights of the same shapes."""
+    run, _ = trained["whole"]
+    shutil.copytree(run.final, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (config["rope_parameters"] if key == "rope_theta" else config)[key] = value
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        RecipeError, match=r"has another (rms_norm_eps|rope_\w+) than .*; average models of the same base"
+    ):
+        export(run, HF, averaged=f"final,{tmp_path / 'other'}", folder=tmp_path / "out")
+
+
+def test_an_adapter_whose_base_has_changed_is_not_merged_into_it(trained, tmp_path, whole_base):
+    run, _ = trained["lora"]
+    base = tmp_path / "base"
+    shutil.copytree(whole_base, base)
+    recipe_text = (run.path / "recipe.yaml").read_text()
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe_text.replace(str(whole_base), str(base)))
+    moved = FinishedRun.open(tmp_path / "run")
+    export(moved, ADAPTER, folder=tmp_path / "same", checked=False)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    for format, averaged in ((ADAPTER, None), (HF, "last:2")):
+        with pytest.raises(ModelError, match=r"model.base .*: has other weights or settings than when the adapter"):
+            export(moved, format, averaged=averaged, folder=tmp_path / "out", checked=False)
+    export(moved, HF, folder=tmp_path / "out", checked=False)
+
+
+def test_weights_too_large_for_float16_stop_the_export(trained, tmp_path):
+    run, _ = trained["whole"]
+    shutil.copytree(run.path, tmp_path / "run")
+    file = tmp_path / "run" / "final" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"model.layers.0.mlp.up_proj.weight does not fit into float16; use --dtype bf16"
+    ):
+        export(FinishedRun.open(tmp_path / "run"), HF, "float16", folder=tmp_path / "out", checked=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json", "config.json",
+                                  "generation_config.json", "chat_template.jinja"])  # fmt: skip
+def test_damaged_files_of_the_same_size_are_named(trained, tmp_path, capsys, name):
+    run, _ = trained["whole"]
+    shutil.copytree(run.path, tmp_path / "run")
+    file = tmp_path / "run" / "final" / name
+    content = file.read_bytes()
+    file.write_bytes(b"\xff" * min(3000, len(content)) + content[3000:])
+    code, _, said = main_here(capsys, "export", tmp_path / "run", "--unchecked", "-o", tmp_path / "out")
+    assert (code, f"final/{name}: is damaged (" in said) == (4, True), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_and_the_working_directory_are_folders(trained, tmp_path, monkeypatch):
+    run, _ = trained["whole"]
+    for name in ("disk", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    export(run, HF, folder=tmp_path / "link", checked=False)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "model.safetensors").is_file()
+    monkeypatch.chdir(tmp_path / "here")
+    export(run, HF, folder=Path("."), checked=False)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+
+
 def test_folders_of_others_stay(trained, tmp_path, monkeypatch):
     run, _ = trained["whole"]
     (tmp_path / "mine").mkdir()
@@ -303,6 +374,7 @@ def test_an_unfinished_run_is_not_exported(trained, tmp_path, capsys):
     shutil.rmtree(copy / "final")
     code, _, said = main_here(capsys, "export", copy)
     assert (code, "has no final/: the run is not finished" in said) == (5, True)
-    (copy / "candidate").mkdir()
+    (copy / "candidate" / "evaluations").mkdir(parents=True)
+    (copy / "candidate" / "evaluations" / "not-worse.gate.json").touch()
     code, _, said = main_here(capsys, "export", copy)
     assert (code, "has no final/: its gate refused the model" in said) == (5, True)

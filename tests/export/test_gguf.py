@@ -15,7 +15,14 @@ from nesso_tune.chat.tokenizer import build_chat_tokenizer
 from nesso_tune.errors import ModelError
 from nesso_tune.export import parity
 from nesso_tune.export.exporter import export
-from nesso_tune.export.gguf_format import GGUF, LlamaCppRuntime, check_architecture, rotary_parameters, write_gguf
+from nesso_tune.export.gguf_format import (
+    GGUF,
+    LlamaCppRuntime,
+    check_architecture,
+    context_length,
+    rotary_parameters,
+    write_gguf,
+)
 from nesso_tune.export.gguf_vocabulary import LLAMA3_SPLIT, QWEN2_SPLIT, Vocabulary
 from nesso_tune.export.weights import FinishedRun
 from nesso_tune.recipes.sections import ChatSection
@@ -179,12 +186,38 @@ def test_a_wrong_file_is_noticed(tmp_path):
     ({"model_type": "gemma3_text", "query_pre_attn_scalar": 99}, "not the size of a head"),
     ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
     ({"model_type": "qwen2", "rope_parameters": {**YARN, "beta_fast": 4.0}}, "yarn with beta_fast"),
+    ({"model_type": "llama", "rope_parameters": {**YARN, "truncate": False}}, "yarn with truncate: false"),
+    ({"model_type": "qwen2", "rope_parameters": LLAMA3}, "compute qwen2 with rope_type llama3; .* yarn$"),
+    ({"model_type": "qwen3", "attention_bias": True}, "does not compute qwen3 with this attention_bias"),
+    ({"model_type": "gemma3_text", "num_hidden_layers": 6, "query_pre_attn_scalar": 16, "attention_bias": True},
+     "does not compute gemma3_text with this attention_bias"),
 ])  # fmt: skip
 def test_shapes_that_llama_cpp_lacks(changes, message):
     config = AutoConfig.for_model(**{**SIZES, "vocab_size": 90, **changes, "pad_token_id": 0})
     check = rotary_parameters if "rope_parameters" in changes else check_architecture
     with pytest.raises(ModelError, match=message):
         check(config)
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_an_error_of_the_export(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelError, match=r"llama.cpp .* cannot load the file .*; export --to hf"):
+        LlamaCppRuntime(tmp_path / "x.gguf", threads=1)
+
+
+def test_prompts_longer_than_the_window_of_mistral_are_left_out(tmp_path):
+    """llama.cpp computes it without its window, so the context of the file is shorter."""
+    shape = {"model_type": "mistral", "sliding_window": 64, "rope_parameters": THETA}
+    final, model, tokenizer = model_folder(tmp_path, shape, "sentencepiece")
+    answers = parity.reference_answers(model, tokenizer, context_length(model.config))
+    assert 0 < len(answers) < len(parity.reference_answers(model, tokenizer, 1024))
+    write_gguf(model, final, tmp_path / "x.gguf", "float32", "x")
+    runtime = LlamaCppRuntime(tmp_path / "x.gguf", threads=1)
+    error, ends = parity.rounding_error(model, answers), parity.end_ids(model)
+    assert parity.compare(runtime, answers, ends, error, "x").prompts == len(answers)
+    long = parity.reference_answers(model, tokenizer, 1024)
+    with pytest.raises(ModelError, match="refuses a request"):
+        parity.compare(runtime, long, ends, error, "x")
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -237,6 +270,13 @@ def test_without_the_runtime(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
     code, _, said = main_here(capsys, "export", run, "--to", "gguf", "-o", tmp_path / "out", "--unchecked")
     assert (code, "not checked" in said) == (0, True)
+
+
+def test_templates_whose_system_message_llama_cpp_changes(tmp_path, capsys):
+    chat = {"template": "mistral"}
+    train(recipe("sft", tmp_path / "run", [sums(tmp_path)], evaluation=None, chat=chat))
+    code, _, said = main_here(capsys, "export", tmp_path / "run", "--to", "gguf", "--unchecked")
+    assert (code, "passes the system message of templates with [SYSTEM_PROMPT] in parts" in said) == (4, True), said
 
 
 def test_nothing_is_written_for_an_unknown_architecture(run, tmp_path):
