@@ -149,8 +149,9 @@ def _render(provenance: Mapping[str, Any], model: Path) -> str:
     last, first, own = stages[-1], stages[0], stages[-1]["card"]
     kind = export.get("to", "hf")
     again = "export it again" if export else "run `nesso-tune card RUN`"
-    languages = {code: None for stage in stages for code in stage["languages"] if code != "und"}
-    hub_data = {source["name"]: None for stage in stages for source in stage["sources"] if source["hub"]}
+    every = [*stages, *export.get("others", [])]  # with the stages of other models in an average
+    languages = {code: None for stage in every for code in stage["languages"] if code != "und"}
+    hub_data = {source["name"]: None for stage in every for source in stage["sources"] if source["hub"]}
     return _environment.get_template("card.md.j2").render(
         kind=kind,
         library=LIBRARIES.get(kind),
@@ -164,8 +165,12 @@ def _render(provenance: Mapping[str, Any], model: Path) -> str:
         chain=[_origin(first), *(f"{stage['method'].upper()} ({stage['name']})" for stage in stages)],
         model_table=_table(MODEL_FIELDS[:-1] if export else MODEL_FIELDS, files),  # an export has its own precision
         stages=[
-            {**stage, "table": [*_table(STAGE_FIELDS, {PROVENANCE: stage}), *_hyperparameters(stage)]}
-            for stage in stages
+            {
+                **stage,
+                "table": [*_table(STAGE_FIELDS, {PROVENANCE: stage}), *_hyperparameters(stage)],
+                "is_other": stage not in stages,
+            }
+            for stage in every
         ],
         evaluations=Evaluations() if export.get("average") else read_records(model),
         context=files[CONFIG].get("max_position_embeddings"),

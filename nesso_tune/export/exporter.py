@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from nesso_tune.export.card import CARD, model_card
 from nesso_tune.export.final_folder import finish_folder
 from nesso_tune.export.parity import Parity, Runtime, compare, end_ids, reference_answers, rounding_error
 from nesso_tune.export.stages import read_stages, with_card, write_stages
-from nesso_tune.export.weights import FinishedRun, average, load_checkpoint, load_final
+from nesso_tune.export.weights import FinishedRun, Part, average, load_checkpoint, load_final
 from nesso_tune.files import format_bytes, make_staging_folder, remove, staging_folder
 from nesso_tune.logs import logger
 from nesso_tune.model.loading import TINY_MODEL
@@ -115,10 +115,11 @@ def export(
     with _staged(folder) as staging:
         parity = _written(run, format, model, staging, dtype, checked)
         how: dict[str, Any] = {"to": format.name, "dtype": dtype, "checked": None if parity is None else str(parity)}
-        how["average"] = ["/".join(Path(part).parts[-2:]) for part in parts]
+        how["average"] = ["/".join(Path(part.name).parts[-2:]) for part in parts]
+        how["others"] = _stages_of_others(run, parts)
         _describe(run, staging, how)
         finish_folder(staging, folder)
-    return Export(folder, dtype, parts, parity)
+    return Export(folder, dtype, [part.name for part in parts], parity)
 
 
 def _written(
@@ -147,6 +148,15 @@ def _written(
     parity = compare(runtime, answers, ends, error, f"--to {format.name}")
     logger.info(f"export: {parity}")
     return parity
+
+
+def _stages_of_others(run: FinishedRun, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The stages of averaged models that are none of the run's own, for the card."""
+    own, others = read_stages(run.final), []
+    for stage in (stage for part in parts for stage in read_stages(part.folder)):
+        if stage not in own and stage not in others:
+            others.append(stage)
+    return [asdict(stage) for stage in others]
 
 
 def _check_range(model: PreTrainedModel, format: Format) -> None:

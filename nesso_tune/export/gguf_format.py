@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from nesso_tune.errors import ModelError, first_line
+from nesso_tune.errors import ModelError, first_line, shortened
 from nesso_tune.export.exporter import Format
 from nesso_tune.export.gguf_vocabulary import Vocabulary
 from nesso_tune.export.parity import END, Prompt, round_linear_layers
@@ -351,7 +351,7 @@ class LlamaCppRuntime:
             with urlopen(body, timeout=TIMEOUT_S) as response:
                 answer: dict[str, Any] = json.load(response)
         except HTTPError as error:
-            what = f"{self.name} refuses a request ({first_line(error.read().decode(errors='replace'))})"
+            what = f"{self.name} refuses a request ({shortened(error.read().decode(errors='replace'))})"
             raise ModelError("--to gguf", what, "export --to hf, and report the model's architecture") from None
         return answer
 

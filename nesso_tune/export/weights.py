@@ -171,14 +171,17 @@ def check_checkpoint(checkpoint: Path) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """A model that an average consists of: a checkpoint of the run, or a model folder."""
+    """A model that an average consists of: a checkpoint of the run, or a model folder.
+
+    `folder` is a model folder with its tokenizer and provenance.
+    """
 
     name: str
     load: Callable[[], PreTrainedModel]
     folder: Path
 
 
-def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[str]]:
+def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[Part]]:
     """The mean of the weights of several models, with equal shares, in float32.
 
     Averaging fine-tuned weights: Wortsman et al., 2022, arXiv:2203.05482. Adapters are merged before, since the mean of
@@ -190,7 +193,7 @@ def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[str]]:
             directories or model folders.
 
     Returns:
-        The model, and the names of its parts.
+        The model, and its parts.
 
     Raises:
         RecipeError: for a malformed text, or models of different shapes or settings.
@@ -210,7 +213,7 @@ def average(run: FinishedRun, text: str) -> tuple[PreTrainedModel, list[str]]:
     with torch.no_grad():
         for name, weight in _tensors(mean):
             weight.copy_(total[name])
-    return mean, [part.name for part in parts]
+    return mean, parts
 
 
 def _parts(run: FinishedRun, text: str) -> list[Part]:

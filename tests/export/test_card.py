@@ -5,11 +5,14 @@ import re
 import shutil
 
 import pytest
+from huggingface_hub import ModelCard
 
+from nesso_tune.errors import RecipeError
 from nesso_tune.evaluation.records import MetricRecord, SuiteRecord
 from nesso_tune.export.card import CONFIG, MODEL_FIELDS, STAGE_FIELDS, find, model_card, placeholders
 from nesso_tune.export.publish import keep_results
 from nesso_tune.export.stages import PROVENANCE, read_stages
+from nesso_tune.recipes import load_recipe
 from nesso_tune.run import train
 from tests.support.runs import main_here, recipe, write_recipe
 
@@ -142,6 +145,49 @@ def test_what_is_unknown_is_a_placeholder_until_the_recipe_says_it(chain, tmp_pa
     assert [stage.name for stage in read_stages(tmp_path / "out")] == ["sft", "dpo"]
 
 
+def front_matter(folder):
+    """The metadata of a card as the hub reads it."""
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
+def test_words_that_yaml_reads_otherwise_are_quoted(chain, tmp_path):
+    folder = copy_of(chain / "dpo" / "final", tmp_path)
+    with_value(folder, PROVENANCE, "stages.0.languages", {"no": 7, "it": 5})
+    for name in ("no", "1.0", "mit"):
+        with_value(folder, PROVENANCE, "stages.1.card.license", name)
+        (folder / "README.md").write_text(model_card(folder), encoding="utf-8")
+        assert front_matter(folder)["license"] == name
+        assert {"no", "it"} <= set(front_matter(folder)["language"])
+
+
+def test_the_card_of_an_average_names_the_data_of_every_model(chain, run, tmp_path, capsys):
+    """Also of one that is not among the stages of the run."""
+    shutil.copytree(run, tmp_path / "other")
+    with_value(tmp_path / "other" / "final", PROVENANCE, "stages.1.languages", {"fr": 9})
+    with_value(tmp_path / "other" / "final", PROVENANCE, "stages.1.name", "un-altro")
+    average = f"final,{tmp_path / 'other'}"
+    code, _, said = main_here(capsys, "export", run, "--unchecked", "--average", average, "-o", tmp_path / "out")
+    assert code == 0, said
+    assert {"it", "en", "fr"} <= set(front_matter(tmp_path / "out")["language"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "3. DPO: un-altro (another model of the mean)" in card
+    assert card.count("(another model of the mean)") == 1, "both have the same SFT"
+
+
+def test_a_bracket_in_the_text_of_the_author_ends_no_line(chain):
+    (found,) = placeholders("See [placeholder: foo bar\n\n## Model\n]")
+    assert found[0] == "foo bar"
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("name", "a: b\n---", "must be one line of text, not"),
+    ("license", "Apache 2.0", "must be a licence as the hub names it, in lower case, e.g. apache-2.0, not"),
+])  # fmt: skip
+def test_the_form_of_keys_of_the_card_is_said_in_words(chain, key, value, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe(chain / "dpo" / "recipe.yaml", {f"card.{key}": value})
+
+
 @pytest.fixture
 def run(chain, tmp_path, monkeypatch):
     """A copy of the DPO run."""
@@ -220,8 +266,6 @@ def test_the_code_in_the_card_runs(chain, monkeypatch, capsys):
 
 
 def test_another_card_is_not_another_run(chain, tmp_path, capsys, monkeypatch):
-    from nesso_tune.recipes import load_recipe
-
     monkeypatch.setenv("NESSO_TUNE_CACHE", str(chain / "cache"))
     known = load_recipe(chain / "dpo" / "recipe.yaml", {"card.license": "mit"})
     code, _, said = main_here(capsys, "train", write_recipe(tmp_path / "dpo.yaml", known))
@@ -230,7 +274,6 @@ def test_another_card_is_not_another_run(chain, tmp_path, capsys, monkeypatch):
 
 def test_a_source_that_a_later_stage_calls_private_is_hidden(chain, tmp_path):
     from nesso_tune.export.stages import without_private
-    from nesso_tune.recipes import load_recipe
 
     stages = read_stages(chain / "dpo" / "final")
     later = load_recipe(chain / "dpo" / "recipe.yaml")

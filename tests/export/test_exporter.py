@@ -79,6 +79,17 @@ def test_merged_and_separate_adapters_equal_the_live_model(trained, tmp_path, ki
         assert (done.folder / "chat_template.jinja").read_bytes() == (run.final / "chat_template.jinja").read_bytes()
 
 
+def test_the_code_in_the_card_of_an_adapter_gives_a_model_that_stops(trained, tmp_path, monkeypatch):
+    """peft does not read the end tokens of the folder."""
+    run, _ = trained["lora"]
+    folder = export(run, ADAPTER, folder=tmp_path / "adapter", checked=False).folder
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(folder)
+    exec(code, found := {})
+    expected = json.loads((run.final / "generation_config.json").read_text())["eos_token_id"]
+    assert found["model"].generation_config.eos_token_id == expected
+
+
 def test_float32_of_a_bfloat16_run_has_the_weights_before_rounding(trained, tmp_path):
     run, _ = trained["whole"]
     done = export(run, HF, "float32", folder=tmp_path / "hf", checked=False)
