@@ -23,15 +23,12 @@ from nesso_tune.data.prepare import PreparedData, prepare_data, unpacked
 from nesso_tune.data.privacy import Privacy
 from nesso_tune.data.report import DataReport, listed_keys
 from nesso_tune.data.workers import ReadFiles
-from nesso_tune.distributed.launcher_config import check_launcher_config
 from nesso_tune.distributed.preemption import StopRequest
 from nesso_tune.distributed.process_group import (
     barrier,
     broadcast_from_rank0,
     broadcast_weights,
     check_shared_folder,
-    detect_world,
-    idle_gpus,
     init_process_group,
     is_main_process,
     join_ranks,
@@ -39,6 +36,7 @@ from nesso_tune.distributed.process_group import (
     process_group_of_run,
     report_lost_ranks,
 )
+from nesso_tune.distributed.world import agreed_world, check_launcher_config, detect_world, idle_gpus
 from nesso_tune.errors import RecipeError, RunEnvironmentError, first_line
 from nesso_tune.export.final_folder import final_bytes, gather_final_model, save_final
 from nesso_tune.export.publish import check_gate, gate_of, model_folder, publish
@@ -149,11 +147,11 @@ def run_recipe(
 ) -> TrainResult:
     """`train` after its arguments are checked; arguments and errors as there."""
     check_trackers(recipe)
+    use_expandable_segments(os.environ)  # before the first allocation on a GPU
+    bind_to_near_cores()
     check_adapter(recipe.model.adapter)
     check_optimizer(recipe)
     check_gate(recipe)
-    use_expandable_segments(os.environ)
-    bind_to_near_cores()
     with (
         Verifier(verify) as verifier,
         StopRequest() as request,
@@ -214,7 +212,7 @@ def _finished(recipe: Recipe, run: RunDir, data: PreparedData) -> TrainResult:
     """The result of a run that was already finished, after checking that data and base are the same."""
     if read_json(run.path, MANIFEST).get("unpacked"):
         data = unpacked(data, recipe)
-    plan = make_plan(recipe, detect_world(), data.volume)
+    plan = make_plan(recipe, agreed_world(), data.volume)
     facts = RunFacts.collect(recipe, data, plan, _base_hash(recipe), identity=run.data_identity)
     confirm_resume(run.decision, run.path, facts).raise_if_refused()
     return TrainResult(run.final, last_metrics(run.metrics), ("this run is finished",), trained=False)
@@ -236,7 +234,7 @@ def _train(
 ) -> TrainResult:
     """Loads the model, confirms that the run may resume, trains, and exports. Called on every rank."""
     recorded, opening_notes = recorded_choices(run.path, run.checkpoint), run.notes
-    plan = make_plan(recipe, detect_world(), data.volume, recorded=recorded)
+    plan = make_plan(recipe, agreed_world(), data.volume, recorded=recorded)
     check_launcher_config(recipe, plan, os.environ)
     if plan.processes == 1:  # a single process is not sharded, whatever accelerate's configuration says
         os.environ.pop("ACCELERATE_USE_FSDP", None)

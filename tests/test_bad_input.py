@@ -309,6 +309,10 @@ DIRECTORIES = {
         unfinished, ["--set", "train.micro_batch_size=3", "--allow-changes", "train.micro_batch_size"], 2,
         "the global batch changed (2 -> 3)",
     ),
+    "two changes, allowed one by one": (
+        unfinished, ["--set", "train.micro_batch_size=1", "--set", "seed=1", "--allow-changes",
+                     "train.micro_batch_size", "--allow-changes", "seed"], 2, "the global batch changed (2 -> 1)",
+    ),
     "other data": (changed_row, [], 2, "the data changed"),
     "another template": (unfinished, ["--set", "chat.template=llama3"], 2, "chat.template"),
     "a change of a finished run": (

@@ -85,7 +85,7 @@ def launch(
     ] = False,
     resume: Annotated[str, typer.Option(metavar="auto|never|PATH", parser=flag_path, help="As for `train`.")] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="As for `train`; not with --slurm.")] = False,
-    allow_changes: ChangesOption = "",
+    changes: ChangesOption = [],  # noqa: B006 - typer copies it
     verify: VerifyOption = "sample",
     submit: Annotated[bool, typer.Option("--submit", help="Submit the sbatch file.")] = False,
     show: Annotated[
@@ -93,7 +93,7 @@ def launch(
     ] = False,
 ) -> None:
     """Start a run on several GPUs: on this machine, or through Slurm on many."""
-    is_doctor = recipes[0] == DOCTOR
+    is_doctor, allow_changes = recipes[0] == DOCTOR, ",".join(changes)
     names = recipes[1:] if is_doctor else recipes
     loaded = load_all(names, settings)
     words = {"partition": partition, "account": account, "time": time}

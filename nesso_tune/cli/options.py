@@ -30,7 +30,8 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. train.learning_rate=5e-4.")
 ]
 ChangesOption = Annotated[
-    str, typer.Option(metavar="KEY,...", help="Recipe keys that may differ from the resumed run.")
+    list[str],
+    typer.Option("--allow-changes", metavar="KEY,...", help="Recipe keys that may differ from the resumed run."),
 ]
 VerifyOption = Annotated[
     Literal["sample", "all", "none"],

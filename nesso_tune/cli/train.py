@@ -54,14 +54,14 @@ def train(
         bool,
         typer.Option("--overwrite", help="Replace an existing run; it is kept until the new run has a checkpoint."),
     ] = False,
-    allow_changes: ChangesOption = "",
+    changes: ChangesOption = [],  # noqa: B006 - typer copies it
     verify: VerifyOption = "sample",
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Test all stages in about a minute: tiny model, first rows, few steps.")
     ] = False,
 ) -> None:
     """Train. Several recipes run in order (SFT, then DPO); all are checked before the first starts."""
-    num_processes = world_size_from_environment()
+    num_processes, allow_changes = world_size_from_environment(), ",".join(changes)
     loaded = load_all(recipes, settings)
     check_folders(recipes, loaded)
     check_flags(loaded, resume, allow_changes)

@@ -32,8 +32,6 @@ from nesso_tune.distributed.heartbeat import GRACE_S, NCCL_GRACE_S, Heartbeat, R
 from nesso_tune.distributed.membership import Membership, wait_for_ranks, with_timeout
 from nesso_tune.errors import NessoError, RunEnvironmentError, exit_code_of, first_line, from_os_error
 from nesso_tune.logs import EVERY_RANK, logger
-from nesso_tune.planning.hardware import gpu_of_device
-from nesso_tune.planning.plan import World
 
 SHARED_FILE_TIMEOUT_S = 5  # network file systems may show a new file only after a moment
 # Messages of gloo and NCCL when another rank is lost or does not respond within the timeout.
@@ -263,21 +261,6 @@ def world_size() -> int:
 def is_main_process() -> bool:
     """Whether this is rank 0, which writes the files; known before the process group is initialised."""
     return int(os.environ.get("RANK") or "0") == 0
-
-
-def detect_world() -> World:
-    """Number of processes, in all and on each node, and, if there is one, the GPU."""
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
-    if not torch.cuda.is_available():
-        return World(world_size(), None, per_node)
-    memory = torch.cuda.get_device_properties(0).total_memory
-    gpu = gpu_of_device(torch.cuda.get_device_name(), memory, torch.cuda.is_bf16_supported())
-    return World(world_size(), gpu, per_node)
-
-
-def idle_gpus() -> int:
-    """Number of GPUs of this node that the run does not use."""
-    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
 
 
 def broadcast_from_rank0(value: Any) -> Any:

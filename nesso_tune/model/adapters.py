@@ -44,6 +44,8 @@ def check_adapter(section: LoraSection | None) -> None:
         ) from None  # fmt: skip
     try:
         _quantise_and_back(torch.linspace(-1, 1, CHECKED_WEIGHTS).reshape(-1, 64), torch.float32)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the library for this device is missing or does not support it
         raise RunEnvironmentError(
             ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {training_device()} ({first_line(error)})",

@@ -27,6 +27,7 @@ SMALL_DATASET_ROWS = 200  # with fewer rows, no validation share is large enough
 SHORT_RUN_STEPS = 1000  # tuned learning rates do not apply to shorter runs
 MAX_RATE_WITHOUT_WARMUP = 1e-4  # peak learning rate
 MIN_HYBRID_GAIN = 0.05  # share of the step
+MIN_GAIN = 0.01  # likewise, of other settings
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def _memory(recipe: Recipe, plan: Plan) -> Iterator[str]:
     elif recipe.model.adapter.type != "qlora" and plan.processes == 1 and fixed:
         ways += ["quantize the base to 4 bits (model.adapter.type: qlora)"]
     ways = ways or ["use a GPU with more memory, or a smaller base"]
-    needed, there = (f"{count / GIB:.0f}" for count in (memory.total, gpu.memory))
+    needed, there = (f"{count / GIB:.1f}" for count in (memory.total, gpu.memory))
     yield f"a step needs about {needed} GiB, {gpu.name} has {there}: {', or '.join(ways)}"
 
 
@@ -233,12 +234,13 @@ def _throughput(recipe: Recipe, plan: Plan) -> Iterator[str]:
         )
     splits = [n for n in range(2, plan.accumulation + 1) if plan.accumulation % n == 0]
     room = [n for n in splits if setting.fits(n * plan.micro_batch, plan.sharded, checkpointing)]
-    if room and train.micro_batch_size != "auto":
+    bound = setting.bound(max(room) * plan.micro_batch, plan.sharded, checkpointing) if room else None
+    gain = 1.0 if bound is None or plan.bound is None else 1 - bound.seconds / plan.bound.seconds
+    if room and gain >= MIN_GAIN and train.micro_batch_size != "auto":
         micro, rest = max(room) * plan.micro_batch, plan.accumulation // max(room)
         follows = train.global_batch_size is not None
         with_rest = f", accumulation becomes {rest}" if follows else f" with gradient_accumulation_steps: {rest}"
-        bound = setting.bound(micro, plan.sharded, checkpointing)
-        faster = "" if bound is None or plan.bound is None else f"{1 - bound.seconds / plan.bound.seconds:.0%} faster, "
+        faster = "" if bound is None or plan.bound is None else f"{gain:.0%} faster, "
         yield (
             f"the same batch in fewer, larger steps: train.micro_batch_size: {micro}{with_rest} ({faster}about "
             f"{total(micro, checkpointing) / GIB:.0f} of {gpu.memory / GIB:.0f} GiB) instead of {plan.micro_batch} x "

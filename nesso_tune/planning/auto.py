@@ -6,7 +6,9 @@ This is the only place that decides whether the state of a run is sharded.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nesso_tune.errors import RecipeError
 from nesso_tune.planning.hardware import GIB
@@ -17,6 +19,7 @@ from nesso_tune.planning.shapes import ModelShape
 from nesso_tune.recipes.schema import Recipe
 from nesso_tune.recipes.sections import SFTData
 
+MIN_SHARDING_GAIN = 0.1  # of a step's time, for which auto shards a state that fits whole
 AUTO_TOKENS = 4096  # of a micro batch where no GPU memory decides: more is not faster on a CPU
 SUPERVISED_SHARE = 0.5  # of the tokens, if the data is unknown
 
@@ -84,6 +87,16 @@ class Setting:
     def replicas(self) -> int:
         """Groups of processes that each hold the whole state, if it is sharded: hybrid_shard has one on each node."""
         return replicas(self.world) if self.recipe.distributed.fsdp == "hybrid_shard" else 1
+
+    def recomputations(self, sharded: bool) -> tuple[bool, ...]:
+        """Whether activations may be recomputed, as the recipe says or for auto both; with it last.
+
+        FSDP recomputes with other dropout masks, so a sharded adapter with dropout trains without.
+        """
+        wanted, adapter = self.recipe.train.gradient_checkpointing, self.recipe.model.adapter
+        if wanted != "auto":
+            return (wanted,)
+        return (False,) if sharded and adapter is not None and adapter.dropout else (False, True)
 
     def memory(self, micro_batch: int, sharded: bool, checkpointing: bool) -> Memory | None:
         """Memory of a step; None if the shape of the model is unknown."""
@@ -180,15 +193,31 @@ def _sharding(setting: Setting, recorded: Recorded) -> tuple[bool, str]:
         return True, "distributed.state_dict is sharded"
     if world.gpu is None:
         return False, "on CPUs; on GPUs their memory decides"
-    size = recipe.train.micro_batch_size
-    rows, recompute = 1 if size == "auto" else size, recipe.train.gradient_checkpointing is True
-    memory = setting.memory(rows, False, recompute)
-    if memory is None:
+    if setting.shape is None:
         return True, "the size of the base model is unknown"
-    of = f"{memory.total / GIB:.0f} of {world.gpu.memory / GIB:.0f} GiB"
-    if setting.fits(rows, False, recompute):
-        return False, f"a step takes about {of} with the whole state"
-    return True, f"a step would take about {of} with the whole state"
+    size = recipe.train.micro_batch_size
+    whole, shared = (_fitting(setting, sharded, size) for sharded in (False, True))
+    if not whole:
+        least = _share(setting, 1 if size == "auto" else size, setting.recomputations(False)[-1])
+        return True, f"a step would take about {least} with the whole state"
+    seconds, recompute = _fastest(setting, False, whole)
+    gain = 1 - _fastest(setting, True, shared)[0] / seconds if shared and seconds else 0.0
+    if gain >= MIN_SHARDING_GAIN:
+        return True, f"the whole state fits, but a step is about {gain:.0%} faster with the memory that sharding frees"
+    return False, f"a step takes about {_share(setting, whole[recompute], recompute)} with the whole state"
+
+
+def _share(setting: Setting, micro_batch: int, recompute: bool) -> str:
+    """Memory of a step with the whole state on each GPU, and that of the GPU."""
+    memory, gpu = setting.memory(micro_batch, False, recompute), setting.world.gpu
+    assert memory is not None
+    assert gpu is not None
+    return f"{memory.total / GIB:.0f} of {gpu.memory / GIB:.0f} GiB"
+
+
+def _fastest(setting: Setting, sharded: bool, fitting: Mapping[bool, int]) -> tuple[float, bool]:
+    """Seconds of the fastest step of `_fitting`, and whether it recomputes."""
+    return min((_seconds(setting, n, sharded, recompute), recompute) for recompute, n in fitting.items())
 
 
 def _micro_batch(setting: Setting, sharded: bool, recorded: Recorded) -> tuple[int, bool | None, str]:
@@ -205,22 +234,26 @@ def _micro_batch(setting: Setting, sharded: bool, recorded: Recorded) -> tuple[i
         chosen = max(n for n in sizes if n == 1 or n * row <= AUTO_TOKENS)
         why = "without a GPU" if gpu is None else "the size of the base model is unknown"
         return chosen, _checkpointing(setting, chosen, sharded), f"{why}: rows of at most {AUTO_TOKENS:,} tokens"
-    wanted = setting.recipe.train.gradient_checkpointing
-    fitting = {
-        recompute: max(n for n in sizes if setting.fits(n, sharded, recompute))
-        for recompute in ((False, True) if wanted == "auto" else (wanted,))
-        if setting.fits(1, sharded, recompute)
-    }
+    fitting = _fitting(setting, sharded, "auto")
     share = f"{MEMORY_SAFE_SHARE:.0%} of {gpu.memory / GIB:.0f} GiB"
     if not fitting:
-        return 1, wanted is not False, f"one row already takes more than {share}"
-    best = min(fitting, key=lambda recompute: _seconds(setting, fitting[recompute], sharded, recompute))
+        return 1, setting.recomputations(sharded)[-1], f"one row already takes more than {share}"
+    _, best = _fastest(setting, sharded, fitting)
     reason = f"the largest divisor of {setting.rows} rows that takes at most {share}"
     other = fitting.get(not best)
     if other is not None and other != fitting[best]:
         how = "with" if not best else "without"
         reason += f"; {other} fit {how} gradient checkpointing, but a step would take longer"
     return fitting[best], best, reason
+
+
+def _fitting(setting: Setting, sharded: bool, size: int | Literal["auto"]) -> dict[bool, int]:
+    """The largest micro batch that fits, or the given one if it does, by whether activations are recomputed."""
+    sizes = divisors(setting.rows) if size == "auto" else [size]
+    fitting = {
+        again: [n for n in sizes if setting.fits(n, sharded, again)] for again in setting.recomputations(sharded)
+    }
+    return {again: max(found) for again, found in fitting.items() if found}
 
 
 def with_micro_batch(recipe: Recipe, plan: Plan, micro_batch: int, reason: str) -> Plan:
@@ -250,4 +283,4 @@ def _checkpointing(setting: Setting, micro_batch: int, sharded: bool) -> bool | 
     wanted = setting.recipe.train.gradient_checkpointing
     if wanted != "auto" or setting.world.gpu is None:
         return None if wanted == "auto" else wanted
-    return not setting.fits(micro_batch, sharded, False)
+    return not setting.fits(micro_batch, sharded, False) and setting.recomputations(sharded)[-1]

@@ -134,7 +134,7 @@ def has_apple_gpu() -> bool:
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU with a name such as `a100-80gb`.
+    """The GPU with a name such as `a100-80gb`, or as a driver or a data sheet names it.
 
     Raises:
         RecipeError: if the GPU is not listed; names the listed ones.
@@ -144,8 +144,26 @@ def find_gpu(name: str) -> Gpu:
     same_kind = [gpu for gpu in GPUS if plain in (gpu.replace("-", ""), gpu.rsplit("-", 1)[0].replace("-", ""))]
     if wanted not in GPUS and len(same_kind) == 1:  # `h200` is unambiguous
         wanted = same_kind[0]
+    if wanted not in GPUS and (device := _as_device(name)) is not None:
+        return device
+    if wanted == "mps":
+        raise RecipeError("--gpu", NO_MPS, "leave --gpu out for a plan on the CPU")
     if wanted not in GPUS:
         guess = None if same_kind else closest(wanted, GPUS)
         remedy = f"did you mean `{guess}`?" if guess else f"use one of {', '.join(same_kind or GPUS)}"
         raise RecipeError("--gpu", f"`{name}` is not in the table of GPUs", remedy)
     return _gpu(wanted, GPUS[wanted])
+
+
+def _as_device(name: str) -> Gpu | None:
+    """A listed GPU by a name such as `NVIDIA GeForce RTX 4090`, `4090` or `H100 PCIe`; None if not exactly one fits."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    sizes = {word for word in words if re.fullmatch(r"\d+gb", word)}
+    fitting = [
+        key for key in GPUS
+        if set(key.split("-")[:-1]) - {"rtx"} <= words and (not sizes or key.rsplit("-", 1)[-1] in sizes)
+    ]  # fmt: skip
+    if len(fitting) != 1 or "nvl" in words:  # NVL variants have another memory
+        return None
+    device = gpu_of_device(f"{fitting[0]} {name}", GPUS[fitting[0]].memory * GIB)
+    return replace(device, name=name) if device.teraflops else None

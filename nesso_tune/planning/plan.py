@@ -335,16 +335,18 @@ def memory_in_words(plan: Plan) -> list[str]:
 
 def _time(plan: Plan) -> list[str]:
     """Seconds per step and hours of the run, from the bound to a realistic time, and the MFU of the bound."""
-    if plan.bound is None or plan.step_seconds is None or plan.total_steps is None:
+    if plan.bound is None or plan.step_seconds is None:
         return []
-    fast, slow = (seconds * plan.total_steps / 3600 for seconds in plan.step_seconds)
-    if slow >= 1:
+    fast, slow = (seconds * (plan.total_steps or 0) / 3600 for seconds in plan.step_seconds)
+    if plan.total_steps is None:
+        took = "the number of steps is unknown"
+    elif slow >= 1:
         took = f"{_short(fast)} to {_short(slow)} hours"
     elif slow >= 1 / 60:
         took = f"{_short(60 * fast)} to {_short(60 * slow)} minutes"
     else:
         took = "less than a minute"
-    if plan.processes > 1:
+    if plan.processes > 1 and plan.total_steps is not None:
         took += f" ({_short(fast * plan.processes)} to {_short(slow * plan.processes)} GPU hours)"
     step = " to ".join(f"{seconds:.2g}" for seconds in plan.step_seconds)
     kind = "compiled" if plan.torch_compile else "eager"

@@ -40,6 +40,8 @@ def check_optimizer(recipe: Recipe) -> None:
         weight.grad = torch.ones_like(weight)
         bitsandbytes.optim.AdamW([weight], lr=0.5, optim_bits=8).step()
         works = bool((weight < 1).all())
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # the library for this device is missing or does not support it
         works, why = False, f" ({first_line(error)})"
     else:

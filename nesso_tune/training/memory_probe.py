@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from nesso_tune.recipes.schema import Recipe
 from nesso_tune.training.dataset import NON_MODEL_KEYS
 from nesso_tune.training.grouped_metrics import Groups
 from nesso_tune.training.method import method_of
+from nesso_tune.training.out_of_memory import out_of_memory_errors
 
 MEMORY_LIMIT = 0.95  # share of the memory of the GPU that torch may reserve: evaluations and fragmentation need some
 
@@ -46,7 +48,7 @@ def probe_micro_batch(model: PreTrainedModel, recipe: Recipe, data: PreparedData
         plan: its micro batch is the one that `auto` chose.
 
     Raises:
-        torch.OutOfMemoryError: on all ranks, if one of them has no memory for a single row.
+        RunEnvironmentError: on all ranks, if one of them has no memory for a single row.
     """
     if plan.sharded or forward_path(model).head == "trl":
         why = "a sharded model is" if plan.sharded else "models with TRL's LM head are"
@@ -56,10 +58,13 @@ def probe_micro_batch(model: PreTrainedModel, recipe: Recipe, data: PreparedData
     micro_batch, sizes = plan.micro_batch, divisors(plan.micro_batch * plan.accumulation)
     while True:
         error, peak = _attempt(model, recipe, data, plan, micro_batch)
-        if not any(gather_object([error is not None])):
+        errors = gather_object([None if error is None else first_line(error)])
+        failed = [rank for rank, text in enumerate(errors) if text is not None]
+        if not failed:
             break
         if micro_batch == 1:
-            raise error or torch.OutOfMemoryError("out of memory on another rank")
+            with out_of_memory_errors(recipe, partial(with_micro_batch, recipe, plan, 1, plan.micro_batch_reason)):
+                raise error or torch.OutOfMemoryError(f"on rank {failed[0]}: {errors[failed[0]]}")
         smaller = max(n for n in sizes if n <= micro_batch // 2)
         reason = "on another rank" if error is None else first_line(error)
         logger.warning(f"micro batch auto: no memory for {micro_batch} rows ({reason}): trying {smaller}")

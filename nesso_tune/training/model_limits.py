@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nesso_tune.data.prepare import PreparedData, unpacked
-from nesso_tune.distributed.process_group import detect_world
 from nesso_tune.errors import RecipeError
 from nesso_tune.logs import logger
 from nesso_tune.model.lm_head import ForwardPath, LossPair
 from nesso_tune.model.loading import compile_problem
 from nesso_tune.planning.auto import Recorded
-from nesso_tune.planning.plan import Plan
+from nesso_tune.planning.plan import Plan, World
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.recipes.schema import Recipe, SFTRecipe
 
@@ -41,7 +40,10 @@ def _without_packing(
     """Recipe, data and plan of the same run with one conversation per row."""
     own = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": False})})
     rows, data = len(data.train), unpacked(data, recipe)
-    steps, plan = plan.steps, make_plan(own, detect_world(), data.volume, recorded=recorded)
+    steps, plan = (
+        plan.steps,
+        make_plan(own, World(plan.processes, plan.gpu, plan.per_node), data.volume, recorded=recorded),
+    )
     logger.warning(
         f"data.packing: this model does not isolate packed documents{_compared(path.packing_losses, 'packed')}: "
         f"training on one conversation per row, {len(data.train):,} rows per epoch instead of {rows:,}, "

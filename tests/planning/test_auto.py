@@ -40,6 +40,33 @@ def test_auto_shards_what_does_not_fit(shape, gpu, processes, sharded, reason):
         assert f"fsdp auto: {made.sharding_reason}" in "\n".join(describe(made, recipe))
 
 
+def test_a_state_that_fits_with_recomputation_is_not_sharded():
+    made = plan("max_steps: 9, micro_batch_size: 16, gradient_accumulation_steps: 1", "a100-40gb", processes=8)
+    assert (made.sharded, made.gradient_checkpointing) == (False, True)
+    assert made.memory.total < 0.7 * 40 * GIB
+    assert f"takes about {made.memory.total / GIB:.0f} of 40 GiB" in made.sharding_reason
+
+
+def test_a_state_that_fits_is_sharded_where_that_is_clearly_faster():
+    keys, short = (
+        "max_steps: 9, micro_batch_size: auto, global_batch_size: 512",
+        SFT.replace("data:\n", "data:\n  sequence_len: 512\n"),
+    )
+    auto, whole, shared = (plan(keys, "mi325x", EIGHT, 8, short, fsdp) for fsdp in ("auto", "none", "full_shard"))
+    assert whole.memory.total < 0.7 * 256 * GIB
+    assert shared.bound.seconds < 0.9 * whole.bound.seconds
+    assert auto.bound == shared.bound
+    assert "a step is about " in auto.sharding_reason
+
+
+def test_a_sharded_adapter_with_dropout_is_not_recomputed():
+    """FSDP would recompute with other dropout masks, which the run refuses."""
+    for dropout, recomputes in ((0.05, False), (0.0, True)):
+        text = SFT.replace("base: b", f"base: b, adapter: {{type: lora, dropout: {dropout}}}")
+        made = plan("max_steps: 9, micro_batch_size: auto, global_batch_size: 64", 18, EIGHT, 4, text)
+        assert (made.sharded, made.gradient_checkpointing) == (True, recomputes), dropout
+
+
 def test_the_recipe_decides_before_auto_and_what_cannot_be_sharded_before_both():
     assert plan("max_steps: 9", processes=2, fsdp="full_shard").sharded
     assert not plan("max_steps: 9", shape=EIGHT, gpu=24, processes=2, fsdp="none").sharded

@@ -207,6 +207,17 @@ def test_gpus_have_names():
     assert find_gpu("h200").name == "h200-141gb"
     assert find_gpu("nvidia-l4").name == "l4-24gb"
     assert not find_gpu("t4").bfloat16
+    same = {"4090": "rtx-4090-24gb", "NVIDIA GeForce RTX 4090": "rtx-4090-24gb", "H100-SXM": "h100-80gb",
+            "AMD Instinct MI300X": "mi300x-192gb", "NVIDIA A100-SXM4-80GB": "a100-80gb"}  # fmt: skip
+    for name, row in same.items():
+        found, listed = find_gpu(name), find_gpu(row)
+        assert (found.memory, found.teraflops, found.bandwidth) == (listed.memory, listed.teraflops, listed.bandwidth)
+    assert find_gpu("H100 PCIe").teraflops == 756
+    for name in ("rtx 4090 ti", "h100-nvl", "a100", "NVIDIA RTX 6000"):
+        with pytest.raises(RecipeError, match="is not in the table of GPUs"):
+            find_gpu(name)
+    with pytest.raises(RecipeError, match=r"Apple's GPU \(MPS\) is not supported"):
+        find_gpu("mps")
     with pytest.raises(RecipeError, match="use one of a100-40gb, a100-64gb, a100-80gb"):
         find_gpu("a100")
     with pytest.raises(RecipeError, match="did you mean `a100-80gb`"):

@@ -1,6 +1,7 @@
 """Runs on a CPU as on a GPU that has no memory for a micro batch of more than some rows. For tests only.
 
-As a program: the command line, with ROWS_OF_RANK, the number of rows that fit on each rank, such as `4,2`.
+As a program: the command line, with ROWS_OF_RANK, the number of rows that fit on each rank, such as `4,2`, and
+MEMORY_OF_RANK, the GiB of each GPU, 80 by default.
 """
 
 import os
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import nesso_tune.run
+from nesso_tune.distributed import world
 from nesso_tune.distributed.process_group import world_size
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.plan import World
@@ -38,7 +40,7 @@ def small_gpu(rows, memory=80 * GIB, length=LENGTH):
         return model
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nesso_tune.run, "detect_world", lambda: World(world_size(), Gpu("small", memory)))
+        patch.setattr(world, "detect_world", lambda: World(world_size(), Gpu("small", memory)))
         patch.setattr(nesso_tune.run, "load_model", load_limited)
         yield
 
@@ -46,5 +48,7 @@ def small_gpu(rows, memory=80 * GIB, length=LENGTH):
 if __name__ == "__main__":
     from nesso_tune.cli.main import main
 
-    with small_gpu(int(os.environ["ROWS_OF_RANK"].split(",")[int(os.environ["RANK"])])):
+    rank = int(os.environ["RANK"])
+    memory = float(os.environ.get("MEMORY_OF_RANK", "80,80").split(",")[rank])
+    with small_gpu(int(os.environ["ROWS_OF_RANK"].split(",")[rank]), round(memory * GIB)):
         main()

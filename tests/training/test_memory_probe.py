@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from nesso_tune.errors import RunEnvironmentError
 from nesso_tune.planning.hardware import GIB, Gpu
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
@@ -59,8 +60,10 @@ def test_what_fits_stays_and_not_even_one_row_is_an_error(tmp_path, talks):
     plan = make_plan(some, World(1, Gpu("large", 80 * GIB)), data.volume)
     assert probe_micro_batch(model, some, data, plan) is plan
     limit_rows(model, 0)
-    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+    with pytest.raises(RunEnvironmentError, match="CUDA out of memory") as error:
         probe_micro_batch(model, some, data, plan)
+    assert "set train.gradient_checkpointing: true, lower data.sequence_len" in str(error.value)
+    assert "lower train.micro_batch_size" not in str(error.value), "one row is the least"
 
 
 def test_any_other_error_is_no_lack_of_memory(tmp_path, talks):
@@ -157,6 +160,20 @@ def test_a_number_may_become_auto_and_is_kept(tmp_path, talks, monkeypatch):
         train(recipe("sft", tmp_path / "run", [talks], train=AUTO))
     assert manifest(tmp_path / "run")["micro_batch"] == 2
     assert not any("bit-identical" in message for message in messages)
+
+
+def test_ranks_with_different_gpus_make_the_same_plan(tmp_path, talks):
+    """Each by itself, they would cut the rows of a step into micro batches of another size."""
+    runs = []
+    for name, memory in (("equal", "1.38,1.38"), ("different", "64,1.38")):
+        some = recipe("sft", tmp_path / name, [talks], train={**AUTO, "max_steps": 2}, evaluation=None)
+        path = write_recipe(tmp_path / "r.yaml", some)
+        done = several("train", path, module="tests.support.small_gpu", ROWS_OF_RANK="99,99", MEMORY_OF_RANK=memory)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [(line["loss"], line["tokens"]) for line in metrics(tmp_path / name) if "loss" in line]
+        runs.append((lines, manifest(tmp_path / name)["micro_batch"]))
+    assert runs[0] == runs[1]
+    assert runs[0][1] < 4, "the large GPU alone takes 4"
 
 
 def test_all_ranks_take_what_the_smallest_has_memory_for(tmp_path, talks):

@@ -3,7 +3,7 @@
 import pytest
 
 from nesso_tune import RecipeError
-from nesso_tune.distributed.launcher_config import check_launcher_config
+from nesso_tune.distributed.world import check_launcher_config
 from nesso_tune.planning.plan import World
 from nesso_tune.planning.planner import make_plan
 from tests.support.runs import recipe

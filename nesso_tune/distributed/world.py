@@ -1,11 +1,19 @@
-"""Checks that the launcher's configuration, as accelerate passes it in the environment, agrees with the recipe."""
+"""The processes and GPUs of a run, and whether the configuration of its launcher agrees with the recipe."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from dataclasses import replace
 
+import torch
+from accelerate.utils import gather_object
+
+from nesso_tune.distributed.process_group import world_size
 from nesso_tune.errors import Problem, RecipeError
-from nesso_tune.planning.plan import Plan
+from nesso_tune.logs import logger
+from nesso_tune.planning.hardware import gpu_of_device
+from nesso_tune.planning.plan import Plan, World
 from nesso_tune.recipes.schema import Recipe
 
 WHERE = "accelerate's configuration"
@@ -14,6 +22,34 @@ UNSUPPORTED = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or pipeline parallelism",
 }
+
+
+def detect_world() -> World:
+    """Number of processes, in all and on each node, and, if there is one, the GPU."""
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    if not torch.cuda.is_available():
+        return World(world_size(), None, per_node)
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    gpu = gpu_of_device(torch.cuda.get_device_name(), memory, torch.cuda.is_bf16_supported())
+    return World(world_size(), gpu, per_node)
+
+
+def agreed_world() -> World:
+    """`detect_world` with the smallest GPU of all ranks, so that they all make the same plan. Collective."""
+    own = detect_world()
+    if own.processes == 1:
+        return own
+    gpus = gather_object([own.gpu])
+    present = [gpu for gpu in gpus if gpu is not None]
+    smallest = min(present, key=lambda gpu: (gpu.memory, gpu.name)) if len(present) == len(gpus) else None
+    if smallest is not None and len(names := {gpu.name for gpu in present}) > 1:
+        logger.info(f"the GPUs differ ({', '.join(sorted(names))}): every process trains as the smallest can")
+    return replace(own, gpu=smallest)
+
+
+def idle_gpus() -> int:
+    """Number of GPUs of this node that the run does not use."""
+    return max(0, torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE") or "1"))
 
 
 def check_launcher_config(recipe: Recipe, plan: Plan, environment: Mapping[str, str]) -> None:
