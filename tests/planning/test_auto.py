@@ -1,5 +1,7 @@
 """What `auto` chooses: whether to shard, the micro batch and gradient checkpointing."""
 
+import re
+
 import pytest
 
 from nesso_tune.errors import RecipeError
@@ -151,6 +153,14 @@ def test_auto_needs_the_batch_of_a_step():
         )
     sorted_loss = f"{DPO}train: {{micro_batch_size: auto, global_batch_size: 8}}\ndpo: {{loss: {{aot: 1.0}}}}\n"
     assert "which micro_batch_size: auto may split" in problem(sorted_loss)
+
+
+def test_the_time_of_a_step_is_known_without_the_number_of_steps():
+    recipe = read(SFT)
+    made = make_plan(recipe, World(8, find_gpu("h100")), None, EIGHT)
+    assert made.total_steps is None
+    (said,) = [line for line in describe(made, recipe) if line.startswith("time")]
+    assert re.search(r"the number of steps is unknown, [\d.]+ to [\d.]+ s per step", said), said
 
 
 def test_sharding_for_nothing_is_said():
