@@ -129,13 +129,16 @@ class Setting:
         if volume and volume.rows and volume.tokens:
             tokens, supervised = volume.tokens / volume.rows, volume.supervised_tokens / volume.rows
             document = volume.document_length
-        if self.compiled and isinstance(data, SFTData) and data.packing:
+        packed = isinstance(data, SFTData) and data.packing
+        if self.compiled and packed:
             tokens = float(data.sequence_len)  # padded to one length
+        row = data.sequence_len if packed else min(tokens, data.sequence_len)
         work = Work(
             tokens=micro_batch * tokens, supervised=micro_batch * supervised,
-            document=document or min(tokens, data.sequence_len), row=data.sequence_len,
+            document=document or min(tokens, data.sequence_len), row=round(row),
             accumulation=self.rows // micro_batch, processes=self.world.processes, sharded=sharded,
             checkpointing=checkpointing, compiled=self.compiled, replicas=self.replicas if sharded else 1,
+            per_node=self.world.per_node,
         )  # fmt: skip
         return step_bound(self.recipe, self.shape, self.world.gpu, work)
 

@@ -19,7 +19,7 @@ from nesso_tune.recipes.schema import Recipe
 
 BANDWIDTH_SHARE = 0.83  # of the data sheet's, that kernels reach
 LINK_SHARE = 0.75  # of the link to other GPUs
-MACHINE_GPUS, NETWORK = 8, 25e9  # more processes than these span machines, at this many bytes/s for each GPU
+MACHINE_GPUS, NETWORK = 8, 25e9  # of a node, if unknown; bytes/s between nodes for each GPU
 KERNEL_S, GAP_S = 2e-6, 0.7e-6  # shortest kernel, and the gap to the next one
 LAUNCH_S = 5e-6  # of a kernel, on the host
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.9), (64, 256, 0.8), (64, 128, 0.75), (128, 64, 0.75))
@@ -71,6 +71,7 @@ class Work:
         processes: number of processes.
         sharded, checkpointing, compiled: how they train.
         replicas: groups of processes that each hold the whole sharded state.
+        per_node: processes on each node; None if unknown, then at most `MACHINE_GPUS`.
     """
 
     tokens: float
@@ -83,6 +84,7 @@ class Work:
     checkpointing: bool
     compiled: bool
     replicas: int = 1
+    per_node: int | None = None
 
     @property
     def shards(self) -> int:
@@ -192,7 +194,8 @@ class _Roofline:
         if work.processes == 1 or not self._gpu.link:
             return 0.0
         network = LINK_SHARE * min(self._gpu.link, NETWORK)
-        link = network if work.processes // work.replicas > MACHINE_GPUS else LINK_SHARE * self._gpu.link
+        across_nodes = work.processes // work.replicas > (work.per_node or MACHINE_GPUS)
+        link = network if across_nodes else LINK_SHARE * self._gpu.link
         gradients = (4 if work.sharded else 8) * self._trained
         weights = gathered_bytes(self._shape) * work.accumulation if work.sharded else 0
         group, across = work.processes // work.replicas, 8 * self._trained / work.shards

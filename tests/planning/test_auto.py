@@ -8,7 +8,7 @@ from nesso_tune.errors import RecipeError
 from nesso_tune.planning.auto import Recorded, divisors, with_micro_batch
 from nesso_tune.planning.hardware import GIB, Gpu, find_gpu
 from nesso_tune.planning.memory import MEMORY_SAFE_SHARE
-from nesso_tune.planning.plan import World, describe
+from nesso_tune.planning.plan import DataVolume, World, describe
 from nesso_tune.planning.planner import make_plan
 from nesso_tune.planning.shapes import known_config, shape_of
 from tests.support.recipe_texts import DPO, SFT, problem, read
@@ -153,6 +153,25 @@ def test_auto_needs_the_batch_of_a_step():
         )
     sorted_loss = f"{DPO}train: {{micro_batch_size: auto, global_batch_size: 8}}\ndpo: {{loss: {{aot: 1.0}}}}\n"
     assert "which micro_batch_size: auto may split" in problem(sorted_loss)
+
+
+def test_processes_of_several_nodes_share_the_network():
+    keys = "max_steps: 9, gradient_accumulation_steps: 1"
+    one, two, hybrid = (plan(keys, "a100-64gb", EIGHT, 8, fsdp=fsdp, per_node=per_node)
+                        for fsdp, per_node in (("full_shard", 8), ("full_shard", 4), ("hybrid_shard", 4)))  # fmt: skip
+    assert two.bound.communication > 5 * one.bound.communication
+    assert hybrid.bound.communication < two.bound.communication / 2
+    assert (
+        plan(keys, "h200", EIGHT, 16, fsdp="full_shard", per_node=16).bound.communication < 2 * one.bound.communication
+    )
+
+
+def test_the_common_mfu_of_rows_that_are_not_packed_is_of_their_length():
+    """As `metrics.jsonl` counts it: full attention over a row, not over `sequence_len`."""
+    recipe = read(SFT.replace("data:\n", "data:\n  sequence_len: 32768\n  packing: false\n"))
+    volume = DataVolume(1000, 400_000, 200_000)
+    made = make_plan(recipe, World(1, find_gpu("h200")), volume, ZAGREUS)
+    assert made.bound.mfu < made.bound.mfu_common < 2 * made.bound.mfu
 
 
 def test_the_time_of_a_step_is_known_without_the_number_of_steps():
