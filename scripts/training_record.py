@@ -5,9 +5,9 @@
     python scripts/training_record.py compare RECORD --tree ../other --only dpo,lora
 
 A record holds the metrics of each case (loss, gradient norm, learning rate and everything else that is not a time),
-its answers, the fingerprint of its prepared data and the SHA-256 of every file in `final/` but the model card. It also
-holds a run that was killed by SIGKILL after its first checkpoint: `compare` continues it with the tree under test, and
-expects the metrics and weights of the run that was never killed.
+its answers, the fingerprint of its prepared data and the SHA-256 of every file in `final/` but the model card and its
+provenance. It also holds a run that was killed by SIGKILL after its first checkpoint: `compare` continues it with the
+tree under test, and expects the metrics and weights of the run that was never killed.
 
 Record and compare on the same machine. Exit code 1 means that there is a difference.
 """
@@ -145,8 +145,8 @@ def outcome_of(output: Path) -> dict[str, Any]:
             metrics.setdefault(f"{kind} {line['step']}", {}).update(kept)
         elif line["event"] in ("answer", "parent"):
             answers.append({key: value for key, value in line.items() if not TIMED.search(key)})
-    card = output / "final" / "README.md"  # names the folders of the run, which are temporary
-    final = sorted(file for file in (output / "final").rglob("*") if file != card)
+    described = ("README.md", "provenance.json")  # name the folders of the run, which are temporary
+    final = sorted(file for file in (output / "final").rglob("*") if file.name not in described)
     manifest = json.loads((output / "manifest.json").read_text(encoding="utf-8"))
     return {
         "metrics": metrics,
