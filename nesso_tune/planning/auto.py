@@ -204,7 +204,8 @@ def _sharding(setting: Setting, recorded: Recorded) -> tuple[bool, str]:
         least = _share(setting, 1 if size == "auto" else size, setting.recomputations(False)[-1])
         return True, f"a step would take about {least} with the whole state"
     seconds, recompute = _fastest(setting, False, whole)
-    gain = 1 - _fastest(setting, True, shared)[0] / seconds if shared and seconds else 0.0
+    is_known = setting.bound(whole[recompute], False, recompute) is not None
+    gain = 1 - _fastest(setting, True, shared)[0] / seconds if is_known and shared else 0.0
     if gain >= MIN_SHARDING_GAIN:
         return True, f"the whole state fits, but a step is about {gain:.0%} faster with the memory that sharding frees"
     return False, f"a step takes about {_share(setting, whole[recompute], recompute)} with the whole state"

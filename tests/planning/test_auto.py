@@ -49,6 +49,11 @@ def test_a_state_that_fits_with_recomputation_is_not_sharded():
     assert f"takes about {made.memory.total / GIB:.0f} of 40 GiB" in made.sharding_reason
 
 
+def test_on_a_gpu_of_unknown_speed_a_state_that_fits_is_not_sharded():
+    made = plan("max_steps: 9, micro_batch_size: 16, gradient_accumulation_steps: 1", 40, processes=8)
+    assert (made.sharded, made.gradient_checkpointing, made.bound) == (False, True, None)
+
+
 def test_a_state_that_fits_is_sharded_where_that_is_clearly_faster():
     keys, short = (
         "max_steps: 9, micro_batch_size: auto, global_batch_size: 512",
