@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 
 from nesso_tune import DataError, cache, prepare_data
+from nesso_tune.chat.tokenizer import chat_tokenizer
 from nesso_tune.data.cache_key import is_prepared
 from nesso_tune.errors import RunEnvironmentError
 from tests.support.logs import logged
@@ -36,9 +37,10 @@ def ids(data):
 
 
 def test_the_second_time_is_a_hit_with_the_same_rows(recipe):
-    assert not is_prepared(recipe)
+    chat = chat_tokenizer(recipe.model, recipe.chat)
+    assert not is_prepared(recipe, chat)
     first = prepare_data(recipe)
-    assert is_prepared(recipe)
+    assert is_prepared(recipe, chat)
     second = prepare_data(recipe)
     assert (first.summary.cache_hit, second.summary.cache_hit) == (False, True)
     assert replace(first.summary, cache_hit=True) == second.summary

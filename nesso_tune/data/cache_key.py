@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nesso_tune import cache
-from nesso_tune.chat.tokenizer import ChatTokenizer, chat_tokenizer
+from nesso_tune.chat.tokenizer import ChatTokenizer
 from nesso_tune.data.files import content_hash, expand, is_local
 from nesso_tune.data.sources import SourceContent, source_content
 from nesso_tune.recipes.builtin import shipped_folder
@@ -22,11 +22,10 @@ PACKAGES = (  # part of the cache key
 )  # fmt: skip
 
 
-def is_prepared(recipe: Recipe) -> bool:
-    """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it."""
+def is_prepared(recipe: Recipe, chat: ChatTokenizer) -> bool:
+    """Whether the data of a recipe is in the cache, so that `prepare_data` only maps it; `chat` is its tokenizer."""
     if not (cache.cache_root() / KIND).is_dir():  # hashing what decides the key takes longer
         return False
-    chat = chat_tokenizer(recipe.model, recipe.chat)
     lists = [sources for sources in (recipe.data.sources, recipe.data.validation_sources) if sources]
     if not all(is_local(source.path) for sources in lists for source in sources):
         return False

@@ -56,7 +56,7 @@ def estimate_volume(recipe: Recipe) -> DataVolume | None:
     sources = [*recipe.data.sources, *recipe.data.validation_sources]
     check_sources(recipe)
     chat = _available_tokenizer(recipe)
-    if chat is not None and is_prepared(recipe):
+    if chat is not None and is_prepared(recipe, chat):
         from nesso_tune.data.prepare import prepare_data  # with numpy, a fifth of the time of `check`
 
         return prepare_data(recipe).volume
