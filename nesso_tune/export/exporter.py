@@ -17,7 +17,7 @@ from nesso_tune.errors import ModelError, RecipeError, RunEnvironmentError
 from nesso_tune.export.card import CARD, model_card
 from nesso_tune.export.final_folder import finish_folder
 from nesso_tune.export.parity import Parity, Runtime, compare, end_ids, reference_answers, rounding_error
-from nesso_tune.export.stages import read_stages, with_card, write_stages
+from nesso_tune.export.stages import read_stages, with_card, without_private, write_stages
 from nesso_tune.export.weights import FinishedRun, Part, average, load_checkpoint, load_final
 from nesso_tune.files import format_bytes, make_staging_folder, remove, staging_folder
 from nesso_tune.logs import logger
@@ -153,7 +153,7 @@ def _written(
 def _stages_of_others(run: FinishedRun, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """The stages of averaged models that are none of the run's own, for the card."""
     own, others = read_stages(run.final), []
-    for stage in (stage for part in parts for stage in read_stages(part.folder)):
+    for stage in (stage for part in parts for stage in without_private(read_stages(part.folder), run.recipe)):
         if stage not in own and stage not in others:
             others.append(stage)
     return [asdict(stage) for stage in others]

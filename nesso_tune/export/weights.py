@@ -107,10 +107,11 @@ def _check_readable(folder: Path) -> None:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
-                    continue
-            if file.suffix in (".json", ".jinja"):
-                text = file.read_text(encoding="utf-8")
-                json.loads(text) if file.suffix == ".json" else None
+                    pass
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".jinja":
+                file.read_text(encoding="utf-8")
         except (ValueError, SafetensorError) as error:
             what = f"is damaged ({first_line(error)})"
             raise ModelError(str(file), what, "restore it, or train again with --overwrite") from None
@@ -289,10 +290,10 @@ _OTHER_SETTINGS = {
 def _check_same_computation(run: FinishedRun, part: Part, own: PreTrainedModel, other: PreTrainedModel) -> None:
     """Raises RecipeError for models that compute something else with weights of the same shapes, e.g. other heads."""
     settings, others = (json.loads(model.config.to_json_string(use_diff=False)) for model in (own, other))
-    for key in sorted({*settings, *others} - _OTHER_SETTINGS):
-        if settings.get(key) != others.get(key):
+    for key in sorted((settings.keys() & others.keys()) - _OTHER_SETTINGS):  # a key of one alone is another tool's note
+        if settings[key] != others[key]:
             raise RecipeError(
-                AVERAGE, f"{part.name} has another {key} than {run.final} ({others.get(key)}, {settings.get(key)})",
+                AVERAGE, f"{part.name} has another {key} than {run.final} ({others[key]}, {settings[key]})",
                 "average models of the same base",
             )  # fmt: skip
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from nesso_tune.errors import RecipeError, RunEnvironmentError, first_line
+from nesso_tune.errors import RecipeError, RunEnvironmentError, first_line, is_out_of_memory
 from nesso_tune.recipes.sections import LoraSection, ModelSection
 
 ADAPTER_TYPE_KEY = "model.adapter.type"
@@ -44,9 +44,9 @@ def check_adapter(section: LoraSection | None) -> None:
         ) from None  # fmt: skip
     try:
         _quantise_and_back(torch.linspace(-1, 1, CHECKED_WEIGHTS).reshape(-1, 64), torch.float32)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the library for this device is missing or does not support it
+        if is_out_of_memory(error):
+            raise
         raise RunEnvironmentError(
             ADAPTER_TYPE_KEY, f"bitsandbytes cannot quantise on {training_device()} ({first_line(error)})",
             "run `python -m bitsandbytes` to diagnose it, or use type: lora",

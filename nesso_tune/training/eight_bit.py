@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nesso_tune.errors import RunEnvironmentError, first_line
+from nesso_tune.errors import RunEnvironmentError, first_line, is_out_of_memory
 from nesso_tune.model.adapters import BITSANDBYTES_INSTALL, training_device
 from nesso_tune.recipes.schema import Recipe
 
@@ -40,9 +40,9 @@ def check_optimizer(recipe: Recipe) -> None:
         weight.grad = torch.ones_like(weight)
         bitsandbytes.optim.AdamW([weight], lr=0.5, optim_bits=8).step()
         works = bool((weight < 1).all())
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # the library for this device is missing or does not support it
+        if is_out_of_memory(error):
+            raise
         works, why = False, f" ({first_line(error)})"
     else:
         why = ""

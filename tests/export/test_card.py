@@ -174,6 +174,21 @@ def test_the_card_of_an_average_names_the_data_of_every_model(chain, run, tmp_pa
     assert card.count("(another model of the mean)") == 1, "both have the same SFT"
 
 
+def test_a_source_that_is_private_in_the_run_is_hidden_in_other_models_of_an_average(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "other")
+    with_value(tmp_path / "other" / "final", PROVENANCE, "stages.1.name", "un-altro")
+    text = (run / "recipe.yaml").read_text()
+    private = re.sub(r"private: false", "private: true", text)
+    assert private != text
+    (run / "recipe.yaml").write_text(re.sub(r"alias: null", "alias: nascosto", private))
+    average = f"final,{tmp_path / 'other'}"
+    code, _, said = main_here(capsys, "export", run, "--unchecked", "--average", average, "-o", tmp_path / "out")
+    assert code == 0, said
+    (others,) = json.loads((tmp_path / "out" / PROVENANCE).read_text())["export"]["others"][-1:]
+    assert others["name"] == "un-altro"
+    assert [source["name"] for source in others["sources"]] == ["private source"]
+
+
 def test_a_bracket_in_the_text_of_the_author_ends_no_line(chain):
     (found,) = placeholders("See [placeholder: foo bar\n\n## Model\n]")
     assert found[0] == "foo bar"

@@ -259,6 +259,15 @@ def test_models_that_compute_something_else_are_not_averaged(trained, tmp_path, 
         export(run, HF, averaged=f"final,{tmp_path / 'other'}", folder=tmp_path / "out")
 
 
+def test_what_another_tool_notes_in_a_configuration_is_no_other_computation(trained, tmp_path):
+    run, _ = trained["whole"]
+    shutil.copytree(run.final, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "another_tool_version": "2026.1"}))
+    done = export(run, HF, averaged=f"final,{tmp_path / 'other'}", folder=tmp_path / "out", checked=False)
+    assert len(done.parts) == 2
+
+
 def test_an_adapter_whose_base_has_changed_is_not_merged_into_it(trained, tmp_path, whole_base):
     run, _ = trained["lora"]
     base = tmp_path / "base"
